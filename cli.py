@@ -1,0 +1,382 @@
+"""python cli.py plan --model gpt3-175b --cluster dgx-a100:128 --global-batch 1536 --seq 2048"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+    from planner.search import Question
+
+app = typer.Typer(
+    name="meshwright",
+    help="Plan how to train a transformer on many devices, provably best under the memory limit, and train it so.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Model = Annotated[str, typer.Option("--model", help="Catalogue name, Hugging Face folder or config.json, or YAML.")]
+Cluster = Annotated[str, typer.Option("--cluster", help="Catalogue name with nodes (dgx-h100:64), YAML, or local.")]
+Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Use so many devices; default all.")]
+GlobalBatch = Annotated[int, typer.Option("--global-batch", min=1, help="Sequences per optimizer step.")]
+Sequence = Annotated[int, typer.Option("--seq", min=1, help="Tokens per sequence.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="bf16 or fp32; default bf16 on GPUs, fp32 on CPUs.")]
+MemoryLimit = Annotated[
+    str | None, typer.Option("--memory-limit", help="Bytes per device to stay under, as 76GiB; default its memory.")
+]
+Target = Annotated[str, typer.Option("--target", help="Executor to plan for: meshwright, megatron or torchtitan.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
+
+
+# ---- what several verbs share ------------------------------------------------------------------------------
+
+
+def _question(
+    model: str,
+    cluster: str,
+    devices: int | None,
+    global_batch: int,
+    sequence: int,
+    precision: str | None,
+    memory_limit: str | None,
+    target: str,
+    pins: list[str] | None = None,
+    bans: list[str] | None = None,
+) -> Question:
+    from planner.job import PRECISIONS, TARGETS, TrainingJob
+    from planner.parse import parse_bytes, parse_pins
+    from planner.search import Question
+    from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
+    from profiles.hardware import load_hardware
+
+    _one_of("--target", target, TARGETS)
+    if precision is not None:
+        _one_of("--precision", precision, PRECISIONS)
+    pinned, banned = parse_pins(pins or [], bans or [])
+    spec = resolve_cluster(cluster)
+    if devices is not None:
+        spec = spec.with_devices(devices)
+    hardware = load_hardware(resolve_hardware_path(spec.hardware))
+    job = TrainingJob(
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision or ("fp32" if hardware.backend == "gloo" else "bf16"),
+        target=target,
+        memory_limit_bytes=parse_bytes(memory_limit, "--memory-limit") if memory_limit else None,
+        pins=pinned,
+        bans=banned,
+    )
+    return Question(resolve_model(model), spec, hardware, job)
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    from profiles.errors import InputError
+
+    if value not in choices:
+        raise InputError(f"{value!r} is not known", where=flag, expected="one of " + ", ".join(choices), got=value)
+
+
+def _show(renderable: Any, *, error: bool = False) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=error, highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console.width = 120
+    console.print(renderable)
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+# ---- verbs -----------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Example: cli.py plan --model llama3-8b --cluster dgx-h100:4 --global-batch 512 --seq 8192 -o plan.yaml"
+)
+def plan(
+    model: Model,
+    cluster: Cluster,
+    global_batch: GlobalBatch,
+    sequence: Sequence,
+    devices: Devices = None,
+    pin: Annotated[list[str] | None, typer.Option("--pin", help="Fix a degree or knob, as tp=8; repeatable.")] = None,
+    ban: Annotated[list[str] | None, typer.Option("--ban", help="Keep an axis at 1, as pp; repeatable.")] = None,
+    precision: Precision = None,
+    memory_limit: MemoryLimit = None,
+    target: Target = "meshwright",
+    top: Annotated[int, typer.Option("--top", min=1, help="How many of the best layouts to list.")] = 1,
+    time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds after which to settle.")] = 60.0,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here, as YAML.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest layout that fits, with proof."""
+    from planner.plan import save
+    from planner.report import plan_report
+    from planner.search import search
+
+    question = _question(model, cluster, devices, global_batch, sequence, precision, memory_limit, target, pin, ban)
+    answer = search(question, top, time_limit)
+    if output is not None:
+        save(answer, output)
+    if as_json:
+        _print_json(answer.to_dict())
+        return
+    _show(plan_report(answer, question.limit_bytes))
+    if output is not None:
+        _show(f"\nplan written to {output}; train it with: cli.py train {output}")
+
+
+@app.command(
+    epilog="Example: cli.py estimate --model llama3-8b --cluster dgx-h100:1 --global-batch 64 --seq 8192 "
+    "--layout tp=8,zero=0,recompute=full"
+)
+def estimate(
+    model: Model,
+    cluster: Cluster,
+    global_batch: GlobalBatch,
+    sequence: Sequence,
+    layout: Annotated[str, typer.Option("--layout", help="As tp=8,pp=8,zero=1,recompute=full; dp follows.")],
+    devices: Devices = None,
+    precision: Precision = None,
+    memory_limit: MemoryLimit = None,
+    target: Target = "meshwright",
+    as_json: Json = False,
+) -> None:
+    """Price your own layout: does it fit, and how fast is it?"""
+    from planner.layout import require_legal
+    from planner.parse import parse_layout
+    from planner.report import estimate_report
+    from planner.search import check_supported, predict, solve_layout, stages_of
+
+    question = _question(model, cluster, devices, global_batch, sequence, precision, memory_limit, target)
+    check_supported(question)
+    wanted, recompute = parse_layout(layout, question.cluster.devices)
+    require_legal(wanted, recompute, question.rules)
+    solved, fits = solve_layout(question, wanted, recompute)
+    prediction, stages = predict(question, solved), stages_of(solved.counts)
+    if as_json:
+        _print_json(
+            {
+                "layout": wanted.to_dict(),
+                "fits": fits,
+                "prediction": prediction.to_dict(),
+                "stages": [stage.to_dict() for stage in stages],
+            }
+        )
+        return
+    _show(estimate_report(question.model, wanted, stages, prediction, question.limit_bytes, fits))
+
+
+@app.command(epilog="Example: cli.py profile --nproc 4 -o hardware.yaml")
+def profile(
+    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks; default all GPUs, else cores.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of as `local`.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="At most 30 s and fp32 only (default: 2 minutes).")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine: what `--cluster local` plans with."""
+    from planner.report import profile_report
+    from profiles.hardware import save_hardware
+
+    hardware, _ = _profile(nproc, quick, keep=output is None)
+    if output is not None:
+        save_hardware(hardware, output)
+    if as_json:
+        _print_json(hardware.to_dict())
+        return
+    _show(profile_report(hardware))
+
+
+def _profile(nproc: int | None, quick: bool, keep: bool) -> Any:
+    """Measure with a progress bar; `keep` makes it what `local` means from now on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from profiles.catalogue import local_cluster_path, local_hardware_path
+    from profiles.cluster import save_cluster
+    from profiles.hardware import save_hardware
+    from profiles.probes.profiler import ProfileRequest, default_ranks, profile_machine
+
+    # Half a minute in all: the ranks need a moment to start and to stop.
+    request = ProfileRequest(
+        ranks=nproc or default_ranks(),
+        budget_seconds=26.0 if quick else 115.0,
+        dtypes=("fp32",) if quick else ("fp32", "bf16"),
+    )
+    columns = (
+        TextColumn("measuring this machine"),
+        BarColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        hardware, cluster = profile_machine(
+            request,
+            " ".join(["cli.py", *sys.argv[1:]]),
+            lambda progress: bar.update(task, description=progress.phase, completed=progress.share),
+        )
+    if keep:
+        save_hardware(hardware, local_hardware_path())
+        save_cluster(cluster, local_cluster_path())
+    return hardware, cluster
+
+
+@app.command(epilog="Example: cli.py train (this machine, a small model), or cli.py train plan.yaml --steps 1000")
+def train(
+    plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.YAML]", help="None: plan first.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model to plan for, or that the plan must be for.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Text file or folder; default Python's library.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 300,
+    run_dir: Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/DATE-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --run.")] = False,
+    global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Without a plan: sequences a step.")] = 16,
+    sequence: Annotated[int, typer.Option("--seq", min=1, help="Without a plan: tokens a sequence.")] = 256,
+    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 3e-3,
+    min_learning_rate: Annotated[float, typer.Option("--min-lr", min=0.0, help="Where the cosine ends.")] = 3e-4,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
+    clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
+    timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
+) -> None:
+    """Train as a plan says; without one, profile this machine, plan, and train a small model."""
+    chosen = _plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence)
+
+    from planner.report import record_report
+    from profiles.catalogue import resolve_hardware_path
+    from profiles.hardware import load_hardware
+    from profiles.store import parse_yaml, read_text
+    from runtime.launch import train as launch
+    from runtime.progress import step_progress
+    from runtime.run_folder import RECORD_FILE, default_run_dir
+    from runtime.trainer import TrainOptions
+
+    folder = run_dir or default_run_dir()
+    hardware = load_hardware(resolve_hardware_path(chosen.cluster.hardware))
+    options = TrainOptions(
+        run_dir=folder,
+        steps=steps,
+        learning_rate=learning_rate,
+        min_learning_rate=min(min_learning_rate, learning_rate),
+        warmup_steps=warmup,
+        clip_norm=clip or None,
+        seed=seed,
+        data=data,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        timeout_seconds=timeout,
+        peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
+    )
+    with step_progress(steps, chosen.job.tokens) as on_progress:
+        launch(chosen, options, on_progress)
+    record = folder / RECORD_FILE
+    if record.exists():
+        _show(record_report(parse_yaml(read_text(record, "record"), str(record))))
+        _show(f"run folder: {folder}")
+
+
+def _plan_to_train(
+    plan_file: Path | None, model: str | None, run_dir: Path | None, resume: bool, global_batch: int, sequence: int
+) -> Plan:
+    """The plan in the file, of the run that is resumed, or a new one for this machine."""
+    from planner.plan import load
+    from planner.report import plan_report
+    from planner.search import search
+    from profiles.catalogue import resolve_model
+    from profiles.errors import InputError
+
+    if plan_file is None and resume:
+        if run_dir is None:
+            raise InputError("nothing to resume", where="--resume", expected="--run FOLDER of the run", got="no --run")
+        plan_file = run_dir / "plan.yaml"
+    if plan_file is not None:
+        found = load(plan_file)
+        if model is not None and resolve_model(model) != found.model:
+            raise InputError(
+                "the plan is for another model",
+                where=f"{plan_file}: model",
+                expected=f"{model}, as --model says",
+                got=found.model.name,
+                hint="plan again with this --model, or leave --model out",
+            )
+        return found
+    _profile(None, quick=True, keep=True)
+    question = _question(model or "demo", "local", None, global_batch, sequence, None, None, "meshwright")
+    answer = search(question)
+    _show(plan_report(answer, question.limit_bytes))
+    return answer
+
+
+# ---- running it ----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Run a verb; exit with 0 done, 1 no plan or a failed run, 2 bad input, 130 interrupted."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        code = _explain(error)
+    except KeyboardInterrupt:
+        _say_interrupted()
+        code = 130
+    sys.exit(code or 0)
+
+
+def _explain(error: Exception) -> int:
+    """Show what a person can act on, and its exit code; anything else is our bug and goes on as it is."""
+    import click
+
+    from planner.errors import NoPlanError
+    from planner.report import input_error_report, no_plan_report
+    from profiles.errors import InputError
+
+    as_json = "--json" in sys.argv
+    if isinstance(error, click.exceptions.Abort):
+        _say_interrupted()
+        return 130
+    if isinstance(error, click.ClickException):
+        error.show()
+        if as_json:
+            _print_json({"error": {"error": error.format_message()}})
+        return 2
+    if isinstance(error, InputError):
+        _show(input_error_report(error), error=True)
+        if as_json:
+            _print_json({"error": dict(error.lines())})
+        return 2
+    if isinstance(error, NoPlanError):
+        _show(no_plan_report(error), error=True)
+        if as_json:
+            _print_json({"error": {"error": error.what, "reasons": list(error.lines)}})
+        return 1
+    if type(error).__name__ == "RunFailed":
+        _show(_run_failed(error), error=True)
+        return 1
+    raise error
+
+
+def _run_failed(error: Any) -> str:
+    from rich.markup import escape
+
+    log = "\n".join(f"  {line}" for line in error.log_lines)
+    return escape(f"{error}\nits last lines:\n{log}")
+
+
+def _say_interrupted() -> None:
+    sys.stderr.write("interrupted\n")
+
+
+if __name__ == "__main__":
+    main()

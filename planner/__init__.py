@@ -1,0 +1,1 @@
+"""Decisions: what to run where. Nothing here imports torch."""

@@ -1,0 +1,20 @@
+"""Why there is no plan: the errors that end with exit code 1 rather than 2."""
+
+from __future__ import annotations
+
+
+class NoPlanError(Exception):
+    """The question was good and the answer is no; `lines` are the reasons, most telling first."""
+
+    def __init__(self, what: str, lines: tuple[str, ...] = ()) -> None:
+        super().__init__(what)
+        self.what = what
+        self.lines = lines
+
+
+class InfeasibleError(NoPlanError):
+    """No legal layout fits the memory."""
+
+
+class UnsupportedError(NoPlanError):
+    """The target executor cannot train what was asked for."""

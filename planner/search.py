@@ -1,0 +1,271 @@
+"""The whole search: enumerate the layouts, bound each, solve in order of bound, stop with proof.
+
+Exact because of two facts: every layout's bound is below its best step (`bounds`), and a layout's solution is
+its best assignment (`stage_ilp`). So once the next bound is not below the best step found, no layout left
+can be faster, and the plan carries the counts that say so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from profiles.cluster import ClusterSpec
+from profiles.hardware import HardwareProfile
+from profiles.model import ModelSpec
+
+from .bounds import Bound, least_missing_bytes, lower_bound
+from .errors import InfeasibleError, UnsupportedError
+from .job import TrainingJob
+from .layout import CAPABILITIES, Layout, RuleContext, enumerate_layouts, violations
+from .plan import Alternative, Certificate, Plan, Prediction, Stage
+from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
+from .step_cost import CostModel, LayoutCosts, StageCount
+
+
+@dataclass(frozen=True)
+class Question:
+    """Everything the answer depends on."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    hardware: HardwareProfile
+    job: TrainingJob
+
+    @property
+    def limit_bytes(self) -> float:
+        return self.job.memory_limit_bytes or self.cluster.memory_bytes
+
+    @property
+    def recompute_pin(self) -> str | None:
+        if "recompute" in self.job.bans:
+            return "none"
+        return self.job.pins.get("recompute")
+
+    @property
+    def rules(self) -> RuleContext:
+        return RuleContext(self.model, self.job, self.cluster.devices)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A layout with its best assignment."""
+
+    costs: LayoutCosts
+    counts: tuple[StageCount, ...]
+    step_seconds: float
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        return max(memory.total for memory in self.costs.memory(self.counts))
+
+
+def search(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan:
+    """The fastest plan and its proof; `top` - 1 runners-up, proven likewise, become its alternatives.
+
+    Past `time_limit_seconds` the best plan so far is returned, and its certificate says the gap left.
+
+    Raises:
+        UnsupportedError: the target cannot train this job in any layout.
+        InfeasibleError: no layout is legal, or none fits; the lines say what is missing and what would help.
+    """
+    started = time.monotonic()
+    deadline = started + time_limit_seconds
+    check_supported(question)
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    candidates: list[tuple[Bound, LayoutCosts]] = []
+    legal = pruned_memory = 0
+    for layout in enumerate_layouts(question.rules):
+        legal += 1
+        costs = prices.price(layout)
+        bound = lower_bound(costs, question.limit_bytes, question.recompute_pin)
+        if bound is None:
+            pruned_memory += 1
+        else:
+            candidates.append((bound, costs))
+    candidates.sort(key=lambda candidate: candidate[0].seconds)
+
+    best: list[Solved] = []
+    proven = float("inf")  # the least that any layout could still reach
+    visited = ilps = 0
+    for bound, costs in candidates:
+        cutoff = best[top - 1].step_seconds if len(best) >= top else float("inf")
+        late = time.monotonic() > deadline and best
+        if late or bound.seconds >= cutoff * (1 - RELATIVE_TOLERANCE):
+            proven = min(proven, bound.seconds)
+            break
+        visited += 1
+        start = bound.counts if fits(costs, bound.counts, question.limit_bytes) else None
+        solution = solve_stages(
+            costs,
+            question.limit_bytes,
+            bound_seconds=bound.seconds,
+            cutoff_seconds=cutoff,
+            start=start,
+            recompute=question.recompute_pin,
+            deadline=deadline,
+        )
+        ilps += solution.ilps_solved
+        proven = min(proven, solution.bound_seconds)
+        if solution.counts is None:
+            pruned_memory += solution.bound_seconds == float("inf")
+        else:
+            best.append(Solved(costs, solution.counts, solution.step_seconds))
+            best.sort(key=lambda solved: solved.step_seconds)
+    if not best:
+        raise _infeasible(question, prices, legal)
+    certificate = _certificate(
+        best[0].step_seconds, proven, legal, pruned_memory, len(candidates) - visited, ilps, time.monotonic() - started
+    )
+    return make_plan(question, best[0], certificate, best[1:top])
+
+
+def check_supported(question: Question) -> None:
+    """Refuse what the target cannot train, by name, before anything is searched."""
+    job, capabilities = question.job, CAPABILITIES.get(question.job.target)
+    if capabilities is None:
+        raise UnsupportedError(
+            f"target {job.target} cannot be planned for yet", (f"targets with rules today: {', '.join(CAPABILITIES)}",)
+        )
+    if job.precision not in capabilities.precisions:
+        raise UnsupportedError(
+            f"the {job.target} runtime does not train in {job.precision} today",
+            (f"it trains in {' and '.join(capabilities.precisions)}: --precision {capabilities.precisions[-1]}",),
+        )
+    if not question.hardware.supports(job.precision):
+        known = [dtype for dtype in capabilities.precisions if question.hardware.supports(dtype)]
+        raise UnsupportedError(
+            f"the hardware profile {question.hardware.name} has no figures for {job.precision}",
+            (f"it has figures for {', '.join(known)}: --precision {known[0]}" if known else "profile it first",),
+        )
+
+
+def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
+    """Whether every rank stays within the limit, up to the rounding of a sum."""
+    return all(memory.total <= limit_bytes * (1 + 1e-9) for memory in costs.memory(counts))
+
+
+def solve_layout(question: Question, layout: Layout, recompute: str | None) -> tuple[Solved, bool]:
+    """The best assignment of one layout and whether it fits; one that does not fit is priced all the same."""
+    costs = CostModel(question.model, question.cluster, question.hardware, question.job).price(layout)
+    for limit in (question.limit_bytes, float("inf")):
+        bound = lower_bound(costs, limit, recompute)
+        if bound is None:
+            continue
+        finite = limit if limit != float("inf") else 1e3 * max(m.total for m in costs.memory(bound.counts))
+        start = bound.counts if fits(costs, bound.counts, finite) else None
+        solution = solve_stages(costs, finite, bound_seconds=bound.seconds, start=start, recompute=recompute)
+        if solution.counts is not None:
+            return Solved(costs, solution.counts, solution.step_seconds), limit != float("inf")
+    raise AssertionError("an assignment without a memory limit always exists")
+
+
+# ---- the answer ----------------------------------------------------------------------------------------
+
+
+def make_plan(question: Question, solved: Solved, certificate: Certificate, others: Sequence[Solved] = ()) -> Plan:
+    """The Plan of a solved layout."""
+    return Plan(
+        model=question.model,
+        cluster=question.cluster,
+        job=question.job,
+        layout=solved.costs.layout,
+        stages=stages_of(solved.counts),
+        prediction=predict(question, solved),
+        certificate=certificate,
+        alternatives=tuple(
+            Alternative(layout=o.costs.layout, step_seconds=o.step_seconds, peak_memory_bytes=o.peak_memory_bytes)
+            for o in others
+        ),
+    )
+
+
+def stages_of(counts: Sequence[StageCount]) -> tuple[Stage, ...]:
+    """Counts as half-open block ranges, in order."""
+    stages, first = [], 0
+    for rank, count in enumerate(counts):
+        end = first + count.blocks
+        stages.append(
+            Stage(
+                rank=rank,
+                chunk=0,
+                first=first,
+                end=end,
+                embedding=rank == 0,
+                head=rank == len(counts) - 1,
+                recompute_none=count.none,
+                recompute_selective=0,
+                recompute_full=count.full,
+            )
+        )
+        first = end
+    return tuple(stages)
+
+
+def predict(question: Question, solved: Solved) -> Prediction:
+    """The figures of one step; mfu against the peak of the precision, attention counted in full."""
+    job, devices = question.job, question.cluster.devices
+    flops = question.model.step_flops(job.global_batch, job.sequence) / solved.step_seconds / devices
+    return Prediction(
+        step_seconds=solved.step_seconds,
+        tokens_per_second_per_device=job.tokens / solved.step_seconds / devices,
+        model_tflops_per_device=flops / 1e12,
+        mfu=flops / question.hardware.peak_flops_per_second[job.precision],
+        peak_memory_bytes=solved.peak_memory_bytes,
+        breakdown_seconds=solved.costs.breakdown(solved.counts),
+        memory_bytes=tuple(memory.items() for memory in solved.costs.memory(solved.counts)),
+    )
+
+
+def _certificate(
+    objective: float, proven: float, legal: int, memory: int, bound: int, ilps: int, seconds: float
+) -> Certificate:
+    """Bounds closer to the objective than the solver's tolerance count as met."""
+    least = objective if proven >= objective * (1 - RELATIVE_TOLERANCE) else proven
+    return Certificate(
+        objective_seconds=objective,
+        bound_seconds=least,
+        gap=objective / least - 1.0,
+        layouts_legal=legal,
+        layouts_pruned_memory=memory,
+        layouts_pruned_bound=bound,
+        ilps_solved=ilps,
+        solver="HiGHS through pulp",
+        solve_seconds=seconds,
+    )
+
+
+def _infeasible(question: Question, prices: CostModel, legal: int) -> InfeasibleError:
+    """Say what is missing in the best case, and what would make it fit, each found by trying it."""
+    if legal == 0:
+        return InfeasibleError(
+            f"no legal layout of {question.model.name} on {question.cluster.devices} devices",
+            _why_none_legal(question),
+        )
+    limit = question.limit_bytes
+    best: tuple[float, int, Layout] | None = None
+    for layout in enumerate_layouts(question.rules):
+        stage, missing = least_missing_bytes(prices.price(layout), limit, question.recompute_pin)
+        if best is None or missing < best[0]:
+            best = (missing, stage, layout)
+    assert best is not None
+    missing, stage, layout = best
+    lines = [
+        f"the closest of {legal} layouts is {layout.short()}: stage {stage} misses {missing / 2**30:.2f} GiB "
+        f"of {limit / 2**30:.2f} GiB per device"
+    ]
+    return InfeasibleError(f"nothing fits: {question.model.name} on {question.cluster.devices} devices", tuple(lines))
+
+
+def _why_none_legal(question: Question) -> tuple[str, ...]:
+    """The rules that forbid the plainest layouts, so that the user sees which number to change."""
+
+    world = question.cluster.devices
+    plain = (Layout(dp=world), Layout(pp=world), Layout(tp=world))
+    reasons = []
+    for layout in plain:
+        reasons += [f"{layout.short()}: {reason}" for reason in violations(layout, question.rules)]
+    if question.job.pins:
+        reasons.append("pinned: " + ", ".join(f"{key}={value}" for key, value in question.job.pins.items()))
+    return tuple(reasons)

@@ -1,0 +1,350 @@
+"""LayoutCosts: every second and byte of one layout as numbers per block, from which any assignment is priced.
+
+[Note: Linear in the assignment]
+For a fixed layout each duration on a stage (forward, backward, gather, reduce, optimizer) and each byte is a
+sum over the layers it holds, so it is linear in how many blocks of each recompute mode it has. What is not
+linear, such as how much of a collective hides behind compute, is settled per block beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from profiles.cluster import ClusterSpec
+from profiles.hardware import DTYPE_BYTES, HardwareProfile
+from profiles.model import ModelSpec
+
+from .comm_cost import CommModel, Group
+from .compute_cost import ComputeCost, ComputeModel
+from .job import TrainingJob
+from .layout import Layout
+from .memory_cost import MemoryBytes, MemoryModel, PartMemory
+from .schedule import Simulation, StageSeconds, in_flight, simulate
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Seconds of one phase on one rank by cause: own compute, tp collectives, dp collectives not hidden."""
+
+    compute: float = 0.0
+    tp: float = 0.0
+    dp: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tp + self.dp
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.compute + other.compute, self.tp + other.tp, self.dp + other.dp)
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(self.compute * factor, self.tp * factor, self.dp * factor)
+
+
+@dataclass(frozen=True)
+class PartSeconds:
+    """Phases of one part of the model: per microbatch forward, backward and recompute; per step the others."""
+
+    forward: Seconds = Seconds()
+    backward: Seconds = Seconds()
+    recompute: Seconds = Seconds()
+    gather: Seconds = Seconds()
+    reduce: Seconds = Seconds()
+    optimizer: Seconds = Seconds()
+
+    def __add__(self, other: PartSeconds) -> PartSeconds:
+        return PartSeconds(*(getattr(self, phase) + getattr(other, phase) for phase in _PHASES))
+
+    def __mul__(self, factor: float) -> PartSeconds:
+        return PartSeconds(*(getattr(self, phase) * factor for phase in _PHASES))
+
+
+_PHASES = ("forward", "backward", "recompute", "gather", "reduce", "optimizer")
+
+
+@dataclass(frozen=True)
+class StageCount:
+    """Blocks of one stage by recompute mode."""
+
+    none: int
+    full: int
+
+    @property
+    def blocks(self) -> int:
+        return self.none + self.full
+
+
+@dataclass(frozen=True)
+class LayoutCosts:
+    """One layout, priced. `microbatch` is what a microbatch costs any stage besides its layers."""
+
+    layout: Layout
+    microbatches: int
+    layers: int
+    block: PartSeconds
+    embedding: PartSeconds
+    head: PartSeconds
+    microbatch: PartSeconds
+    send_seconds: float
+    step_seconds: float
+    block_memory: PartMemory
+    embedding_memory: PartMemory
+    head_memory: PartMemory
+    fixed_memory: tuple[MemoryBytes, ...]
+    in_flight: tuple[int, ...]
+    allocator_slack: float
+
+    # ---- one stage -------------------------------------------------------------------------------------
+
+    def stage_seconds(self, stage: int, count: StageCount) -> PartSeconds:
+        """All phases of a stage; `recompute` is apart from `backward`."""
+        total = self.block * count.blocks + self.ends_seconds(stage)
+        return replace(total, recompute=self.block.recompute * count.full)
+
+    def ends_seconds(self, stage: int) -> PartSeconds:
+        """What the stage costs before it holds any block."""
+        total = self.microbatch
+        if stage == 0:
+            total = total + self.embedding
+        if stage == self.layout.pp - 1:
+            total = total + self.head
+        return total
+
+    def stage_memory(self, stage: int, count: StageCount) -> MemoryBytes:
+        """Itemised bytes of a stage's rank at its peak."""
+        parts = [(self.block_memory, count.none, False), (self.block_memory, count.full, True)]
+        if stage == 0:
+            parts.append((self.embedding_memory, 1, False))
+        if stage == self.layout.pp - 1:
+            parts.append((self.head_memory, 1, False))
+        used, transient = self.fixed_memory[stage], 0.0
+        for part, number, recomputed in parts:
+            if number:
+                held = part.held_recomputed if recomputed else part.held
+                used = used + part.state * number + held * (number * self.in_flight[stage])
+                transient = max(transient, part.transient_recomputed if recomputed else part.transient)
+        used = used + MemoryBytes(transient=transient)
+        tensors = used.total - used.context - used.communicators
+        return used + MemoryBytes(allocator_slack=self.allocator_slack * tensors)
+
+    # ---- an assignment ---------------------------------------------------------------------------------
+
+    def durations(self, counts: Sequence[StageCount]) -> list[StageSeconds]:
+        """What the simulation needs of each stage."""
+        durations = []
+        for stage, count in enumerate(counts):
+            cost = self.stage_seconds(stage, count)
+            durations.append(
+                StageSeconds(
+                    forward=cost.forward.total,
+                    backward=cost.backward.total + cost.recompute.total,
+                    gather=cost.gather.total,
+                    reduce=cost.reduce.total,
+                )
+            )
+        return durations
+
+    def optimizer_seconds(self, counts: Sequence[StageCount]) -> float:
+        """The slowest stage's update; clipping has made every rank wait for every other before."""
+        return max(self.stage_seconds(s, count).optimizer.total for s, count in enumerate(counts))
+
+    def simulate(self, counts: Sequence[StageCount]) -> Simulation:
+        """The step up to the last gradient reduction."""
+        return simulate(self.layout.schedule, self.durations(counts), self.microbatches, self.send_seconds)
+
+    def step(self, counts: Sequence[StageCount]) -> float:
+        """Seconds of the optimizer step under this assignment: the one objective of planner and brute force."""
+        return self.simulate(counts).seconds + self.optimizer_seconds(counts) + self.step_seconds
+
+    def breakdown(self, counts: Sequence[StageCount]) -> dict[str, float]:
+        """Seconds of the step by cause, as the busiest stage lives them; they sum to `step`.
+
+        That stage's own work by cause, then what the critical path spends on point-to-point, and the rest of
+        the time as bubble.
+        """
+        simulation = self.simulate(counts)
+        costs = [self.stage_seconds(s, count) for s, count in enumerate(counts)]
+        per_stage = [
+            (cost.forward + cost.backward + cost.recompute) * self.microbatches + cost.gather + cost.reduce
+            for cost in costs
+        ]
+        busiest = max(range(len(counts)), key=lambda s: per_stage[s].total)
+        work, recompute = per_stage[busiest], costs[busiest].recompute.compute * self.microbatches
+        waiting = max(0.0, simulation.seconds - work.total) if self.layout.pp > 1 else 0.0
+        sends = min(waiting, simulation.critical_path.sends * self.send_seconds)
+        return {
+            "compute": work.compute - recompute,
+            "recompute": recompute,
+            "tp": work.tp,
+            "cp": 0.0,
+            "ep": 0.0,
+            "pp": sends,
+            "bubble": waiting - sends,
+            "dp_exposed": work.dp,
+            "optimizer": self.optimizer_seconds(counts) + self.step_seconds,
+        }
+
+    def memory(self, counts: Sequence[StageCount]) -> list[MemoryBytes]:
+        """Itemised peak bytes of each pipeline rank."""
+        return [self.stage_memory(s, count) for s, count in enumerate(counts)]
+
+
+class CostModel:
+    """Prices layouts of one job on one cluster; compute is priced once per (tp, sp, micro batch)."""
+
+    def __init__(self, model: ModelSpec, cluster: ClusterSpec, hardware: HardwareProfile, job: TrainingJob) -> None:
+        self._model, self._job, self._hardware = model, job, hardware
+        self._compute = ComputeModel(model, hardware, job.precision)
+        self._comm = CommModel(cluster, hardware)
+        self._memory = MemoryModel(model, hardware, job.precision)
+        self._in_flight_cache: dict[tuple[str, int, int], tuple[int, ...]] = {}
+        self._compute_cache: dict[tuple[int, bool, int], tuple[ComputeCost, ComputeCost, ComputeCost]] = {}
+
+    def price(self, layout: Layout) -> LayoutCosts:
+        """Every number of the layout."""
+        sequence = self._job.sequence
+        microbatches = layout.microbatches(self._job.global_batch)
+        block, embedding, head = self._part_compute(layout)
+        memory = self._memory
+        embedded = memory.embedding_parameters(layout)
+        overhead = self._compute.microbatch()
+        return LayoutCosts(
+            layout=layout,
+            microbatches=microbatches,
+            layers=self._model.layers,
+            block=self._part(layout, block, self._block_tp(layout), memory.block_parameters(layout), microbatches),
+            embedding=self._part(layout, embedding, self._embedding_tp(layout), embedded, microbatches, last=True),
+            head=self._part(layout, head, self._head_tp(layout), memory.head_parameters(layout), microbatches),
+            microbatch=PartSeconds(Seconds(overhead.forward.total), Seconds(overhead.backward.total)),
+            send_seconds=self._send(layout),
+            step_seconds=self._hardware.step_overhead_seconds + self._tied_seconds(layout) + self._clip_seconds(layout),
+            block_memory=memory.block(layout, sequence),
+            embedding_memory=memory.embedding(layout, sequence),
+            head_memory=memory.head(layout, sequence),
+            fixed_memory=self._fixed_memory(layout, microbatches),
+            in_flight=self._in_flight(layout, microbatches),
+            allocator_slack=self._hardware.allocator_slack,
+        )
+
+    # ---- what layouts share ------------------------------------------------------------------------------
+
+    def _in_flight(self, layout: Layout, microbatches: int) -> tuple[int, ...]:
+        key = (layout.schedule, layout.pp, microbatches)
+        if key not in self._in_flight_cache:
+            self._in_flight_cache[key] = tuple(in_flight(*key))
+        return self._in_flight_cache[key]
+
+    def _fixed_memory(self, layout: Layout, microbatches: int) -> tuple[MemoryBytes, ...]:
+        """The stages between the first and the last hold the same."""
+        kinds = [0, *[1] * (layout.pp - 2), layout.pp - 1][: layout.pp]
+        fixed = {s: self._memory.fixed(layout, self._job.sequence, s, microbatches) for s in set(kinds)}
+        return tuple(fixed[s] for s in kinds)
+
+    # ---- compute ---------------------------------------------------------------------------------------
+
+    def _part_compute(self, layout: Layout) -> tuple[ComputeCost, ComputeCost, ComputeCost]:
+        key = (layout.tp, layout.sequence_parallel, layout.micro_batch)
+        if key not in self._compute_cache:
+            sequence = self._job.sequence
+            self._compute_cache[key] = (
+                self._compute.block(layout, sequence),
+                self._compute.embedding(layout, sequence),
+                self._compute.head(layout, sequence),
+            )
+        return self._compute_cache[key]
+
+    # ---- tensor parallelism: (forward, backward, recompute) seconds per microbatch -----------------------
+
+    def _whole_bytes(self, layout: Layout) -> float:
+        tokens = layout.micro_batch * self._job.sequence
+        return float(DTYPE_BYTES[self._job.precision] * tokens * self._model.hidden_size)
+
+    def _block_tp(self, layout: Layout) -> tuple[float, float, float]:
+        """Attention and MLP each: all-reduce once a pass, or all-gather in and reduce-scatter out with SP."""
+        group, size = Group(layout.tp, 1), self._whole_bytes(layout)
+        if layout.sequence_parallel:
+            once = self._comm.collective_seconds("all_gather", group, size)
+            once += self._comm.collective_seconds("reduce_scatter", group, size)
+        else:
+            once = self._comm.collective_seconds("all_reduce", group, size)
+        return 2 * once, 2 * once, 2 * once
+
+    def _embedding_tp(self, layout: Layout) -> tuple[float, float, float]:
+        """The vocabulary-parallel lookup is summed over tp; with SP its gradient is gathered."""
+        group, size = Group(layout.tp, 1), self._whole_bytes(layout)
+        if layout.sequence_parallel:
+            forward = self._comm.collective_seconds("reduce_scatter", group, size)
+            return forward, self._comm.collective_seconds("all_gather", group, size), 0.0
+        return self._comm.collective_seconds("all_reduce", group, size), 0.0, 0.0
+
+    def _head_tp(self, layout: Layout) -> tuple[float, float, float]:
+        """Input gathered (SP) or its gradient summed; three reductions of one number a token for the loss."""
+        group, size = Group(layout.tp, 1), self._whole_bytes(layout)
+        loss = 3 * self._comm.collective_seconds("all_reduce", group, 4.0 * layout.micro_batch * self._job.sequence)
+        if layout.sequence_parallel:
+            forward = self._comm.collective_seconds("all_gather", group, size)
+            return forward + loss, self._comm.collective_seconds("reduce_scatter", group, size), 0.0
+        return loss, self._comm.collective_seconds("all_reduce", group, size), 0.0
+
+    # ---- data parallelism and the step -------------------------------------------------------------------
+
+    def _part(
+        self,
+        layout: Layout,
+        compute: ComputeCost,
+        tp: tuple[float, float, float],
+        parameters: float,
+        microbatches: int,
+        last: bool = False,
+    ) -> PartSeconds:
+        """Phases of one part. `last`: its gradient is ready last, so its reduction hides behind nothing."""
+        forward, backward = Seconds(compute.forward.total, tp[0]), Seconds(compute.backward.total, tp[1])
+        recompute = Seconds(compute.forward.total, tp[2])
+        accumulate = self._compute.accumulate_seconds(parameters) * (microbatches - 1) / microbatches
+        backward = backward + Seconds(compute=accumulate)
+        local = parameters / layout.dp_shard
+        optimizer = Seconds(compute=self._compute.optimizer_seconds(local))
+        gather = reduce = Seconds()
+        if layout.dp > 1:
+            group = Group(layout.dp, layout.tp * layout.cp)
+            copy = self._compute.copy_seconds(parameters)
+            weights_bytes = DTYPE_BYTES[self._job.precision] * parameters
+            gathered = self._comm.collective_seconds("all_gather", group, weights_bytes) + copy
+            operation = "all_reduce" if layout.zero == 0 else "reduce_scatter"
+            reduced = self._comm.collective_seconds(operation, group, 4.0 * parameters) + copy
+            hidden = 0.0 if last else self._hardware.hidden_communication
+            behind_forward = max(0.0, gathered - hidden * forward.total)
+            behind_backward = max(0.0, reduced - hidden * backward.total)
+            if layout.zero in (1, 2):
+                gather = Seconds(dp=behind_forward)
+            if layout.zero in (0, 1) or layout.pp > 1:
+                # torch's pipeline reduces after the last action, behind nothing.
+                reduce = Seconds(dp=reduced if layout.pp > 1 else behind_backward)
+            else:
+                backward = backward + Seconds(dp=behind_backward)
+            if layout.zero == 3:
+                backward = backward + Seconds(dp=max(0.0, gathered - hidden * backward.total))
+                forward = forward + Seconds(dp=behind_forward)
+        return PartSeconds(forward, backward, recompute, gather, reduce, optimizer)
+
+    def _send(self, layout: Layout) -> float:
+        if layout.pp == 1:
+            return 0.0
+        return self._comm.send_seconds(
+            layout.tp * layout.cp * layout.dp, self._memory.boundary_bytes(layout, self._job.sequence)
+        )
+
+    def _tied_seconds(self, layout: Layout) -> float:
+        """First and last stage sum the gradients of their copies of a tied matrix."""
+        if layout.pp == 1 or not self._model.tied_embeddings:
+            return 0.0
+        rows = -(-self._model.vocab_size // layout.tp)
+        size = 4.0 * rows * self._model.hidden_size / layout.dp_shard
+        stride = layout.tp * layout.cp * layout.dp * (layout.pp - 1)
+        return self._comm.collective_seconds("all_reduce", Group(2, stride), size)
+
+    def _clip_seconds(self, layout: Layout) -> float:
+        """One number summed over each axis with more than one rank, for the gradient norm."""
+        axes = (Group(layout.tp, 1), Group(layout.dp, layout.tp), Group(layout.pp, layout.tp * layout.dp))
+        return sum(self._comm.collective_seconds("all_reduce", group, 4.0) for group in axes)

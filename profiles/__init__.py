@@ -1,0 +1,1 @@
+"""Facts: models, clusters and measured hardware. Nothing here decides anything."""

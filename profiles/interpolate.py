@@ -1,0 +1,67 @@
+"""Interpolation between measured points: piecewise in log-log, and trilinear over a grid of GEMM shapes."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import product
+
+
+def seconds_at(points: Sequence[tuple[float, float]], size: float) -> float:
+    """Seconds for `size` from (size, seconds) points sorted by size.
+
+    Between points log-log linear; above the largest in proportion to size (bandwidth rules); below the
+    smallest the smallest point's seconds (latency rules).
+    """
+    sizes = [point[0] for point in points]
+    if size <= sizes[0]:
+        return points[0][1]
+    if size >= sizes[-1]:
+        return points[-1][1] * size / sizes[-1]
+    right = bisect_right(sizes, size)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    weight = math.log(size / x0) / math.log(x1 / x0)
+    return y0 * (y1 / y0) ** weight
+
+
+class RateGrid:
+    """FLOP/s over a grid of (m, n, k): trilinear in the logarithms, constant beyond the edges.
+
+    Corners of the grid that were not measured are left out and the weights of the others scaled up.
+    """
+
+    def __init__(self, points: Sequence[tuple[int, int, int, float]]) -> None:
+        self._rates = {(m, n, k): 2.0 * m * n * k / seconds for m, n, k, seconds in points}
+        self._axes = tuple(sorted({shape[dim] for shape in self._rates}) for dim in range(3))
+
+    def flops_per_second(self, m: int, n: int, k: int) -> float:
+        brackets = [_bracket(axis, size) for axis, size in zip(self._axes, (m, n, k), strict=True)]
+        total = weighted = 0.0
+        for corner in product(*brackets):
+            rate = self._rates.get((corner[0][0], corner[1][0], corner[2][0]))
+            weight = corner[0][1] * corner[1][1] * corner[2][1]
+            if rate is not None and weight > 0:
+                total += weight
+                weighted += weight * math.log(rate)
+        if total == 0:
+            return self._nearest(m, n, k)
+        return math.exp(weighted / total)
+
+    def _nearest(self, m: int, n: int, k: int) -> float:
+        def distance(shape: tuple[int, int, int]) -> float:
+            return sum(math.log(a / b) ** 2 for a, b in zip(shape, (m, n, k), strict=True))
+
+        return self._rates[min(self._rates, key=distance)]
+
+
+def _bracket(axis: list[int], size: int) -> list[tuple[int, float]]:
+    """The one or two grid values around `size` with their weights."""
+    if size <= axis[0]:
+        return [(axis[0], 1.0)]
+    if size >= axis[-1]:
+        return [(axis[-1], 1.0)]
+    right = bisect_right(axis, size)
+    low, high = axis[right - 1], axis[right]
+    weight = math.log(size / low) / math.log(high / low)
+    return [(low, 1.0 - weight), (high, weight)]

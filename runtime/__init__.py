@@ -1,0 +1,1 @@
+"""Actions: a Plan carried out on torch.distributed."""

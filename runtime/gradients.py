@@ -1,0 +1,83 @@
+"""After the backward pass: gradients that still are one rank's part, their global norm, and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from .mesh import RankMesh
+from .parameters import tied_copy
+from .transformer import Chunk
+
+
+def complete_gradients(chunk: Chunk, mesh: RankMesh) -> None:
+    """Sum what the backward pass left in parts: over tp where each rank saw a part of the sequence, over the
+    first and last stage where both hold a copy of a tied matrix. In place; every rank must call it."""
+    partial = [(p, p.grad) for p in chunk.parameters() if isinstance(p.grad, DTensor) and _is_partial(p.grad)]
+    if partial:
+        # All of them in one message: each is a vector or two, and a small collective costs only latency.
+        flat = torch.cat([gradient.to_local().flatten() for _, gradient in partial])
+        dist.all_reduce(flat, group=mesh.axis("tp").get_group())
+        pieces = flat.split([gradient.to_local().numel() for _, gradient in partial])
+        for (parameter, gradient), piece in zip(partial, pieces, strict=True):
+            whole = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
+            summed = piece.view_as(gradient.to_local())
+            parameter.grad = DTensor.from_local(summed, gradient.device_mesh, whole, run_check=False)  # type: ignore[assignment]
+    tied, _ = tied_copy(chunk)
+    if tied is not None and mesh.tied_group is not None:
+        dist.all_reduce(_local(tied.grad), group=mesh.tied_group)
+
+
+def square_sum(chunk: Chunk) -> torch.Tensor:
+    """This rank's share of the squared norm of all gradients: added up over all ranks, each element counts once.
+
+    float64 scalar on the gradients' device. What several ranks hold alike is divided by how many they are;
+    of a tied pair the embedding counts. Call it after `complete_gradients`.
+    """
+    tied, counts = tied_copy(chunk)
+    total: torch.Tensor | None = None
+    for copies, gradients in _by_copies(p for p in chunk.parameters() if counts or p is not tied):
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).double()
+        share = norms.square().sum() / copies
+        total = share if total is None else total + share
+    return torch.zeros((), dtype=torch.float64) if total is None else total
+
+
+def clip(chunk: Chunk, norm: float, limit: float) -> None:
+    """Scale all gradients so that their global norm is at most `limit`."""
+    if norm > limit:
+        for parameter in chunk.parameters():
+            if parameter.grad is not None:
+                _local(parameter.grad).mul_(limit / norm)
+
+
+def _by_copies(parameters: Iterable[torch.nn.Parameter]) -> Iterable[tuple[int, list[torch.Tensor]]]:
+    """Local gradients, grouped by how many ranks of the parameter's mesh hold the same numbers."""
+    groups: dict[int, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(_copies(parameter.grad), []).append(_local(parameter.grad))
+    return groups.items()
+
+
+def _copies(gradient: torch.Tensor) -> int:
+    if not isinstance(gradient, DTensor):
+        return 1
+    assert not _is_partial(gradient), "complete_gradients comes first"
+    copies = 1
+    for axis, placement in enumerate(gradient.placements):
+        if isinstance(placement, Replicate):
+            copies *= gradient.device_mesh.size(axis)
+    return copies
+
+
+def _is_partial(gradient: DTensor) -> bool:
+    return any(placement.is_partial() for placement in gradient.placements)
+
+
+def _local(gradient: torch.Tensor | None) -> torch.Tensor:
+    assert gradient is not None
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -1,0 +1,153 @@
+"""Where a step's seconds went on each rank: compute, tp, dp, pipeline bubble, optimizer."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .clock import Clock
+from .mesh import AXES, RankMesh
+
+PARTS = ("compute", "tp", "pp_bubble", "dp_exposed", "optimizer", "other")
+WARM_UP_STEPS = 2  # first steps allocate and fill torch's caches of sharding rules
+LONG_RUN_STEPS = 8  # from here on steps 4 to 6 are watched; a shorter run watches its last step
+_WATCHED_STEPS = (4, 5, 6)
+
+
+class CommunicationTimer(TorchDispatchMode):
+    """Times each collective on its own, from issue to end, and books it on the mesh axis of its group.
+
+    To wait for each one takes away overlap, so steps under this mode are not counted as step time. Sends and
+    receives are let through: to wait for one before its partner is posted would deadlock.
+    """
+
+    def __init__(self, mesh: RankMesh, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+        self.axis_of_group: dict[str, str] = {mesh.axis(axis).get_group().group_name: axis for axis in AXES}
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # DTensor unfolds first, and its collectives come back here as plain ops
+        kwargs = kwargs or {}
+        axis = self._axis(func, args, kwargs)
+        if axis is None:
+            return func(*args, **kwargs)
+        start = self.clock.point()
+        output = func(*args, **kwargs)
+        if func.namespace == "c10d":
+            _wait_for_work(output)
+        else:
+            for tensor in output if isinstance(output, list | tuple) else (output,):
+                torch.ops._c10d_functional.wait_tensor(tensor)
+        self.clock.add(f"communication_{axis}", start)
+        name = f"{axis}:{func.__name__.split('.')[0]}"
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return output
+
+    def _axis(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
+        """The axis of a collective; None for every other op, and for the world's scalar all-reduce."""
+        if func.namespace == "_c10d_functional":
+            name = next((value for value in (*reversed(args), *kwargs.values()) if isinstance(value, str)), None)
+        elif func.namespace == "c10d" and func.__name__.split(".")[0] not in ("send", "recv_", "recv_any_source_"):
+            boxed = next(value for value in args if isinstance(value, torch.ScriptObject) and _is_group(value))
+            name = dist.ProcessGroup.unbox(boxed).group_name
+        else:
+            return None
+        return self.axis_of_group.get(name) if name is not None else None
+
+
+@dataclass
+class StepMeter:
+    """Collects the spans of each step and, for a few steps, the seconds of each collective.
+
+    Usage, on every rank: `with meter.watch(step):` around forward and backward, `meter.end_step(step, …)`
+    after it, `meter.table()` when the run is over.
+    """
+
+    mesh: RankMesh
+    clock: Clock
+    pp: int
+    steps: int
+    _tables: dict[int, dict[str, float]] = field(default_factory=dict)
+    _seconds: dict[int, float] = field(default_factory=dict)
+    _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": []})
+
+    def watched(self, step: int) -> bool:
+        """Whether collectives are timed in this step; `step` counts from 1 within this process's run."""
+        if self.steps >= LONG_RUN_STEPS:
+            return step in _WATCHED_STEPS
+        return step == self.steps and self.steps > 1
+
+    def watch(self, step: int) -> AbstractContextManager[Any]:
+        return CommunicationTimer(self.mesh, self.clock) if self.watched(step) else nullcontext()
+
+    def end_step(self, step: int, *, step_seconds: float, optimizer: float, synchronise: float) -> None:
+        """Book a step: `optimizer` seconds of norm, clipping and update; `synchronise` of waiting for all ranks."""
+        spans = self.clock.read()
+        if self.watched(step):
+            for axis, seconds in self._communication.items():
+                seconds.append(spans.get(f"communication_{axis}", 0.0))
+            return
+        busy = spans.get("forward", 0.0) + spans.get("backward", 0.0) + spans.get("reduce", 0.0)
+        idle = spans["schedule"] - busy
+        table: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        table["compute"] = busy
+        if self.pp > 1:
+            # A stage that ends early waits for the others in the schedule, or else in the first collective
+            # after it.
+            table["pp_bubble"] = idle + synchronise
+            table["optimizer"] = optimizer
+        else:
+            table["compute"] += idle
+            table["optimizer"] = optimizer + synchronise
+        table["other"] = step_seconds - sum(table.values())
+        self._tables[step] = table
+        self._seconds[step] = step_seconds
+
+    def median_step(self) -> int:
+        """The counted step whose seconds are the (lower) median on this rank."""
+        settled = [step for step in self._seconds if step > WARM_UP_STEPS]
+        steps = settled or list(self._seconds)
+        return sorted(steps, key=lambda step: self._seconds[step])[(len(steps) - 1) // 2]
+
+    def table(self, step: int) -> dict[str, float]:
+        """Seconds of each part of `step`; they sum to its seconds.
+
+        tp and dp_exposed are medians over the watched steps and are taken out of compute.
+        """
+        parts = dict(self._tables[step])
+        for part, axis in (("tp", "tp"), ("dp_exposed", "dp")):
+            seconds = statistics.median(self._communication[axis]) if self._communication[axis] else 0.0
+            seconds = min(seconds, parts["compute"])
+            parts[part] += seconds
+            parts["compute"] -= seconds
+        return parts
+
+    def seconds(self, step: int) -> float:
+        return self._seconds[step]
+
+
+def busiest(tables: Sequence[dict[str, float]]) -> int:
+    """The rank with the most compute, the lowest of equals: the one whose time the step is made of."""
+    return max(range(len(tables)), key=lambda rank: (tables[rank]["compute"], -rank))
+
+
+def _is_group(boxed: Any) -> bool:
+    return "ProcessGroup" in str(boxed._type())
+
+
+def _wait_for_work(output: Any) -> None:
+    """Wait for the Work among a c10d op's results."""
+    for value in output if isinstance(output, list | tuple) else (output,):
+        if isinstance(value, torch.ScriptObject):
+            dist.Work.unbox(value).wait()

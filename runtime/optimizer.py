@@ -1,0 +1,43 @@
+"""AdamW over this rank's shards, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .transformer import Chunk
+
+
+def build_optimizer(chunk: Chunk, *, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101); matrices decay, norms and biases do not. The learning rate is set each step.
+
+    Fused: one kernel a dtype instead of a Python loop, and it takes DTensors, whose shards it updates in
+    place without communication.
+    """
+    matrices = [p for p in chunk.parameters() if p.ndim >= 2]
+    vectors = [p for p in chunk.parameters() if p.ndim < 2]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
+        if parameters
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def learning_rate_at(step: int, *, steps: int, warmup_steps: int, peak: float, minimum: float) -> float:
+    """Linear from peak / warmup_steps up to `peak`, then a half cosine down to `minimum` at the last step.
+
+    `step` counts from 1 to `steps`.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    if steps <= warmup_steps + 1:
+        return peak
+    progress = (step - warmup_steps - 1) / (steps - warmup_steps - 1)
+    return minimum + 0.5 * (peak - minimum) * (1.0 + math.cos(math.pi * min(1.0, progress)))

@@ -1,0 +1,84 @@
+"""Names and first values of parameters, the same under every layout."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from .transformer import Chunk
+
+WEIGHT_STD = 0.02  # of every matrix, as in GPT-2 (Radford et al. 2019) and most decoders since
+_RECOMPUTE_PREFIX = "_checkpoint_wrapped_module."  # what torch's checkpoint_wrapper puts into names
+
+
+def named_parameters(chunk: Chunk) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of the chunk once, by its name in the whole model.
+
+    The head of a tied pair goes by the embedding's name, also where pp > 1 gives it a copy of its own.
+    """
+    for name, parameter in chunk.named_parameters():
+        name = name.replace(_RECOMPUTE_PREFIX, "")
+        if chunk.tied and name == "head.weight":
+            name = "embedding.tokens.weight"
+        yield name, parameter
+
+
+def tied_copy(chunk: Chunk) -> tuple[torch.Tensor | None, bool]:
+    """The parameter that another stage holds a copy of, and whether this stage's is the one that counts."""
+    if not chunk.tied or (chunk.embedding is None) == (chunk.head is None):
+        return None, True
+    if chunk.embedding is not None:
+        return chunk.embedding.tokens.weight, True
+    assert chunk.head is not None
+    return chunk.head.weight, False
+
+
+def initialise(chunk: Chunk, *, layers: int, seed: int) -> None:
+    """Draw first values into a chunk that has memory, before or after it is sharded.
+
+    Each parameter is drawn whole from a generator seeded with (seed, name), in float32 on the CPU, and this
+    rank's shard is cut out: torch's own random init of DTensors gives every CPU rank the same numbers.
+    `layers` is the whole model's, which scales the projections into the residual stream.
+    """
+    with torch.no_grad():
+        for name, parameter in named_parameters(chunk):
+            whole = _first_value(name, parameter.shape, layers, seed)
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.copy_(cut(whole, parameter))
+
+
+def cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of `whole`, sharded as the parameter `like` is.
+
+    The last mesh axis (tp) cuts first and dp cuts the result, which is how FSDP lays its shards over a
+    tensor-parallel parameter.
+    """
+    if not isinstance(like, DTensor):
+        return whole
+    coordinate = like.device_mesh.get_coordinate()
+    assert coordinate is not None, "a rank holds only parameters of its own mesh"
+    for axis in reversed(range(like.device_mesh.ndim)):
+        placement = like.placements[axis]
+        if placement.is_shard() or hasattr(placement, "split_factor"):
+            dim = placement.dim  # type: ignore[attr-defined]
+            pieces, _ = Shard(dim)._split_tensor(whole, like.device_mesh.size(axis), with_padding=False)
+            whole = pieces[coordinate[axis]]
+    return whole
+
+
+def _first_value(name: str, shape: torch.Size, layers: int, seed: int) -> torch.Tensor:
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if "norm" in name:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    # Two projections a block add to the residual stream, so 2·layers of them keep its variance (GPT-2).
+    residual = name.endswith(("wo.weight", "w2.weight"))
+    return torch.empty(shape).normal_(
+        0.0, WEIGHT_STD / (2 * layers) ** 0.5 if residual else WEIGHT_STD, generator=generator
+    )

@@ -1,0 +1,55 @@
+"""Rotary position embedding: tables of cosine and sine, and the turn they give to queries and keys."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from profiles.model import RopeScaling
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
+    """Radians per position of each pair of a head, shape [head_dim / 2], float64 (arXiv 2104.09864, section 3.2.2).
+
+    With `scaling`, wavelengths beyond original / low_frequency_factor positions are stretched by `factor`,
+    those under original / high_frequency_factor stay, and between them the two are blended (Llama 3.1).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    frequencies = theta**-exponents
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)  # full turns over the original context
+    span = scaling.high_frequency_factor - scaling.low_frequency_factor
+    kept = ((turns - scaling.low_frequency_factor) / span).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
+@lru_cache(maxsize=8)
+def rotary_tables(
+    sequence: int,
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of positions 0 to sequence - 1, each of shape [sequence, head_dim].
+
+    Cached with every input in the key: the blocks of a stage and its microbatches share one pair.
+    """
+    frequencies = inverse_frequencies(head_dim, theta, scaling)
+    angles = torch.outer(torch.arange(sequence, dtype=torch.float64), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    """Turn `heads` [batch, heads, sequence, head_dim]; element i pairs with i + head_dim / 2, as in Hugging Face.
+
+    Computed in the dtype of the tables, since bfloat16 cannot tell positions beyond a few hundred apart.
+    """
+    first, second = heads.chunk(2, dim=-1)
+    turned = heads * cosine + torch.cat((-second, first), dim=-1) * sine
+    return turned.to(heads.dtype)

@@ -1,0 +1,44 @@
+"""What a run's folder holds, and how it is made ready for a fresh start or a resumed one."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from pathlib import Path
+
+from planner.plan import Plan, save
+
+from .checkpoint import latest, step_of
+from .metrics import METRICS_FILE
+
+PLAN_FILE = "plan.yaml"
+RECORD_FILE = "record.yaml"
+LOGS_FOLDER = "logs"
+
+
+def default_run_dir() -> Path:
+    """runs/DATE-TIME below the current folder."""
+    return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def prepare(run_dir: Path, plan: Plan, *, resume: bool) -> None:
+    """Write the plan and make metrics.jsonl end where training begins. By one process, before the ranks start.
+
+    Raises InputError when `resume` finds no checkpoint, or the folder cannot be written.
+    """
+    first_step = step_of(latest(run_dir)) + 1 if resume else 1
+    save(plan, run_dir / PLAN_FILE)
+    shutil.rmtree(run_dir / LOGS_FOLDER, ignore_errors=True)
+    (run_dir / LOGS_FOLDER).mkdir()
+    (run_dir / RECORD_FILE).unlink(missing_ok=True)
+    metrics = run_dir / METRICS_FILE
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    metrics.write_text("".join(line for line in lines if _is_before(line, first_step)), encoding="utf-8")
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] < step
+    except json.JSONDecodeError:  # the last line of a run that was killed while writing it
+        return False

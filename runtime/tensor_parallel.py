@@ -1,0 +1,139 @@
+"""Tensor parallelism: how each module of a chunk is split over the tp axis, with or without sequence parallelism."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import Placement
+
+from profiles.model import ModelSpec
+
+from .transformer import Chunk, LearnedPositions, LocalParameters, TokenTable
+
+SEQUENCE_DIM = 1
+
+
+def apply_tensor_parallel(chunk: Chunk, model: ModelSpec, mesh: DeviceMesh, *, sequence_parallel: bool) -> None:
+    """Split the chunk over `mesh` (one axis, tp) in place; every parameter becomes a DTensor.
+
+    Between the modules the residual stream is whole on each rank, or cut along the sequence under
+    sequence parallelism (arXiv 2205.05198, section 4.2). One redistribution at the input of attention and
+    one of the feed-forward: two all-reduces each way and block, or two all-gathers and two reduce-scatters.
+    """
+    stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+    plan: dict[str, ParallelStyle] = {}
+    if chunk.embedding is not None:
+        plan["embedding.tokens"] = _VocabularyRows(sequence_parallel)
+        if chunk.embedding.positions is not None:
+            plan["embedding.positions"] = _Whole(sequence_parallel)
+    for index in chunk.blocks:
+        for path, style in _block_plan(model, mesh, sequence_parallel).items():
+            plan[f"blocks.{index}.{path}"] = style
+    if chunk.head is not None:
+        plan["norm"] = _Whole(sequence_parallel)
+        plan["head"] = ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False)
+    # src_data_rank None: each rank draws the same whole values itself, so nothing is sent from rank 0.
+    parallelize_module(chunk, mesh, plan, src_data_rank=None)
+    chunk.tie()
+
+
+def _block_plan(model: ModelSpec, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+    stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+
+    def whole_input() -> ParallelStyle:
+        # Also without sequence parallelism, where nothing moves forward: wq, wk and wv then share one input,
+        # whose gradient is reduced once and not three times.
+        return PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),))
+
+    plan: dict[str, ParallelStyle] = {
+        "attention_norm": _Whole(sequence_parallel),
+        "attention": whole_input(),
+        "attention.wq": ColwiseParallel(),
+        "attention.wo": RowwiseParallel(output_layouts=stream),
+        "mlp_norm": _Whole(sequence_parallel),
+        "mlp": whole_input(),
+        "mlp.w1": ColwiseParallel(),
+        "mlp.w2": RowwiseParallel(output_layouts=stream),
+    }
+    if model.activation == "swiglu":
+        plan["mlp.w3"] = ColwiseParallel()
+    enough = model.kv_heads % mesh.size() == 0
+    for name in ("attention.wk", "attention.wv"):
+        plan[name] = ColwiseParallel() if enough else _SharedKeyValue(model)
+    return plan
+
+
+def _replicate_parameters(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        whole = distribute_tensor(parameter, mesh, [Replicate()], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(whole))
+
+
+class _Whole(ParallelStyle):
+    """Parameters whole on every rank, used on this rank's part of the stream."""
+
+    def __init__(self, sequence_parallel: bool) -> None:
+        self.sequence_parallel = sequence_parallel
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, LocalParameters)
+        _replicate_parameters("", module, device_mesh)
+        if self.sequence_parallel:
+            module.grad_placements = [Partial()]
+            if isinstance(module, LearnedPositions):
+                module.sequence_shard = (device_mesh.get_local_rank(), device_mesh.size())
+        return module
+
+
+class _VocabularyRows(ParallelStyle):
+    """Rows of the token table over the ranks, and one sum for the lookup.
+
+    RowwiseParallel would do the same forward, but its gradient is the whole table's on every rank.
+    """
+
+    def __init__(self, sequence_parallel: bool) -> None:
+        self.stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, TokenTable)
+        rows_per_rank = -(-len(module.weight) // device_mesh.size())
+        module.first_row = device_mesh.get_local_rank() * rows_per_rank
+        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter("weight", nn.Parameter(weight))
+        sum_lookup: Any = partial(_sum_lookup, self.stream)  # torch's annotation forgets that a hook may return
+        return distribute_module(module, device_mesh, output_fn=sum_lookup)
+
+
+def _sum_lookup(stream: Placement, _module: nn.Module, output: Any, mesh: DeviceMesh) -> torch.Tensor:
+    return DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(placements=[stream]).to_local()
+
+
+class _SharedKeyValue(ParallelStyle):
+    """wk and wv with fewer key-value heads than tp ranks: each rank computes all of them from whole weights
+    and keeps the one head that its queries attend to; the gradients of the copies add up."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        self.kv_heads = model.kv_heads
+        self.head_dim = model.head_dim
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        first = device_mesh.get_local_rank() * self.kv_heads // device_mesh.size() * self.head_dim
+        keep: Any = partial(_keep_columns, first, first + self.head_dim)
+        return distribute_module(module, device_mesh, _replicate_parameters, output_fn=keep)
+
+
+def _keep_columns(first: int, end: int, _module: nn.Module, output: Any, _mesh: DeviceMesh) -> torch.Tensor:
+    assert isinstance(output, DTensor)
+    return output.to_local(grad_placements=[Partial()])[..., first:end]

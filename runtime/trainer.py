@@ -1,0 +1,253 @@
+"""Train as a plan says: a loop on each rank that reads from top to bottom."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from planner.plan import Plan
+from profiles.errors import InputError
+from profiles.store import dump_yaml, write_atomically
+
+from . import checkpoint
+from .data import VOCABULARY, Corpus, bigram_loss, global_batch, load_corpus, own_samples, validation_batch
+from .gradients import clip, complete_gradients, square_sum
+from .measure import StepMeter, busiest
+from .mesh import RankMesh, build_mesh
+from .metrics import MetricsWriter, peak_memory_bytes
+from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from .parallelize import build_stage
+from .pipeline import StepRunner, build_runner
+from .process_group import process_group
+from .run_folder import RECORD_FILE
+
+RECORD_SCHEMA = "meshwright.record/v1"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to train, beside what the plan says.
+
+    `steps` counts from the first step of the run, also after a resume. `data` is a text file or folder; None
+    is Python's standard library. `validation_every` and `checkpoint_every` are in steps, 0 for only at the
+    end. `peak_flops_per_second` of one device is what mfu divides by; without it mfu is null.
+    """
+
+    run_dir: Path
+    steps: int = 100
+    learning_rate: float = 3e-3
+    min_learning_rate: float = 3e-4
+    warmup_steps: int = 10
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    seed: int = 0
+    data: Path | None = None
+    validation_every: int = 0
+    validation_batches: int = 4
+    checkpoint_every: int = 0
+    resume: bool = False
+    timeout_seconds: float = 120.0
+    dtype: torch.dtype = torch.float32
+    peak_flops_per_second: float | None = None
+
+
+def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None] | None = None) -> None:
+    """This rank's part of a run, in a process that a launcher has started; the run folder is prepared.
+
+    Rank 0 writes metrics.jsonl, TensorBoard events and record.yaml, and calls `on_progress` with the record
+    of each step.
+    """
+    layout, job = plan.layout, plan.job
+    with process_group(layout.world_size, options.timeout_seconds) as device, ExitStack() as stack:
+        corpus = load_corpus(options.data, job.sequence)
+        check_vocabulary(plan)
+        mesh = build_mesh(layout, device.type, tied_embeddings=plan.model.tied_embeddings)
+        chunk = build_stage(plan, mesh, device, dtype=options.dtype, seed=options.seed)
+        activation_dtype = torch.bfloat16 if job.precision == "bf16" else options.dtype
+        runner = build_runner(plan, chunk, mesh, device, activation_dtype)
+        optimizer = build_optimizer(chunk, weight_decay=options.weight_decay)
+        done = checkpoint.load(checkpoint.latest(options.run_dir), chunk, optimizer) if options.resume else 0
+        meter = StepMeter(mesh, runner.clock, layout.pp, options.steps - done)
+        writer = stack.enter_context(MetricsWriter(options.run_dir)) if dist.get_rank() == 0 else None
+        record: Record = {}
+
+        for step in range(done + 1, options.steps + 1):
+            step_start = time.perf_counter()
+            batch = global_batch(corpus, seed=options.seed, step=step, samples=job.global_batch, sequence=job.sequence)
+            inputs, targets = _own_tensors(batch, plan, mesh, device)
+            with meter.watch(step - done):
+                loss_share = runner.step(inputs, targets)
+                complete_gradients(chunk, mesh)
+
+            norm_start = time.perf_counter()
+            shares = torch.stack([torch.tensor(loss_share / layout.tp, dtype=torch.float64), square_sum(chunk).cpu()])
+            reduce_start = time.perf_counter()
+            loss, norm = _sum_over_ranks(shares, device)
+            reduce_end = time.perf_counter()
+            norm **= 0.5
+            if options.clip_norm is not None:
+                clip(chunk, norm, options.clip_norm)
+            learning_rate = learning_rate_at(
+                step,
+                steps=options.steps,
+                warmup_steps=options.warmup_steps,
+                peak=options.learning_rate,
+                minimum=options.min_learning_rate,
+            )
+            set_learning_rate(optimizer, learning_rate)
+            optimizer.step()
+            optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            step_end = time.perf_counter()
+            meter.end_step(
+                step - done,
+                step_seconds=step_end - step_start,
+                optimizer=step_end - norm_start - (reduce_end - reduce_start),
+                synchronise=reduce_end - reduce_start,
+            )
+
+            record = _step_record(plan, options, step, loss, norm, learning_rate, step_end - step_start, device)
+            if _due(step, options.validation_every, options.steps):
+                record["validation_loss"] = _validate(plan, options, corpus, runner, mesh, device)
+            if writer is not None:
+                writer.write(record)
+                if on_progress is not None:
+                    on_progress(record)
+            if _due(step, options.checkpoint_every, options.steps):
+                checkpoint.save(options.run_dir, step, chunk, optimizer)
+
+        if options.steps > done:
+            ranks = _gather_measurements(meter, device)
+            if writer is not None:
+                _write_record(plan, options, record, ranks, corpus)
+
+
+def check_vocabulary(plan: Plan) -> None:
+    """Raise InputError where the model has fewer tokens than there are bytes."""
+    if plan.model.vocab_size < VOCABULARY:
+        raise InputError(
+            f"{plan.model.name} cannot read bytes",
+            where="plan: model.vocab_size",
+            expected=f"at least {VOCABULARY}, since every byte of the text is a token",
+            got=str(plan.model.vocab_size),
+        )
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _own_tensors(batch: Any, plan: Plan, mesh: RankMesh, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [microbatches · micro_batch, sequence] of this dp rank."""
+    ids = torch.from_numpy(own_samples(batch, plan.layout, mesh.coordinate.dp))
+    return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+
+
+def _sum_over_ranks(values: torch.Tensor, device: torch.device) -> list[float]:
+    """The sums over all ranks of a vector of float64, in one all-reduce."""
+    values = values.to(device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def _validate(
+    plan: Plan,
+    options: TrainOptions,
+    corpus: Corpus,
+    runner: StepRunner,
+    mesh: RankMesh,
+    device: torch.device,
+) -> float:
+    """Mean cross-entropy in nats on held-out samples, the same ones each time. Every rank must call it."""
+    total = 0.0
+    for index in range(options.validation_batches):
+        batch = validation_batch(
+            corpus,
+            seed=options.seed,
+            index=index,
+            samples=plan.job.global_batch,
+            sequence=plan.job.sequence,
+        )
+        total += runner.evaluate(*_own_tensors(batch, plan, mesh, device))
+    share = total / options.validation_batches / plan.layout.tp
+    return _sum_over_ranks(torch.tensor([share], dtype=torch.float64), device)[0]
+
+
+def _step_record(
+    plan: Plan,
+    options: TrainOptions,
+    step: int,
+    loss: float,
+    norm: float,
+    learning_rate: float,
+    step_seconds: float,
+    device: torch.device,
+) -> Record:
+    flops = plan.model.step_flops(plan.job.global_batch, plan.job.sequence)
+    flops_per_second = flops / step_seconds / plan.layout.world_size
+    peak = options.peak_flops_per_second
+    return {
+        "step": step,
+        "loss": loss,
+        "grad_norm": norm,
+        "lr": learning_rate,
+        "step_seconds": step_seconds,
+        "tokens_per_second": plan.job.tokens / step_seconds,
+        "model_tflops_per_device": flops_per_second / 1e12,
+        "mfu": flops_per_second / peak if peak is not None else None,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+
+
+def _gather_measurements(meter: StepMeter, device: torch.device) -> list[Record]:
+    """Every rank's parts of one and the same step: rank 0's median one. Every rank must call it."""
+    chosen = [meter.median_step()]
+    dist.broadcast_object_list(chosen, src=0)
+    own = {
+        "step_seconds": meter.seconds(chosen[0]),
+        "parts": meter.table(chosen[0]),
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    ranks: list[Record] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return [{"rank": rank, **measured} for rank, measured in enumerate(ranks)]
+
+
+def _write_record(plan: Plan, options: TrainOptions, last: Record, ranks: list[Record], corpus: Corpus) -> None:
+    """record.yaml: predicted beside measured. The measured parts are those of the rank with the most compute."""
+    busy = ranks[busiest([rank["parts"] for rank in ranks])]
+    document = {
+        "schema": RECORD_SCHEMA,
+        "predicted": {
+            "step_seconds": plan.prediction.step_seconds,
+            "breakdown_seconds": dict(plan.prediction.breakdown_seconds),
+            "peak_memory_bytes": plan.prediction.peak_memory_bytes,
+        },
+        "measured": {
+            "step_seconds": busy["step_seconds"],
+            "parts": dict(busy["parts"]),
+            "peak_memory_bytes": max(rank["peak_memory_bytes"] for rank in ranks),
+            "rank": busy["rank"],
+            "per_rank": ranks,
+        },
+        "host": platform.node(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "torch": str(torch.__version__),
+        "steps": options.steps,
+        "train_loss": last["loss"],
+        "validation_loss": last["validation_loss"],
+        "bigram_loss": bigram_loss(corpus),
+        "data": corpus.source,
+    }
+    write_atomically(options.run_dir / RECORD_FILE, dump_yaml(document))

@@ -1,0 +1,206 @@
+"""ModelSpec and Stage -> nn.Module on the meta device: embedding, blocks, last norm and head of one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+
+from planner.plan import Stage
+from profiles.model import ModelSpec
+
+from .rotary import rotary_tables, rotate
+
+
+class LocalParameters(nn.Module):
+    """A module that computes with what this tp rank holds of its parameters, as plain tensors.
+
+    `grad_placements` says what one rank's gradient is when tp > 1: None where it is the gradient of what the
+    rank holds, Partial where a parameter is whole on each rank but each sees a shard of the sequence (their
+    sum is the gradient).
+    """
+
+    grad_placements: Sequence[Placement] | None = None
+
+    def plain(self, parameter: torch.Tensor) -> torch.Tensor:
+        if isinstance(parameter, DTensor):
+            return parameter.to_local(grad_placements=self.grad_placements)
+        return parameter
+
+
+class Norm(LocalParameters):
+    """RMSNorm, or LayerNorm with a bias, over the last dim."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.epsilon = model.norm_epsilon
+        self.weight = nn.Parameter(torch.empty(model.hidden_size))
+        self.bias = nn.Parameter(torch.empty(model.hidden_size)) if model.norm == "layernorm" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.plain(self.weight)
+        if self.bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.epsilon)
+        return F.layer_norm(x, weight.shape, weight, self.plain(self.bias), self.epsilon)
+
+
+class LearnedPositions(LocalParameters):
+    """One vector per position. `sequence_shard` is (rank, ranks) when each rank holds a slice of the sequence."""
+
+    sequence_shard: tuple[int, int] = (0, 1)
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.max_positions, model.hidden_size))
+
+    def forward(self, sequence: int) -> torch.Tensor:
+        rank, ranks = self.sequence_shard
+        length = sequence // ranks
+        return self.plain(self.weight)[rank * length : (rank + 1) * length]
+
+
+class TokenTable(LocalParameters):
+    """One vector per token. A tp rank may hold only the rows from `first_row` on; it gives zeros for the others,
+    and the sum over ranks is the lookup."""
+
+    first_row = 0
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.vocab_size, model.hidden_size))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        weight = self.plain(self.weight)
+        if len(weight) == len(self.weight):
+            return F.embedding(ids, weight)
+        rows = ids - self.first_row
+        elsewhere = (rows < 0) | (rows >= len(weight))
+        found = F.embedding(rows.masked_fill(elsewhere, 0), weight)
+        return found.masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+class Embedding(nn.Module):
+    """Token ids [batch, sequence] -> [batch, sequence, hidden_size]."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.tokens = TokenTable(model)
+        self.positions = LearnedPositions(model) if model.positions == "learned" else None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        return x if self.positions is None else x + self.positions(ids.shape[1])
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries. The number of heads is read off the projections, so that a
+    tp rank runs its own share of them with the same code."""
+
+    wq: nn.Linear
+    wk: nn.Linear
+    wv: nn.Linear
+    wo: nn.Linear
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.head_dim = model.head_dim
+        self.rope = model.positions == "rope"
+        self.rope_theta = model.rope_theta
+        self.rope_scaling = model.rope_scaling
+        for name in ("wq", "wk", "wv", "wo"):
+            self.add_module(name, _linear(model, name))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (self._heads(projection(x)) for projection in (self.wq, self.wk, self.wv))
+        if self.rope:
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            tables = rotary_tables(q.shape[2], self.head_dim, self.rope_theta, self.rope_scaling, q.device, dtype)
+            q, k = rotate(q, *tables), rotate(k, *tables)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return self.wo(mixed.transpose(1, 2).flatten(2))
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """[batch, sequence, heads · head_dim] -> [batch, heads, sequence, head_dim]"""
+        batch, sequence, _ = projected.shape
+        return projected.view(batch, sequence, -1, self.head_dim).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) · w3 x) under swiglu, w2(gelu(w1 x)) under the gelus."""
+
+    w1: nn.Linear
+    w2: nn.Linear
+    w3: nn.Linear
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.activation = model.activation
+        for name in ("w1", "w3", "w2") if model.activation == "swiglu" else ("w1", "w2"):
+            self.add_module(name, _linear(model, name))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activation == "swiglu":
+            return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(F.gelu(self.w1(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on the normed residual stream [batch, sequence, hidden_size]."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.attention_norm = Norm(model)
+        self.attention = Attention(model)
+        self.mlp_norm = Norm(model)
+        self.mlp = FeedForward(model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Chunk(nn.Module):
+    """What one pipeline stage holds. `blocks` is keyed by the block's index in the whole model, so that a
+    parameter has the same name under every layout."""
+
+    def __init__(self, model: ModelSpec, stage: Stage) -> None:
+        super().__init__()
+        self.embedding = Embedding(model) if stage.embedding else None
+        self.blocks = nn.ModuleDict({str(index): Block(model) for index in range(stage.first, stage.end)})
+        self.norm = Norm(model) if stage.head else None
+        self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False) if stage.head else None
+        self.tied = model.tied_embeddings
+        self.tie()
+
+    def tie(self) -> None:
+        """Make head and embedding one parameter again, where this chunk has both of a tied pair.
+
+        To be called after whatever replaces parameters module by module (tensor parallel, `to_empty`).
+        """
+        if self.tied and self.embedding is not None and self.head is not None:
+            self.head.weight = self.embedding.tokens.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Ids [batch, sequence], past the first stage hidden states -> hidden states, on the last stage logits."""
+        if self.embedding is not None:
+            x = self.embedding(x)
+        for block in self.blocks.values():
+            x = block(x)
+        if self.norm is not None and self.head is not None:
+            x = self.head(self.norm(x))
+        return x
+
+
+def build_chunk(model: ModelSpec, stage: Stage) -> Chunk:
+    """The modules of `stage` on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return Chunk(model, stage)
+
+
+def _linear(model: ModelSpec, name: str) -> nn.Linear:
+    outputs, inputs = model.linear_shapes[name]
+    return nn.Linear(inputs, outputs, bias=model.has_bias(name))

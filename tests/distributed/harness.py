@@ -1,0 +1,106 @@
+"""Run a function on n gloo ranks, forked from the test process, and collect what each returns."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import pickle
+import select
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
+
+
+class RankError(AssertionError):
+    """A rank raised, died or took too long."""
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 60.0
+) -> list[Any]:
+    """`function(*arguments)` on each rank of a fresh process group; the results, by rank (picklable).
+
+    The fork costs 0.2 s where a spawn costs 4. Children use one thread, without which an OpenMP pool that
+    the parent has used hangs; they end with os._exit, so that their siblings fail at once.
+    """
+    handle, store = tempfile.mkstemp(prefix="ranks-")
+    os.close(handle)
+    children: dict[int, tuple[int, int]] = {}  # read end of a pipe -> (process id, rank)
+    for rank in range(world_size):
+        reader, writer = os.pipe()
+        process = os.fork()
+        if process == 0:
+            os.close(reader)
+            _child(function, arguments, rank, world_size, store, writer, timeout_seconds)
+        os.close(writer)
+        children[reader] = (process, rank)
+    results = _collect(children, time.monotonic() + timeout_seconds)
+    os.unlink(store)
+    failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(results.items()) if not ok]
+    if failures:
+        raise RankError("\n".join(failures))
+    return [results[rank][1] for rank in range(world_size)]
+
+
+def _child(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    store: str,
+    writer: int,
+    timeout_seconds: float,
+) -> None:
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")  # the parent's test run judges our warnings; these are torch's own
+        dist.init_process_group(
+            "gloo",
+            store=FileStore(store, world_size),  # a file needs no free port
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_seconds),
+        )
+        payload = (True, function(*arguments))
+        dist.barrier()
+        code = 0
+    except BaseException:
+        payload = (False, traceback.format_exc())
+    data = pickle.dumps(payload)
+    while data:
+        data = data[os.write(writer, data) :]
+    os._exit(code)
+
+
+def _collect(children: dict[int, tuple[int, int]], deadline: float) -> dict[int, tuple[bool, Any]]:
+    """Read every child's answer to its end; kill what is left at the deadline. All children are reaped."""
+    received = dict.fromkeys(children, b"")
+    open_readers = set(children)
+    while open_readers and (left := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select(list(open_readers), [], [], left)
+        for reader in ready:
+            piece = os.read(reader, 1 << 20)
+            received[reader] += piece
+            if not piece:
+                open_readers.discard(reader)
+    results: dict[int, tuple[bool, Any]] = {}
+    for reader, (process, rank) in children.items():
+        if reader in open_readers:
+            os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(reader)
+        answer = received[reader]
+        if reader in open_readers:
+            results[rank] = (False, "did not end in time")
+        else:
+            results[rank] = pickle.loads(answer) if answer else (False, "died without a word")
+    return results

@@ -1,0 +1,105 @@
+"""Steps of training for the layout tests: through the runtime, and through a plain torch loop beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from planner.plan import Plan
+from runtime.gradients import clip, complete_gradients, square_sum
+from runtime.mesh import build_mesh
+from runtime.optimizer import build_optimizer, set_learning_rate
+from runtime.parallelize import build_stage
+from runtime.parameters import initialise
+from runtime.pipeline import build_runner
+from runtime.transformer import build_chunk
+
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 0.1
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Loss, gradient norm, and gradient norm after clipping of each step."""
+
+    losses: list[float]
+    norms: list[float]
+    clipped_norms: list[float]
+
+
+def tokens_of(plan: Plan, step: int) -> torch.Tensor:
+    """[global_batch, sequence + 1] random ids; the same whatever the layout."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    size = (plan.job.global_batch, plan.job.sequence + 1)
+    return torch.randint(0, plan.model.vocab_size, size, generator=generator)
+
+
+def own_samples(plan: Plan, tokens: torch.Tensor, dp_rank: int) -> torch.Tensor:
+    """This dp rank's rows: of every microbatch of micro_batch · dp rows, its micro_batch."""
+    layout = plan.layout
+    return tokens.view(plan.microbatches, layout.dp, layout.micro_batch, -1)[:, dp_rank].flatten(0, 1)
+
+
+def run_plan(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None = None) -> Trajectory:
+    """Train through the runtime; on every rank of an initialised process group. All ranks return the same."""
+    device = torch.device("cpu")
+    mesh = build_mesh(plan.layout, "cpu", tied_embeddings=plan.model.tied_embeddings)
+    chunk = build_stage(plan, mesh, device, dtype=dtype, seed=SEED)
+    runner = build_runner(plan, chunk, mesh, device, torch.bfloat16 if plan.job.precision == "bf16" else dtype)
+    optimizer = build_optimizer(chunk, weight_decay=WEIGHT_DECAY)
+    losses, norms, clipped_norms = [], [], []
+    for step in range(steps):
+        tokens = own_samples(plan, tokens_of(plan, step), mesh.coordinate.dp)
+        loss = runner.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        complete_gradients(chunk, mesh)
+        totals = torch.stack([torch.tensor(loss / plan.layout.tp, dtype=torch.float64), square_sum(chunk)])
+        dist.all_reduce(totals)
+        norm = totals[1].sqrt().item()
+        if clip_norm is not None:
+            clip(chunk, norm, clip_norm)
+            square = square_sum(chunk)
+            dist.all_reduce(square)
+            clipped_norms.append(square.sqrt().item())
+        set_learning_rate(optimizer, LEARNING_RATE)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(totals[0].item())
+        norms.append(norm)
+    return Trajectory(losses, norms, clipped_norms)
+
+
+def run_plan_in(plan: Plan, steps: dict[torch.dtype, int]) -> dict[torch.dtype, Trajectory]:
+    """`run_plan` in each dtype for so many steps."""
+    return {dtype: run_plan(plan, count, dtype) for dtype, count in steps.items()}
+
+
+def run_plain(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None = None) -> Trajectory:
+    """The same steps with nothing of ours but the module: whole batch, mean loss, torch's clipping and AdamW."""
+    model = plan.model
+    chunk = build_chunk(model, plan.stages[0]).to(dtype).to_empty(device="cpu")
+    chunk.tie()
+    initialise(chunk, layers=model.layers, seed=SEED)
+    groups = [
+        {"params": [p for p in chunk.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in chunk.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms, clipped_norms = [], [], []
+    for step in range(steps):
+        tokens = tokens_of(plan, step)
+        logits = chunk(tokens[:, :-1])
+        loss = F.cross_entropy(logits.reshape(-1, model.vocab_size), tokens[:, 1:].reshape(-1))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(chunk.parameters(), clip_norm or float("inf"))
+        clipped_norms.append(
+            torch.nn.utils.get_total_norm([p.grad for p in chunk.parameters() if p.grad is not None]).item()
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return Trajectory(losses, norms, clipped_norms)

@@ -1,0 +1,115 @@
+"""Plans for tests of the runtime: real model, layout and stages; made-up cluster, prediction and certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from planner.job import TrainingJob
+from planner.layout import Layout, RuleContext, violations
+from planner.plan import TIME_PARTS, Certificate, Plan, Prediction, Stage
+from profiles.cluster import ClusterSpec, LinkTier
+from profiles.model import ModelSpec
+
+
+def tiny_llama(**changes: Any) -> ModelSpec:
+    """4 blocks of width 32: grouped queries, SwiGLU, RMSNorm, RoPE."""
+    fields: dict[str, Any] = {
+        "name": "tiny-llama",
+        "family": "llama",
+        "layers": 4,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 61,
+        "max_positions": 64,
+    }
+    return ModelSpec(**(fields | changes))
+
+
+def tiny_gpt2(**changes: Any) -> ModelSpec:
+    """4 blocks of width 32 as in GPT-2: LayerNorm, tanh GELU, learned positions, biases, tied embeddings."""
+    fields: dict[str, Any] = {
+        "name": "tiny-gpt2",
+        "family": "gpt2",
+        "kv_heads": 4,
+        "norm": "layernorm",
+        "activation": "gelu_tanh",
+        "positions": "learned",
+        "qkv_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "tied_embeddings": True,
+    }
+    return tiny_llama(**(fields | changes))
+
+
+def make_plan(
+    model: ModelSpec,
+    layout: Layout,
+    job: TrainingJob,
+    cuts: Sequence[int] | None = None,
+    recompute: Sequence[int] | None = None,
+) -> Plan:
+    """A legal plan on layout.world_size devices.
+
+    `cuts` are the pp - 1 block indices where a new stage begins (even by default); `recompute` is how many
+    blocks of each stage recompute in full (none by default).
+    """
+    cluster = ClusterSpec(
+        name="test",
+        hardware="test",
+        nodes=1,
+        devices_per_node=layout.world_size,
+        memory_bytes=1e9,
+        links=(LinkTier(tier="node", span=layout.world_size, bandwidth_bytes_per_second=1e9, latency_seconds=1e-3),),
+    )
+    reasons = violations(layout, RuleContext(model, job, layout.world_size))
+    assert not reasons, reasons
+    ends = [0, *(cuts or [model.layers * i // layout.pp for i in range(1, layout.pp)]), model.layers]
+    full = recompute or [0] * layout.pp
+    stages = tuple(
+        Stage(
+            rank=rank,
+            chunk=0,
+            first=ends[rank],
+            end=ends[rank + 1],
+            embedding=rank == 0,
+            head=rank == layout.pp - 1,
+            recompute_none=ends[rank + 1] - ends[rank] - full[rank],
+            recompute_selective=0,
+            recompute_full=full[rank],
+        )
+        for rank in range(layout.pp)
+    )
+    prediction = Prediction(
+        step_seconds=1.0,
+        tokens_per_second_per_device=1.0,
+        model_tflops_per_device=1.0,
+        mfu=0.5,
+        peak_memory_bytes=1e6,
+        breakdown_seconds=dict.fromkeys(TIME_PARTS, 0.0) | {"compute": 1.0},
+        memory_bytes=({"weights": 1e6},) * layout.pp,
+    )
+    certificate = Certificate(
+        objective_seconds=1.0,
+        bound_seconds=1.0,
+        gap=0.0,
+        layouts_legal=1,
+        layouts_pruned_memory=0,
+        layouts_pruned_bound=0,
+        ilps_solved=1,
+        solver="none",
+        solve_seconds=0.0,
+    )
+    return Plan(
+        model=model,
+        cluster=cluster,
+        job=job,
+        layout=layout,
+        stages=stages,
+        prediction=prediction,
+        certificate=certificate,
+    )

@@ -1,0 +1,258 @@
+"""ClusterSpec, its graph of links, and the clusters of the catalogue."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import networkx
+import pytest
+
+from profiles.catalogue import (
+    list_catalogue,
+    local_cluster_path,
+    local_hardware_path,
+    resolve_cluster,
+    resolve_hardware_path,
+)
+from profiles.cluster import SCHEMA, ClusterSpec, LinkTier
+from profiles.errors import InputError
+from profiles.store import Reader, dump_yaml
+
+
+def link(tier: str, span: int, bandwidth: float, latency: float = 1e-6) -> LinkTier:
+    return LinkTier(tier=tier, span=span, bandwidth_bytes_per_second=bandwidth, latency_seconds=latency)
+
+
+def three_tiers(nodes: int = 4) -> ClusterSpec:
+    """Pairs of devices on a bridge, 4 devices a node, a network."""
+    return ClusterSpec(
+        name="three",
+        hardware="h",
+        nodes=nodes,
+        devices_per_node=4,
+        memory_bytes=1e9,
+        links=(link("pair", 2, 100.0), link("node", 4, 20.0), link("network", 16, 3.0)),
+    )
+
+
+def narrowest_tier(graph: networkx.Graph, one: int, other: int) -> str:
+    path = networkx.shortest_path(graph, one, other)
+    edges = [graph.edges[edge] for edge in itertools.pairwise(path)]
+    return min(edges, key=lambda edge: edge["bytes_per_second"])["tier"]
+
+
+# ---- the graph -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cluster",
+    [three_tiers(), three_tiers(nodes=2), resolve_cluster("dgx-a100:3"), resolve_cluster("dgx-h100:2")],
+    ids=["three tiers, 4 nodes", "three tiers, 2 nodes", "dgx-a100:3", "dgx-h100:2"],
+)
+def test_the_narrowest_edge_between_two_devices_is_the_tier_link_within_says(cluster: ClusterSpec) -> None:
+    graph = cluster.graph()
+    for one in range(cluster.devices):
+        for other in range(one + 1, cluster.devices):
+            # The smallest group of neighbours, starting where a group of that tier starts, that holds both.
+            spans = [tier.span for tier in cluster.links if one // tier.span == other // tier.span]
+            assert narrowest_tier(graph, one, other) == cluster.link_within(spans[0]).tier, (one, other)
+
+
+def test_the_graph_is_a_tree_over_the_devices() -> None:
+    graph = three_tiers().graph()
+    assert networkx.is_tree(graph)
+    # 16 devices, 8 bridges, 4 nodes, 1 network
+    assert graph.number_of_nodes() == 16 + 8 + 4 + 1
+    assert sorted(node for node in graph if isinstance(node, int)) == list(range(16))
+
+
+def test_an_edge_carries_what_all_devices_below_it_have() -> None:
+    edges = three_tiers().graph().edges
+    assert edges[0, ("pair", 0)] == {"tier": "pair", "bytes_per_second": 100.0}
+    assert edges[("pair", 7), ("node", 3)] == {"tier": "node", "bytes_per_second": 2 * 20.0}
+    assert edges[("node", 3), ("network", 0)] == {"tier": "network", "bytes_per_second": 4 * 3.0}
+
+
+@pytest.mark.parametrize(
+    ("span", "tier"), [(1, "pair"), (2, "pair"), (3, "node"), (4, "node"), (5, "network"), (16, "network")]
+)
+def test_link_within_is_the_narrowest_tier_that_joins_the_span(span: int, tier: str) -> None:
+    assert three_tiers().link_within(span).tier == tier
+
+
+# ---- a part of a cluster ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "per_node", "tiers"),
+    [
+        (1, 1, 1, ["pair"]),
+        (2, 1, 2, ["pair"]),
+        (3, 1, 3, ["pair", "node"]),
+        (4, 1, 4, ["pair", "node"]),
+        (8, 2, 4, ["pair", "node", "network"]),
+        (16, 4, 4, ["pair", "node", "network"]),
+    ],
+)
+def test_a_cut_keeps_the_links_that_still_join_something(
+    devices: int, nodes: int, per_node: int, tiers: list[str]
+) -> None:
+    cut = three_tiers().with_devices(devices)
+    assert (cut.devices, cut.nodes, cut.devices_per_node) == (devices, nodes, per_node)
+    assert [tier.tier for tier in cut.links] == tiers
+    assert replace(cut, nodes=4, devices_per_node=4, links=three_tiers().links) == three_tiers()
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def read(**changes: Any) -> ClusterSpec:
+    return ClusterSpec.from_dict(Reader(three_tiers().to_dict() | changes, source="c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "expected", "got"),
+    [
+        ({"links": []}, "links", "at least one tier of links", "[]"),
+        ({"nodes": 5}, "links[2].span", "a widest tier that joins all 20 devices", "16"),
+        ({"nodes": 0}, "nodes", "a whole number >= 1", "0"),
+        ({"devices_per_node": 1.5}, "devices_per_node", "a whole number >= 1", "1.5"),
+        ({"memory_bytes": -1}, "memory_bytes", "a finite number > 0", "-1"),
+    ],
+)
+def test_what_a_cluster_cannot_be(changes: dict[str, Any], key: str, expected: str, got: str) -> None:
+    with pytest.raises(InputError) as caught:
+        read(**changes)
+    assert (caught.value.where, caught.value.expected, caught.value.got) == (f"c.yaml: {key}", expected, got)
+
+
+@pytest.mark.parametrize(
+    ("index", "changes", "key", "expected", "got"),
+    [
+        (1, {"span": 3}, "links[1].span", "a multiple of the tier below, 2", "3"),
+        (1, {"span": 2}, "links[1].span", "a multiple of the tier below, 2", "2"),
+        (2, {"span": "all"}, "links[2].span", "a whole number >= 1", "'all'"),
+        (
+            1,
+            {"bandwidth_bytes_per_second": -3},
+            "links[1].bandwidth_bytes_per_second",
+            "a finite number > 0",
+            "-3",
+        ),
+        (0, {"latency_seconds": float("inf")}, "links[0].latency_seconds", "a finite number >= 0", "inf"),
+    ],
+)
+def test_what_a_link_cannot_be(index: int, changes: dict[str, Any], key: str, expected: str, got: str) -> None:
+    links = three_tiers().to_dict()["links"]
+    links[index] |= changes
+    with pytest.raises(InputError) as caught:
+        read(links=links)
+    assert (caught.value.where, caught.value.expected, caught.value.got) == (f"c.yaml: {key}", expected, got)
+
+
+# ---- the catalogue ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "inside_a_node", "between_nodes"), [("dgx-a100", 229e9, 22.5e9), ("dgx-h100", 361e9, 45e9)]
+)
+def test_catalogue_clusters(name: str, inside_a_node: float, between_nodes: float) -> None:
+    cluster = resolve_cluster(name)
+    assert (cluster.name, cluster.nodes, cluster.devices_per_node) == (name, 1, 8)
+    assert cluster.memory_bytes == 80 * 2**30
+    assert resolve_hardware_path(cluster.hardware).is_file()
+    assert [tier.bandwidth_bytes_per_second for tier in cluster.links] == [inside_a_node, between_nodes]
+    # A ring all-reduce over 8 devices takes 14 steps; 79 us measured.
+    assert 14 * cluster.link_within(8).latency_seconds == pytest.approx(79e-6, rel=0.01)
+    for tier in cluster.links:
+        assert tier.source.startswith("bandwidth: ") and " latency: " in tier.source
+
+
+def test_a_name_with_a_size_has_that_many_nodes() -> None:
+    assert resolve_cluster("dgx-h100:64") == replace(resolve_cluster("dgx-h100"), nodes=64)
+    assert resolve_cluster("dgx-h100:16384").devices == 131072
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "0",
+        "x",
+        "-1",
+        "",
+        "1.5",
+        "1e3",
+        "16385",
+        pytest.param("9" * 5000, id="5000 digits"),
+        "2:2",
+        " 2",
+        "\u00b2",
+        "\u0662",
+    ],
+)
+def test_a_size_that_is_none(nodes: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_cluster(f"dgx-a100:{nodes}")
+    assert caught.value.lines() == [
+        ("error", f"dgx-a100:{nodes} does not say how many nodes"),
+        ("where", "--cluster"),
+        ("expected", "dgx-a100:NODES with NODES a whole number from 1 to 16384"),
+        ("got", repr(nodes)),
+        ("try", "dgx-a100:2 is 2 nodes, 16 devices"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"), [("dgx-h10:8", "is dgx-h100 meant?"), ("DGX-A100", "is dgx-a100 meant?"), ("local:2", "")]
+)
+def test_an_unknown_cluster_gives_the_list_and_the_near_match(text: str, hint: str) -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_cluster(text)
+    assert caught.value.what == f"{text!r} is neither in the catalogue nor a file that can be read"
+    names = ", ".join(list_catalogue("clusters"))
+    assert (caught.value.where, caught.value.hint) == ("--cluster", hint)
+    assert caught.value.expected == f"one of {names}; or local (without a size), or a .yaml file"
+
+
+def test_local_is_what_profile_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert local_cluster_path() == tmp_path / "meshwright" / "local-cluster.yaml"
+    assert local_hardware_path() == tmp_path / "meshwright" / "local-hardware.yaml"
+    for resolve, path in ((resolve_cluster, local_cluster_path()), (resolve_hardware_path, local_hardware_path())):
+        with pytest.raises(InputError) as caught:
+            resolve("local")
+        assert caught.value.lines() == [
+            ("error", "this machine has not been measured yet"),
+            ("where", str(path)),
+            ("expected", "the file that `cli.py profile` writes"),
+            ("got", "no such file"),
+            ("try", "run `cli.py profile` first, or name a cluster: dgx-a100, dgx-h100"),
+        ]
+    local_cluster_path().parent.mkdir()
+    local_cluster_path().write_text(dump_yaml({"schema": SCHEMA, **three_tiers().to_dict()}), encoding="utf-8")
+    local_hardware_path().touch()
+    assert resolve_cluster("local") == three_tiers()
+    assert resolve_hardware_path("local") == local_hardware_path()
+
+
+def test_an_empty_cache_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert local_cluster_path() == Path("/home/someone/.cache/meshwright/local-cluster.yaml")
+
+
+def test_a_hardware_profile_may_be_a_path(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    with pytest.raises(InputError, match="is neither in the catalogue nor a file"):
+        resolve_hardware_path(str(file))
+    file.touch()
+    assert resolve_hardware_path(str(file)) == file
+
+
+def test_an_unknown_hardware_profile_gives_the_near_match() -> None:
+    with pytest.raises(InputError) as caught:
+        resolve_hardware_path("a100-sxm")
+    assert caught.value.hint == "is a100-sxm-80gb meant?"
