@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,11 +23,31 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+
+def _count(flag: str) -> Callable[[str], int]:
+    """A parser of whole numbers from 1 on whose error says what it got."""
+
+    def parse(text: str) -> int:
+        from profiles.errors import InputError
+
+        if not text.isdecimal() or int(text) < 1:
+            raise InputError(f"{flag} cannot be {text!r}", where=flag, expected="a whole number >= 1", got=text)
+        return int(text)
+
+    return parse
+
+
 Model = Annotated[str, typer.Option("--model", help="Catalogue name, Hugging Face folder or config.json, or YAML.")]
 Cluster = Annotated[str, typer.Option("--cluster", help="Catalogue name with nodes (dgx-h100:64), YAML, or local.")]
-Devices = Annotated[int | None, typer.Option("--devices", min=1, help="Use so many devices; default all.")]
-GlobalBatch = Annotated[int, typer.Option("--global-batch", min=1, help="Sequences per optimizer step.")]
-Sequence = Annotated[int, typer.Option("--seq", min=1, help="Tokens per sequence.")]
+Devices = Annotated[
+    int | None,
+    typer.Option("--devices", parser=_count("--devices"), metavar="N", help="Use so many devices; default all."),
+]
+GlobalBatch = Annotated[
+    int,
+    typer.Option("--global-batch", parser=_count("--global-batch"), metavar="N", help="Sequences per optimizer step."),
+]
+SequenceLength = Annotated[int, typer.Option("--seq", parser=_count("--seq"), metavar="N", help="Tokens per sequence.")]
 Precision = Annotated[str | None, typer.Option("--precision", help="bf16 or fp32; default bf16 on GPUs, fp32 on CPUs.")]
 MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", help="Bytes per device to stay under, as 76GiB; default its memory.")
@@ -106,7 +127,7 @@ def plan(
     model: Model,
     cluster: Cluster,
     global_batch: GlobalBatch,
-    sequence: Sequence,
+    sequence: SequenceLength,
     devices: Devices = None,
     pin: Annotated[list[str] | None, typer.Option("--pin", help="Fix a degree or knob, as tp=8; repeatable.")] = None,
     ban: Annotated[list[str] | None, typer.Option("--ban", help="Keep an axis at 1, as pp; repeatable.")] = None,
@@ -143,7 +164,7 @@ def estimate(
     model: Model,
     cluster: Cluster,
     global_batch: GlobalBatch,
-    sequence: Sequence,
+    sequence: SequenceLength,
     layout: Annotated[str, typer.Option("--layout", help="As tp=8,pp=8,zero=1,recompute=full; dp follows.")],
     devices: Devices = None,
     precision: Precision = None,
@@ -336,20 +357,20 @@ def main() -> None:
 
 def _explain(error: Exception) -> int:
     """Show what a person can act on, and its exit code; anything else is our bug and goes on as it is."""
-    import click
-
     from planner.errors import NoPlanError
     from planner.report import input_error_report, no_plan_report
     from profiles.errors import InputError
 
     as_json = "--json" in sys.argv
-    if isinstance(error, click.exceptions.Abort):
+    # Usage errors come from click or from the copy of it inside newer typers, so they are known by what they can.
+    if type(error).__name__ == "Abort":
         _say_interrupted()
         return 130
-    if isinstance(error, click.ClickException):
-        error.show()
+    show, format_message = getattr(error, "show", None), getattr(error, "format_message", None)
+    if show is not None and format_message is not None:
+        show()
         if as_json:
-            _print_json({"error": {"error": error.format_message()}})
+            _print_json({"error": {"error": format_message()}})
         return 2
     if isinstance(error, InputError):
         _show(input_error_report(error), error=True)

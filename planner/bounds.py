@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .schedule import blocked_sends, late_forwards
@@ -129,6 +130,11 @@ def lower_bound(costs: LayoutCosts, limit_bytes: float, recompute: str | None) -
         offer(stage)
     assignment = tuple(StageCount(n - x, x) for n, x in zip(counts, chosen, strict=True))
     return Bound(most + costs.step_seconds, assignment)
+
+
+def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
+    """Whether every rank stays within the limit, up to the rounding of a sum."""
+    return all(memory.total <= limit_bytes * (1 + 1e-9) for memory in costs.memory(counts))
 
 
 def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, recompute: str | None) -> tuple[int, float]:

@@ -36,6 +36,11 @@ class TrainingJob:
     def tokens(self) -> int:
         return self.global_batch * self.sequence
 
+    @property
+    def recompute_pin(self) -> str | None:
+        """The one recompute mode allowed for every block, if the user fixed it."""
+        return "none" if "recompute" in self.bans else self.pins.get("recompute")
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "global_batch": self.global_batch,

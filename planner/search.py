@@ -15,11 +15,12 @@ from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 
-from .bounds import Bound, least_missing_bytes, lower_bound
+from .bounds import Bound, fits, lower_bound
 from .errors import InfeasibleError, UnsupportedError
 from .job import TrainingJob
-from .layout import CAPABILITIES, Layout, RuleContext, enumerate_layouts, violations
+from .layout import CAPABILITIES, Layout, RuleContext, enumerate_layouts
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
+from .remedies import why_nothing_fits
 from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
 from .step_cost import CostModel, LayoutCosts, StageCount
 
@@ -36,12 +37,6 @@ class Question:
     @property
     def limit_bytes(self) -> float:
         return self.job.memory_limit_bytes or self.cluster.memory_bytes
-
-    @property
-    def recompute_pin(self) -> str | None:
-        if "recompute" in self.job.bans:
-            return "none"
-        return self.job.pins.get("recompute")
 
     @property
     def rules(self) -> RuleContext:
@@ -79,7 +74,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
     for layout in enumerate_layouts(question.rules):
         legal += 1
         costs = prices.price(layout)
-        bound = lower_bound(costs, question.limit_bytes, question.recompute_pin)
+        bound = lower_bound(costs, question.limit_bytes, question.job.recompute_pin)
         if bound is None:
             pruned_memory += 1
         else:
@@ -103,7 +98,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             bound_seconds=bound.seconds,
             cutoff_seconds=cutoff,
             start=start,
-            recompute=question.recompute_pin,
+            recompute=question.job.recompute_pin,
             deadline=deadline,
         )
         ilps += solution.ilps_solved
@@ -114,7 +109,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             best.append(Solved(costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
     if not best:
-        raise _infeasible(question, prices, legal)
+        raise InfeasibleError(*why_nothing_fits(question.model, question.cluster, question.hardware, question.job))
     certificate = _certificate(
         best[0].step_seconds, proven, legal, pruned_memory, len(candidates) - visited, ilps, time.monotonic() - started
     )
@@ -139,11 +134,6 @@ def check_supported(question: Question) -> None:
             f"the hardware profile {question.hardware.name} has no figures for {job.precision}",
             (f"it has figures for {', '.join(known)}: --precision {known[0]}" if known else "profile it first",),
         )
-
-
-def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
-    """Whether every rank stays within the limit, up to the rounding of a sum."""
-    return all(memory.total <= limit_bytes * (1 + 1e-9) for memory in costs.memory(counts))
 
 
 def solve_layout(question: Question, layout: Layout, recompute: str | None) -> tuple[Solved, bool]:
@@ -234,38 +224,3 @@ def _certificate(
         solver="HiGHS through pulp",
         solve_seconds=seconds,
     )
-
-
-def _infeasible(question: Question, prices: CostModel, legal: int) -> InfeasibleError:
-    """Say what is missing in the best case, and what would make it fit, each found by trying it."""
-    if legal == 0:
-        return InfeasibleError(
-            f"no legal layout of {question.model.name} on {question.cluster.devices} devices",
-            _why_none_legal(question),
-        )
-    limit = question.limit_bytes
-    best: tuple[float, int, Layout] | None = None
-    for layout in enumerate_layouts(question.rules):
-        stage, missing = least_missing_bytes(prices.price(layout), limit, question.recompute_pin)
-        if best is None or missing < best[0]:
-            best = (missing, stage, layout)
-    assert best is not None
-    missing, stage, layout = best
-    lines = [
-        f"the closest of {legal} layouts is {layout.short()}: stage {stage} misses {missing / 2**30:.2f} GiB "
-        f"of {limit / 2**30:.2f} GiB per device"
-    ]
-    return InfeasibleError(f"nothing fits: {question.model.name} on {question.cluster.devices} devices", tuple(lines))
-
-
-def _why_none_legal(question: Question) -> tuple[str, ...]:
-    """The rules that forbid the plainest layouts, so that the user sees which number to change."""
-
-    world = question.cluster.devices
-    plain = (Layout(dp=world), Layout(pp=world), Layout(tp=world))
-    reasons = []
-    for layout in plain:
-        reasons += [f"{layout.short()}: {reason}" for reason in violations(layout, question.rules)]
-    if question.job.pins:
-        reasons.append("pinned: " + ", ".join(f"{key}={value}" for key, value in question.job.pins.items()))
-    return tuple(reasons)

@@ -5,7 +5,8 @@ Variables  n[s,r]  whole number of blocks on stage s that recompute as r
            f, b, g, r[s]  forward, backward, gather, reduce seconds of stage s
            u[s]    1 when stage s recomputes any block
            T       seconds up to the last gradient reduction;   O  seconds of the optimizer
-Minimise   T + O
+           Z       their sum
+Minimise   Z = T + O
 Subject to
   (layers)     Σ_{s,r} n[s,r] = L                                             every_layer_once
   (stages)     Σ_r n[s,r] >= 1 for a stage without embedding and head         no_empty_stage
@@ -16,8 +17,8 @@ Subject to
   (path)       T >= Σ_s F_s·f_s + B_s·b_s + G_s·g_s + R_s·r_s + sends·c, P    longer_than_path
                  F, B, G, R how often P passes them, c one send
   (optimizer)  O >= o_s(n)                                                    optimizer_of_slowest
-  (head start) T + O >= the closed-form bound                                 not_below_bound
-  (goal)       T + O <= just below the best simulated step so far             better_than
+  (head start) Z >= the closed-form bound                                     not_below_bound
+  (goal)       Z <= just below the best simulated step so far                 better_than
 
 A schedule with given durations is max-plus: its makespan is the longest of its paths, each linear in n. So
 start from `schedule.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its
@@ -72,17 +73,17 @@ class _Program:
     def __post_init__(self) -> None:
         stages, layers = range(self.costs.layout.pp), self.costs.layers
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
-        self.n = {
-            (s, r): pulp.LpVariable(f"n_{s}_{r}", 0, layers if r in self.modes else 0, pulp.LpInteger)
-            for s in stages
-            for r in MODES
-        }
-        self.u = {s: pulp.LpVariable(f"u_{s}", cat=pulp.LpBinary) for s in stages}
-        self.phase = {(p, s): pulp.LpVariable(f"{p}_{s}", 0) for p in PATH_PHASES for s in stages}
-        self.whole = {p: pulp.LpVariable(f"{p}_whole", 0) for p in PATH_PHASES}
-        self.makespan = pulp.LpVariable("T", 0)
-        self.optimizer = pulp.LpVariable("O", 0)
-        self.problem += self.makespan + self.optimizer
+        new = self.problem.add_variable
+        most = {mode: layers if mode in self.modes else 0 for mode in MODES}
+        self.n = {(s, r): new(f"n_{s}_{r}", 0, most[r], cat=pulp.LpInteger) for s in stages for r in MODES}
+        self.u = {s: new(f"u_{s}", cat=pulp.LpBinary) for s in stages}
+        self.phase = {(p, s): new(f"{p}_{s}", 0) for p in PATH_PHASES for s in stages}
+        self.whole = {p: new(f"{p}_whole", 0) for p in PATH_PHASES}
+        self.makespan = new("T", 0)
+        self.optimizer = new("O", 0)
+        self.step = new("Z", 0)
+        self.problem += self.step
+        self.problem += self.step == self.makespan + self.optimizer, "step"
 
     # ---- linear expressions ----------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class _Program:
                 self._block_transient_on_end(s, rows, slack)
 
     def _block_transient_on_end(self, s: int, rows: pulp.LpAffineExpression, slack: float) -> None:
-        holds = pulp.LpVariable(f"holds_{s}", cat=pulp.LpBinary)
+        holds = self.problem.add_variable(f"holds_{s}", cat=pulp.LpBinary)
         self.problem += self.n[s, "none"] <= self.costs.layers * holds, f"holds_blocks_{s}"
         peak = (slack * self.costs.block_memory.transient / self.limit_bytes) * holds
         self.problem += rows + peak <= 1.0, f"fits_memory_{s}_block"
@@ -145,14 +146,12 @@ class _Program:
 
     def not_below_bound(self, bound_seconds: float) -> None:
         least = (bound_seconds - self.costs.step_seconds) / self.scale
-        self.problem += self.makespan + self.optimizer >= least * (1 - RELATIVE_TOLERANCE), "not_below_bound"
+        self.problem += self.step >= least * (1 - RELATIVE_TOLERANCE), "not_below_bound"
 
     def better_than(self, goal_seconds: float) -> None:
-        """Only answers below the best so far are of interest; replaces the row of the last call."""
-        self.problem.constraints.pop("better_than", None)
+        """Only answers below the best so far are of interest: an upper bound on Z, lowered from solve to solve."""
         if goal_seconds != float("inf"):
-            most = (goal_seconds - self.costs.step_seconds) / self.scale
-            self.problem += self.makespan + self.optimizer <= most, "better_than"
+            self.step.upBound = (goal_seconds - self.costs.step_seconds) / self.scale
 
     def durations(self) -> None:
         for (phase, s), variable in self.phase.items():
@@ -190,7 +189,7 @@ class _Program:
         counts = tuple(
             StageCount(*(round(self.n[s, r].value() or 0) for r in MODES)) for s in range(self.costs.layout.pp)
         )
-        objective = pulp.value(self.problem.objective)
+        objective = float(self.step.value() or 0.0)
         dual = model.getInfo().mip_dual_bound if model is not None else objective
         return counts, min(objective, dual) * self.scale
 

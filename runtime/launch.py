@@ -57,11 +57,11 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
     """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if os.environ["RANK"] == "0":
-            run_folder.prepare(options.run_dir, plan, resume=options.resume)
+            run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume)
         run(plan, options, on_progress)
         return
     _check(plan, options)
-    run_folder.prepare(options.run_dir, plan, resume=options.resume)
+    run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume)
     with _tail(options.run_dir / METRICS_FILE, on_progress):
         start_ranks(plan, options, run)
 

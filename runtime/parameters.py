@@ -20,11 +20,10 @@ def named_parameters(chunk: Chunk) -> Iterator[tuple[str, nn.Parameter]]:
 
     The head of a tied pair goes by the embedding's name, also where pp > 1 gives it a copy of its own.
     """
-    for name, parameter in chunk.named_parameters():
-        name = name.replace(_RECOMPUTE_PREFIX, "")
-        if chunk.tied and name == "head.weight":
-            name = "embedding.tokens.weight"
-        yield name, parameter
+    for path, parameter in chunk.named_parameters():
+        name = path.replace(_RECOMPUTE_PREFIX, "")
+        tied_head = chunk.tied and name == "head.weight"
+        yield ("embedding.tokens.weight" if tied_head else name), parameter
 
 
 def tied_copy(chunk: Chunk) -> tuple[torch.Tensor | None, bool]:

@@ -36,9 +36,7 @@ def step_progress(steps: int, tokens_per_step: int) -> Iterator[Callable[[dict[s
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("starting the ranks", total=steps)
-        yield lambda record: bar.update(
-            task, completed=record["step"], description=_figures(record, tokens_per_step)
-        )
+        yield lambda record: bar.update(task, completed=record["step"], description=_figures(record, tokens_per_step))
 
 
 def _figures(record: dict[str, Any], tokens_per_step: int) -> str:

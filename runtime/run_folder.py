@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from planner.plan import Plan, save
+from profiles.errors import InputError
 
 from .checkpoint import latest, step_of
 from .metrics import METRICS_FILE
@@ -22,12 +23,20 @@ def default_run_dir() -> Path:
     return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
-def prepare(run_dir: Path, plan: Plan, *, resume: bool) -> None:
+def prepare(run_dir: Path, plan: Plan, *, steps: int, resume: bool) -> None:
     """Write the plan and make metrics.jsonl end where training begins. By one process, before the ranks start.
 
-    Raises InputError when `resume` finds no checkpoint, or the folder cannot be written.
+    Raises InputError when `resume` finds no checkpoint or one that has all the `steps`, or the folder cannot
+    be written.
     """
     first_step = step_of(latest(run_dir)) + 1 if resume else 1
+    if first_step > steps:
+        raise InputError(
+            f"the run in {run_dir} has nothing left to train",
+            where="--steps",
+            expected=f"more than the {first_step - 1} steps of its last checkpoint",
+            got=str(steps),
+        )
     save(plan, run_dir / PLAN_FILE)
     shutil.rmtree(run_dir / LOGS_FOLDER, ignore_errors=True)
     (run_dir / LOGS_FOLDER).mkdir()

@@ -127,10 +127,9 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             if _due(step, options.checkpoint_every, options.steps):
                 checkpoint.save(options.run_dir, step, chunk, optimizer)
 
-        if options.steps > done:
-            ranks = _gather_measurements(meter, device)
-            if writer is not None:
-                _write_record(plan, options, record, ranks, corpus)
+        ranks = _gather_measurements(meter, device)
+        if writer is not None:
+            _write_record(plan, options, record, ranks, corpus)
 
 
 def check_vocabulary(plan: Plan) -> None:

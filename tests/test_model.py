@@ -244,6 +244,15 @@ def test_contradictions_carry_their_key(changes: dict[str, Any], key: str, expec
     assert (caught.value.where, caught.value.expected, caught.value.got) == (f"m.yaml: {key}", expected, got)
 
 
+def test_rope_frequencies_that_are_the_wrong_way_round() -> None:
+    scaling = {"factor": 8, "low_frequency_factor": 4, "high_frequency_factor": 4, "original_max_positions": 64}
+    with pytest.raises(InputError) as caught:
+        read(rope_scaling=scaling)
+    assert caught.value.where.endswith(": rope_scaling.high_frequency_factor")
+    assert (caught.value.expected, caught.value.got) == ("a number above low_frequency_factor = 4", "4.0")
+    assert read(rope_scaling=scaling | {"low_frequency_factor": 1}).rope_scaling is not None
+
+
 def test_heads_that_do_not_divide_the_width_need_a_head_dim() -> None:
     document = tiny_llama(hidden_size=34).to_dict()
     del document["head_dim"]

@@ -101,7 +101,7 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_rank_that_raises_ends_the_run(tmp_path: Path) -> None:
     plan, options = small_plan(dp=2), TrainOptions(run_dir=tmp_path)
-    prepare(tmp_path, plan, resume=False)
+    prepare(tmp_path, plan, steps=1, resume=False)
     start = time.monotonic()
     with pytest.raises(RunFailed, match=r"rank 1 \(pipeline stage 0\) ended with exit code 1") as error:
         start_ranks(plan, options, raise_on_rank_one)
@@ -164,6 +164,7 @@ def test_torchrun_joins_and_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -
             capture_output=True,
             text=True,
             timeout=60,
+            check=False,
         ).stdout
 
     assert "'step': 2" in torchrun(1)
@@ -176,6 +177,13 @@ def test_nothing_starts_when_the_data_is_missing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         train(small_plan(pp=2), options, print)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_5").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"nothing left to train.*more than the 5 steps"):
+        train(small_plan(pp=2), TrainOptions(run_dir=tmp_path, steps=5, resume=True), print)
+    assert not (tmp_path / "plan.yaml").exists()
 
 
 def test_resume_without_a_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""The parts of a step, from made-up spans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runtime.measure import PARTS, StepMeter, busiest
+
+
+class SpokenClock:
+    """Gives the spans that a test puts in."""
+
+    spans: dict[str, float]
+
+    def read(self) -> dict[str, float]:
+        return self.spans
+
+
+def meter(pp: int, steps: int) -> tuple[StepMeter, SpokenClock]:
+    clock: Any = SpokenClock()
+    mesh: Any = None
+    return StepMeter(mesh, clock, pp, steps), clock
+
+
+def test_a_pipelined_step() -> None:
+    measured, clock = meter(pp=2, steps=10)
+    for step in range(1, 11):
+        clock.spans = {"forward": 1.0, "backward": 2.0, "reduce": 0.5, "schedule": 5.0}
+        if measured.watched(step):
+            clock.spans |= {"communication_tp": 0.4, "communication_dp": 0.6}
+        measured.end_step(step, step_seconds=6.0 + step / 100, optimizer=0.3, synchronise=0.2)
+    # Counted are 3, 7, 8, 9 and 10: the first two warm up, 4 to 6 are watched.
+    assert measured.median_step() == 8
+    table = measured.table(8)
+    assert list(table) == list(PARTS)
+    assert table == pytest.approx(
+        {"compute": 2.5, "tp": 0.4, "pp_bubble": 1.7, "dp_exposed": 0.6, "optimizer": 0.3, "other": 0.58}
+    )
+    assert sum(table.values()) == pytest.approx(measured.seconds(8)) == pytest.approx(6.08)
+
+
+def test_without_a_pipeline_there_is_no_bubble() -> None:
+    measured, clock = meter(pp=1, steps=4)
+    for step in range(1, 5):
+        clock.spans = {"forward": 1.0, "backward": 2.0, "schedule": 3.1, "communication_dp": 9.0}
+        measured.end_step(step, step_seconds=4.0, optimizer=0.3, synchronise=0.2)
+    # A short run watches its last step. What is booked never exceeds what was there to take it from.
+    assert [step for step in range(1, 5) if measured.watched(step)] == [4]
+    assert measured.table(measured.median_step()) == pytest.approx(
+        {"compute": 0.0, "tp": 0.0, "pp_bubble": 0.0, "dp_exposed": 3.1, "optimizer": 0.5, "other": 0.4}
+    )
+
+
+def test_the_busiest_rank() -> None:
+    assert busiest([{"compute": 1.0}, {"compute": 2.0}, {"compute": 2.0}]) == 1

@@ -1,0 +1,154 @@
+"""The planner's answer is the one that trying everything finds: objective, feasibility, certificate and bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from planner.bounds import lower_bound
+from planner.errors import InfeasibleError
+from planner.layout import enumerate_layouts
+from planner.search import Question, fits, search
+from planner.stage_ilp import solve_stages
+from planner.step_cost import CostModel
+from tests.oracles.brute_force import Candidate, candidates, fastest
+from tests.property.worlds import questions
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*PuLP 4.0:DeprecationWarning")
+
+# What the solver may be off by; see stage_ilp.RELATIVE_TOLERANCE.
+TOLERANCE = 1e-6
+
+exhaustive = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate),
+)
+
+
+@st.composite
+def memory_limits(draw: st.DrawFn, priced: list[Candidate]) -> float:
+    """Bytes from too few for anything to enough for everything, often just above or below what one candidate needs."""
+    peaks = sorted({candidate.peak_bytes for candidate in priced})
+    roomy = min(priced, key=lambda candidate: candidate.step_seconds).peak_bytes
+    useful = [peak for peak in peaks if peak <= roomy]
+    peak = draw(st.sampled_from([peaks[0], *useful, *useful[:3], roomy, peaks[-1]]))
+    return peak * draw(st.sampled_from((0.5, 1 - 1e-5, 1.0, 1 + 1e-5, 1.01, 1.2)))
+
+
+def with_limit(question: Question, limit_bytes: float) -> Question:
+    return replace(question, job=replace(question.job, memory_limit_bytes=limit_bytes))
+
+
+@settings(exhaustive, max_examples=240)
+@given(st.data())
+def test_the_plan_is_the_best_that_trying_everything_finds(data: st.DataObject) -> None:
+    question = data.draw(questions())
+    tried = candidates(question)
+    priced = [candidate for of_layout in tried.values() for candidate in of_layout]
+    if not priced:
+        with pytest.raises(InfeasibleError, match="^no legal layout of random on "):
+            search(question)
+        return
+    limit = data.draw(memory_limits(priced))
+    question = with_limit(question, limit)
+    best = fastest(priced, limit)
+    if best is None:
+        with pytest.raises(InfeasibleError, match="^nothing fits: random on "):
+            search(question)
+        return
+    plan = search(question)
+    certificate, prediction = plan.certificate, plan.prediction
+    assert certificate.objective_seconds == pytest.approx(best.step_seconds, rel=TOLERANCE)
+    assert prediction.step_seconds == certificate.objective_seconds
+    assert certificate.gap == 0.0
+    assert certificate.bound_seconds == certificate.objective_seconds
+    # What was emitted is one of the candidates, with the bytes and seconds that brute force gave it.
+    counts = tuple((stage.recompute_none, stage.recompute_full) for stage in plan.stages)
+    (same,) = [c for c in tried[plan.layout] if tuple((n.none, n.full) for n in c.counts) == counts]
+    assert (same.step_seconds, same.peak_bytes) == (prediction.step_seconds, prediction.peak_memory_bytes)
+    assert prediction.peak_memory_bytes <= limit * (1 + 1e-9)
+    assert max(sum(items.values()) for items in prediction.memory_bytes) == pytest.approx(same.peak_bytes)
+    assert sum(prediction.breakdown_seconds.values()) == pytest.approx(prediction.step_seconds, rel=1e-12)
+    assert min(prediction.breakdown_seconds.values()) >= 0
+    # Every legal layout is accounted for: ruled out by memory, by its bound, or solved (the best one, at least).
+    impossible = sum(fastest(of_layout, limit) is None for of_layout in tried.values())
+    assert certificate.layouts_legal == len(tried)
+    assert certificate.layouts_pruned_memory <= impossible
+    solved = certificate.layouts_legal - certificate.layouts_pruned_memory - certificate.layouts_pruned_bound
+    assert 1 <= solved <= len(tried) - certificate.layouts_pruned_memory
+
+
+@settings(exhaustive, max_examples=120)
+@given(st.data())
+def test_every_layouts_bound_and_solution(data: st.DataObject) -> None:
+    """Each layout alone, without a start: its bound is below its best, "does not fit" is true, the ILP is exact."""
+    question = data.draw(questions())
+    tried = candidates(question)
+    assert list(tried) != [] or list(enumerate_layouts(question.rules)) == []
+    if not tried:
+        return
+    limit = data.draw(memory_limits([candidate for of_layout in tried.values() for candidate in of_layout]))
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    bounds = {}
+    for layout, of_layout in tried.items():
+        costs, best = prices.price(layout), fastest(of_layout, limit)
+        bound = lower_bound(costs, limit, None)
+        if bound is None:
+            assert best is None, layout
+        elif best is not None:
+            assert bound.seconds <= best.step_seconds * (1 + 1e-9), layout
+        if bound is not None and layout.pp > 1:
+            bounds[layout] = (costs, bound, best)
+    for layout in data.draw(st.lists(st.sampled_from(list(bounds)), unique=True, max_size=3)) if bounds else ():
+        costs, bound, best = bounds[layout]
+        solution = solve_stages(costs, limit, bound_seconds=bound.seconds)
+        if best is None:
+            assert (solution.counts, solution.bound_seconds) == (None, float("inf"))
+            continue
+        assert solution.counts is not None, layout
+        assert fits(costs, solution.counts, limit)
+        assert solution.step_seconds == costs.step(solution.counts)
+        assert solution.step_seconds == pytest.approx(best.step_seconds, rel=TOLERANCE)
+        assert best.step_seconds * (1 - 2 * TOLERANCE) <= solution.bound_seconds <= solution.step_seconds
+
+
+@settings(exhaustive, max_examples=40)
+@given(st.data())
+def test_pins_and_bans_are_kept_and_never_make_it_better(data: st.DataObject) -> None:
+    free = data.draw(questions())
+    job = free.job
+    if not (tried := candidates(free)):
+        return
+    limit = data.draw(memory_limits([candidate for of_layout in tried.values() for candidate in of_layout]))
+    layout = data.draw(st.sampled_from(list(tried)))
+    values = vars(layout) | {"recompute": data.draw(st.sampled_from(("none", "full")))}
+    keys = ("tp", "pp", "dp", "sequence_parallel", "zero", "micro_batch", "schedule", "recompute")
+    pins = {key: values[key] for key in data.draw(st.lists(st.sampled_from(keys), unique=True, max_size=3))}
+    bans = tuple(data.draw(st.lists(st.sampled_from(("tp", "pp", "dp", "zero", "recompute")), unique=True, max_size=1)))
+    pinned = with_limit(replace(free, job=replace(job, pins=pins, bans=bans)), limit)
+    if "recompute" in bans and pins.get("recompute") == "full":
+        return
+    best = fastest([c for of_layout in candidates(pinned).values() for c in of_layout], limit)
+    if best is None:
+        with pytest.raises(InfeasibleError):
+            search(pinned)
+        return
+    plan = search(pinned)
+    assert plan.prediction.step_seconds == pytest.approx(best.step_seconds, rel=TOLERANCE)
+    assert plan.prediction.step_seconds >= search(with_limit(free, limit)).prediction.step_seconds * (1 - TOLERANCE)
+    for key, value in pins.items():
+        if key == "recompute":
+            assert all(getattr(stage, f"recompute_{value}") == stage.end - stage.first for stage in plan.stages)
+        else:
+            assert getattr(plan.layout, key) == value
+    for key in bans:
+        if key == "recompute":
+            assert all(stage.recompute_full == 0 for stage in plan.stages)
+        else:
+            assert getattr(plan.layout, key) == (key != "zero")

@@ -1,0 +1,224 @@
+"""The command line: exit codes, one-screen errors, JSON that is alone on standard output, start-up time's causes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cli
+
+PLAN = ["plan", "--model", "gpt2", "--cluster", "dgx-a100:1", "--global-batch", "64", "--seq", "1024"]
+ESTIMATE = ["estimate", *PLAN[1:]]
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["cli.py", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(exit_info.value.code or 0), captured.out, captured.err
+
+
+BAD_INPUT = {
+    "unknown model": ([*PLAN[:2], "gtp2", *PLAN[3:]], ["is gpt2 meant?", "--model"]),
+    "unknown cluster": ([*PLAN[:4], "dgx-a10", *PLAN[5:]], ["is dgx-a100 meant?", "--cluster"]),
+    "cluster of no nodes": ([*PLAN[:4], "dgx-a100:0", *PLAN[5:]], ["--cluster", "'0'"]),
+    "negative batch": ([*PLAN[:6], "-4", *PLAN[7:]], ["--global-batch", "-4"]),
+    "fractional batch": ([*PLAN[:6], "1.5", *PLAN[7:]], ["--global-batch", "1.5"]),
+    "missing option": (PLAN[:5], ["--global-batch"]),
+    "unknown verb": (["plam"], ["plam"]),
+    "unknown option": ([*PLAN, "--tp", "8"], ["--tp"]),
+    "unknown pin": ([*PLAN, "--pin", "tpp=8"], ["KEY=VALUE", "is 'tp' meant?"]),
+    "pin that is no number": ([*PLAN, "--pin", "tp=two"], ["a whole number >= 1", "two"]),
+    "contradicting pins": ([*PLAN, "--pin", "tp=2", "--pin", "tp=4"], ["pinned twice", "2 and 4"]),
+    "pinned and banned": ([*PLAN, "--pin", "pp=2", "--ban", "pp"], ["both pinned and banned"]),
+    "memory without a unit": ([*PLAN, "--memory-limit", "80Q"], ["76GiB", "80Q"]),
+    "too many devices": ([*PLAN, "--devices", "12"], ["--devices", "12"]),
+    "unknown precision": ([*PLAN, "--precision", "fp12"], ["--precision", "bf16"]),
+    "layout that does not fill": ([*ESTIMATE, "--layout", "tp=3"], ["tp·cp·pp = 3", "8 devices"]),
+    "heads not divisible": ([*ESTIMATE, "--layout", "tp=8,dp=1"], ["tp=8 does not divide 12 attention heads"]),
+    "batch not divisible": ([*ESTIMATE, "--layout", "micro_batch=3"], ["64 is not a multiple of micro_batch·dp"]),
+    "layout key twice": ([*ESTIMATE, "--layout", "tp=2,tp=4"], ["tp is given twice"]),
+    "zero 2 in a pipeline": ([*ESTIMATE, "--layout", "pp=2,zero=2"], ["zero 2 is zero 1 there"]),
+    "no such plan": (["train", "/nowhere/plan.yaml"], ["/nowhere/plan.yaml", "no such file"]),
+    "resume without a run": (["train", "--resume"], ["--run"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_screen_and_exit_code_2(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, texts = BAD_INPUT[name]
+    code, out, err = run(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert out == ""
+    assert len(err.splitlines()) <= 24
+    assert "Traceback" not in err
+    flat = " ".join(err.split())
+    for text in texts:
+        assert text in flat, err
+
+
+def test_json_errors_are_one_document(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, *PLAN[:2], "gtp2", *PLAN[3:], "--json")
+    assert code == 2
+    assert json.loads(out)["error"]["try"] == "is gpt2 meant?"
+
+
+def test_plan_json_is_the_plan_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = run(capsys, monkeypatch, *PLAN, "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["schema"] == "meshwright.plan/v1"
+    assert document["certificate"]["gap"] == 0
+    assert sum(document["prediction"]["breakdown_seconds"].values()) == pytest.approx(
+        document["prediction"]["step_seconds"], rel=1e-9
+    )
+
+
+def test_a_pin_holds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = run(capsys, monkeypatch, *PLAN, "--pin", "tp=2", "--pin", "zero=1", "--json")
+    layout = json.loads(out)["layout"]
+    assert (layout["tp"], layout["zero"]) == (2, 1)
+
+
+def test_an_illegal_pin_says_which_rule(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = run(capsys, monkeypatch, *PLAN, "--pin", "tp=8")
+    assert code == 1
+    assert "tp=8 does not divide 12 attention heads" in " ".join(err.split())
+
+
+def test_estimate_that_does_not_fit_is_no_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["estimate", "--model", "llama2-70b", *ESTIMATE[3:], "--layout", "tp=8", "--json"]
+    code, out, _ = run(capsys, monkeypatch, *arguments)
+    document = json.loads(out)
+    assert code == 0
+    assert document["fits"] is False
+    assert set(document) == {"layout", "fits", "prediction", "stages"}
+    assert document["prediction"]["peak_memory_bytes"] > 80 * 2**30
+
+
+def test_nothing_fits_says_how_much_is_missing_and_what_would_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["plan", "--model", "gpt3-175b", "--cluster", "dgx-a100:1", "--global-batch", "64", "--seq", "2048"]
+    code, out, err = run(capsys, monkeypatch, *arguments)
+    flat = " ".join(err.split())
+    assert (code, out) == (1, "")
+    assert "with every block recomputed, stage 0 misses" in flat
+    assert "nothing fits" in flat
+    assert "stage" in flat
+    assert "GiB" in flat
+    assert "64 devices, for example" in flat
+
+
+def test_precision_that_the_runtime_lacks_is_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, *PLAN, "--precision", "fp16")
+    assert code == 1
+    assert "does not train in fp16 today" in err
+
+
+@pytest.fixture
+def plan_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    path = tmp_path / "plan.yaml"
+    code, _, _ = run(capsys, monkeypatch, *PLAN, "--pin", "pp=2", "-o", str(path))
+    assert code == 0
+    return path
+
+
+def _edited(path: Path, edit: str) -> Path:
+    document = yaml.safe_load(path.read_text())
+    exec(edit, {"plan": document})
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        ("plan['stages'][0]['layers'][1] -= 1; plan['stages'][0]['recompute']['none'] -= 1", "layers 8 to 8 are lost"),
+        ("plan['stages'][0]['layers'][1] += 1; plan['stages'][0]['recompute']['none'] += 1", "9 to 9 are doubled"),
+        ("plan['model']['layers'] = 24", "layers are lost"),
+        ("plan['layout']['tp'] = 5", "tp·cp·pp·dp"),
+        ("plan['layout']['tpp'] = 1", "is 'tp' meant?"),
+        ("plan['job']['global_batch'] = -1", "job.global_batch"),
+        ("plan['job']['global_batch'] = 1.5", "job.global_batch"),
+        ("del plan['model']['heads']", "model.heads"),
+        ("plan['schema'] = 'meshwright.plan/v9'", "another version"),
+        ("plan['stages'][1]['head'] = False", "the head on the last"),
+    ],
+)
+def test_an_edited_plan_is_refused_before_anything_starts(
+    edit: str, text: str, plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = plan_file.parent / "run"
+    code, _, err = run(capsys, monkeypatch, "train", str(_edited(plan_file, edit)), "--run", str(run_dir))
+    assert code == 2
+    assert text in " ".join(err.split())
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("content", ["layers: [1, 2", "", "just words", "{}", "schema: {a: b}", "\x00"])
+def test_a_file_that_is_no_plan_is_refused(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(content)
+    code, _, err = run(capsys, monkeypatch, "train", str(path))
+    assert code == 2
+    assert str(path) in "".join(err.split())
+
+
+def test_a_plan_for_another_model_is_refused(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(capsys, monkeypatch, "train", str(plan_file), "--model", "gpt2-medium")
+    assert code == 2
+    assert "the plan is for another model" in err
+
+
+def test_output_into_a_missing_place_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    code, _, err = run(capsys, monkeypatch, *PLAN, "-o", str(blocked / "plan.yaml"))
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_plan_and_help_never_import_torch() -> None:
+    script = (
+        "import sys, cli\n"
+        f"for words in (['--help'], {PLAN!r}):\n"
+        "    sys.argv = ['cli.py', *words]\n"
+        "    try:\n        cli.main()\n    except SystemExit as end:\n        assert not end.code, end.code\n"
+        "sys.exit('torch was imported' if 'torch' in sys.modules else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_imports_neither_planner_nor_solver() -> None:
+    script = (
+        "import sys, cli\nsys.argv = ['cli.py', '--help']\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'pulp', 'yaml', 'numpy', 'networkx', 'planner.search'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
