@@ -52,5 +52,6 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     chunk = chunk_with_gradients()
     decaying, constant = build_optimizer(chunk, weight_decay=0.1).param_groups
     assert (decaying["weight_decay"], constant["weight_decay"]) == (0.1, 0.0)
-    assert {p.ndim for p in decaying["params"]} == {2} and {p.ndim for p in constant["params"]} == {1}
+    assert {p.ndim for p in decaying["params"]} == {2}
+    assert {p.ndim for p in constant["params"]} == {1}
     assert len(decaying["params"]) + len(constant["params"]) == len(list(chunk.parameters()))
