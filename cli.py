@@ -230,7 +230,7 @@ def _profile(nproc: int | None, quick: bool, keep: bool) -> Any:
     # Half a minute in all: the ranks need a moment to start and to stop.
     request = ProfileRequest(
         ranks=nproc or default_ranks(),
-        budget_seconds=26.0 if quick else 115.0,
+        budget_seconds=25.0 if quick else 115.0,
         dtypes=("fp32",) if quick else ("fp32", "bf16"),
     )
     columns = (

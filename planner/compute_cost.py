@@ -92,7 +92,13 @@ class ComputeModel:
         parts.append(self._memory(model.activation, tokens * model.ffn_hidden_size / layout.tp))
         parts += [self._memory("residual", hidden), self._memory("residual", hidden)]
         if layout.tp > 1:
-            shard = ComputeSeconds(overhead=self._hardware.shard_overhead_seconds)
+            hardware = self._hardware
+            cut = (
+                hardware.sequence_shard_overhead_seconds
+                if layout.sequence_parallel
+                else hardware.shard_overhead_seconds
+            )
+            shard = ComputeSeconds(overhead=cut)
             parts.append(ComputeCost(shard, shard))
         return _total(parts)
 

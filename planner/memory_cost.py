@@ -81,7 +81,8 @@ class MemoryModel:
     def _state(self, layout: Layout, parameters: float) -> MemoryBytes:
         """Weights, gradients and AdamW moments of `parameters` (already cut by tp), in fp32 as FSDP2 keeps them.
 
-        zero 0 keeps all; 1 and 2 shard weights and moments over dp and gather the weights for the whole step
+        zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
+        the step; 1 and 2 shard weights and moments over dp and gather the weights for the whole step
         in the compute precision; 1 holds unsharded gradients until the last microbatch, 2 shards them after
         each; 3 gathers a block at a time. Under a pipeline, torch's stage leaves gathered weights and
         unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
@@ -96,7 +97,7 @@ class MemoryModel:
             gradients = _FP32_BYTES * parameters
         elif layout.zero == 0:
             gradients = _FP32_BYTES * parameters
-            gathered = self._element_bytes * parameters if self._precision != "fp32" else 0.0
+            gathered = self._element_bytes * parameters
         else:
             stays = layout.zero < 3 or layout.pp > 1
             unsharded = layout.zero == 1 or layout.pp > 1

@@ -218,7 +218,7 @@ class CostModel:
             head=self._part(layout, head, self._head_tp(layout), memory.head_parameters(layout), microbatches),
             microbatch=PartSeconds(Seconds(overhead.forward.total), Seconds(overhead.backward.total)),
             send_seconds=self._send(layout),
-            step_seconds=self._hardware.step_overhead_seconds + self._tied_seconds(layout) + self._clip_seconds(layout),
+            step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
             block_memory=memory.block(layout, sequence),
             embedding_memory=memory.embedding(layout, sequence),
             head_memory=memory.head(layout, sequence),
@@ -261,14 +261,18 @@ class CostModel:
         return float(DTYPE_BYTES[self._job.precision] * tokens * self._model.hidden_size)
 
     def _block_tp(self, layout: Layout) -> tuple[float, float, float]:
-        """Attention and MLP each: all-reduce once a pass, or all-gather in and reduce-scatter out with SP."""
+        """Attention and MLP each: all-reduce once a pass, or all-gather in and reduce-scatter out with SP.
+
+        Recomputation stops when it has all that backward needs, which the sum that ends the MLP is not part of
+        (torch's non-reentrant checkpoint; the counts are asserted in tests/distributed/test_collectives.py).
+        """
         group, size = Group(layout.tp, 1), self._whole_bytes(layout)
         if layout.sequence_parallel:
-            once = self._comm.collective_seconds("all_gather", group, size)
-            once += self._comm.collective_seconds("reduce_scatter", group, size)
-        else:
-            once = self._comm.collective_seconds("all_reduce", group, size)
-        return 2 * once, 2 * once, 2 * once
+            gather = self._comm.collective_seconds("all_gather", group, size)
+            scatter = self._comm.collective_seconds("reduce_scatter", group, size)
+            return 2 * (gather + scatter), 2 * (gather + scatter), 2 * gather + scatter
+        reduce = self._comm.collective_seconds("all_reduce", group, size)
+        return 2 * reduce, 2 * reduce, reduce
 
     def _embedding_tp(self, layout: Layout) -> tuple[float, float, float]:
         """The vocabulary-parallel lookup is summed over tp; with SP its gradient is gathered."""
@@ -345,6 +349,5 @@ class CostModel:
         return self._comm.collective_seconds("all_reduce", Group(2, stride), size)
 
     def _clip_seconds(self, layout: Layout) -> float:
-        """One number summed over each axis with more than one rank, for the gradient norm."""
-        axes = (Group(layout.tp, 1), Group(layout.dp, layout.tp), Group(layout.pp, layout.tp * layout.dp))
-        return sum(self._comm.collective_seconds("all_reduce", group, 4.0) for group in axes)
+        """Loss and gradient norm, two float64 numbers, summed over all ranks."""
+        return self._comm.collective_seconds("all_reduce", Group(layout.world_size, 1), 16.0)

@@ -111,9 +111,9 @@ class HardwareProfile:
     the backend blocks (gloo under FSDP2), up to 1 where it has a stream of its own.
     `context_bytes` is what a rank holds before any tensor of the model; `communicator_bytes` per process
     group with more than one rank; `allocator_slack` the share of tensor bytes lost to the allocator.
-    `step_overhead_seconds` is what a training step costs besides kernels (loop, logging, data).
-    `microbatch_overhead_seconds` likewise for each forward and backward of a microbatch;
-    `shard_overhead_seconds` for each forward or backward of one block whose weights are sharded over tp.
+    What no kernel and no collective explains: `microbatch_overhead_seconds` for each forward and backward of
+    a microbatch; `shard_overhead_seconds` for each forward or backward of one block whose weights are cut
+    over tp, `sequence_shard_overhead_seconds` instead under sequence parallelism.
     """
 
     name: str
@@ -126,9 +126,9 @@ class HardwareProfile:
     memory_bandwidth_bytes_per_second: float
     launch_seconds: float
     hidden_communication: float
-    step_overhead_seconds: float = 0.0
     microbatch_overhead_seconds: float = 0.0
     shard_overhead_seconds: float = 0.0
+    sequence_shard_overhead_seconds: float = 0.0
     peak_flops_per_second: dict[str, float]
     provenance: dict[str, Any]
     gemm_models: tuple[GemmModel, ...] = ()
@@ -260,9 +260,9 @@ class HardwareProfile:
             memory_bandwidth_bytes_per_second=reader.number("memory_bandwidth_bytes_per_second", above=0),
             launch_seconds=reader.number("launch_seconds", minimum=0),
             hidden_communication=reader.number("hidden_communication", minimum=0),
-            step_overhead_seconds=reader.number("step_overhead_seconds", minimum=0, default=0.0),
             microbatch_overhead_seconds=reader.number("microbatch_overhead_seconds", minimum=0, default=0.0),
             shard_overhead_seconds=reader.number("shard_overhead_seconds", minimum=0, default=0.0),
+            sequence_shard_overhead_seconds=reader.number("sequence_shard_overhead_seconds", minimum=0, default=0.0),
             peak_flops_per_second={key: peaks.number(key, above=0) for key in peaks},
             provenance=dict(reader.anything("provenance", default={})),
             **{

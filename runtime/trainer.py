@@ -20,15 +20,12 @@ from profiles.store import dump_yaml, write_atomically
 
 from . import checkpoint
 from .data import VOCABULARY, Corpus, bigram_loss, global_batch, load_corpus, own_samples, validation_batch
-from .gradients import clip, complete_gradients, square_sum
 from .measure import StepMeter, busiest
-from .mesh import RankMesh, build_mesh
 from .metrics import MetricsWriter, peak_memory_bytes
-from .optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from .parallelize import build_stage
-from .pipeline import StepRunner, build_runner
+from .optimizer import learning_rate_at
 from .process_group import process_group
 from .run_folder import RECORD_FILE
+from .step import StepResult, TrainState, build_state, sum_over_ranks, training_step
 
 RECORD_SCHEMA = "meshwright.record/v1"
 Record = dict[str, Any]
@@ -71,32 +68,16 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
     with process_group(layout.world_size, options.timeout_seconds) as device, ExitStack() as stack:
         corpus = load_corpus(options.data, job.sequence)
         check_vocabulary(plan)
-        mesh = build_mesh(layout, device.type, tied_embeddings=plan.model.tied_embeddings)
-        chunk = build_stage(plan, mesh, device, dtype=options.dtype, seed=options.seed)
-        activation_dtype = torch.bfloat16 if job.precision == "bf16" else options.dtype
-        runner = build_runner(plan, chunk, mesh, device, activation_dtype)
-        optimizer = build_optimizer(chunk, weight_decay=options.weight_decay)
-        done = checkpoint.load(checkpoint.latest(options.run_dir), chunk, optimizer) if options.resume else 0
-        meter = StepMeter(mesh, runner.clock, layout.pp, options.steps - done)
+        state = build_state(plan, device, dtype=options.dtype, seed=options.seed, weight_decay=options.weight_decay)
+        folder = checkpoint.latest(options.run_dir) if options.resume else None
+        done = checkpoint.load(folder, state.chunk, state.optimizer) if folder is not None else 0
+        meter = StepMeter(state.mesh, state.runner.clock, layout.pp, options.steps - done)
         writer = stack.enter_context(MetricsWriter(options.run_dir)) if dist.get_rank() == 0 else None
         record: Record = {}
 
         for step in range(done + 1, options.steps + 1):
             step_start = time.perf_counter()
             batch = global_batch(corpus, seed=options.seed, step=step, samples=job.global_batch, sequence=job.sequence)
-            inputs, targets = _own_tensors(batch, plan, mesh, device)
-            with meter.watch(step - done):
-                loss_share = runner.step(inputs, targets)
-                complete_gradients(chunk, mesh)
-
-            norm_start = time.perf_counter()
-            shares = torch.stack([torch.tensor(loss_share / layout.tp, dtype=torch.float64), square_sum(chunk).cpu()])
-            reduce_start = time.perf_counter()
-            loss, norm = _sum_over_ranks(shares, device)
-            reduce_end = time.perf_counter()
-            norm **= 0.5
-            if options.clip_norm is not None:
-                clip(chunk, norm, options.clip_norm)
             learning_rate = learning_rate_at(
                 step,
                 steps=options.steps,
@@ -104,28 +85,30 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 peak=options.learning_rate,
                 minimum=options.min_learning_rate,
             )
-            set_learning_rate(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            step_end = time.perf_counter()
+            result = training_step(
+                state,
+                *_own_tensors(batch, plan, state),
+                learning_rate=learning_rate,
+                clip_norm=options.clip_norm,
+                watch=meter.watch(step - done),
+            )
+            step_seconds = time.perf_counter() - step_start
             meter.end_step(
                 step - done,
-                step_seconds=step_end - step_start,
-                optimizer=step_end - norm_start - (reduce_end - reduce_start),
-                synchronise=reduce_end - reduce_start,
+                step_seconds=step_seconds,
+                optimizer=result.optimizer_seconds,
+                synchronise=result.synchronise_seconds,
             )
 
-            record = _step_record(plan, options, step, loss, norm, learning_rate, step_end - step_start, device)
+            record = _step_record(plan, options, step, result, learning_rate, step_seconds, device)
             if _due(step, options.validation_every, options.steps):
-                record["validation_loss"] = _validate(plan, options, corpus, runner, mesh, device)
+                record["validation_loss"] = _validate(plan, options, corpus, state)
             if writer is not None:
                 writer.write(record)
                 if on_progress is not None:
                     on_progress(record)
             if _due(step, options.checkpoint_every, options.steps):
-                checkpoint.save(options.run_dir, step, chunk, optimizer)
+                checkpoint.save(options.run_dir, step, state.chunk, state.optimizer)
 
         ranks = _gather_measurements(meter, device)
         if writer is not None:
@@ -147,27 +130,13 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _own_tensors(batch: Any, plan: Plan, mesh: RankMesh, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_tensors(batch: Any, plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets [microbatches · micro_batch, sequence] of this dp rank."""
-    ids = torch.from_numpy(own_samples(batch, plan.layout, mesh.coordinate.dp))
-    return ids[:, :-1].contiguous().to(device), ids[:, 1:].contiguous().to(device)
+    ids = torch.from_numpy(own_samples(batch, plan.layout, state.mesh.coordinate.dp))
+    return ids[:, :-1].contiguous().to(state.device), ids[:, 1:].contiguous().to(state.device)
 
 
-def _sum_over_ranks(values: torch.Tensor, device: torch.device) -> list[float]:
-    """The sums over all ranks of a vector of float64, in one all-reduce."""
-    values = values.to(device)
-    dist.all_reduce(values)
-    return values.tolist()
-
-
-def _validate(
-    plan: Plan,
-    options: TrainOptions,
-    corpus: Corpus,
-    runner: StepRunner,
-    mesh: RankMesh,
-    device: torch.device,
-) -> float:
+def _validate(plan: Plan, options: TrainOptions, corpus: Corpus, state: TrainState) -> float:
     """Mean cross-entropy in nats on held-out samples, the same ones each time. Every rank must call it."""
     total = 0.0
     for index in range(options.validation_batches):
@@ -178,17 +147,16 @@ def _validate(
             samples=plan.job.global_batch,
             sequence=plan.job.sequence,
         )
-        total += runner.evaluate(*_own_tensors(batch, plan, mesh, device))
-    share = total / options.validation_batches / plan.layout.tp
-    return _sum_over_ranks(torch.tensor([share], dtype=torch.float64), device)[0]
+        total += state.runner.evaluate(*_own_tensors(batch, plan, state))
+    share = total / options.validation_batches / state.tp
+    return sum_over_ranks(torch.tensor([share], dtype=torch.float64), state.device)[0]
 
 
 def _step_record(
     plan: Plan,
     options: TrainOptions,
     step: int,
-    loss: float,
-    norm: float,
+    result: StepResult,
     learning_rate: float,
     step_seconds: float,
     device: torch.device,
@@ -198,8 +166,8 @@ def _step_record(
     peak = options.peak_flops_per_second
     return {
         "step": step,
-        "loss": loss,
-        "grad_norm": norm,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
         "lr": learning_rate,
         "step_seconds": step_seconds,
         "tokens_per_second": plan.job.tokens / step_seconds,

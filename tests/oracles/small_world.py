@@ -26,9 +26,9 @@ def small_hardware(*, flops: float = 1e11, units: int = 4, **changes: Any) -> Ha
         "memory_bandwidth_bytes_per_second": 1e10,
         "launch_seconds": 1e-6,
         "hidden_communication": 0.5,
-        "step_overhead_seconds": 1e-4,
         "microbatch_overhead_seconds": 1e-5,
         "shard_overhead_seconds": 1e-6,
+        "sequence_shard_overhead_seconds": 2e-6,
         "peak_flops_per_second": rates,
         "provenance": {"kind": "made up"},
         "gemm_models": tuple(

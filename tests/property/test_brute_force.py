@@ -8,16 +8,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from planner.bounds import lower_bound
+from planner.bounds import fits, lower_bound
 from planner.errors import InfeasibleError
 from planner.layout import enumerate_layouts
-from planner.search import Question, fits, search
+from planner.search import Question, search
 from planner.stage_ilp import solve_stages
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import Candidate, candidates, fastest
 from tests.property.worlds import questions
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*PuLP 4.0:DeprecationWarning")
 
 # What the solver may be off by; see stage_ilp.RELATIVE_TOLERANCE.
 TOLERANCE = 1e-6

@@ -71,9 +71,9 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         memory_bandwidth_bytes_per_second=draw(powers(7, 12)),
         launch_seconds=draw(or_zero(powers(-7, -4))),
         hidden_communication=draw(st.sampled_from((0.0, 0.3, 1.0))),
-        step_overhead_seconds=draw(or_zero(powers(-5, -2))),
         microbatch_overhead_seconds=draw(or_zero(powers(-6, -3))),
         shard_overhead_seconds=draw(or_zero(powers(-6, -3))),
+        sequence_shard_overhead_seconds=draw(or_zero(powers(-6, -3))),
         collectives=tuple(collectives),
     )
 

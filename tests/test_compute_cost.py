@@ -1,0 +1,142 @@
+"""Seconds of compute: each part's kernels by shape, what tp takes away, and that parts add up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from planner.compute_cost import ComputeModel, ComputeSeconds, local_kv_width, local_linear_shape
+from planner.layout import Layout
+from profiles.hardware import MemoryPoint
+from profiles.model import ModelSpec
+from tests.oracles.small_world import small_hardware
+from tests.plans import tiny_gpt2, tiny_llama
+
+HARDWARE = small_hardware(units=1, launch_seconds=0.0)
+
+
+def price(model: ModelSpec, layout: Layout, sequence: int = 16, **changes: Any) -> dict[str, Any]:
+    compute = ComputeModel(model, small_hardware(units=1, **({"launch_seconds": 0.0} | changes)), "fp32")
+    return {
+        "block": compute.block(layout, sequence),
+        "embedding": compute.embedding(layout, sequence),
+        "head": compute.head(layout, sequence),
+    }
+
+
+def test_passes_add_up_part_by_part() -> None:
+    total = ComputeSeconds(1, 2, 3, 4) + ComputeSeconds(10, 20, 30, 40)
+    assert total == ComputeSeconds(11, 22, 33, 44)
+    assert total.total == 110
+
+
+def test_a_block_kernel_by_kernel() -> None:
+    """A Llama block of width 32, grouped queries 4 to 2, SwiGLU 64, 2 x 16 tokens, counted by hand."""
+    block = price(tiny_llama(), Layout(micro_batch=2))["block"]
+    tokens, seconds = 32, HARDWARE.gemm_seconds
+    shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
+    assert block.forward.gemm == pytest.approx(sum(seconds("forward", "fp32", tokens, n, k) for n, k in shapes))
+    assert block.backward.gemm == pytest.approx(
+        sum(seconds("input_grad", "fp32", tokens, k, n) + seconds("weight_grad", "fp32", n, k, tokens) for n, k in shapes)
+    )
+    assert block.forward.attention == pytest.approx(2.0 * 2 * 4 * 16**2 * 8 / (1e11 / 2))
+    assert block.backward.attention == pytest.approx(5.0 * 2 * 4 * 16**2 * 8 / (1e11 / 3))
+    # Bytes: two norms, RoPE on q and k, the head transpose, SwiGLU, two residual sums; see EAGER_PASSES.
+    elements = 2 * 2 * 32 + 8 * (32 + 16) + 2 * 32 + 5 * 64 + 2 * 3 * 32
+    assert block.forward.memory == pytest.approx(tokens * elements * 4 / 1e10)
+    backward = 2 * 3 * 32 + 8 * (32 + 16) + 2 * 32 + 9 * 64 + 2 * 3 * 32
+    assert block.backward.memory == pytest.approx(tokens * backward * 4 / 1e10)
+    assert (block.forward.overhead, block.backward.overhead) == (0.0, 0.0)
+
+
+def test_embedding_and_head_of_gpt2() -> None:
+    parts = price(tiny_gpt2(), Layout())
+    tokens, seconds = 16, HARDWARE.gemm_seconds
+    # The lookup and the sum with the learned positions.
+    assert parts["embedding"].forward.memory == pytest.approx(tokens * 32 * (2 + 3) * 4 / 1e10)
+    assert parts["embedding"].forward.gemm == 0.0
+    head = parts["head"]
+    assert head.forward.gemm == pytest.approx(seconds("forward", "fp32", tokens, 61, 32))
+    assert head.forward.memory == pytest.approx(tokens * (2 * 32 + 6 * 61) * 4 / 1e10)
+    assert head.backward.memory == pytest.approx(tokens * (3 * 32 + 6 * 61) * 4 / 1e10)
+
+
+def test_gelu_blocks_have_no_gate_and_no_rope() -> None:
+    block = price(tiny_gpt2(), Layout())["block"]
+    elements = 2 * 2 * 32 + 2 * 32 + 2 * 64 + 2 * 3 * 32
+    assert block.forward.memory == pytest.approx(16 * elements * 4 / 1e10)
+
+
+@pytest.mark.parametrize("part", ["block", "embedding", "head"])
+@pytest.mark.parametrize("model", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
+def test_more_tokens_are_never_cheaper(part: str, model: ModelSpec) -> None:
+    costs = [price(model, Layout(micro_batch=b), s)[part] for b, s in ((1, 16), (2, 16), (2, 17), (2, 32), (4, 64))]
+    for less, more in zip(costs, costs[1:], strict=False):
+        assert less.forward.total < more.forward.total
+        assert less.backward.total < more.backward.total
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_tp_cuts_the_work_but_never_below_its_share(tp: int) -> None:
+    """tp ranks together do at least the whole work; the norms and residuals outside are not cut."""
+    whole, share = price(tiny_llama(), Layout()), price(tiny_llama(), Layout(tp=tp), shard_overhead_seconds=0.0)
+    for part in ("block", "embedding", "head"):
+        for one, cut in ((whole[part].forward, share[part].forward), (whole[part].backward, share[part].backward)):
+            assert one.total / tp <= cut.total * (1 + 1e-12) <= one.total * (1 + 1e-12)
+    assert share["block"].forward.attention == pytest.approx(whole["block"].forward.attention / tp)
+
+
+def test_sequence_parallelism_cuts_what_is_outside_of_the_products() -> None:
+    plain = price(tiny_llama(), Layout(tp=4))["block"]
+    cut = price(tiny_llama(), Layout(tp=4, sequence_parallel=True))["block"]
+    assert cut.forward.gemm == plain.forward.gemm
+    # Two norms (2 passes) and two residual sums (3) over 16 tokens of width 32, of which a quarter stays.
+    assert plain.forward.memory - cut.forward.memory == pytest.approx(0.75 * 16 * 32 * (2 * 2 + 2 * 3) * 4 / 1e10)
+
+
+def test_a_sharded_block_costs_its_overhead_once_a_pass() -> None:
+    without = price(tiny_llama(), Layout(tp=2), shard_overhead_seconds=0.0)
+    with_it = price(tiny_llama(), Layout(tp=2), shard_overhead_seconds=0.25)
+    assert with_it["block"].forward.total - without["block"].forward.total == pytest.approx(0.25)
+    assert with_it["block"].backward.total - without["block"].backward.total == pytest.approx(0.25)
+    assert with_it["head"] == without["head"]
+    assert price(tiny_llama(), Layout(), shard_overhead_seconds=0.25) == price(tiny_llama(), Layout())
+    # Under sequence parallelism it has its own figure.
+    cut = Layout(tp=2, sequence_parallel=True)
+    none, some = (
+        price(tiny_llama(), cut, shard_overhead_seconds=9.0, sequence_shard_overhead_seconds=overhead)["block"]
+        for overhead in (0.0, 0.5)
+    )
+    assert some.forward.total - none.forward.total == pytest.approx(0.5)
+    assert some.backward.total - none.backward.total == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("model", [tiny_llama(), tiny_gpt2(), tiny_llama(kv_heads=1)], ids=["gqa", "mha", "mqa"])
+def test_local_shapes_cover_each_linear(model: ModelSpec, tp: int) -> None:
+    for name, (outputs, inputs) in model.linear_shapes.items():
+        local = local_linear_shape(model, name, tp)
+        whole = name in ("wk", "wv") and model.kv_heads < tp
+        expected = (outputs, inputs // tp) if name in ("wo", "w2") else (outputs if whole else outputs // tp, inputs)
+        assert local == expected
+        assert local[0] * local[1] * tp >= outputs * inputs
+    assert local_kv_width(model, tp) == max(1, model.kv_heads // tp) * model.head_dim
+
+
+def test_state_is_priced_in_fp32_by_bytes() -> None:
+    compute = ComputeModel(tiny_llama(), HARDWARE, "bf16")
+    assert compute.accumulate_seconds(1e6) == pytest.approx(3 * 4e6 / 1e10)
+    assert compute.copy_seconds(1e6) == pytest.approx(2 * 4e6 / 1e10)
+    assert compute.optimizer_seconds(1e6) == pytest.approx((3 + 7) * 4e6 / 1e10)
+
+
+def test_state_takes_the_measured_dtype_where_fp32_was_not_measured() -> None:
+    point = MemoryPoint(dtype="bf16", operation="accumulate", direction="forward", elements=1000, seconds=1.0)
+    compute = ComputeModel(tiny_llama(), small_hardware(memory=(point,)), "bf16")
+    assert compute.accumulate_seconds(3000) == pytest.approx(3.0)
+
+
+def test_a_microbatch_costs_its_overhead_each_way() -> None:
+    cost = ComputeModel(tiny_llama(), small_hardware(microbatch_overhead_seconds=0.5), "fp32").microbatch()
+    assert (cost.forward.total, cost.backward.total) == (0.5, 0.5)
