@@ -151,16 +151,16 @@ class MemoryModel:
         return PartMemory(state, nothing, nothing, 0.0, 0.0)
 
     def head(self, layout: Layout, sequence: int) -> PartMemory:
-        """Last norm, and the logits in fp32: kept as log-probabilities, their gradient on the way back."""
+        """Last norm, and the logits: as computed, and as log-probabilities in fp32; their gradients on the way back."""
         model, tokens = self._model, layout.micro_batch * sequence
         outside = tokens / layout.tp if layout.sequence_parallel else tokens
         rows = -(-model.vocab_size // layout.tp)
-        logits = _FP32_BYTES * tokens * rows
-        cast = self._element_bytes * tokens * rows if self._precision != "fp32" else 0.0
+        logits = self._element_bytes * tokens * rows
+        log_probabilities = _FP32_BYTES * tokens * rows
         norm = self._element_bytes * self._norm_elements(outside, tokens)
-        held = MemoryBytes(activations=norm, logits=2 * logits)
-        state = self._state(layout, self.head_parameters(layout))
-        return PartMemory(state, held, held, logits + cast, logits + cast)
+        held = MemoryBytes(activations=norm, logits=logits + log_probabilities)
+        gradients = log_probabilities + (logits if self._precision != "fp32" else 0.0)
+        return PartMemory(self._state(layout, self.head_parameters(layout)), held, held, gradients, gradients)
 
     # ---- the rest --------------------------------------------------------------------------------------
 

@@ -38,7 +38,10 @@ def test_a_block_kernel_by_kernel() -> None:
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
     assert block.forward.gemm == pytest.approx(sum(seconds("forward", "fp32", tokens, n, k) for n, k in shapes))
     assert block.backward.gemm == pytest.approx(
-        sum(seconds("input_grad", "fp32", tokens, k, n) + seconds("weight_grad", "fp32", n, k, tokens) for n, k in shapes)
+        sum(
+            seconds("input_grad", "fp32", tokens, k, n) + seconds("weight_grad", "fp32", n, k, tokens)
+            for n, k in shapes
+        )
     )
     assert block.forward.attention == pytest.approx(2.0 * 2 * 4 * 16**2 * 8 / (1e11 / 2))
     assert block.backward.attention == pytest.approx(5.0 * 2 * 4 * 16**2 * 8 / (1e11 / 3))

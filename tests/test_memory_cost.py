@@ -207,9 +207,7 @@ def test_what_a_stage_holds_whatever_its_layers() -> None:
     assert model.boundary_bytes(layout, 16) == boundary
     for stage, directions in ((0, 1), (1, 2), (2, 1)):
         fixed = model.fixed(layout, 16, stage, 5)
-        assert fixed == MemoryBytes(
-            pipeline_buffers=5 * directions * boundary, communicators=3 * 1e3, context=1e4
-        )
+        assert fixed == MemoryBytes(pipeline_buffers=5 * directions * boundary, communicators=3 * 1e3, context=1e4)
     assert model.boundary_bytes(replace(layout, sequence_parallel=True), 16) == boundary / 2
     assert model.fixed(Layout(), 16, 0, 5) == MemoryBytes(context=1e4)
     assert model.fixed(Layout(dp=2), 16, 0, 5) == MemoryBytes(communicators=1e3, context=1e4)

@@ -196,7 +196,10 @@ def test_the_optimizer_works_on_its_shard_and_accumulation_on_all() -> None:
     alone, four = price(Layout(dp=4, micro_batch=2)), price(Layout(dp=4, micro_batch=1))
     assert (alone.microbatches, four.microbatches) == (1, 2)
     question = small_question(devices=1, global_batch=8)
-    backward = [price(Layout(micro_batch=1), replace(question, job=replace(question.job, global_batch=batch))) for batch in (1, 8)]
+    backward = [
+        price(Layout(micro_batch=1), replace(question, job=replace(question.job, global_batch=batch)))
+        for batch in (1, 8)
+    ]
     assert backward[1].block.backward.total - backward[0].block.backward.total == pytest.approx(
         7 / 8 * 3 * 4 * parameters / 1e10
     )
@@ -239,7 +242,9 @@ def test_a_tied_matrix_is_summed_over_first_and_last_stage() -> None:
     assert tied - untied == pytest.approx(4.0 * 61 * 32 / 1e9)
 
 
-@pytest.mark.xfail(strict=True, reason="Group(2, stride·(pp-1)) spans 2·stride·(pp-1) devices; the two are pp·stride apart")
+@pytest.mark.xfail(
+    strict=True, reason="Group(2, stride·(pp-1)) spans 2·stride·(pp-1) devices; the two are pp·stride apart"
+)
 def test_a_tied_matrix_inside_one_node_does_not_cross_the_network() -> None:
     """dgx-a100 is one node, with a network tier for those who add nodes."""
     question = replace(small_question(tiny_gpt2(layers=8)), cluster=resolve_cluster("dgx-a100"))

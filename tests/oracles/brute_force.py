@@ -53,7 +53,9 @@ def all_layouts(question: Question) -> list[Layout]:
 
 def _as_pinned(layout: Layout, pins: Mapping[str, Any], bans: tuple[str, ...]) -> bool:
     kept = all(value == vars(layout)[key] for key, value in pins.items() if key != "recompute")
-    return kept and not any(vars(layout)[key] > (key not in ("zero", "sequence_parallel")) for key in bans if key != "recompute")
+    return kept and not any(
+        vars(layout)[key] > (key not in ("zero", "sequence_parallel")) for key in bans if key != "recompute"
+    )
 
 
 def splits(layers: int, stages: int) -> Iterator[tuple[int, ...]]:

@@ -103,7 +103,9 @@ def test_every_layouts_bound_and_solution(data: st.DataObject) -> None:
             assert bound.seconds <= best.step_seconds * (1 + 1e-9), layout
         if bound is not None and layout.pp > 1:
             bounds[layout] = (costs, bound, best)
-    for layout in data.draw(st.lists(st.sampled_from(list(bounds)), min_size=1, max_size=4, unique=True)) if bounds else ():
+    for layout in (
+        data.draw(st.lists(st.sampled_from(list(bounds)), min_size=1, max_size=4, unique=True)) if bounds else ()
+    ):
         costs, bound, best = bounds[layout]
         solution = solve_stages(costs, limit, bound_seconds=bound.seconds)
         if best is None:

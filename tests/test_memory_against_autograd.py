@@ -1,0 +1,73 @@
+"""Predicted activation bytes beside what autograd really keeps for a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from planner.layout import Layout
+from planner.memory_cost import MemoryModel
+from planner.plan import Stage
+from profiles.catalogue import CATALOG, resolve_model
+from profiles.hardware import load_hardware
+from runtime.transformer import Chunk, build_chunk
+
+MICRO_BATCH, SEQUENCE = 2, 128
+
+
+def kept_bytes(chunk: Chunk, forward: Callable[[], torch.Tensor]) -> float:
+    """Bytes of the distinct storages saved for backward, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    storages: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return float(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
+
+
+@pytest.mark.parametrize("name", ["demo", "gpt2", "qwen2.5-7b"])
+def test_a_block_keeps_what_the_model_says(name: str) -> None:
+    model = replace(resolve_model(name), layers=1)
+    if name == "qwen2.5-7b":  # its shape, at a size that a test can hold
+        model = replace(model, hidden_size=448, ffn_hidden_size=2368, head_dim=16, vocab_size=512)
+    stage = Stage(
+        rank=0,
+        chunk=0,
+        first=0,
+        end=1,
+        embedding=True,
+        head=True,
+        recompute_none=1,
+        recompute_selective=0,
+        recompute_full=0,
+    )
+    chunk = build_chunk(model, stage).to_empty(device="cpu")
+    for parameter in chunk.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    # The CPU's rms_norm keeps one tensor more than the CUDA kernel.
+    hardware = replace(load_hardware(CATALOG / "hardware" / "a100-sxm-80gb.yaml"), backend="gloo")
+    memory = MemoryModel(model, hardware, "fp32")
+    layout = Layout(micro_batch=MICRO_BATCH)
+    x = torch.randn(MICRO_BATCH, SEQUENCE, model.hidden_size, requires_grad=True)
+
+    kept = kept_bytes(chunk, lambda: chunk.blocks["0"](x))
+    assert memory.block(layout, SEQUENCE).held.total == pytest.approx(kept, rel=0.02)
+
+    targets = torch.zeros(MICRO_BATCH * SEQUENCE, dtype=torch.int64)
+    norm, head = chunk.norm, chunk.head
+    assert norm is not None
+    assert head is not None
+    held = memory.head(layout, SEQUENCE).held
+    logits_bytes = 4.0 * MICRO_BATCH * SEQUENCE * model.vocab_size
+    kept = kept_bytes(chunk, lambda: F.cross_entropy(head(norm(x)).flatten(0, 1), targets, reduction="sum"))
+    # Autograd keeps the log-probabilities; the logits themselves are held by who returned them.
+    assert held.total - logits_bytes == pytest.approx(kept, rel=0.02)
