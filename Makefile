@@ -1,5 +1,6 @@
 # make train: set up and train a small model on this machine.  make test: the tests.  make check: what CI runs.
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -22,7 +23,7 @@ install: $(VENV)/.installed
 
 # The stamps make a second call install nothing; a changed pyproject.toml installs again.
 $(VENV)/.installed: pyproject.toml install_torch.sh
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
+	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "Python 3.11 or 3.12 is needed; name one: make PYTHON=/path/to/python3.12"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	sh install_torch.sh $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e .

@@ -7,7 +7,11 @@ from functools import cache
 
 from hypothesis import strategies as st
 
+from planner.layout import Layout
+from planner.memory_cost import MemoryBytes, PartMemory
+from planner.schedule import in_flight
 from planner.search import Question
+from planner.step_cost import LayoutCosts, PartSeconds, Seconds
 from profiles.hardware import CollectivePoint, HardwareProfile
 from profiles.model import ModelSpec
 from tests.oracles.brute_force import all_layouts, assignments
@@ -118,3 +122,48 @@ def questions(draw: st.DrawFn) -> Question:
         else:
             question = replace(question, job=replace(job, global_batch=job.global_batch // 2))
     return question
+
+
+# ---- costs that no model gives rise to ------------------------------------------------------------------
+
+_seconds = st.just(0.0) | st.floats(0.001, 10.0).map(lambda value: round(value, 3))
+_parts = st.builds(PartSeconds, *[st.builds(Seconds, compute=_seconds, tp=_seconds, dp=_seconds)] * 6)
+_sizes = st.floats(0.0, 100.0).map(lambda value: round(value, 1))
+
+
+@st.composite
+def part_memories(draw: st.DrawFn) -> PartMemory:
+    """Recomputing holds no more and needs no less at once, as `memory_cost` has it."""
+    held, transient = draw(_sizes), draw(_sizes)
+    return PartMemory(
+        MemoryBytes(weights=draw(_sizes)),
+        MemoryBytes(activations=held),
+        MemoryBytes(activations=round(held * draw(st.floats(0, 1)), 1)),
+        transient,
+        transient + draw(_sizes),
+    )
+
+
+@st.composite
+def layout_costs(draw: st.DrawFn) -> LayoutCosts:
+    """Any seconds and bytes at all, on a pipeline of up to 4 stages and 5 layers."""
+    stages = draw(st.integers(1, 4))
+    schedule = draw(st.sampled_from(("gpipe", "1f1b")))
+    microbatches = draw(st.integers(stages if schedule == "1f1b" else 1, 6))
+    return LayoutCosts(
+        layout=Layout(pp=stages, schedule=schedule),
+        microbatches=microbatches,
+        layers=draw(st.integers(max(1, stages - 2), 5)),
+        block=draw(_parts),
+        embedding=draw(_parts),
+        head=draw(_parts),
+        microbatch=PartSeconds(forward=Seconds(draw(_seconds)), backward=Seconds(draw(_seconds))),
+        send_seconds=draw(_seconds) if stages > 1 else 0.0,
+        step_seconds=draw(_seconds),
+        block_memory=draw(part_memories()),
+        embedding_memory=draw(part_memories()),
+        head_memory=draw(part_memories()),
+        fixed_memory=(MemoryBytes(context=draw(_sizes)),) * stages,
+        in_flight=tuple(in_flight(schedule, stages, microbatches)),
+        allocator_slack=draw(st.sampled_from((0.0, 0.1))),
+    )
