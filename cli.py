@@ -12,7 +12,6 @@ import typer
 
 if TYPE_CHECKING:
     from planner.plan import Plan
-    from planner.search import Question
 
 app = typer.Typer(
     name="meshwright",
@@ -59,51 +58,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 # ---- what several verbs share ------------------------------------------------------------------------------
 
 
-def _question(
-    model: str,
-    cluster: str,
-    devices: int | None,
-    global_batch: int,
-    sequence: int,
-    precision: str | None,
-    memory_limit: str | None,
-    target: str,
-    pins: list[str] | None = None,
-    bans: list[str] | None = None,
-) -> Question:
-    from planner.job import PRECISIONS, TARGETS, TrainingJob
-    from planner.parse import parse_bytes, parse_pins
-    from planner.search import Question
-    from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
-    from profiles.hardware import load_hardware
-
-    _one_of("--target", target, TARGETS)
-    if precision is not None:
-        _one_of("--precision", precision, PRECISIONS)
-    pinned, banned = parse_pins(pins or [], bans or [])
-    spec = resolve_cluster(cluster)
-    if devices is not None:
-        spec = spec.with_devices(devices)
-    hardware = load_hardware(resolve_hardware_path(spec.hardware))
-    job = TrainingJob(
-        global_batch=global_batch,
-        sequence=sequence,
-        precision=precision or ("fp32" if hardware.backend == "gloo" else "bf16"),
-        target=target,
-        memory_limit_bytes=parse_bytes(memory_limit, "--memory-limit") if memory_limit else None,
-        pins=pinned,
-        bans=banned,
-    )
-    return Question(resolve_model(model), spec, hardware, job)
-
-
-def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
-    from profiles.errors import InputError
-
-    if value not in choices:
-        raise InputError(f"{value!r} is not known", where=flag, expected="one of " + ", ".join(choices), got=value)
-
-
 def _show(renderable: Any, *, error: bool = False) -> None:
     from rich.console import Console
 
@@ -141,10 +95,22 @@ def plan(
 ) -> None:
     """Find the fastest layout that fits, with proof."""
     from planner.plan import save
+    from planner.question import ask
     from planner.report import plan_report
     from planner.search import search
 
-    question = _question(model, cluster, devices, global_batch, sequence, precision, memory_limit, target, pin, ban)
+    question = ask(
+        model,
+        cluster,
+        global_batch,
+        sequence,
+        devices=devices,
+        precision=precision,
+        memory_limit=memory_limit,
+        target=target,
+        pins=pin or (),
+        bans=ban or (),
+    )
     answer = search(question, top, time_limit)
     if output is not None:
         save(answer, output)
@@ -175,10 +141,20 @@ def estimate(
     """Price your own layout: does it fit, and how fast is it?"""
     from planner.layout import require_legal
     from planner.parse import parse_layout
+    from planner.question import ask
     from planner.report import estimate_report
     from planner.search import check_supported, predict, solve_layout, stages_of
 
-    question = _question(model, cluster, devices, global_batch, sequence, precision, memory_limit, target)
+    question = ask(
+        model,
+        cluster,
+        global_batch,
+        sequence,
+        devices=devices,
+        precision=precision,
+        memory_limit=memory_limit,
+        target=target,
+    )
     check_supported(question)
     wanted, recompute = parse_layout(layout, question.cluster.devices)
     require_legal(wanted, recompute, question.rules)
@@ -313,6 +289,7 @@ def _plan_to_train(
 ) -> Plan:
     """The plan in the file, of the run that is resumed, or a new one for this machine."""
     from planner.plan import load
+    from planner.question import ask
     from planner.report import plan_report
     from planner.search import search
     from profiles.catalogue import resolve_model
@@ -334,7 +311,7 @@ def _plan_to_train(
             )
         return found
     _profile(None, quick=True, keep=True)
-    question = _question(model or "demo", "local", None, global_batch, sequence, None, None, "meshwright")
+    question = ask(model or "demo", "local", global_batch, sequence)
     answer = search(question)
     _show(plan_report(answer, question.limit_bytes))
     return answer

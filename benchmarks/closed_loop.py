@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from planner.job import TrainingJob
 from planner.layout import enumerate_layouts
 from planner.plan import Certificate, Plan, load, save
-from planner.search import Question, make_plan, solve_layout
+from planner.question import Question
+from planner.search import make_plan, solve_layout
 from profiles.catalogue import resolve_model
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware

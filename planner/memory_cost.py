@@ -78,7 +78,7 @@ class MemoryModel:
 
     # ---- state -----------------------------------------------------------------------------------------
 
-    def _state(self, layout: Layout, parameters: float) -> MemoryBytes:
+    def _state(self, layout: Layout, parameters: float, *, root: bool = False) -> MemoryBytes:
         """Weights, gradients and AdamW moments of `parameters` (already cut by tp), in fp32 as FSDP2 keeps them.
 
         zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
@@ -86,7 +86,8 @@ class MemoryModel:
         in the compute precision; 1 holds unsharded gradients until the last microbatch, 2 shards them after
         each; 3 gathers a block at a time. Under a pipeline, torch's stage leaves gathered weights and
         unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
-        `PipelineStage.backward_maybe_with_nosync`).
+        `PipelineStage.backward_maybe_with_nosync`). Embedding and head (`root`) are FSDP2's root group, gathered
+        from forward to backward and reduced last.
         """
         shards = layout.dp_shard
         weights = _FP32_BYTES * parameters / shards
@@ -99,8 +100,8 @@ class MemoryModel:
             gradients = _FP32_BYTES * parameters
             gathered = self._element_bytes * parameters
         else:
-            stays = layout.zero < 3 or layout.pp > 1
-            unsharded = layout.zero == 1 or layout.pp > 1
+            stays = layout.zero < 3 or layout.pp > 1 or root
+            unsharded = layout.zero == 1 or layout.pp > 1 or root
             gathered = self._element_bytes * parameters if stays else 0.0
             # Unsharded sums and the shard that the reduction leaves exist together at the end.
             gradients = _FP32_BYTES * parameters / shards + (_FP32_BYTES * parameters if unsharded else 0.0)
@@ -146,7 +147,7 @@ class MemoryModel:
         )
 
     def embedding(self, layout: Layout, sequence: int) -> PartMemory:
-        state = self._state(layout, self.embedding_parameters(layout))
+        state = self._state(layout, self.embedding_parameters(layout), root=True)
         nothing = MemoryBytes()
         return PartMemory(state, nothing, nothing, 0.0, 0.0)
 
@@ -160,7 +161,8 @@ class MemoryModel:
         norm = self._element_bytes * self._norm_elements(outside, tokens)
         held = MemoryBytes(activations=norm, logits=logits + log_probabilities)
         gradients = log_probabilities + (logits if self._precision != "fp32" else 0.0)
-        return PartMemory(self._state(layout, self.head_parameters(layout)), held, held, gradients, gradients)
+        state = self._state(layout, self.head_parameters(layout), root=True)
+        return PartMemory(state, held, held, gradients, gradients)
 
     # ---- the rest --------------------------------------------------------------------------------------
 

@@ -11,36 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from profiles.cluster import ClusterSpec
-from profiles.hardware import HardwareProfile
-from profiles.model import ModelSpec
-
 from .bounds import Bound, fits, lower_bound
 from .errors import InfeasibleError, UnsupportedError
-from .job import TrainingJob
-from .layout import CAPABILITIES, Layout, RuleContext, enumerate_layouts
+from .layout import CAPABILITIES, Layout, enumerate_layouts
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
+from .question import Question
 from .remedies import why_nothing_fits
 from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
 from .step_cost import CostModel, LayoutCosts, StageCount
-
-
-@dataclass(frozen=True)
-class Question:
-    """Everything the answer depends on."""
-
-    model: ModelSpec
-    cluster: ClusterSpec
-    hardware: HardwareProfile
-    job: TrainingJob
-
-    @property
-    def limit_bytes(self) -> float:
-        return self.job.memory_limit_bytes or self.cluster.memory_bytes
-
-    @property
-    def rules(self) -> RuleContext:
-        return RuleContext(self.model, self.job, self.cluster.devices)
 
 
 @dataclass(frozen=True)

@@ -207,15 +207,15 @@ class CostModel:
         microbatches = layout.microbatches(self._job.global_batch)
         block, embedding, head = self._part_compute(layout)
         memory = self._memory
-        embedded = memory.embedding_parameters(layout)
+        embedded, headed = memory.embedding_parameters(layout), memory.head_parameters(layout)
         overhead = self._compute.microbatch()
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
             layers=self._model.layers,
             block=self._part(layout, block, self._block_tp(layout), memory.block_parameters(layout), microbatches),
-            embedding=self._part(layout, embedding, self._embedding_tp(layout), embedded, microbatches, last=True),
-            head=self._part(layout, head, self._head_tp(layout), memory.head_parameters(layout), microbatches),
+            embedding=self._part(layout, embedding, self._embedding_tp(layout), embedded, microbatches, root=True),
+            head=self._part(layout, head, self._head_tp(layout), headed, microbatches, root=True),
             microbatch=PartSeconds(Seconds(overhead.forward.total), Seconds(overhead.backward.total)),
             send_seconds=self._send(layout),
             step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
@@ -300,37 +300,48 @@ class CostModel:
         tp: tuple[float, float, float],
         parameters: float,
         microbatches: int,
-        last: bool = False,
+        root: bool = False,
     ) -> PartSeconds:
-        """Phases of one part. `last`: its gradient is ready last, so its reduction hides behind nothing."""
+        """Phases of one part: a block, or (`root`) embedding and head.
+
+        FSDP2 keeps embedding and head in the root group: gathered first and reduced last, they hide behind
+        nothing, and zero 3 keeps them gathered from forward to backward.
+        """
         forward, backward = Seconds(compute.forward.total, tp[0]), Seconds(compute.backward.total, tp[1])
         recompute = Seconds(compute.forward.total, tp[2])
         accumulate = self._compute.accumulate_seconds(parameters) * (microbatches - 1) / microbatches
         backward = backward + Seconds(compute=accumulate)
-        local = parameters / layout.dp_shard
-        optimizer = Seconds(compute=self._compute.optimizer_seconds(local))
+        optimizer = Seconds(compute=self._compute.optimizer_seconds(parameters / layout.dp_shard))
         gather = reduce = Seconds()
         if layout.dp > 1:
-            group = Group(layout.dp, layout.tp * layout.cp)
-            copy = self._compute.copy_seconds(parameters)
-            weights_bytes = DTYPE_BYTES[self._job.precision] * parameters
-            gathered = self._comm.collective_seconds("all_gather", group, weights_bytes) + copy
-            operation = "all_reduce" if layout.zero == 0 else "reduce_scatter"
-            reduced = self._comm.collective_seconds(operation, group, 4.0 * parameters) + copy
-            hidden = 0.0 if last else self._hardware.hidden_communication
-            behind_forward = max(0.0, gathered - hidden * forward.total)
-            behind_backward = max(0.0, reduced - hidden * backward.total)
-            if layout.zero in (1, 2):
-                gather = Seconds(dp=behind_forward)
-            if layout.zero in (0, 1) or layout.pp > 1:
-                # torch's pipeline reduces after the last action, behind nothing.
-                reduce = Seconds(dp=reduced if layout.pp > 1 else behind_backward)
+            gathered, reduced = self._data_parallel(layout, parameters)
+            hidden = 0.0 if root else self._hardware.hidden_communication
+            pipelined = layout.pp > 1
+            once_or_each = Seconds(dp=max(0.0, gathered - hidden * forward.total))
+            again = Seconds(dp=max(0.0, gathered - hidden * backward.total))
+            # torch's pipeline reduces once, after the last action, behind nothing.
+            behind = Seconds(dp=reduced if pipelined else max(0.0, reduced - hidden * backward.total))
+            if layout.zero in (0, 1) or pipelined:
+                reduce = behind
             else:
-                backward = backward + Seconds(dp=behind_backward)
-            if layout.zero == 3:
-                backward = backward + Seconds(dp=max(0.0, gathered - hidden * backward.total))
-                forward = forward + Seconds(dp=behind_forward)
+                backward = backward + behind
+            if layout.zero in (1, 2) or (layout.zero == 3 and pipelined):
+                gather = once_or_each
+            elif layout.zero == 3:
+                forward = forward + once_or_each
+            if layout.zero == 3 and not root:
+                backward = backward + again
         return PartSeconds(forward, backward, recompute, gather, reduce, optimizer)
+
+    def _data_parallel(self, layout: Layout, parameters: float) -> tuple[float, float]:
+        """Seconds of gathering a part's weights and of reducing its gradients over dp, packing included."""
+        group = Group(layout.dp, layout.tp * layout.cp)
+        copy = self._compute.copy_seconds(parameters)
+        weights_bytes = DTYPE_BYTES[self._job.precision] * parameters
+        gathered = self._comm.collective_seconds("all_gather", group, weights_bytes)
+        operation = "all_reduce" if layout.zero == 0 else "reduce_scatter"
+        reduced = self._comm.collective_seconds(operation, group, 4.0 * parameters)
+        return gathered + copy, reduced + copy
 
     def _send(self, layout: Layout) -> float:
         if layout.pp == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def test_gelu_blocks_have_no_gate_and_no_rope() -> None:
 @pytest.mark.parametrize("model", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
 def test_more_tokens_are_never_cheaper(part: str, model: ModelSpec) -> None:
     costs = [price(model, Layout(micro_batch=b), s)[part] for b, s in ((1, 16), (2, 16), (2, 17), (2, 32), (4, 64))]
-    for less, more in zip(costs, costs[1:], strict=False):
+    for less, more in pairwise(costs):
         assert less.forward.total < more.forward.total
         assert less.backward.total < more.backward.total
 

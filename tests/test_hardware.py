@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_a_curve_goes_through_its_points(points: list[tuple[float, float]]) -> N
 
 @given(curves, st.floats(0, 1))
 def test_between_points_lies_between_their_seconds(points: list[tuple[float, float]], share: float) -> None:
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         seconds = seconds_at(points, x0 + share * (x1 - x0))
         assert min(y0, y1) * (1 - 1e-9) <= seconds <= max(y0, y1) * (1 + 1e-9)
 

@@ -46,22 +46,24 @@ STATE = {
     ("bf16", 1, 2): (1, 2, 1 + 4, 2),
     ("bf16", 3, 2): (1, 2, 1 + 4, 2),
 }
+# Embedding and head are FSDP2's root group: gathered and unsharded as under zero 1.
+ROOT_STATE = STATE | {(precision, zero, 1): STATE[precision, 1, 1] for precision in ("fp32", "bf16") for zero in (2, 3)}
 
 
 @pytest.mark.parametrize(("precision", "zero", "pp"), list(STATE))
 def test_state_bytes_per_parameter(precision: str, zero: int, pp: int) -> None:
     model = memory(precision=precision)
     layout = sharded(zero, pp=pp)
-    for part, parameters in (
-        (model.block(layout, 16), model.block_parameters(layout)),
-        (model.embedding(layout, 16), model.embedding_parameters(layout)),
-        (model.head(layout, 16), model.head_parameters(layout)),
+    for part, parameters, table in (
+        (model.block(layout, 16), model.block_parameters(layout), STATE),
+        (model.embedding(layout, 16), model.embedding_parameters(layout), ROOT_STATE),
+        (model.head(layout, 16), model.head_parameters(layout), ROOT_STATE),
     ):
-        state = part.state
+        state, per = part.state, table[precision, zero, pp]
         assert (state.weights, state.gathered_weights, state.gradients, state.optimizer) == tuple(
-            per * parameters for per in STATE[precision, zero, pp]
+            bytes_each * parameters for bytes_each in per
         )
-        assert state.total == sum(STATE[precision, zero, pp]) * parameters
+        assert state.total == sum(per) * parameters
 
 
 def test_one_device_keeps_16_bytes_a_parameter_in_fp32_and_18_in_bf16() -> None:
@@ -162,13 +164,14 @@ def test_tp_cuts_activations_and_sequence_parallelism_the_rest() -> None:
     assert cut.held_recomputed.activations == 4 * tokens * 32 / 4
 
 
-def test_the_head_keeps_its_logits_in_fp32() -> None:
+def test_the_head_keeps_its_logits_and_their_log_probabilities_in_fp32() -> None:
     head = memory(precision="bf16").head(Layout(tp=2), 16)
     rows, tokens = 31, 16  # 61 over 2
-    assert head.held.logits == 2 * 4 * tokens * rows
+    assert head.held.logits == (2 + 4) * tokens * rows
     assert head.held.activations == 2 * tokens * (32 + 32)
     assert head.transient == (4 + 2) * tokens * rows
-    assert memory().head(Layout(tp=2), 16).transient == 4 * tokens * rows
+    fp32 = memory().head(Layout(tp=2), 16)
+    assert (fp32.held.logits, fp32.transient) == (2 * 4 * tokens * rows, 4 * tokens * rows)
     assert head.held == head.held_recomputed
 
 

@@ -140,6 +140,15 @@ def test_two_stages_by_hand() -> None:
     assert simulate("gpipe", two, 2, 0.5).seconds == pytest.approx(8.0)
 
 
+def test_a_rank_waits_for_its_last_gradient_but_one_too() -> None:
+    """In 1F1B's cool-down; it shows where a stage below has much to reduce and cannot send before."""
+    stages = [(5.0, 9.0, 0.0), (1.0, 1.0, 0.0), (0.0, 0.1, 50.0), (1.0, 1.0, 0.0)]
+    durations = [StageSeconds(forward, backward, 0.0, reduce) for forward, backward, reduce in stages]
+    expected = torch_seconds("1f1b", durations, 5, 0.0)
+    assert simulate("1f1b", durations, 5, 0.0).seconds == pytest.approx(expected)
+    assert expected == pytest.approx(93.0)
+
+
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(pipelines())
 def test_the_simulation_is_torchs_loops(pipeline: tuple[str, list[StageSeconds], int, float]) -> None:

@@ -1,0 +1,76 @@
+"""Question: everything a plan depends on, and how it is put together from the words of a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
+from profiles.cluster import ClusterSpec
+from profiles.errors import InputError
+from profiles.hardware import HardwareProfile, load_hardware
+from profiles.model import ModelSpec
+
+from .job import PRECISIONS, TARGETS, TrainingJob
+from .layout import RuleContext
+from .parse import parse_bytes, parse_pins
+
+
+@dataclass(frozen=True)
+class Question:
+    """Everything the answer depends on."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    hardware: HardwareProfile
+    job: TrainingJob
+
+    @property
+    def limit_bytes(self) -> float:
+        return self.job.memory_limit_bytes or self.cluster.memory_bytes
+
+    @property
+    def rules(self) -> RuleContext:
+        return RuleContext(self.model, self.job, self.cluster.devices)
+
+
+def ask(
+    model: str,
+    cluster: str,
+    global_batch: int,
+    sequence: int,
+    *,
+    devices: int | None = None,
+    precision: str | None = None,
+    memory_limit: str | None = None,
+    target: str = "meshwright",
+    pins: Sequence[str] = (),
+    bans: Sequence[str] = (),
+) -> Question:
+    """The question that the words ask; an InputError names the flag that cannot be understood.
+
+    `precision` defaults to what the device is made for: bf16 on GPUs, fp32 on CPUs.
+    """
+    _one_of("--target", target, TARGETS)
+    if precision is not None:
+        _one_of("--precision", precision, PRECISIONS)
+    pinned, banned = parse_pins(pins, bans)
+    spec = resolve_cluster(cluster)
+    if devices is not None:
+        spec = spec.with_devices(devices)
+    hardware = load_hardware(resolve_hardware_path(spec.hardware))
+    job = TrainingJob(
+        global_batch=global_batch,
+        sequence=sequence,
+        precision=precision or ("fp32" if hardware.backend == "gloo" else "bf16"),
+        target=target,
+        memory_limit_bytes=parse_bytes(memory_limit, "--memory-limit") if memory_limit else None,
+        pins=pinned,
+        bans=banned,
+    )
+    return Question(resolve_model(model), spec, hardware, job)
+
+
+def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{value!r} is not known", where=flag, expected="one of " + ", ".join(choices), got=value)

@@ -1,0 +1,463 @@
+"""The plan file: load(save(plan)) == plan, and every tampering names the key it is in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from planner.errors import InfeasibleError
+from planner.job import TrainingJob
+from planner.layout import Layout
+from planner.plan import SCHEMA, Plan, Stage, dumps, load, save
+from planner.search import search
+from profiles.errors import InputError
+from profiles.store import Reader
+from tests.oracles.small_world import small_question
+from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.property.worlds import questions
+
+
+def job(**changes: Any) -> TrainingJob:
+    fields: dict[str, Any] = {"global_batch": 8, "sequence": 16}
+    return TrainingJob(**(fields | changes))
+
+
+def read(document: dict[str, Any]) -> Plan:
+    body = {key: value for key, value in document.items() if key != "schema"}
+    return Plan.from_dict(Reader(body, source="p.yaml"))
+
+
+# ---- load(save(plan)) == plan ----------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(questions(), st.integers(1, 3))
+def test_a_plan_from_the_search_survives_its_file(
+    tmp_path_factory: pytest.TempPathFactory, question: Any, top: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "plan.yaml"
+    try:
+        plan = search(question, top=top)
+    except InfeasibleError:
+        return
+    save(plan, path)
+    assert load(path) == plan
+    assert path.read_text(encoding="utf-8") == dumps(plan) == dumps(load(path))
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        make_plan(tiny_llama(), Layout(), job()),
+        make_plan(tiny_llama(name="yes: 1e3"), Layout(pp=2, dp=2, zero=1, dp_shard=2), job(), [3], [1, 0]),
+        make_plan(tiny_gpt2(), Layout(tp=4, sequence_parallel=True), job(memory_limit_bytes=1.5e9)),
+        make_plan(
+            tiny_llama(), Layout(pp=6), job(pins={"pp": 6, "recompute": "full"}, bans=("zero",)), [0, 1, 2, 3, 4]
+        ),
+    ],
+    ids=lambda plan: plan.layout.short(),
+)
+def test_a_plan_survives_its_file(tmp_path: Path, plan: Plan) -> None:
+    save(plan, tmp_path / "plan.yaml")
+    assert load(tmp_path / "plan.yaml") == plan
+
+
+def test_the_file_has_the_keys_the_design_names() -> None:
+    document = yaml.safe_load(dumps(search(small_question(devices=4, pins={"pp": 2}))))
+    assert list(document) == [
+        "schema",
+        "model",
+        "cluster",
+        "job",
+        "layout",
+        "stages",
+        "prediction",
+        "certificate",
+        "alternatives",
+    ]
+    assert document["schema"] == SCHEMA == "meshwright.plan/v1"
+    keys = {
+        "layout": list(document["layout"]),
+        "stage": list(document["stages"][0]),
+        "recompute": list(document["stages"][0]["recompute"]),
+        "prediction": list(document["prediction"]),
+        "breakdown": list(document["prediction"]["breakdown_seconds"]),
+        "certificate": list(document["certificate"]),
+    }
+    assert {name: " ".join(found) for name, found in keys.items()} == {
+        "layout": ("tp cp cp_style pp dp dp_shard ep etp sequence_parallel zero micro_batch schedule virtual_stages"),
+        "stage": "rank chunk layers embedding head recompute",
+        "recompute": "none selective full",
+        "prediction": (
+            "step_seconds tokens_per_second_per_device model_tflops_per_device mfu peak_memory_bytes "
+            "breakdown_seconds memory_bytes"
+        ),
+        "breakdown": "compute recompute tp cp ep pp bubble dp_exposed optimizer",
+        "certificate": (
+            "objective_seconds bound_seconds gap layouts_legal layouts_pruned_memory layouts_pruned_bound "
+            "ilps_solved solver solve_seconds"
+        ),
+    }
+
+
+def test_a_person_may_move_a_block_and_its_recomputation() -> None:
+    document = make_plan(tiny_llama(), Layout(pp=2), job()).to_dict()
+    document["stages"][0] |= {"layers": [0, 3], "recompute": {"none": 1, "selective": 0, "full": 2}}
+    document["stages"][1] |= {"layers": [3, 4], "recompute": {"none": 1, "selective": 0, "full": 0}}
+    plan = read(document)
+    assert [(stage.first, stage.end) for stage in plan.stages] == [(0, 3), (3, 4)]
+    assert [plan.stages[0].recompute_mode(block) for block in range(3)] == ["full", "full", "none"]
+
+
+def test_modes_of_a_stage_come_full_first() -> None:
+    stage = Stage(
+        rank=1,
+        chunk=0,
+        first=4,
+        end=9,
+        embedding=False,
+        head=True,
+        recompute_none=1,
+        recompute_selective=2,
+        recompute_full=2,
+    )
+    assert [stage.recompute_mode(block) for block in range(4, 9)] == ["full", "full", "selective", "selective", "none"]
+
+
+# ---- tampering -------------------------------------------------------------------------------------------
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def at(*path: Any, value: Any) -> Change:
+    """Set the value at the path of keys and indices."""
+
+    def change(document: dict[str, Any]) -> None:
+        inner: Any = document
+        for step in path[:-1]:
+            inner = inner[step]
+        inner[path[-1]] = value
+
+    return change
+
+
+def stages(*layers: tuple[int, int]) -> Change:
+    """Give the stages these layers, none recomputed."""
+
+    def change(document: dict[str, Any]) -> None:
+        for stage, (first, end) in zip(document["stages"], layers, strict=True):
+            stage |= {"layers": [first, end], "recompute": {"none": end - first, "selective": 0, "full": 0}}
+
+    return change
+
+
+# A plan of 4 blocks over 3 stages: [0, 1), [1, 2), [2, 4).
+TAMPERED: dict[str, tuple[Change, str, str, str]] = {
+    "layers lost at the end": (
+        stages((0, 1), (1, 2), (2, 3)),
+        "stages[2].layers",
+        "stages that end at the model's 4 layers",
+        "'3: layers are lost'",
+    ),
+    "a layer invented": (
+        stages((0, 1), (1, 2), (2, 5)),
+        "stages[2].layers",
+        "stages that end at the model's 4 layers",
+        "'5: layers are doubled or invented'",
+    ),
+    "a gap": (
+        stages((0, 1), (2, 3), (3, 4)),
+        "stages[1].layers",
+        "a stage that starts at layer 1, where the one before it ends",
+        "'2: layers 1 to 1 are lost'",
+    ),
+    "a gap at the start": (
+        stages((1, 2), (2, 3), (3, 4)),
+        "stages[0].layers",
+        "a stage that starts at layer 0, where the one before it ends",
+        "'1: layers 0 to 0 are lost'",
+    ),
+    "layers doubled": (
+        stages((0, 3), (1, 2), (2, 4)),
+        "stages[1].layers",
+        "a stage that starts at layer 3, where the one before it ends",
+        "'1: layers 1 to 2 are doubled'",
+    ),
+    "a stage between the ends without a layer": (
+        stages((0, 2), (2, 2), (2, 4)),
+        "stages[1].layers",
+        "at least one layer on a stage between first and last",
+        "0",
+    ),
+    "a range backwards": (
+        at("stages", 1, "layers", value=[2, 1]),
+        "stages[1].layers",
+        "[first, end) with first <= end",
+        "[2, 1]",
+    ),
+    "a range of three": (
+        at("stages", 1, "layers", value=[1, 2, 3]),
+        "stages[1].layers",
+        "a list of 2 whole numbers >= 0",
+        "[1, 2, 3]",
+    ),
+    "recompute counts that do not add up": (
+        at("stages", 2, "recompute", value={"none": 1, "selective": 0, "full": 0}),
+        "stages[2].recompute",
+        "counts that add up to the stage's 2 layers",
+        "1",
+    ),
+    "a negative recompute count": (
+        at("stages", 2, "recompute", value={"none": 3, "selective": 0, "full": -1}),
+        "stages[2].recompute.full",
+        "a whole number >= 0",
+        "-1",
+    ),
+    "a recompute mode that is none": (
+        at("stages", 2, "recompute", value={"none": 2, "selective": 0, "full": 0, "half": 0}),
+        "stages[2].recompute.half",
+        "keys full, none, selective",
+        "half",
+    ),
+    "the head on the first stage": (
+        at("stages", 0, "head", value=True),
+        "stages[0]",
+        "the embedding on the first stage and the head on the last",
+        "{'rank': 0, ",
+    ),
+    "stages out of order": (
+        at("stages", 0, "rank", value=1),
+        "stages",
+        "one stage for each of the 3 pipeline ranks, in order, chunk 0",
+        "[(1, 0), (1, 0), (2, 0)]",
+    ),
+    "a second chunk": (
+        at("stages", 2, "chunk", value=1),
+        "stages",
+        "one stage for each of the 3 pipeline ranks, in order, chunk 0",
+        "[(0, 0), (1, 0), (2, 1)]",
+    ),
+    "a stage too few": (
+        lambda document: document["stages"].pop(),
+        "stages",
+        "one stage for each of the 3 pipeline ranks, in order, chunk 0",
+        "[(0, 0), (1, 0)]",
+    ),
+    "stages that are no list": (at("stages", value={}), "stages", "a list of mappings", "{}"),
+    "a step of no seconds": (
+        at("prediction", "step_seconds", value=0),
+        "prediction.step_seconds",
+        "a finite number > 0",
+        "0",
+    ),
+    "a part of a step below zero": (
+        at("prediction", "breakdown_seconds", "tp", value=-1e-3),
+        "prediction.breakdown_seconds.tp",
+        "a finite number >= 0",
+        "-0.001",
+    ),
+    "memory that is no number": (
+        at("prediction", "memory_bytes", 1, "weights", value="much"),
+        "prediction.memory_bytes[1].weights",
+        "a finite number >= 0",
+        "'much'",
+    ),
+    "a gap below zero": (at("certificate", "gap", value=-0.1), "certificate.gap", "a finite number >= 0", "-0.1"),
+    "no bound": (
+        at("certificate", "bound_seconds", value=float("nan")),
+        "certificate.bound_seconds",
+        "a finite number >= 0",
+        "nan",
+    ),
+    "half an ILP": (
+        at("certificate", "ilps_solved", value=0.5),
+        "certificate.ilps_solved",
+        "a whole number >= 0",
+        "0.5",
+    ),
+    "a batch of nothing": (at("job", "global_batch", value=0), "job.global_batch", "a whole number >= 1", "0"),
+    "a precision that is none": (
+        at("job", "precision", value="bf61"),
+        "job.precision",
+        "one of fp32, bf16, fp16, fp8",
+        "'bf61'",
+    ),
+    "a limit of no bytes": (
+        at("job", "memory_limit_bytes", value=0),
+        "job.memory_limit_bytes",
+        "a finite number > 0",
+        "0",
+    ),
+    "pins that are a list": (at("job", "pins", value=["tp"]), "job.pins", "a mapping of layout key to value", "['tp']"),
+    "a ban that is a number": (at("job", "bans", value=[3]), "job.bans", "a list of layout keys", "[3]"),
+    "a layout for another world": (
+        at("layout", "tp", value=2),
+        "layout",
+        "a layout that is legal for this model, job and cluster",
+        "'tp·cp·pp·dp = 2·1·3·1 = 6 and 3 devices: a layout uses every device once'",
+    ),
+    "a layout for another batch": (
+        at("layout", "micro_batch", value=3),
+        "layout",
+        "a layout that is legal for this model, job and cluster",
+        "'global batch 8 is not a multiple of micro_batch·dp = 3·1 = 3; ",
+    ),
+    "another model": (
+        at("model", "positions", value="learned"),
+        "layout",
+        "a layout that is legal for this model, job and cluster",
+        "'sequence of 16 tokens and 8 learned positions'",
+    ),
+    "another cluster": (
+        at("cluster", "devices_per_node", value=1),
+        "layout",
+        "a layout that is legal for this model, job and cluster",
+        "'tp·cp·pp·dp = 1·1·3·1 = 3 and 1 devices: a layout uses every device once'",
+    ),
+    "a link without bandwidth": (
+        at("cluster", "links", 0, "bandwidth_bytes_per_second", value=-1),
+        "cluster.links[0].bandwidth_bytes_per_second",
+        "a finite number > 0",
+        "-1",
+    ),
+    "heads that do not divide": (at("model", "kv_heads", value=3), "model.kv_heads", "a divisor of heads = 4", "3"),
+}
+
+
+def document() -> dict[str, Any]:
+    plan = make_plan(tiny_llama(max_positions=8), Layout(pp=3), job(), [1, 2])
+    return copy.deepcopy(plan.to_dict())
+
+
+def test_the_untampered_plan_is_read() -> None:
+    assert read(document()).to_dict() == document()
+
+
+@pytest.mark.parametrize("name", list(TAMPERED))
+def test_tampering_names_the_key(name: str) -> None:
+    change, place, expected, got = TAMPERED[name]
+    tampered = document()
+    change(tampered)
+    with pytest.raises(InputError) as caught:
+        read(tampered)
+    assert caught.value.where == f"p.yaml: {place}"
+    assert caught.value.expected == expected
+    assert caught.value.got.startswith(got)
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every mapping in a document whose keys are fixed."""
+    found = []
+    if isinstance(node, dict):
+        if path[-1:] != ("pins",) and path[-2:-1] != ("memory_bytes",):
+            found.append(path)
+        for key, value in node.items():
+            found += places(value, (*path, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            found += places(value, (*path, index))
+    return found
+
+
+def shown(path: tuple[Any, ...]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")
+
+
+@pytest.mark.parametrize("path", places(document()), ids=lambda path: shown(path) or "top level")
+def test_an_unknown_key_is_refused_everywhere(path: tuple[Any, ...]) -> None:
+    tampered = document()
+    at(*path, "colour", value=3)(tampered)
+    with pytest.raises(InputError) as caught:
+        read(tampered)
+    assert caught.value.what == f"unknown key {shown((*path, 'colour'))}"
+    assert caught.value.where == f"p.yaml: {shown((*path, 'colour'))}"
+
+
+# Keys that may be left out, because they have one plain default.
+OPTIONAL = {
+    "model": {*tiny_llama().to_dict()}
+    - {"name", "layers", "hidden_size", "ffn_hidden_size", "heads", "vocab_size", "max_positions"},
+    "cluster": {"nodes"},
+    "cluster.links[0]": {"source"},
+    "job": {"optimizer", "target", "memory_limit_bytes", "pins", "bans"},
+    "": {"alternatives", "schema"},
+}
+
+
+@pytest.mark.parametrize("path", places(document()), ids=lambda path: shown(path) or "top level")
+def test_a_missing_key_is_named_everywhere(path: tuple[Any, ...]) -> None:
+    inner: Any = document()
+    for step in path:
+        inner = inner[step]
+    needed = set(inner) - OPTIONAL.get(shown(path), set())
+    assert needed
+    for key in needed:
+        tampered = document()
+        inner = tampered
+        for step in path:
+            inner = inner[step]
+        del inner[key]
+        with pytest.raises(InputError) as caught:
+            read(tampered)
+        assert caught.value.what == f"the key {shown((*path, key))} is missing"
+        assert caught.value.where == f"p.yaml: {shown(path) or 'top level'}"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("schema: meshwright.plan/v2", "this file was written for another version than v1"),
+        ("schema: meshwright.cluster/v1", "is this a plan file?"),
+    ],
+)
+def test_another_schema_is_refused(tmp_path: Path, line: str, hint: str) -> None:
+    path = tmp_path / "plan.yaml"
+    text = dumps(make_plan(tiny_llama(), Layout(), job()))
+    path.write_text(text.replace("schema: meshwright.plan/v1", line), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load(path)
+    assert (caught.value.where, caught.value.expected) == (f"{path}: schema", "meshwright.plan/v1")
+    assert caught.value.hint == hint
+
+
+# ---- what a file may say today and should not -------------------------------------------------------------
+
+
+@pytest.mark.xfail(strict=True, reason="the runtime takes selective for none, so the plan would run as another")
+def test_a_recompute_mode_that_the_runtime_does_not_run() -> None:
+    tampered = document()
+    at("stages", 2, "recompute", value={"none": 1, "selective": 1, "full": 0})(tampered)
+    with pytest.raises(InputError):
+        read(tampered)
+
+
+@pytest.mark.xfail(strict=True, reason="no rule looks at the precision, the target's own table of capabilities does")
+def test_a_precision_that_the_runtime_does_not_train() -> None:
+    tampered = document()
+    at("job", "precision", value="fp16")(tampered)
+    with pytest.raises(InputError):
+        read(tampered)
+
+
+@pytest.mark.xfail(strict=True, reason="an alternative is not held to the rules, nor memory_bytes to the stages")
+def test_memory_of_more_ranks_than_there_are() -> None:
+    tampered = document()
+    tampered["prediction"]["memory_bytes"].append({"weights": 1.0})
+    with pytest.raises(InputError):
+        read(tampered)
+
+
+@pytest.mark.xfail(strict=True, reason="pins and bans in a file are not checked: a later search is an AttributeError")
+@pytest.mark.parametrize("change", [at("job", "pins", value={"colour": 3}), at("job", "bans", value=["colour"])])
+def test_a_pin_or_a_ban_of_a_key_that_is_none(change: Change) -> None:
+    tampered = document()
+    change(tampered)
+    with pytest.raises(InputError):
+        read(tampered)

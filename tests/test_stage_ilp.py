@@ -1,0 +1,188 @@
+"""The program of one layout: exact against every assignment, its cut-offs, its start, its deadline, its fallback."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pulp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planner.bounds import fits, lower_bound
+from planner.layout import Layout
+from planner.search import Question
+from planner.stage_ilp import RELATIVE_TOLERANCE, Solution, solve_stages
+from planner.step_cost import CostModel, LayoutCosts, StageCount
+from tests.oracles.brute_force import assignments
+from tests.oracles.small_world import small_cluster, small_hardware, small_question
+from tests.plans import tiny_gpt2, tiny_llama
+from tests.property.worlds import layout_costs
+
+
+def price(layout: Layout, question: Question | None = None) -> LayoutCosts:
+    question = question or small_question(tiny_llama(layers=6), devices=layout.world_size)
+    return CostModel(question.model, question.cluster, question.hardware, question.job).price(layout)
+
+
+def solve(costs: LayoutCosts, limit: float, recompute: str | None = None, **changes: object) -> Solution:
+    bound = lower_bound(costs, limit, recompute)
+    assert bound is not None
+    return solve_stages(costs, limit, bound_seconds=bound.seconds, recompute=recompute, **changes)  # type: ignore[arg-type]
+
+
+def best_of(costs: LayoutCosts, limit: float, recompute: str | None = None) -> float:
+    every = assignments(costs.layers, costs.layout.pp, recompute)
+    return min((costs.step(counts) for counts in every if fits(costs, counts, limit)), default=math.inf)
+
+
+def needs(costs: LayoutCosts) -> list[float]:
+    """Bytes of the fullest rank of every assignment, ascending."""
+    every = assignments(costs.layers, costs.layout.pp)
+    return sorted({max(memory.total for memory in costs.memory(counts)) for counts in every})
+
+
+# ---- exact -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(layout_costs(), st.sampled_from((None, "none", "full")), st.data())
+def test_any_figures_at_all(costs: LayoutCosts, pin: str | None, data: st.DataObject) -> None:
+    """Costs that no model gives rise to: free blocks, endless sends, a head of a hundred blocks."""
+    limit = max(1.0, data.draw(st.sampled_from(needs(costs))) * data.draw(st.sampled_from((1 + 1e-6, 1.1, 3.0))))
+    bound, best = lower_bound(costs, limit, pin), best_of(costs, limit, pin)
+    if bound is None:
+        assert best == math.inf
+        return
+    if bound.seconds == 0.0:
+        return  # nothing costs anything
+    solution = solve_stages(costs, limit, bound_seconds=bound.seconds, recompute=pin)
+    if best == math.inf:
+        assert (solution.counts, solution.bound_seconds) == (None, math.inf)
+        return
+    assert solution.counts is not None
+    assert fits(costs, solution.counts, limit)
+    assert solution.step_seconds == costs.step(solution.counts) == pytest.approx(best, rel=1e-6)
+    assert best * (1 - 2e-6) <= solution.bound_seconds <= solution.step_seconds
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("position", [0.0, 0.1, 0.3, 0.6, 1.0])
+def test_every_memory_limit_from_least_to_roomy(schedule: str, position: float) -> None:
+    costs = price(Layout(pp=3, dp=2, schedule=schedule), small_question(tiny_gpt2(layers=6), devices=6))
+    peaks = needs(costs)
+    limit = peaks[round(position * (len(peaks) - 1))]
+    solution = solve(costs, limit)
+    assert solution.counts is not None
+    assert solution.step_seconds == pytest.approx(best_of(costs, limit), rel=1e-6)
+    assert max(memory.total for memory in costs.memory(solution.counts)) <= limit * (1 + 1e-9)
+
+
+def test_the_expensive_ends_get_fewer_blocks() -> None:
+    """A vocabulary whose head costs about as much as two blocks."""
+    costs = price(Layout(pp=3), small_question(tiny_llama(layers=6, vocab_size=600), devices=3))
+    solution = solve(costs, 1e9)
+    assert solution.counts is not None
+    blocks = [count.blocks for count in solution.counts]
+    assert blocks[2] < min(blocks[:2])
+    assert all(count.full == 0 for count in solution.counts)
+
+
+def test_recomputation_comes_where_most_is_in_flight() -> None:
+    costs = price(Layout(pp=3, micro_batch=1))
+    even = (StageCount(2, 0),) * 3
+    limit = costs.memory(even)[0].total - 1
+    solution = solve(costs, limit)
+    assert solution.counts is not None
+    assert solution.counts[0].full > 0 or solution.counts[0].blocks < 2
+    assert not fits(costs, even, limit)
+    assert fits(costs, solution.counts, limit)
+
+
+def test_a_pinned_mode_holds_for_every_block() -> None:
+    costs = price(Layout(pp=2))
+    for pin in ("none", "full"):
+        solution = solve(costs, 1e9, pin)
+        assert solution.counts is not None
+        assert sum(getattr(count, pin) for count in solution.counts) == 6
+        assert solution.step_seconds == pytest.approx(best_of(costs, 1e9, pin), rel=1e-6)
+
+
+# ---- cut-off, start, deadline ----------------------------------------------------------------------------
+
+
+def tight() -> tuple[LayoutCosts, float]:
+    """A layout and a limit at which the first guess does not fit and the program must work."""
+    costs = price(Layout(pp=3, dp=2), small_question(tiny_gpt2(layers=6), devices=6))
+    return costs, needs(costs)[20]
+
+
+def test_a_cut_off_that_cannot_be_beaten_is_proven_so() -> None:
+    costs, limit = tight()
+    best = best_of(costs, limit)
+    for cutoff in (best, best * (1 - 1e-4), best * 0.99):
+        solution = solve(costs, limit, cutoff_seconds=cutoff)
+        assert solution.counts is None
+        assert solution.step_seconds == math.inf
+        assert solution.bound_seconds >= cutoff * (1 - RELATIVE_TOLERANCE)
+    above = solve(costs, limit, cutoff_seconds=best * 1.0001)
+    assert above.counts is not None
+    assert above.step_seconds == pytest.approx(best, rel=1e-6)
+
+
+def test_the_best_as_a_start_stays_and_a_bad_start_is_improved() -> None:
+    costs, limit = tight()
+    every = [counts for counts in assignments(6, 3) if fits(costs, counts, limit)]
+    best, worst = min(every, key=costs.step), max(every, key=costs.step)
+    for start in (best, worst):
+        solution = solve(costs, limit, start=start)
+        assert solution.step_seconds == pytest.approx(costs.step(best), rel=1e-6)
+    assert solve(costs, limit, start=best).counts == best
+
+
+def test_past_its_deadline_it_returns_the_start_and_what_is_proven() -> None:
+    costs, limit = tight()
+    bound = lower_bound(costs, limit, None)
+    assert bound is not None
+    start = max((c for c in assignments(6, 3) if fits(costs, c, limit)), key=costs.step)
+    solution = solve(costs, limit, start=start, deadline=time.monotonic() - 1)
+    assert (solution.counts, solution.step_seconds, solution.ilps_solved) == (start, costs.step(start), 0)
+    assert solution.bound_seconds == bound.seconds < best_of(costs, limit)
+    empty = solve(costs, limit, deadline=time.monotonic() - 1)
+    assert (empty.counts, empty.step_seconds, empty.bound_seconds) == (None, math.inf, bound.seconds)
+
+
+def test_a_start_that_meets_the_bound_needs_no_program() -> None:
+    costs = price(Layout())
+    solution = solve(costs, 1e9, start=(StageCount(6, 0),))
+    assert (solution.ilps_solved, solution.counts) == (0, (StageCount(6, 0),))
+
+
+@pytest.mark.xfail(strict=True, raises=DeprecationWarning, reason="pulp 3.3.2 warns of PULP_CBC_CMD; use COIN_CMD")
+def test_without_highs_cbc_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
+    costs, limit = tight()
+    assert solve(costs, limit).step_seconds == pytest.approx(best_of(costs, limit), rel=1e-6)
+
+
+# ---- size ------------------------------------------------------------------------------------------------
+
+
+def test_eighty_layers_over_eight_stages_take_seconds() -> None:
+    question = small_question(
+        tiny_llama(layers=80, vocab_size=500),
+        cluster=small_cluster(8, inside=(1e8, 1e-5)),
+        hardware=small_hardware(),
+        global_batch=64,
+    )
+    costs = price(Layout(pp=8), question)
+    even = tuple(StageCount(10, 0) for _ in range(8))
+    limit = 0.8 * max(memory.total for memory in costs.memory(even))
+    started = time.monotonic()
+    solution = solve(costs, limit)
+    assert time.monotonic() - started < 30
+    assert solution.counts is not None
+    assert solution.bound_seconds >= solution.step_seconds * (1 - RELATIVE_TOLERANCE)
+    assert sum(count.blocks for count in solution.counts) == 80
+    assert any(count.full for count in solution.counts)
