@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from .schedule import blocked_sends, late_forwards
 from .step_cost import LayoutCosts, StageCount
 
+ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -43,7 +45,8 @@ class StageLimits:
         slack = 1.0 + costs.allocator_slack
         block, flight = costs.block_memory, costs.in_flight[stage]
         held, recomputed = block.held.total * flight, block.held_recomputed.total * flight
-        self._free = limit_bytes - empty_bytes
+        # A sum that rounds to a hair above the limit fits, here as in `fits`.
+        self._free = limit_bytes * (1 + ROUNDING) - empty_bytes
         self._per_block = slack * (block.state.total + held)
         self._saved = slack * (held - recomputed)
         self._recompute = recompute
@@ -57,8 +60,7 @@ class StageLimits:
             return 0
         if self._recompute == "none" or self._saved <= 0:
             return None
-        # The tolerance keeps rounding from forbidding what fits exactly.
-        needed = math.ceil(missing / self._saved - 1e-9)
+        needed = math.ceil(missing / self._saved)
         return needed if needed <= blocks else None
 
 
@@ -134,20 +136,21 @@ def lower_bound(costs: LayoutCosts, limit_bytes: float, recompute: str | None) -
 
 def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
     """Whether every rank stays within the limit, up to the rounding of a sum."""
-    return all(memory.total <= limit_bytes * (1 + 1e-9) for memory in costs.memory(counts))
+    return all(memory.total <= limit_bytes * (1 + ROUNDING) for memory in costs.memory(counts))
 
 
 def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, recompute: str | None) -> tuple[int, float]:
     """(stage, bytes) missing on the tightest stage in the layout's best case, when nothing fits.
 
-    Blocks go one at a time to the stage that is left with the most room, all of them recomputed where the
-    job allows it.
+    Blocks go one at a time to the stage that is left with the most room. Where the mode is free a stage needs
+    least with all blocks recomputed, or none: bytes are linear in how many are, but for the transient.
     """
     stages = costs.layout.pp
 
     def used(stage: int, blocks: int) -> float:
-        count = StageCount(blocks, 0) if recompute == "none" else StageCount(0, blocks)
-        return costs.stage_memory(stage, count).total
+        kept, recomputed = StageCount(blocks, 0), StageCount(0, blocks)
+        allowed = {"none": (kept,), "full": (recomputed,)}.get(recompute or "", (kept, recomputed))
+        return min(costs.stage_memory(stage, count).total for count in allowed)
 
     counts = [1 if 0 < s < stages - 1 else 0 for s in range(stages)]
     heap = [(used(s, counts[s] + 1), s) for s in range(stages)]

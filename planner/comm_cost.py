@@ -4,7 +4,8 @@
 Ranks count tp fastest, then cp, dp, pp. A group of axis a has `size` ranks, `stride` apart, so it spans
 size·stride neighbouring devices, and the narrowest tier that joins so many carries it. When it crosses
 nodes with k of its ranks in each node, a ring enters and leaves a node once, and k devices lend it their
-share of the network: its bus bandwidth is min(inside, k·across). All groups of an axis run at once, and
+share of the network: its bus bandwidth is min(inside, k·across),
+and so on with more tiers. All groups of an axis run at once, and
 each device's share of the link already counts for one device, so groups side by side need no further split.
 """
 
@@ -49,18 +50,31 @@ class CommModel:
 
     def _ring(self, group: Group) -> tuple[float, float]:
         """(bus bandwidth in bytes per second, latency of one step) of the group's ring."""
-        link = self._cluster.link_within(group.size * group.stride)
-        bandwidth = link.bandwidth_bytes_per_second
-        inside = self._cluster.links[0]
-        if link is not inside:
-            sharing = max(1, min(group.size, inside.span // group.stride))
-            bandwidth = min(inside.bandwidth_bytes_per_second, sharing * bandwidth)
-        return bandwidth, link.latency_seconds
+        links = self._cluster.links
+        widest = links.index(self._cluster.link_within(group.size * group.stride))
+        bandwidths, below = [], 1
+        for link in links[: widest + 1]:
+            # `below` neighbours share each entry into this tier, and those of them in the group lend theirs.
+            sharing = max(1, min(group.size, below // group.stride))
+            bandwidths.append(sharing * link.bandwidth_bytes_per_second)
+            below = link.span
+        return min(bandwidths), links[widest].latency_seconds
 
-    def send_seconds(self, stride: int, size_bytes: float) -> float:
-        """Seconds of one message to the rank `stride` further, as pipeline neighbours are."""
+    def pair_sum_seconds(self, group: Group, size_bytes: float) -> float:
+        """Seconds of an all-reduce between the first and the last rank of the group alone."""
+        measured = self._hardware.collective_seconds("all_reduce", 2, size_bytes)
+        if measured is not None:
+            return measured
+        link = self._cluster.link_within(group.size * group.stride)
+        return 2 * link.latency_seconds + size_bytes / link.bandwidth_bytes_per_second
+
+    def send_seconds(self, group: Group, size_bytes: float) -> float:
+        """Seconds of one message between neighbours of the group, the slowest pair of them.
+
+        Of a group that spans several nodes some neighbours lie in two.
+        """
         measured = self._hardware.collective_seconds("send_recv", 2, size_bytes)
         if measured is not None:
             return measured
-        link = self._cluster.link_within(2 * stride)
+        link = self._cluster.link_within(group.size * group.stride)
         return link.latency_seconds + size_bytes / link.bandwidth_bytes_per_second

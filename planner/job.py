@@ -13,6 +13,7 @@ OPTIMIZERS = ("adamw",)
 
 # Layout keys a user may pin or ban.
 PINNABLE = ("tp", "pp", "dp", "sequence_parallel", "zero", "micro_batch", "schedule", "recompute")
+BANNABLE = ("tp", "pp", "dp", "sequence_parallel", "zero", "recompute")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,9 @@ class TrainingJob:
         pins = reader.anything("pins", default={})
         if not isinstance(pins, dict):
             raise reader.fail("pins", "a mapping of layout key to value", pins)
+        for key, known, found in (("pins", PINNABLE, list(pins)), ("bans", BANNABLE, bans)):
+            if unknown := [name for name in found if name not in known]:
+                raise reader.fail(key, "keys of " + ", ".join(known), unknown[0])
         job = cls(
             global_batch=reader.integer("global_batch", minimum=1),
             sequence=reader.integer("sequence", minimum=1),

@@ -9,7 +9,7 @@ from typing import Any
 
 from profiles.errors import InputError
 
-from .job import PINNABLE
+from .job import BANNABLE, PINNABLE
 from .layout import LAYOUT_KEYS, RECOMPUTE_MODES, SCHEDULES, Layout
 
 _INTEGER_KEYS = ("tp", "cp", "pp", "dp", "dp_shard", "ep", "etp", "zero", "micro_batch", "virtual_stages")
@@ -76,11 +76,9 @@ def parse_pins(pins: Sequence[str], bans: Sequence[str]) -> tuple[dict[str, Any]
             )
         found[key] = value
     for ban in bans:
-        if ban not in PINNABLE or ban in ("micro_batch", "schedule"):
-            allowed = [key for key in PINNABLE if key not in ("micro_batch", "schedule")]
-            raise InputError(
-                f"{ban!r} cannot be banned", where="--ban", expected="one of " + ", ".join(allowed), got=ban
-            )
+        if ban not in BANNABLE:
+            allowed = ", ".join(BANNABLE)
+            raise InputError(f"{ban!r} cannot be banned", where="--ban", expected=f"one of {allowed}", got=ban)
         if ban in found:
             raise InputError(f"{ban} is both pinned and banned", where="--pin and --ban", got=f"{ban}={found[ban]}")
     return found, tuple(bans)

@@ -11,7 +11,7 @@ from profiles.model import ModelSpec
 from profiles.store import Reader, dump_yaml, load_document, write_atomically
 
 from .job import TrainingJob
-from .layout import RECOMPUTE_MODES, Layout, RuleContext, violations
+from .layout import CAPABILITIES, RECOMPUTE_MODES, Layout, RuleContext, violations
 
 SCHEMA = "meshwright.plan/v1"
 TIME_PARTS = ("compute", "recompute", "tp", "cp", "ep", "pp", "bubble", "dp_exposed", "optimizer")
@@ -225,6 +225,13 @@ class Plan:
         reasons = violations(plan.layout, RuleContext(plan.model, plan.job, plan.cluster.devices))
         if reasons:
             raise reader.fail("layout", "a layout that is legal for this model, job and cluster", "; ".join(reasons))
+        capabilities = CAPABILITIES.get(plan.job.target)
+        if capabilities is not None and plan.job.precision not in capabilities.precisions:
+            raise reader.fail("job.precision", "one of " + ", ".join(capabilities.precisions), plan.job.precision)
+        ranks = len(plan.prediction.memory_bytes)
+        if ranks != plan.layout.pp:
+            expected = f"one mapping for each of {plan.layout.pp} pipeline ranks"
+            raise reader.fail("prediction.memory_bytes", expected, ranks)
         _check_stages(plan, reader)
         return plan
 
@@ -247,6 +254,9 @@ def _check_stages(plan: Plan, reader: Reader) -> None:
             )
         if stage.embedding != (index == 0) or stage.head != (index == pp - 1):
             raise reader.fail(f"{place}", "the embedding on the first stage and the head on the last", stage.to_dict())
+        if stage.recompute_selective:
+            expected = "0: the runtime recomputes none or full today"
+            raise reader.fail(f"{place}.recompute.selective", expected, stage.recompute_selective)
         if stage.first == stage.end and not (stage.embedding or stage.head):
             raise reader.fail(f"{place}.layers", "at least one layer on a stage between first and last", 0)
         expected_first = stage.end

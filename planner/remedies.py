@@ -33,7 +33,9 @@ def why_nothing_fits(
     if best is None:
         return f"no legal layout of {model.name} on {cluster.devices} devices", _why_none_legal(rules)
     missing, stage, layout = best
-    how = "without recomputation" if job.recompute_pin == "none" else "with every block recomputed"
+    how = {"none": "without recomputation", "full": "all recomputed"}.get(
+        job.recompute_pin or "", "recomputing at will"
+    )
     lines = [
         f"the closest of {legal} layouts is {layout.short()}: {how}, stage {stage} misses "
         f"{_gib(missing)} of {_gib(limit)} per device",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .bounds import Bound, fits, lower_bound
-from .errors import InfeasibleError, UnsupportedError
+from .errors import InfeasibleError, NoPlanError, UnsupportedError
 from .layout import CAPABILITIES, Layout, enumerate_layouts
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
@@ -64,7 +64,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
     visited = ilps = 0
     for bound, costs in candidates:
         cutoff = best[top - 1].step_seconds if len(best) >= top else float("inf")
-        late = time.monotonic() > deadline and best
+        late = time.monotonic() > deadline
         if late or bound.seconds >= cutoff * (1 - RELATIVE_TOLERANCE):
             proven = min(proven, bound.seconds)
             break
@@ -86,6 +86,11 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
         else:
             best.append(Solved(costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
+    if not best and time.monotonic() > deadline:
+        raise NoPlanError(
+            f"the time was up after {time_limit_seconds:g} s, before anything was solved",
+            (f"{legal - pruned_memory} of {legal} legal layouts may fit; give it more time with --time-limit",),
+        )
     if not best:
         raise InfeasibleError(*why_nothing_fits(question.model, question.cluster, question.hardware, question.job))
     certificate = _certificate(
@@ -105,6 +110,11 @@ def check_supported(question: Question) -> None:
         raise UnsupportedError(
             f"the {job.target} runtime does not train in {job.precision} today",
             (f"it trains in {' and '.join(capabilities.precisions)}: --precision {capabilities.precisions[-1]}",),
+        )
+    if job.recompute_pin not in (None, *capabilities.recompute):
+        raise UnsupportedError(
+            f"the {job.target} runtime does not recompute {job.recompute_pin} today",
+            (f"it recomputes {' or '.join(capabilities.recompute)}",),
         )
     if not question.hardware.supports(job.precision):
         known = [dtype for dtype in capabilities.precisions if question.hardware.supports(dtype)]

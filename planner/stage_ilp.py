@@ -190,6 +190,8 @@ class _Program:
             StageCount(*(round(self.n[s, r].value() or 0) for r in MODES)) for s in range(self.costs.layout.pp)
         )
         objective = float(self.step.value() or 0.0)
+        if model is None and self.problem.sol_status != pulp.LpSolutionOptimal:
+            return counts, 0.0  # CBC ran out of time: an answer without a bound
         dual = model.getInfo().mip_dual_bound if model is not None else objective
         return counts, min(objective, dual) * self.scale
 
@@ -210,7 +212,9 @@ def make_solver(limit_seconds: float) -> pulp.LpSolver:
     )
     if highs.available():
         return highs
-    return pulp.PULP_CBC_CMD(msg=False, gapRel=0.0, threads=1, timeLimit=limit_seconds)
+    # The CBC that pulp 3 ships, found by its path: PULP_CBC_CMD would warn that pulp 4 does not ship it.
+    bundled = pulp.apis.coin_api.pulp_cbc_path
+    return pulp.COIN_CMD(path=bundled, msg=False, gapRel=0.0, threads=1, timeLimit=limit_seconds)
 
 
 def solve_stages(

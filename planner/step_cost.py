@@ -346,18 +346,16 @@ class CostModel:
     def _send(self, layout: Layout) -> float:
         if layout.pp == 1:
             return 0.0
-        return self._comm.send_seconds(
-            layout.tp * layout.cp * layout.dp, self._memory.boundary_bytes(layout, self._job.sequence)
-        )
+        group = Group(layout.pp, layout.tp * layout.cp * layout.dp)
+        return self._comm.send_seconds(group, self._memory.boundary_bytes(layout, self._job.sequence))
 
     def _tied_seconds(self, layout: Layout) -> float:
-        """First and last stage sum the gradients of their copies of a tied matrix."""
+        """First and last stage sum the gradients of their copies of a tied matrix: each sends its own to the other."""
         if layout.pp == 1 or not self._model.tied_embeddings:
             return 0.0
         rows = -(-self._model.vocab_size // layout.tp)
         size = 4.0 * rows * self._model.hidden_size / layout.dp_shard
-        stride = layout.tp * layout.cp * layout.dp * (layout.pp - 1)
-        return self._comm.collective_seconds("all_reduce", Group(2, stride), size)
+        return self._comm.pair_sum_seconds(Group(layout.pp, layout.tp * layout.cp * layout.dp), size)
 
     def _clip_seconds(self, layout: Layout) -> float:
         """Loss and gradient norm, two float64 numbers, summed over all ranks."""

@@ -109,8 +109,10 @@ class ClusterSpec:
             cut = replace(self, nodes=1, devices_per_node=devices)
         else:
             cut = replace(self, nodes=devices // self.devices_per_node)
-        links = tuple(link for i, link in enumerate(cut.links) if i == 0 or cut.links[i - 1].span < cut.devices)
-        return replace(cut, links=links)
+        # The tier that joins them all is kept, as wide as they are; what is wider has nothing to join.
+        narrower = [link for link in cut.links if link.span < devices and devices % link.span == 0]
+        joining = next(link for link in cut.links if link.span >= devices)
+        return replace(cut, links=(*narrower, replace(joining, span=devices)))
 
     def to_dict(self) -> dict[str, Any]:
         document = asdict(self)

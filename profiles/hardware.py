@@ -238,10 +238,14 @@ class HardwareProfile:
     # ---- files -----------------------------------------------------------------------------------------
 
     def supports(self, precision: str) -> bool:
-        """Whether GEMM and attention seconds are known for the precision."""
-        gemm = (precision, "forward") in self._gemm_grids or precision in self._gemm_models
-        attention = (precision, "forward") in self._attention_rates or precision in self._attention_models
-        return gemm and attention
+        """Whether GEMM and attention seconds, forward and backward, and the peak are known for the precision."""
+        gemm = all((precision, operation) in self._gemm_grids for operation in GEMM_OPERATIONS)
+        attention = all((precision, direction) in self._attention_rates for direction in DIRECTIONS)
+        return (
+            (gemm or precision in self._gemm_models)
+            and (attention or precision in self._attention_models)
+            and precision in self.peak_flops_per_second
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self), **{key: [asdict(p) for p in getattr(self, key)] for key in _LISTS}}
@@ -271,6 +275,8 @@ class HardwareProfile:
             },
         )
         reader.finish()
+        if profile.hidden_communication > 1:
+            raise reader.fail("hidden_communication", "a share from 0 to 1", profile.hidden_communication)
         if not any(profile.supports(dtype) for dtype in DTYPES):
             raise reader.fail("gemm", "points or a model of GEMM and attention for one dtype at least", "neither")
         return profile
@@ -313,7 +319,7 @@ def _point(kind: Any, reader: Reader) -> Any:
         elif field.type == "str":
             values[field.name] = reader.text(field.name, choices=_CHOICES.get(field.name) or _operations(kind))
         elif field.type == "int":
-            values[field.name] = reader.integer(field.name, minimum=1)
+            values[field.name] = reader.integer(field.name, minimum=2 if field.name == "ranks" else 1)
         else:
             values[field.name] = reader.number(field.name, above=0)
     reader.finish()

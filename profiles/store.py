@@ -16,6 +16,7 @@ import yaml
 from .errors import InputError
 
 _REQUIRED: Any = object()
+_MOST_DEPTH = 1000  # levels of nesting; our own files have five
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
@@ -195,6 +196,7 @@ def _siblings(path: Path) -> list[str]:
 def parse_yaml(text: str, source: str) -> Any:
     """The document in `text`; a syntax error names line and column."""
     try:
+        _refuse_depth(text, source)
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -207,6 +209,22 @@ def parse_yaml(text: str, source: str) -> Any:
         ) from None
     except (ValueError, RecursionError) as error:  # dates and numbers YAML cannot build, nesting without end
         raise _unparsable(source, "YAML", error) from None
+
+
+def _refuse_depth(text: str, source: str) -> None:
+    """Raise an InputError for nesting that would overflow the stack of libyaml, which composes in C by recursion."""
+    if len(text) < _MOST_DEPTH:
+        return
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MOST_DEPTH:
+            raise InputError(
+                f"{source} is not valid YAML", where=source, expected=f"at most {_MOST_DEPTH} levels", got="more"
+            )
 
 
 def _unparsable(source: str, language: str, error: Exception) -> InputError:

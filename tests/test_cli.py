@@ -117,7 +117,7 @@ def test_nothing_fits_says_how_much_is_missing_and_what_would_help(
     code, out, err = run(capsys, monkeypatch, *arguments)
     flat = " ".join(err.split())
     assert (code, out) == (1, "")
-    assert "with every block recomputed, stage 0 misses" in flat
+    assert "recomputing at will, stage 0 misses" in flat
     assert "nothing fits" in flat
     assert "stage" in flat
     assert "GiB" in flat

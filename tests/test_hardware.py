@@ -266,7 +266,7 @@ def document() -> dict[str, Any]:
         (("gemm", 0, "operation"), "backward", "one of forward, input_grad, weight_grad"),
         (("attention", 0, "direction"), "sideways", "one of forward, backward"),
         (("memory", 0, "operation"), "sort", "one of " + ", ".join(EAGER_PASSES)),
-        (("collectives", 0, "ranks"), 0, "a whole number >= 1"),
+        (("collectives", 0, "ranks"), 0, "a whole number >= 2"),
         (("gemm_models", 0, "units"), 0, "a whole number >= 1"),
     ],
 )
@@ -297,21 +297,18 @@ def test_an_unknown_key_of_a_point_is_named() -> None:
         HardwareProfile.from_dict(Reader(text, source="h.yaml"))
 
 
-# ---- what a file may say today and should not -------------------------------------------------------------
+# ---- what a file could once say ------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="hidden_communication above 1 hides more than there is compute to hide behind")
 def test_no_more_communication_can_be_hidden_than_all() -> None:
     with pytest.raises(InputError):
         HardwareProfile.from_dict(Reader(document() | {"hidden_communication": 90}, source="h.yaml"))
 
 
-@pytest.mark.xfail(strict=True, reason="points without a backward direction are a KeyError when a plan is priced")
 def test_a_precision_is_supported_only_with_all_its_operations() -> None:
     assert not measured(gemm_models=(), attention_models=()).supports("fp32")
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="ranks: 1 is read and then divides by its n-1 steps")
 def test_a_collective_of_one_rank_is_refused_or_harmless() -> None:
     points = (CollectivePoint(operation="all_reduce", ranks=1, bytes=1000, seconds=1e-4),)
     text = replace(measured(), collectives=points).to_dict()

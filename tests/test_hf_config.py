@@ -215,7 +215,8 @@ def test_default_rope_has_a_base_and_no_scaling(tmp_path: Path, rope: dict[str, 
 def test_original_positions_default_to_the_positions_of_the_model(tmp_path: Path) -> None:
     rope = {key: value for key, value in LLAMA3_ROPE.items() if key != "original_max_position_embeddings"}
     spec = read_hf_config(write(tmp_path, LLAMA | {"max_position_embeddings": 640, "rope_scaling": rope}))
-    assert spec.rope_scaling is not None and spec.rope_scaling.original_max_positions == 640
+    assert spec.rope_scaling is not None
+    assert spec.rope_scaling.original_max_positions == 640
 
 
 # ---- what is refused -------------------------------------------------------------------------------------

@@ -120,7 +120,6 @@ def test_what_forbids_a_layout_in_words(layout: Layout, where: RuleContext, reas
         assert violations(layout, where) == (reason,)
 
 
-@pytest.mark.xfail(strict=True, reason="a batch that does not divide is named again as 0 microbatches of 1f1b")
 def test_a_batch_smaller_than_a_microbatch_breaks_one_rule() -> None:
     assert len(violations(Layout(dp=4, tp=2, micro_batch=4), context())) == 1
 

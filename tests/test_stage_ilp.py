@@ -159,7 +159,6 @@ def test_a_start_that_meets_the_bound_needs_no_program() -> None:
     assert (solution.ilps_solved, solution.counts) == (0, (StageCount(6, 0),))
 
 
-@pytest.mark.xfail(strict=True, raises=DeprecationWarning, reason="pulp 3.3.2 warns of PULP_CBC_CMD; use COIN_CMD")
 def test_without_highs_cbc_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
     costs, limit = tight()

@@ -253,9 +253,6 @@ def test_a_tied_matrix_is_summed_over_first_and_last_stage() -> None:
     assert tied - untied == pytest.approx(4.0 * 61 * 32 / 1e9)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Group(2, stride·(pp-1)) spans 2·stride·(pp-1) devices; the two are pp·stride apart"
-)
 def test_a_tied_matrix_inside_one_node_does_not_cross_the_network() -> None:
     """dgx-a100 is one node, with a network tier for those who add nodes."""
     question = replace(small_question(tiny_gpt2(layers=8)), cluster=resolve_cluster("dgx-a100"))
