@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .bounds import Bound, fits, lower_bound
-from .errors import InfeasibleError, NoPlanError, UnsupportedError
+from .errors import InfeasibleError, UnsupportedError
 from .layout import CAPABILITIES, Layout, enumerate_layouts
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
@@ -37,7 +37,8 @@ class Solved:
 def search(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan:
     """The fastest plan and its proof; `top` - 1 runners-up, proven likewise, become its alternatives.
 
-    Past `time_limit_seconds` the best plan so far is returned, and its certificate says the gap left.
+    Past `time_limit_seconds` the best plan so far is returned, and its certificate says the gap left; before
+    there is one, the search goes on.
 
     Raises:
         UnsupportedError: the target cannot train this job in any layout.
@@ -77,7 +78,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             cutoff_seconds=cutoff,
             start=start,
             recompute=question.job.recompute_pin,
-            deadline=deadline,
+            deadline=deadline if best else float("inf"),
         )
         ilps += solution.ilps_solved
         proven = min(proven, solution.bound_seconds)
@@ -86,11 +87,6 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
         else:
             best.append(Solved(costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
-    if not best and time.monotonic() > deadline:
-        raise NoPlanError(
-            f"the time was up after {time_limit_seconds:g} s, before anything was solved",
-            (f"{legal - pruned_memory} of {legal} legal layouts may fit; give it more time with --time-limit",),
-        )
     if not best:
         raise InfeasibleError(*why_nothing_fits(question.model, question.cluster, question.hardware, question.job))
     certificate = _certificate(
