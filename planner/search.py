@@ -65,7 +65,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
     visited = ilps = 0
     for bound, costs in candidates:
         cutoff = best[top - 1].step_seconds if len(best) >= top else float("inf")
-        late = time.monotonic() > deadline
+        late = bool(best) and time.monotonic() > deadline
         if late or bound.seconds >= cutoff * (1 - RELATIVE_TOLERANCE):
             proven = min(proven, bound.seconds)
             break
