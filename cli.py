@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ def _count(flag: str) -> Callable[[str], int]:
     """A parser of whole numbers from 1 on whose error says what it got."""
 
     def parse(text: str) -> int:
-        from profiles.errors import InputError
+        from profiles.input_error import InputError
 
         if not text.isdecimal() or int(text) < 1:
             raise InputError(f"{flag} cannot be {text!r}", where=flag, expected="a whole number >= 1", got=text)
@@ -249,6 +250,9 @@ def train(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
 ) -> None:
     """Train as a plan says; without one, profile this machine, plan, and train a small model."""
+    joins = "RANK" in os.environ  # one of the ranks that torchrun has started
+    if joins and (run_dir is None or (plan_file is None and not resume)):
+        raise _torchrun_needs_files()
     chosen = _plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence)
 
     from planner.report import record_report
@@ -279,9 +283,21 @@ def train(
     with step_progress(steps, chosen.job.tokens) as on_progress:
         launch(chosen, options, on_progress)
     record = folder / RECORD_FILE
-    if record.exists():
+    if record.exists() and os.environ.get("RANK", "0") == "0":
         _show(record_report(parse_yaml(read_text(record, "record"), str(record))))
         _show(f"run folder: {folder}")
+
+
+def _torchrun_needs_files() -> Exception:
+    from profiles.input_error import InputError
+
+    return InputError(
+        "under torchrun all ranks must be told the same plan and run folder",
+        where="train",
+        expected="a plan file and --run FOLDER",
+        got="the environment of torchrun (RANK) and not both of them",
+        hint="torchrun --nproc-per-node 2 cli.py train plan.yaml --run runs/mine",
+    )
 
 
 def _plan_to_train(
@@ -293,7 +309,7 @@ def _plan_to_train(
     from planner.report import plan_report
     from planner.search import search
     from profiles.catalogue import resolve_model
-    from profiles.errors import InputError
+    from profiles.input_error import InputError
 
     if plan_file is None and resume:
         if run_dir is None:
@@ -336,7 +352,7 @@ def _explain(error: Exception) -> int:
     """Show what a person can act on, and its exit code; anything else is our bug and goes on as it is."""
     from planner.errors import NoPlanError
     from planner.report import input_error_report, no_plan_report
-    from profiles.errors import InputError
+    from profiles.input_error import InputError
 
     as_json = "--json" in sys.argv
     # Usage errors come from click or from the copy of it inside newer typers, so they are known by what they can.

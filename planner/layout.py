@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.model import ModelSpec
 from profiles.store import Reader
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from profiles.errors import InputError
+from profiles.input_error import InputError
 
 from .job import BANNABLE, PINNABLE
 from .layout import LAYOUT_KEYS, RECOMPUTE_MODES, SCHEDULES, Layout

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.cluster import ClusterSpec
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.hardware import HardwareProfile, load_hardware
 from profiles.model import ModelSpec
 

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from .cluster import ClusterSpec, load_cluster_file
-from .errors import InputError
+from .input_error import InputError
 from .hf_config import read_hf_config
 from .model import ModelSpec, load_model_file
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from .input_error import InputError
 from .store import Reader, dump_yaml, load_document, write_atomically
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from .errors import InputError
+from .input_error import InputError
 
 _REQUIRED: Any = object()
 _MOST_DEPTH = 1000  # levels of nesting; our own files have five

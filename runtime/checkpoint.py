@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
-from profiles.errors import InputError
+from profiles.input_error import InputError
 
 from .parameters import named_parameters
 from .transformer import Chunk

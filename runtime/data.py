@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from planner.layout import Layout
-from profiles.errors import InputError
+from profiles.input_error import InputError
 
 VOCABULARY = 256  # every byte is a token
 HELD_OUT_FRACTION = 0.05

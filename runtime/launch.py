@@ -24,11 +24,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from planner.plan import Plan
-from profiles.errors import InputError
+from profiles.input_error import InputError
 
 from . import run_folder
 from .data import load_corpus
-from .errors import RunFailed
+from .failure import RunFailed
 from .mesh import coordinate_of
 from .metrics import METRICS_FILE
 from .trainer import Record, TrainOptions, check_vocabulary, run

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from profiles.errors import InputError
+from profiles.input_error import InputError
 
 
 @contextmanager

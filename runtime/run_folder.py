@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from planner.plan import Plan, save
-from profiles.errors import InputError
+from profiles.input_error import InputError
 
 from .checkpoint import latest, step_of
 from .metrics import METRICS_FILE

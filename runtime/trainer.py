@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.store import dump_yaml, write_atomically
 
 from . import checkpoint

@@ -191,6 +191,15 @@ def test_a_plan_for_another_model_is_refused(
     assert "the plan is for another model" in err
 
 
+def test_under_torchrun_plan_and_run_folder_must_be_named(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    code, _, err = run(capsys, monkeypatch, "train", str(plan_file))
+    assert code == 2
+    assert "a plan file and --run FOLDER" in err
+
+
 def test_output_into_a_missing_place_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from profiles.catalogue import (
     resolve_hardware_path,
 )
 from profiles.cluster import SCHEMA, ClusterSpec, LinkTier
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.store import Reader, dump_yaml
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from planner.layout import Layout
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from runtime.data import (
     Corpus,
     bigram_loss,

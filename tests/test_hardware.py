@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.catalogue import list_catalogue, resolve_hardware_path
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.hardware import (
     EAGER_PASSES,
     SCHEMA,

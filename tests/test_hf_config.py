@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.hf_config import read_hf_config
 from profiles.model import RopeScaling
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from planner.job import TrainingJob
 from planner.layout import CAPABILITIES, RULES, SCHEDULES, Layout, RuleContext, divisors, enumerate_layouts, violations
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.model import ModelSpec
 from profiles.store import Reader
 from tests.plans import tiny_gpt2, tiny_llama

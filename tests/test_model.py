@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from profiles.catalogue import list_catalogue, resolve_model
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.model import SCHEMA, ModelSpec, RopeScaling, load_model_file
 from profiles.store import Reader, dump_yaml
 

@@ -17,7 +17,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import SCHEMA, Plan, Stage, dumps, load, save
 from planner.search import search
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.store import Reader
 from tests.oracles.small_world import small_question
 from tests.plans import make_plan, tiny_gpt2, tiny_llama

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from profiles import cluster, model
 from profiles.cluster import ClusterSpec, LinkTier
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.model import ACTIVATIONS, NORMS, POSITIONS, ModelSpec, RopeScaling
 from profiles.store import Reader, dump_yaml, load_document, load_json, parse_yaml, read_text, write_atomically
 
@@ -191,7 +191,7 @@ def test_yaml_with_a_scalar_that_python_refuses_is_an_input_error(text: str) -> 
 
 def test_yaml_nested_without_end_is_an_input_error_and_no_crash() -> None:
     code = (
-        "from profiles.errors import InputError\nfrom profiles.store import parse_yaml\n"
+        "from profiles.input_error import InputError\nfrom profiles.store import parse_yaml\n"
         "try:\n    parse_yaml('[' * 100000 + ']' * 100000, 'f.yaml')\n"
         "except InputError as error:\n    print(error.what)"
     )

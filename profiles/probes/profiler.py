@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ..cluster import ClusterSpec, LinkTier
-from ..errors import InputError
+from ..input_error import InputError
 from ..hardware import AttentionPoint, CollectivePoint, GemmPoint, HardwareProfile, MemoryPoint
 from . import collectives, compute
 from .overheads import measure_overheads

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from profiles.model import ModelSpec
 from runtime import checkpoint
 from runtime.gradients import complete_gradients

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from planner.plan import load
-from profiles.errors import InputError
+from profiles.input_error import InputError
 from runtime.checkpoint import latest
-from runtime.errors import RunFailed
+from runtime.failure import RunFailed
 from runtime.launch import start_ranks, train
 from runtime.measure import PARTS
 from runtime.run_folder import prepare
@@ -148,7 +148,7 @@ def test_torchrun_joins_and_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -
         "import sys; from pathlib import Path\n"
         "from runtime.launch import train; from runtime.trainer import TrainOptions\n"
         "from tests.distributed.faults import small_plan\n"
-        "from profiles.errors import InputError\n"
+        "from profiles.input_error import InputError\n"
         "try:\n"
         "    train(small_plan(dp=int(sys.argv[2])), TrainOptions(run_dir=Path(sys.argv[1]), steps=2), print)\n"
         "except InputError as error:\n"
