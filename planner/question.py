@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.cluster import ClusterSpec
-from profiles.input_error import InputError
 from profiles.hardware import HardwareProfile, load_hardware
+from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
 from .job import PRECISIONS, TARGETS, TrainingJob

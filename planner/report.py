@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiles.input_error import InputError
 from profiles.hardware import HardwareProfile
+from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
 from .errors import NoPlanError

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from .cluster import ClusterSpec, load_cluster_file
-from .input_error import InputError
 from .hf_config import read_hf_config
+from .input_error import InputError
 from .model import ModelSpec, load_model_file
 
 CATALOG = Path(__file__).parent / "catalog"

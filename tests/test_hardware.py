@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles.catalogue import list_catalogue, resolve_hardware_path
-from profiles.input_error import InputError
 from profiles.hardware import (
     EAGER_PASSES,
     SCHEMA,
@@ -24,6 +23,7 @@ from profiles.hardware import (
     load_hardware,
     save_hardware,
 )
+from profiles.input_error import InputError
 from profiles.interpolate import RateGrid, seconds_at
 from profiles.store import Reader
 from tests.oracles.small_world import small_hardware

@@ -18,8 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from profiles.input_error import InputError
 from profiles.hf_config import read_hf_config
+from profiles.input_error import InputError
 from profiles.model import RopeScaling
 
 MODELS = {LlamaConfig: LlamaForCausalLM, Qwen2Config: Qwen2ForCausalLM, GPT2Config: GPT2LMHeadModel}

@@ -20,8 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from ..cluster import ClusterSpec, LinkTier
-from ..input_error import InputError
 from ..hardware import AttentionPoint, CollectivePoint, GemmPoint, HardwareProfile, MemoryPoint
+from ..input_error import InputError
 from . import collectives, compute
 from .overheads import measure_overheads
 from .timing import Rank
