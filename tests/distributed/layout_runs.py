@@ -9,12 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from planner.plan import Plan
-from runtime.gradients import clip, complete_gradients, square_sum
-from runtime.mesh import build_mesh
-from runtime.optimizer import build_optimizer, set_learning_rate
-from runtime.parallelize import build_stage
+from runtime.gradients import square_sum
 from runtime.parameters import initialise
-from runtime.pipeline import build_runner
+from runtime.step import build_state, training_step
 from runtime.transformer import build_chunk
 
 LEARNING_RATE = 1e-3
@@ -46,29 +43,22 @@ def own_samples(plan: Plan, tokens: torch.Tensor, dp_rank: int) -> torch.Tensor:
 
 def run_plan(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None = None) -> Trajectory:
     """Train through the runtime; on every rank of an initialised process group. All ranks return the same."""
-    device = torch.device("cpu")
-    mesh = build_mesh(plan.layout, "cpu", tied_embeddings=plan.model.tied_embeddings)
-    chunk = build_stage(plan, mesh, device, dtype=dtype, seed=SEED)
-    runner = build_runner(plan, chunk, mesh, device, torch.bfloat16 if plan.job.precision == "bf16" else dtype)
-    optimizer = build_optimizer(chunk, weight_decay=WEIGHT_DECAY)
+    state = build_state(plan, torch.device("cpu"), dtype=dtype, seed=SEED, weight_decay=WEIGHT_DECAY)
     losses, norms, clipped_norms = [], [], []
+
+    def read_clipped_norm(*_: object) -> None:
+        square = square_sum(state.chunk)
+        dist.all_reduce(square)
+        clipped_norms.append(square.sqrt().item())
+
+    if clip_norm is not None:
+        state.optimizer.register_step_pre_hook(read_clipped_norm)
     for step in range(steps):
-        tokens = own_samples(plan, tokens_of(plan, step), mesh.coordinate.dp)
-        loss = runner.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-        complete_gradients(chunk, mesh)
-        totals = torch.stack([torch.tensor(loss / plan.layout.tp, dtype=torch.float64), square_sum(chunk)])
-        dist.all_reduce(totals)
-        norm = totals[1].sqrt().item()
-        if clip_norm is not None:
-            clip(chunk, norm, clip_norm)
-            square = square_sum(chunk)
-            dist.all_reduce(square)
-            clipped_norms.append(square.sqrt().item())
-        set_learning_rate(optimizer, LEARNING_RATE)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(totals[0].item())
-        norms.append(norm)
+        tokens = own_samples(plan, tokens_of(plan, step), state.mesh.coordinate.dp)
+        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        result = training_step(state, inputs, targets, learning_rate=LEARNING_RATE, clip_norm=clip_norm)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
     return Trajectory(losses, norms, clipped_norms)
 
 
