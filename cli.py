@@ -237,8 +237,8 @@ def train(
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Text file or folder; default Python's library.")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 300,
-    run_dir: Annotated[Path | None, typer.Option("--run", help="Run folder; default runs/DATE-TIME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --run.")] = False,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; default runs/DATE-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --run-dir.")] = False,
     global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Without a plan: sequences a step.")] = 16,
     sequence: Annotated[int, typer.Option("--seq", min=1, help="Without a plan: tokens a sequence.")] = 256,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 3e-3,
@@ -280,8 +280,12 @@ def train(
         timeout_seconds=timeout,
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
     )
-    with step_progress(steps, chosen.job.tokens) as on_progress:
-        launch(chosen, options, on_progress)
+    try:
+        with step_progress(steps, chosen.job.tokens) as on_progress:
+            launch(chosen, options, on_progress)
+    except KeyboardInterrupt:
+        _show(f"interrupted; the ranks have ended, and {folder} holds what was done", error=True)
+        raise typer.Exit(130) from None
     record = folder / RECORD_FILE
     if record.exists() and os.environ.get("RANK", "0") == "0":
         _show(record_report(parse_yaml(read_text(record, "record"), str(record))))
@@ -294,9 +298,9 @@ def _torchrun_needs_files() -> Exception:
     return InputError(
         "under torchrun all ranks must be told the same plan and run folder",
         where="train",
-        expected="a plan file and --run FOLDER",
+        expected="a plan file and --run-dir FOLDER",
         got="the environment of torchrun (RANK) and not both of them",
-        hint="torchrun --nproc-per-node 2 cli.py train plan.yaml --run runs/mine",
+        hint="torchrun --nproc-per-node 2 cli.py train plan.yaml --run-dir runs/mine",
     )
 
 
@@ -313,7 +317,9 @@ def _plan_to_train(
 
     if plan_file is None and resume:
         if run_dir is None:
-            raise InputError("nothing to resume", where="--resume", expected="--run FOLDER of the run", got="no --run")
+            raise InputError(
+                "nothing to resume", where="--resume", expected="--run-dir FOLDER of the run", got="no --run-dir"
+            )
         plan_file = run_dir / "plan.yaml"
     if plan_file is not None:
         found = load(plan_file)
@@ -376,16 +382,9 @@ def _explain(error: Exception) -> int:
             _print_json({"error": {"error": error.what, "reasons": list(error.lines)}})
         return 1
     if type(error).__name__ == "RunFailed":
-        _show(_run_failed(error), error=True)
+        sys.stderr.write(f"{error}\n")
         return 1
     raise error
-
-
-def _run_failed(error: Any) -> str:
-    from rich.markup import escape
-
-    log = "\n".join(f"  {line}" for line in error.log_lines)
-    return escape(f"{error}\nits last lines:\n{log}")
 
 
 def _say_interrupted() -> None:

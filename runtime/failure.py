@@ -15,7 +15,8 @@ class RunFailed(Exception):
 
     def __init__(self, *, rank: int, stage: int, exit_code: int, log_lines: tuple[str, ...] = ()) -> None:
         how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"
-        super().__init__(f"rank {rank} (pipeline stage {stage}) {how}")
+        log = "".join(f"\n  {line}" for line in log_lines)
+        super().__init__(f"rank {rank} (pipeline stage {stage}) {how}" + (f"; its last lines:{log}" if log else ""))
         self.rank = rank
         self.stage = stage
         self.exit_code = exit_code

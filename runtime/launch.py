@@ -192,15 +192,12 @@ def _one_thread_a_rank() -> Iterator[None]:
 @contextmanager
 def _torch_silent() -> Iterator[None]:
     """Without torch's own lines about ranks that died or were stopped: `RunFailed` tells it once."""
-    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # by level alone: torch gives each of its loggers one of its own
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 @contextmanager

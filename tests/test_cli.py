@@ -48,7 +48,7 @@ BAD_INPUT = {
     "layout key twice": ([*ESTIMATE, "--layout", "tp=2,tp=4"], ["tp is given twice"]),
     "zero 2 in a pipeline": ([*ESTIMATE, "--layout", "pp=2,zero=2"], ["zero 2 is zero 1 there"]),
     "no such plan": (["train", "/nowhere/plan.yaml"], ["/nowhere/plan.yaml", "no such file"]),
-    "resume without a run": (["train", "--resume"], ["--run"]),
+    "resume without a run": (["train", "--resume"], ["--run-dir"]),
 }
 
 
@@ -166,7 +166,7 @@ def test_an_edited_plan_is_refused_before_anything_starts(
     edit: str, text: str, plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = plan_file.parent / "run"
-    code, _, err = run(capsys, monkeypatch, "train", str(_edited(plan_file, edit)), "--run", str(run_dir))
+    code, _, err = run(capsys, monkeypatch, "train", str(_edited(plan_file, edit)), "--run-dir", str(run_dir))
     assert code == 2
     assert text in " ".join(err.split())
     assert not run_dir.exists()
@@ -197,7 +197,7 @@ def test_under_torchrun_plan_and_run_folder_must_be_named(
     monkeypatch.setenv("RANK", "0")
     code, _, err = run(capsys, monkeypatch, "train", str(plan_file))
     assert code == 2
-    assert "a plan file and --run FOLDER" in err
+    assert "a plan file and --run-dir FOLDER" in err
 
 
 def test_output_into_a_missing_place_is_refused(
