@@ -78,7 +78,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             cutoff_seconds=cutoff,
             start=start,
             recompute=question.job.recompute_pin,
-            deadline=deadline if best else float("inf"),
+            deadline=deadline if best or start is not None else float("inf"),
         )
         ilps += solution.ilps_solved
         proven = min(proven, solution.bound_seconds)
