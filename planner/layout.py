@@ -208,7 +208,7 @@ def _schedule(layout: Layout, context: RuleContext) -> str | None:
         return f"schedule={layout.schedule}: the meshwright runtime runs {', '.join(allowed)} today"
     if layout.pp == 1 and layout.schedule != "1f1b":
         return f"schedule={layout.schedule} and pp=1: without a pipeline there is only 1f1b (accumulation)"
-    microbatches = context.job.global_batch // (layout.micro_batch * layout.dp)
+    microbatches = layout.microbatches(context.job.global_batch)
     if layout.schedule == "1f1b" and 0 < microbatches < layout.pp:
         return (
             f"1f1b with {microbatches} microbatches and pp={layout.pp}: torch runs it only with at least "

@@ -47,6 +47,11 @@ class MemoryBytes:
     def __add__(self, other: MemoryBytes) -> MemoryBytes:
         return MemoryBytes(*map(operator.add, vars(self).values(), vars(other).values()))
 
+    def with_slack(self, share: float) -> MemoryBytes:
+        """Add what the allocator loses: a share of the tensor bytes."""
+        tensors = self.total - self.context - self.communicators
+        return self + MemoryBytes(allocator_slack=share * tensors)
+
     def __mul__(self, factor: float) -> MemoryBytes:
         return MemoryBytes(*(value * factor for value in vars(self).values()))
 
@@ -185,11 +190,6 @@ class MemoryModel:
             communicators=groups * self._hardware.communicator_bytes,
             context=self._hardware.context_bytes,
         )
-
-    def with_slack(self, used: MemoryBytes) -> MemoryBytes:
-        """Add what the allocator loses: a share of the tensor bytes, by the profile."""
-        tensors = used.total - used.context - used.communicators
-        return used + MemoryBytes(allocator_slack=self._hardware.allocator_slack * tensors)
 
     # ---- parameters of one tp rank ---------------------------------------------------------------------
 

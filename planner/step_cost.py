@@ -124,9 +124,7 @@ class LayoutCosts:
                 held = part.held_recomputed if recomputed else part.held
                 used = used + part.state * number + held * (number * self.in_flight[stage])
                 transient = max(transient, part.transient_recomputed if recomputed else part.transient)
-        used = used + MemoryBytes(transient=transient)
-        tensors = used.total - used.context - used.communicators
-        return used + MemoryBytes(allocator_slack=self.allocator_slack * tensors)
+        return (used + MemoryBytes(transient=transient)).with_slack(self.allocator_slack)
 
     # ---- an assignment ---------------------------------------------------------------------------------
 

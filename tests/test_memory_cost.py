@@ -218,7 +218,7 @@ def test_what_a_stage_holds_whatever_its_layers() -> None:
 
 def test_the_allocator_loses_a_share_of_the_tensors_only() -> None:
     used = MemoryBytes(weights=100.0, activations=60.0, communicators=7.0, context=30.0)
-    assert memory().with_slack(used) == replace(used, allocator_slack=0.05 * 160)
+    assert used.with_slack(0.05) == replace(used, allocator_slack=0.05 * 160)
 
 
 def test_bytes_add_up_and_scale_part_by_part() -> None:
