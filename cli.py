@@ -174,59 +174,53 @@ def estimate(
     _show(estimate_report(question.model, wanted, stages, prediction, question.limit_bytes, fits))
 
 
-@app.command(epilog="Example: cli.py profile --nproc 4 -o hardware.yaml")
+@app.command(
+    epilog="Examples: cli.py profile --quick | cli.py profile --nproc 4 -o hardware.yaml | torchrun --nnodes 2 "
+    "--nproc-per-node 8 … cli.py profile -o hardware.yaml | cli.py profile --show a.yaml --against b.yaml | "
+    "cli.py profile --calibrate runs/20261121-101500 | cli.py profile --list"
+)
 def profile(
     nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks; default all GPUs, else cores.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of as `local`.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="At most 30 s and fp32 only (default: 2 minutes).")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="At most 30 s: what no plan can do without.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Everything, up to an hour (default: 5 minutes).")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Measure what an earlier profile lacks.")] = False,
+    nccl_tests: Annotated[
+        list[Path] | None, typer.Option("--nccl-tests", help="Take collectives from nccl-tests output; repeatable.")
+    ] = None,
+    calibrate: Annotated[
+        list[Path] | None, typer.Option("--calibrate", help="Correct the profile by this run's record; repeatable.")
+    ] = None,
+    show: Annotated[
+        str | None, typer.Option("--show", help="Tables and plots of this profile; measures nothing.")
+    ] = None,
+    against: Annotated[str | None, typer.Option("--against", help="With --show: what differs from this one.")] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Models, clusters and hardware in the catalogue.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine: what `--cluster local` plans with."""
-    from planner.report import profile_report
-    from profiles.hardware import save_hardware
+    """Measure this machine, or look at what was measured: what `--cluster local` plans with."""
+    from planner.profiling import ProfileOrder, carry_out
 
-    hardware, _ = _profile(nproc, quick, keep=output is None)
-    if output is not None:
-        save_hardware(hardware, output)
-    if as_json:
-        _print_json(hardware.to_dict())
+    order = ProfileOrder(
+        command=" ".join(["cli.py", *sys.argv[1:]]),
+        nproc=nproc,
+        output=output,
+        quick=quick,
+        full=full,
+        resume=resume,
+        nccl_tests=tuple(nccl_tests or ()),
+        calibrate=tuple(calibrate or ()),
+        show=show,
+        against=against,
+        list_all=list_all,
+    )
+    answer = carry_out(order)
+    if answer is None:  # a rank of torchrun's that is not the first
         return
-    _show(profile_report(hardware))
-
-
-def _profile(nproc: int | None, quick: bool, keep: bool) -> Any:
-    """Measure with a progress bar; `keep` makes it what `local` means from now on."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from profiles.catalogue import local_cluster_path, local_hardware_path
-    from profiles.cluster import save_cluster
-    from profiles.hardware import save_hardware
-    from profiles.probes.profiler import ProfileRequest, default_ranks, profile_machine
-
-    # Half a minute in all: the ranks need a moment to start and to stop.
-    request = ProfileRequest(
-        ranks=nproc or default_ranks(),
-        budget_seconds=25.0 if quick else 115.0,
-        dtypes=("fp32",) if quick else ("fp32", "bf16"),
-    )
-    columns = (
-        TextColumn("measuring this machine"),
-        BarColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        hardware, cluster = profile_machine(
-            request,
-            " ".join(["cli.py", *sys.argv[1:]]),
-            lambda progress: bar.update(task, description=progress.phase, completed=progress.share),
-        )
-    if keep:
-        save_hardware(hardware, local_hardware_path())
-        save_cluster(cluster, local_cluster_path())
-    return hardware, cluster
+    if as_json:
+        _print_json(answer.document)
+    else:
+        _show(answer.report)
 
 
 @app.command(epilog="Example: cli.py train (this machine, a small model), or cli.py train plan.yaml --steps 1000")
@@ -255,13 +249,14 @@ def train(
         raise _torchrun_needs_files()
     chosen = _plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence)
 
+    from planner.record import RECORD_FILE
     from planner.report import record_report
     from profiles.catalogue import resolve_hardware_path
     from profiles.hardware import load_hardware
     from profiles.store import parse_yaml, read_text
     from runtime.launch import train as launch
     from runtime.progress import step_progress
-    from runtime.run_folder import RECORD_FILE, default_run_dir
+    from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
 
     folder = run_dir or default_run_dir()
@@ -314,6 +309,7 @@ def _plan_to_train(
     from planner.search import search
     from profiles.catalogue import resolve_model
     from profiles.input_error import InputError
+    from profiles.probes.session import measure
 
     if plan_file is None and resume:
         if run_dir is None:
@@ -332,7 +328,7 @@ def _plan_to_train(
                 hint="plan again with this --model, or leave --model out",
             )
         return found
-    _profile(None, quick=True, keep=True)
+    measure(None, "quick", None, " ".join(["cli.py", *sys.argv[1:]]))
     question = ask(model or "demo", "local", global_batch, sequence)
     answer = search(question)
     _show(plan_report(answer, question.limit_bytes))

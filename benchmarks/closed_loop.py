@@ -33,9 +33,9 @@ from planner.plan import Certificate, Plan, load, save
 from planner.question import Question
 from planner.search import make_plan, solve_layout
 from profiles.catalogue import resolve_model
-from profiles.cluster import ClusterSpec
+from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware
-from profiles.probes.profiler import ProfileRequest, profile_machine
+from profiles.probes.profiler import LEVELS, ProfileOptions, profile_machine
 from runtime.clock import Clock
 from runtime.process_group import process_group
 from runtime.step import TrainState, build_state, training_step
@@ -184,9 +184,22 @@ def show(cases: list[Case], spans: list[list[dict[str, float]]], parts: bool) ->
 
 
 def profiled(arguments: Any) -> tuple[HardwareProfile, ClusterSpec]:
-    dtypes = (arguments.precision,) if arguments.precision == "fp32" else ("fp32", arguments.precision)
-    request = ProfileRequest(ranks=arguments.nproc, budget_seconds=arguments.budget, dtypes=dtypes)
-    return profile_machine(request, " ".join(sys.argv), lambda progress: None)
+    """A fresh profile of this machine, or the one that --profile names."""
+    kept: Path | None = arguments.profile
+    if kept is not None and kept.exists():
+        return load_hardware(kept), load_cluster_file(kept.with_suffix(".cluster.yaml"))
+    options = ProfileOptions(
+        ranks=arguments.nproc,
+        thoroughness=arguments.thoroughness,
+        dtypes=("fp32",) if arguments.precision == "fp32" else ("fp32", arguments.precision),
+        budget_seconds=arguments.budget,
+    )
+    findings = profile_machine(options, " ".join(sys.argv))
+    hardware, cluster = findings.hardware(), findings.cluster("local")
+    if kept is not None:
+        save_hardware(hardware, kept)
+        save_cluster(cluster, kept.with_suffix(".cluster.yaml"))
+    return hardware, cluster
 
 
 def main() -> None:
@@ -197,25 +210,21 @@ def main() -> None:
     parser.add_argument("--global-batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=256)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds for the profile")
+    parser.add_argument("--budget", type=float, help="seconds for the profile; default as its thoroughness")
+    parser.add_argument("--thoroughness", default="quick", choices=LEVELS, help="of the profile")
     parser.add_argument("--parts", action="store_true", help="print predicted and measured parts of every layout")
+    parser.add_argument(
+        "--only", action="append", metavar="TEXT", help="only layouts whose line has the text; repeatable"
+    )
     parser.add_argument("--profile", type=Path, help="reuse this hardware profile, or keep the new one here")
     arguments = parser.parse_args()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     print(f"{now}  {platform.node()}  {os.cpu_count()} cores  torch {torch.__version__}  {' '.join(sys.argv)}\n")
-    hardware, cluster = profiled(arguments) if not (arguments.profile and arguments.profile.exists()) else (None, None)
-    if hardware is None or cluster is None:
-        from profiles.cluster import load_cluster_file
-
-        hardware = load_hardware(arguments.profile)
-        cluster = load_cluster_file(arguments.profile.with_suffix(".cluster.yaml"))
-    elif arguments.profile:
-        from profiles.cluster import save_cluster
-
-        save_hardware(hardware, arguments.profile)
-        save_cluster(cluster, arguments.profile.with_suffix(".cluster.yaml"))
+    hardware, cluster = profiled(arguments)
     job = TrainingJob(global_batch=arguments.global_batch, sequence=arguments.seq, precision=arguments.precision)
     plans = plans_of(Question(resolve_model(arguments.model), cluster, hardware, job))
+    if arguments.only:
+        plans = [plan for plan in plans if any(text in plan.layout.short() for text in arguments.only)]
     cases, spans = measure(plans, arguments.nproc, arguments.rounds)
     show(cases, spans, arguments.parts)
 

@@ -1,4 +1,4 @@
-"""Seconds of communication: ring collectives and point-to-point over the link tier that a group spans.
+"""Seconds of communication: what was measured for a group, else the α-β formula over the link tiers it spans.
 
 [Note: Where a group lies]
 Ranks count tp fastest, then cp, dp, pp. A group of axis a has `size` ranks, `stride` apart, so it spans
@@ -7,18 +7,17 @@ nodes with k of its ranks in each node, a ring enters and leaves a node once, an
 share of the network: its bus bandwidth is min(inside, k·across),
 and so on with more tiers. All groups of an axis run at once, and
 each device's share of the link already counts for one device, so groups side by side need no further split.
+Points are measured the same way, every group of a (size, stride) at once, and outrank the formula
+([Note: Alpha-beta with a ramp] in profiles/alpha_beta.py) wherever just this group was measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from profiles.alpha_beta import AlphaBeta
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
-
-# Bytes on the wire per rank and steps of latency of a ring, for `bytes` of the whole tensor over n ranks
-# (Thakur, Rabenseifner, Gropp 2005; the factors of nccl-tests' bus bandwidth).
-_RING_PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1}
 
 
 @dataclass(frozen=True)
@@ -35,46 +34,65 @@ class CommModel:
     def __init__(self, cluster: ClusterSpec, hardware: HardwareProfile) -> None:
         self._cluster = cluster
         self._hardware = hardware
+        # Points hold where nodes are as wide as those they were measured on.
+        self._points_hold = hardware.devices_per_node in (0, cluster.devices_per_node)
 
     def collective_seconds(self, operation: str, group: Group, bytes_total: float) -> float:
         """Seconds of a collective; `bytes_total` is the gathered, reduced or unscattered tensor."""
         if group.size == 1 or bytes_total == 0:
             return 0.0
-        measured = self._hardware.collective_seconds(operation, group.size, bytes_total)
-        if measured is not None:
-            return measured
-        bandwidth, latency = self._ring(group)
-        passes = _RING_PASSES[operation]
-        steps = passes * (group.size - 1)
-        return steps * latency + passes * (group.size - 1) / group.size * bytes_total / bandwidth
+        measured = self._measured(operation, group, bytes_total)
+        return (
+            self._figures(operation, group).seconds(operation, group.size, bytes_total)
+            if measured is None
+            else measured
+        )
 
-    def _ring(self, group: Group) -> tuple[float, float]:
-        """(bus bandwidth in bytes per second, latency of one step) of the group's ring."""
-        links = self._cluster.links
-        widest = links.index(self._cluster.link_within(group.size * group.stride))
-        bandwidths, below = [], 1
-        for link in links[: widest + 1]:
-            # `below` neighbours share each entry into this tier, and those of them in the group lend theirs.
-            sharing = max(1, min(group.size, below // group.stride))
-            bandwidths.append(sharing * link.bandwidth_bytes_per_second)
-            below = link.span
-        return min(bandwidths), links[widest].latency_seconds
+    def fsdp_seconds(self, operation: str, group: Group, bytes_total: float) -> float | None:
+        """Seconds of gathering or reducing one module's parameters as FSDP2 does it, where that was measured."""
+        return self._measured(operation, group, bytes_total)
 
     def pair_sum_seconds(self, group: Group, size_bytes: float) -> float:
         """Seconds of an all-reduce between the first and the last rank of the group alone."""
-        measured = self._hardware.collective_seconds("all_reduce", 2, size_bytes)
+        ends = Group(2, (group.size - 1) * group.stride)
+        measured = self._measured("all_reduce", ends, size_bytes)
         if measured is not None:
             return measured
-        link = self._cluster.link_within(group.size * group.stride)
-        return 2 * link.latency_seconds + size_bytes / link.bandwidth_bytes_per_second
+        return self._figures("all_reduce", Group(2, group.size * group.stride // 2)).seconds(
+            "all_reduce", 2, size_bytes
+        )
 
     def send_seconds(self, group: Group, size_bytes: float) -> float:
         """Seconds of one message between neighbours of the group, the slowest pair of them.
 
         Of a group that spans several nodes some neighbours lie in two.
         """
-        measured = self._hardware.collective_seconds("send_recv", 2, size_bytes)
+        neighbours = Group(2, group.stride)
+        in_one_node = self._cluster.link_within(group.size * group.stride) == self._cluster.link_within(
+            2 * group.stride
+        )
+        measured = self._measured("send_recv", neighbours, size_bytes) if in_one_node else None
         if measured is not None:
             return measured
         link = self._cluster.link_within(group.size * group.stride)
-        return link.latency_seconds + size_bytes / link.bandwidth_bytes_per_second
+        operation = link.operation("send_recv", 2)
+        return operation.figures.seconds("send_recv", 2, size_bytes)
+
+    def _measured(self, operation: str, group: Group, size_bytes: float) -> float | None:
+        if not self._points_hold:
+            return None
+        return self._hardware.collective_seconds(operation, group.size, size_bytes, group.stride)
+
+    def _figures(self, operation: str, group: Group) -> AlphaBeta:
+        """The tiers' figures for the group: latency of the widest it crosses, bandwidth of the tightest."""
+        links = self._cluster.links
+        widest = links.index(self._cluster.link_within(group.size * group.stride))
+        bandwidths, below = [], 1
+        for link in links[: widest + 1]:
+            # `below` neighbours share each entry into this tier, and those of them in the group lend theirs.
+            sharing = max(1, min(group.size, below // group.stride))
+            whole = group.size if group.size * group.stride <= link.span else 0
+            bandwidths.append(sharing * link.operation(operation, whole).bandwidth_bytes_per_second)
+            below = link.span
+        figures = links[widest].operation(operation, group.size).figures
+        return replace(figures, bandwidth_bytes_per_second=min(bandwidths))

@@ -31,6 +31,9 @@ class ComputeSeconds:
             self.overhead + other.overhead,
         )
 
+    def __mul__(self, factor: float) -> ComputeSeconds:
+        return ComputeSeconds(self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor)
+
 
 @dataclass(frozen=True)
 class ComputeCost:
@@ -38,6 +41,9 @@ class ComputeCost:
 
     forward: ComputeSeconds
     backward: ComputeSeconds
+
+    def __mul__(self, factor: float) -> ComputeCost:
+        return ComputeCost(self.forward * factor, self.backward * factor)
 
 
 class ComputeModel:
@@ -133,10 +139,11 @@ class ComputeModel:
         """Adding one microbatch's gradient to the sum, in fp32."""
         return self._hardware.memory_seconds("accumulate", self._state_dtype, parameters)
 
-    def optimizer_seconds(self, parameters: float) -> float:
-        """Norm, clipping and AdamW over the parameters whose state this rank holds."""
+    def optimizer_seconds(self, parameters: float, tensors: int) -> float:
+        """Norm, clipping and AdamW over the parameters whose state this rank holds, in `tensors` tensors."""
         norm = self._hardware.memory_seconds("gradient_norm", self._state_dtype, parameters)
-        return norm + self._hardware.memory_seconds("adamw", self._state_dtype, parameters)
+        update = self._hardware.memory_seconds("adamw", self._state_dtype, parameters)
+        return norm + update + tensors * self._hardware.parameter_overhead_seconds
 
     def copy_seconds(self, parameters: float) -> float:
         """Reading and writing each parameter once: FSDP2 packs and unpacks its flat buffers so."""

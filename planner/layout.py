@@ -110,6 +110,35 @@ CAPABILITIES = {
 }
 
 
+# What a model may have beyond a dense, causal pre-norm decoder (`ModelSpec.features`) -> the executors that train
+# it. Beside megatron stands the argument of Megatron-LM's own training scripts that switches it on.
+FEATURES: dict[str, tuple[str, ...]] = {
+    "experts": ("megatron",),  # --num-experts
+    "latent attention": ("megatron",),  # --multi-latent-attention
+    "sliding-window attention": ("megatron",),  # --window-size, --window-attn-skip-freq
+    "QK norm": ("megatron",),  # --qk-layernorm
+    "attention sinks": ("megatron",),  # --softmax-type learnable
+    "bidirectional attention": ("megatron",),  # pretrain_bert.py, as all that BERT has
+    "ALiBi positions": (),
+    "partial rotary positions": ("megatron",),  # --rotary-percent
+    "parallel residuals": (),
+    "post-norm layers": ("megatron",),  # --apply-residual-connection-post-layernorm
+    "ReLU": (),
+    "clamped SwiGLU": ("megatron",),  # --quick-geglu, --glu-linear-offset, --activation-func-clamp-value
+    "offset positions": (),
+    "token types": ("megatron",),
+    "embedding norm": (),
+    "output transform": ("megatron",),
+    "output bias": ("megatron",),
+    "next-sentence head": ("megatron",),
+}
+
+
+def missing_features(model: ModelSpec, executor: str) -> tuple[str, ...]:
+    """What the model has and the executor does not train today; empty when it trains the model."""
+    return tuple(feature for feature in model.features if executor not in FEATURES[feature])
+
+
 @dataclass(frozen=True)
 class RuleContext:
     """What a rule looks at besides the layout."""
@@ -258,8 +287,14 @@ RULES: tuple[Rule, ...] = (
 
 
 def violations(layout: Layout, context: RuleContext) -> tuple[str, ...]:
-    """The reasons that forbid the layout, in words with the numbers; empty when it is legal."""
-    return tuple(reason for rule in RULES if (reason := rule(layout, context)) is not None)
+    """The reasons that forbid the layout, in words with the numbers; empty when it is legal.
+
+    No layout is legal for a model with features that the runtime does not train.
+    """
+    reasons = [reason for rule in RULES if (reason := rule(layout, context)) is not None]
+    if missing := missing_features(context.model, "meshwright"):
+        reasons.insert(0, f"{context.model.name}: the meshwright runtime does not train {', '.join(missing)} today")
+    return tuple(reasons)
 
 
 def require_legal(layout: Layout, recompute: str, context: RuleContext) -> None:

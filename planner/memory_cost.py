@@ -11,8 +11,9 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-from profiles.hardware import DTYPE_BYTES, HardwareProfile
+from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
+from profiles.points import DTYPE_BYTES
 
 from .compute_cost import local_kv_width, local_linear_shape
 from .layout import Layout

@@ -11,9 +11,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from profiles.model import ModelSpec
+
 from .bounds import Bound, fits, lower_bound
 from .errors import InfeasibleError, UnsupportedError
-from .layout import CAPABILITIES, Layout, enumerate_layouts
+from .layout import CAPABILITIES, Layout, enumerate_layouts, missing_features
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
@@ -102,6 +104,7 @@ def check_supported(question: Question) -> None:
         raise UnsupportedError(
             f"target {job.target} cannot be planned for yet", (f"targets with rules today: {', '.join(CAPABILITIES)}",)
         )
+    _check_features(question.model, job.target)
     if job.precision not in capabilities.precisions:
         raise UnsupportedError(
             f"the {job.target} runtime does not train in {job.precision} today",
@@ -118,6 +121,22 @@ def check_supported(question: Question) -> None:
             f"the hardware profile {question.hardware.name} has no figures for {job.precision}",
             (f"it has figures for {', '.join(known)}: --precision {known[0]}" if known else "profile it first",),
         )
+
+
+def _check_features(model: ModelSpec, target: str) -> None:
+    """Refuse a model with features that the target lacks; say who trains it."""
+    missing = missing_features(model, target)
+    if not missing:
+        return
+    lacking = missing_features(model, "megatron")
+    way_out = f"Megatron-LM trains {model.name}"
+    if lacking:
+        way_out = f"nor does Megatron-LM train {model.name}: it lacks {_listed(lacking)}"
+    raise UnsupportedError(f"{target} cannot train {_listed(missing)} yet", (way_out,))
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def solve_layout(question: Question, layout: Layout, recompute: str | None) -> tuple[Solved, bool]:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from profiles.cluster import ClusterSpec
-from profiles.hardware import DTYPE_BYTES, HardwareProfile
+from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
+from profiles.points import DTYPE_BYTES
 
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
@@ -195,6 +196,7 @@ class CostModel:
         self._model, self._job, self._hardware = model, job, hardware
         self._compute = ComputeModel(model, hardware, job.precision)
         self._comm = CommModel(cluster, hardware)
+        self._devices_per_node = cluster.devices_per_node
         self._memory = MemoryModel(model, hardware, job.precision)
         self._in_flight_cache: dict[tuple[str, int, int], tuple[int, ...]] = {}
         self._compute_cache: dict[tuple[int, bool, int], tuple[ComputeCost, ComputeCost, ComputeCost]] = {}
@@ -203,17 +205,21 @@ class CostModel:
         """Every number of the layout."""
         sequence = self._job.sequence
         microbatches = layout.microbatches(self._job.global_batch)
-        block, embedding, head = self._part_compute(layout)
+        pace = self._pace(layout, microbatches)
+        block, embedding, head = (part * pace for part in self._part_compute(layout))
         memory = self._memory
+        tensors = self._model.block_tensors
         embedded, headed = memory.embedding_parameters(layout), memory.head_parameters(layout)
-        overhead = self._compute.microbatch()
+        overhead = self._compute.microbatch() * pace
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
             layers=self._model.layers,
-            block=self._part(layout, block, self._block_tp(layout), memory.block_parameters(layout), microbatches),
-            embedding=self._part(layout, embedding, self._embedding_tp(layout), embedded, microbatches, root=True),
-            head=self._part(layout, head, self._head_tp(layout), headed, microbatches, root=True),
+            block=self._part(
+                layout, block, self._block_tp(layout), memory.block_parameters(layout), microbatches, tensors
+            ),
+            embedding=self._part(layout, embedding, self._embedding_tp(layout), embedded, microbatches, 1, root=True),
+            head=self._part(layout, head, self._head_tp(layout), headed, microbatches, 2, root=True),
             microbatch=PartSeconds(Seconds(overhead.forward.total), Seconds(overhead.backward.total)),
             send_seconds=self._send(layout),
             step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
@@ -241,6 +247,19 @@ class CostModel:
 
     # ---- compute ---------------------------------------------------------------------------------------
 
+    def _pace(self, layout: Layout, microbatches: int) -> float:
+        """How many times its measured seconds compute takes: the slowest of the ranks, and those that are idle.
+
+        Where stages share a node, a stage in its bubble leaves cores, memory bandwidth or power to the others: on
+        average M of every M + p - 1 slots are busy (arXiv 2104.04473, section 2.2).
+        """
+        pace = self._hardware.straggler_slowdown if layout.world_size > 1 else 1.0
+        ranks = min(self._devices_per_node, layout.world_size)
+        if layout.pp > 1 and ranks > layout.world_size // layout.pp:
+            busy = microbatches / (microbatches + layout.pp - 1)
+            pace *= self._hardware.contention_share(busy * ranks, ranks)
+        return pace
+
     def _part_compute(self, layout: Layout) -> tuple[ComputeCost, ComputeCost, ComputeCost]:
         key = (layout.tp, layout.sequence_parallel, layout.micro_batch)
         if key not in self._compute_cache:
@@ -258,36 +277,40 @@ class CostModel:
         tokens = layout.micro_batch * self._job.sequence
         return float(DTYPE_BYTES[self._job.precision] * tokens * self._model.hidden_size)
 
+    def _tp_seconds(self, operation: str, layout: Layout, size_bytes: float) -> float:
+        seconds = self._comm.collective_seconds(operation, Group(layout.tp, 1), size_bytes)
+        return seconds * self._hardware.correction("tp")
+
     def _block_tp(self, layout: Layout) -> tuple[float, float, float]:
         """Attention and MLP each: all-reduce once a pass, or all-gather in and reduce-scatter out with SP.
 
         Recomputation stops when it has all that backward needs, which the sum that ends the MLP is not part of
         (torch's non-reentrant checkpoint; the counts are asserted in tests/distributed/test_collectives.py).
         """
-        group, size = Group(layout.tp, 1), self._whole_bytes(layout)
+        size = self._whole_bytes(layout)
         if layout.sequence_parallel:
-            gather = self._comm.collective_seconds("all_gather", group, size)
-            scatter = self._comm.collective_seconds("reduce_scatter", group, size)
+            gather = self._tp_seconds("all_gather", layout, size)
+            scatter = self._tp_seconds("reduce_scatter", layout, size)
             return 2 * (gather + scatter), 2 * (gather + scatter), 2 * gather + scatter
-        reduce = self._comm.collective_seconds("all_reduce", group, size)
+        reduce = self._tp_seconds("all_reduce", layout, size)
         return 2 * reduce, 2 * reduce, reduce
 
     def _embedding_tp(self, layout: Layout) -> tuple[float, float, float]:
         """The vocabulary-parallel lookup is summed over tp; with SP its gradient is gathered."""
-        group, size = Group(layout.tp, 1), self._whole_bytes(layout)
+        size = self._whole_bytes(layout)
         if layout.sequence_parallel:
-            forward = self._comm.collective_seconds("reduce_scatter", group, size)
-            return forward, self._comm.collective_seconds("all_gather", group, size), 0.0
-        return self._comm.collective_seconds("all_reduce", group, size), 0.0, 0.0
+            forward = self._tp_seconds("reduce_scatter", layout, size)
+            return forward, self._tp_seconds("all_gather", layout, size), 0.0
+        return self._tp_seconds("all_reduce", layout, size), 0.0, 0.0
 
     def _head_tp(self, layout: Layout) -> tuple[float, float, float]:
         """Input gathered (SP) or its gradient summed; three reductions of one number a token for the loss."""
-        group, size = Group(layout.tp, 1), self._whole_bytes(layout)
-        loss = 3 * self._comm.collective_seconds("all_reduce", group, 4.0 * layout.micro_batch * self._job.sequence)
+        size = self._whole_bytes(layout)
+        loss = 3 * self._tp_seconds("all_reduce", layout, 4.0 * layout.micro_batch * self._job.sequence)
         if layout.sequence_parallel:
-            forward = self._comm.collective_seconds("all_gather", group, size)
-            return forward + loss, self._comm.collective_seconds("reduce_scatter", group, size), 0.0
-        return loss, self._comm.collective_seconds("all_reduce", group, size), 0.0
+            forward = self._tp_seconds("all_gather", layout, size)
+            return forward + loss, self._tp_seconds("reduce_scatter", layout, size), 0.0
+        return loss, self._tp_seconds("all_reduce", layout, size), 0.0
 
     # ---- data parallelism and the step -------------------------------------------------------------------
 
@@ -298,6 +321,7 @@ class CostModel:
         tp: tuple[float, float, float],
         parameters: float,
         microbatches: int,
+        tensors: int,
         root: bool = False,
     ) -> PartSeconds:
         """Phases of one part: a block, or (`root`) embedding and head.
@@ -309,16 +333,16 @@ class CostModel:
         recompute = Seconds(compute.forward.total, tp[2])
         accumulate = self._compute.accumulate_seconds(parameters) * (microbatches - 1) / microbatches
         backward = backward + Seconds(compute=accumulate)
-        optimizer = Seconds(compute=self._compute.optimizer_seconds(parameters / layout.dp_shard))
+        optimizer = Seconds(compute=self._compute.optimizer_seconds(parameters / layout.dp_shard, tensors))
         gather = reduce = Seconds()
         if layout.dp > 1:
             gathered, reduced = self._data_parallel(layout, parameters)
-            hidden = 0.0 if root else self._hardware.hidden_communication
+            exposed = self._hardware.exposed_seconds
             pipelined = layout.pp > 1
-            once_or_each = Seconds(dp=max(0.0, gathered - hidden * forward.total))
-            again = Seconds(dp=max(0.0, gathered - hidden * backward.total))
+            once_or_each = Seconds(dp=exposed(gathered, 0.0 if root else forward.total))
+            again = Seconds(dp=exposed(gathered, backward.total))
             # torch's pipeline reduces once, after the last action, behind nothing.
-            behind = Seconds(dp=reduced if pipelined else max(0.0, reduced - hidden * backward.total))
+            behind = Seconds(dp=exposed(reduced, 0.0 if root or pipelined else backward.total))
             if layout.zero in (0, 1) or pipelined:
                 reduce = behind
             else:
@@ -332,14 +356,23 @@ class CostModel:
         return PartSeconds(forward, backward, recompute, gather, reduce, optimizer)
 
     def _data_parallel(self, layout: Layout, parameters: float) -> tuple[float, float]:
-        """Seconds of gathering a part's weights and of reducing its gradients over dp, packing included."""
+        """Seconds of gathering a part's weights and of reducing its gradients over dp, packing included.
+
+        As FSDP2 was measured to do it; where it was not, the collective and a copy of what is packed.
+        """
         group = Group(layout.dp, layout.tp * layout.cp)
+        weights_bytes, gradient_bytes = DTYPE_BYTES[self._job.precision] * parameters, 4.0 * parameters
+        gathered = self._comm.fsdp_seconds("fsdp_all_gather", group, weights_bytes)
+        whole = "replicate_all_reduce" if layout.zero == 0 else "fsdp_reduce_scatter"
+        reduced = self._comm.fsdp_seconds(whole, group, gradient_bytes)
         copy = self._compute.copy_seconds(parameters)
-        weights_bytes = DTYPE_BYTES[self._job.precision] * parameters
-        gathered = self._comm.collective_seconds("all_gather", group, weights_bytes)
-        operation = "all_reduce" if layout.zero == 0 else "reduce_scatter"
-        reduced = self._comm.collective_seconds(operation, group, 4.0 * parameters)
-        return gathered + copy, reduced + copy
+        if gathered is None:
+            gathered = self._comm.collective_seconds("all_gather", group, weights_bytes) + copy
+        if reduced is None:
+            operation = "all_reduce" if layout.zero == 0 else "reduce_scatter"
+            reduced = self._comm.collective_seconds(operation, group, gradient_bytes) + copy
+        factor = self._hardware.correction("dp")
+        return gathered * factor, reduced * factor
 
     def _send(self, layout: Layout) -> float:
         if layout.pp == 1:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .alpha_beta import AlphaBeta
 from .input_error import InputError
 from .store import Reader, dump_yaml, load_document, write_atomically
 
@@ -13,6 +14,47 @@ if TYPE_CHECKING:
     import networkx
 
 SCHEMA = "meshwright.cluster/v1"
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkOperation:
+    """What one collective achieves on a tier where it differs from the tier's ring.
+
+    `ranks` 0 holds for every group in the tier, another number only for groups of just so many ranks (a switch
+    that reduces for all its devices at once). Other figures as in LinkTier.
+    """
+
+    operation: str
+    ranks: int = 0
+    bandwidth_bytes_per_second: float
+    latency_seconds: float
+    fixed_latency_seconds: float = 0.0
+    ramp_bytes: float = 0.0
+    source: str = ""
+
+    @property
+    def figures(self) -> AlphaBeta:
+        return AlphaBeta(
+            fixed_seconds=self.fixed_latency_seconds,
+            step_seconds=self.latency_seconds,
+            bandwidth_bytes_per_second=self.bandwidth_bytes_per_second,
+            ramp_bytes=self.ramp_bytes,
+        )
+
+    @classmethod
+    def from_dict(cls, reader: Reader) -> LinkOperation:
+        operation = cls(
+            operation=reader.text("operation", choices=COLLECTIVES),
+            ranks=reader.integer("ranks", minimum=0, default=0),
+            bandwidth_bytes_per_second=reader.number("bandwidth_bytes_per_second", above=0),
+            latency_seconds=reader.number("latency_seconds", minimum=0),
+            fixed_latency_seconds=reader.number("fixed_latency_seconds", minimum=0, default=0.0),
+            ramp_bytes=reader.number("ramp_bytes", minimum=0, default=0.0),
+            source=reader.text("source", default=""),
+        )
+        reader.finish()
+        return operation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +62,16 @@ class LinkTier:
     """The links that join `span` devices: NVLink inside a node, the network across nodes.
 
     `bandwidth_bytes_per_second` is per device and direction, as a ring collective achieves it (bus
-    bandwidth); `latency_seconds` is one message's. `source` says where the figures are from.
+    bandwidth); `latency_seconds` is one step's of a ring, `fixed_latency_seconds` comes once a collective.
+    `operations` are the collectives that differ from that ring. `source` says where the figures are from.
     """
 
     tier: str
     span: int
     bandwidth_bytes_per_second: float
     latency_seconds: float
+    fixed_latency_seconds: float = 0.0
+    operations: tuple[LinkOperation, ...] = ()
     source: str = ""
 
     @classmethod
@@ -36,10 +81,24 @@ class LinkTier:
             span=reader.integer("span", minimum=1),
             bandwidth_bytes_per_second=reader.number("bandwidth_bytes_per_second", above=0),
             latency_seconds=reader.number("latency_seconds", minimum=0),
+            fixed_latency_seconds=reader.number("fixed_latency_seconds", minimum=0, default=0.0),
+            operations=tuple(LinkOperation.from_dict(child) for child in reader.children("operations", default=[])),
             source=reader.text("source", default=""),
         )
         reader.finish()
         return link
+
+    def operation(self, name: str, ranks: int) -> LinkOperation:
+        """How this tier carries collective `name` over `ranks` ranks: what fits best of what is known."""
+        known = [o for o in self.operations if o.operation == name and o.ranks in (0, ranks)]
+        if known:
+            return max(known, key=lambda o: o.ranks)
+        return LinkOperation(
+            operation=name,
+            bandwidth_bytes_per_second=self.bandwidth_bytes_per_second,
+            latency_seconds=self.latency_seconds,
+            fixed_latency_seconds=self.fixed_latency_seconds,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

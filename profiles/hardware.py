@@ -3,117 +3,50 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .interpolate import RateGrid, seconds_at
+from .interpolate import RateGrid, seconds_at, tiled_flops
+from .points import (
+    DIRECTIONS,
+    DTYPE_BYTES,
+    DTYPES,
+    EAGER_PASSES,
+    GEMM_OPERATIONS,
+    AttentionModel,
+    AttentionPoint,
+    CollectivePoint,
+    ContentionPoint,
+    GemmModel,
+    GemmPoint,
+    ManyGemmPoint,
+    MemoryPoint,
+    OverlapPoint,
+    read_point,
+)
 from .store import Reader, dump_yaml, load_document, write_atomically
 
 SCHEMA = "meshwright.hardware/v1"
-DTYPES = ("fp32", "bf16", "fp16")
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-GEMM_OPERATIONS = ("forward", "input_grad", "weight_grad")
-DIRECTIONS = ("forward", "backward")
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
-
-# Tensors that cross memory per element, (forward, backward), when each operation is one eager kernel:
-# a read or a write of one element each. Counted from what torch's CUDA kernels do.
-EAGER_PASSES = {
-    "rmsnorm": (2, 3),  # read x, write y; read x and dy, write dx
-    "layernorm": (2, 3),
-    "rope": (8, 8),  # negate-and-join halves (3), two products (2·2.5), their sum; the same back
-    "swiglu": (5, 9),  # silu (2), product (3); two product gradients (6), silu gradient (3)
-    "gelu": (2, 3),
-    "gelu_tanh": (2, 3),
-    "residual": (3, 3),  # sum of two; the gradients of the two branches meet
-    "copy": (2, 2),
-    "embedding": (2, 3),
-    "cross_entropy": (6, 6),  # cast to fp32 (3), log-softmax (2), pick; and back
-    "accumulate": (3, 0),  # gradient += new gradient
-    "gradient_norm": (3, 0),  # read for the norm, read and write for the scaling
-    "adamw": (7, 0),  # read weight, gradient and two moments, write three
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemmPoint:
-    """Seconds of one product (m × k)·(k × n), measured with every rank computing."""
-
-    dtype: str
-    operation: str
-    m: int
-    n: int
-    k: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemmModel:
-    """A GEMM by tiles and waves where nothing was measured: `units` multiprocessors of `achievable` FLOP/s."""
-
-    dtype: str
-    achievable_flops_per_second: float
-    units: int
-    source: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionPoint:
-    """Seconds of causal attention of `batch` sequences."""
-
-    dtype: str
-    direction: str
-    batch: int
-    heads: int
-    sequence: int
-    head_dim: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionModel:
-    """FLOP/s of a flash kernel on the causal half, where nothing was measured."""
-
-    dtype: str
-    forward_flops_per_second: float
-    backward_flops_per_second: float
-    source: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryPoint:
-    """Seconds of a memory-bound operation on `elements` elements."""
-
-    dtype: str
-    operation: str
-    direction: str
-    elements: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectivePoint:
-    """Seconds of a collective over `ranks` ranks; `bytes` is the whole tensor (gathered, or before scatter)."""
-
-    operation: str
-    ranks: int
-    bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
     """One device and its surroundings. Seconds, bytes and FLOPs; every list may be empty but one of a pair.
 
-    `hidden_communication` is the share of a data-parallel collective that can run behind compute: 0 where
-    the backend blocks (gloo under FSDP2), up to 1 where it has a stream of its own.
+    While a kernel and a collective run at once, the kernel takes `overlap_compute_slowdown` times as long and
+    the collective `overlap_communication_slowdown` times; 2 and 2 is where one waits for the other. A step
+    takes `straggler_slowdown` times as long as its median rank, since it waits for the slowest.
     `context_bytes` is what a rank holds before any tensor of the model; `communicator_bytes` per process
     group with more than one rank; `allocator_slack` the share of tensor bytes lost to the allocator.
     What no kernel and no collective explains: `microbatch_overhead_seconds` for each forward and backward of
     a microbatch; `shard_overhead_seconds` for each forward or backward of one block whose weights are cut
-    over tp, `sequence_shard_overhead_seconds` instead under sequence parallelism.
+    over tp, `sequence_shard_overhead_seconds` instead under sequence parallelism;
+    `parameter_overhead_seconds` for each parameter tensor that a step clips and updates.
+    `multiprocessors` is what a wave of tiles has, 0 where a GEMM has none (CPUs). Collectives were measured with
+    `devices_per_node` ranks a node; `gemm_checks` are shapes off the grid, measured to judge the grid by.
     """
 
     name: str
@@ -125,18 +58,30 @@ class HardwareProfile:
     allocator_slack: float
     memory_bandwidth_bytes_per_second: float
     launch_seconds: float
-    hidden_communication: float
+    overlap_compute_slowdown: float
+    overlap_communication_slowdown: float
+    straggler_slowdown: float = 1.0
     microbatch_overhead_seconds: float = 0.0
     shard_overhead_seconds: float = 0.0
     sequence_shard_overhead_seconds: float = 0.0
+    parameter_overhead_seconds: float = 0.0
+    host_to_device_bytes_per_second: float | None = None
+    device_to_host_bytes_per_second: float | None = None
+    multiprocessors: int = 0
+    devices_per_node: int = 0
     peak_flops_per_second: dict[str, float]
     provenance: dict[str, Any]
+    corrections: dict[str, float] = field(default_factory=dict)
     gemm_models: tuple[GemmModel, ...] = ()
     attention_models: tuple[AttentionModel, ...] = ()
-    gemm: tuple[GemmPoint, ...] = ()
-    attention: tuple[AttentionPoint, ...] = ()
-    memory: tuple[MemoryPoint, ...] = ()
+    contention: tuple[ContentionPoint, ...] = ()
+    overlap: tuple[OverlapPoint, ...] = ()
     collectives: tuple[CollectivePoint, ...] = ()
+    memory: tuple[MemoryPoint, ...] = ()
+    attention: tuple[AttentionPoint, ...] = ()
+    gemm: tuple[GemmPoint, ...] = ()
+    gemm_checks: tuple[GemmPoint, ...] = ()
+    many_gemm: tuple[ManyGemmPoint, ...] = ()
 
     # ---- seconds ---------------------------------------------------------------------------------------
 
@@ -144,11 +89,12 @@ class HardwareProfile:
         """Seconds of the (m × k)·(k × n) product that `operation` of a linear issues."""
         grid = self._gemm_grids.get((dtype, operation))
         if grid is not None:
-            return 2.0 * m * n * k / grid.flops_per_second(m, n, k)
+            return grid.seconds(m, n, k) * self.correction("gemm")
         model = self._gemm_models[dtype]
-        compute = min(_tiled_flops(m, n, k, tile, model.units) for tile in _TILES) / model.achievable_flops_per_second
+        compute = tiled_flops(m, n, k, model.units) / model.achievable_flops_per_second
         bytes_moved = DTYPE_BYTES[dtype] * (m * k + k * n + m * n)
-        return max(compute, bytes_moved / self.memory_bandwidth_bytes_per_second, self.launch_seconds)
+        modelled = max(compute, bytes_moved / self.memory_bandwidth_bytes_per_second, self.launch_seconds)
+        return modelled * self.correction("gemm")
 
     def attention_seconds(
         self, direction: str, dtype: str, batch: int, heads: int, sequence: int, head_dim: int
@@ -159,38 +105,58 @@ class HardwareProfile:
         if rates is not None:
             per_dim = min(rates, key=lambda dim: abs(math.log(dim / head_dim)))
             # Points hold the seconds of one sequence and head, so that s² is inside the interpolation.
-            return seconds_at(rates[per_dim], sequence) * batch * heads * head_dim / per_dim
+            seconds = seconds_at(rates[per_dim], sequence) * batch * heads * head_dim / per_dim
+            return seconds * self.correction("attention")
         model = self._attention_models[dtype]
         rate = model.forward_flops_per_second if direction == "forward" else model.backward_flops_per_second
-        return max(flops / rate, self.launch_seconds)
+        return max(flops / rate, self.launch_seconds) * self.correction("attention")
 
     def memory_seconds(self, operation: str, dtype: str, elements: float, direction: str = "forward") -> float:
         """Seconds of a memory-bound operation (a key of EAGER_PASSES) over `elements` elements."""
+        part = "optimizer" if operation in ("adamw", "gradient_norm") else "memory"
         points = self._memory_points.get((dtype, operation, direction))
         if points is not None:
-            return seconds_at(points, elements)
+            return seconds_at(points, elements) * self.correction(part)
         passes = EAGER_PASSES[operation][DIRECTIONS.index(direction)]
         if passes == 0:
             return 0.0
         moved = passes * elements * DTYPE_BYTES[dtype]
-        return max(moved / self.memory_bandwidth_bytes_per_second, self.launch_seconds)
+        return max(moved / self.memory_bandwidth_bytes_per_second, self.launch_seconds) * self.correction(part)
 
-    def collective_seconds(self, operation: str, ranks: int, bytes_total: float) -> float | None:
-        """Measured seconds of a collective, or None where nothing was measured for it.
+    def collective_seconds(self, operation: str, ranks: int, bytes_total: float, stride: int = 1) -> float | None:
+        """Measured seconds of a collective (or of what FSDP2 does) over just such a group, None where none was."""
+        points = self._collective_points.get((operation, ranks, stride))
+        return None if points is None else seconds_at(points, bytes_total)
 
-        Group sizes between or beyond the measured ones take the nearest measured size, scaled by the ring's
-        share of the bytes, (n-1)/n, and by its n-1 steps where latency rules.
+    def contention_share(self, active: float, ranks: int) -> float:
+        """What a kernel takes when `active` of `ranks` ranks compute on average, in times of when all do."""
+        points = [(0.0, self.contention[0].slowdown)] if self.contention else []
+        points += [(float(p.active), p.slowdown) for p in self.contention]
+        if not points or ranks > points[-1][0]:
+            return 1.0
+
+        def slowdown(number: float) -> float:
+            for (x0, y0), (x1, y1) in pairwise(points):
+                if number <= x1:
+                    return y0 + (y1 - y0) * (number - x0) / (x1 - x0)
+            return points[-1][1]
+
+        return slowdown(active) / slowdown(float(ranks))
+
+    def correction(self, part: str) -> float:
+        """What measured runs multiply this part's seconds by (`profile --calibrate`); 1 where they say nothing."""
+        return self.corrections.get(part, 1.0)
+
+    def exposed_seconds(self, communication_seconds: float, compute_seconds: float) -> float:
+        """What a collective adds to the compute that it runs beside, both at their overlapped pace meanwhile.
+
+        With compute c slowed to a·c and communication m to b·m: if the collective ends first, the kernels have
+        lost b·m·(1 - 1/a); else the rest of it runs alone. Never more than one after the other.
         """
-        groups = self._collective_points.get(operation)
-        if not groups:
-            return None
-        nearest = min(groups, key=lambda n: abs(math.log(n / ranks)))
-        seconds = seconds_at(groups[nearest], bytes_total)
-        if nearest == ranks or operation == "send_recv":
-            return seconds
-        latency = min(groups[nearest][0][1], seconds)
-        share = ((ranks - 1) / ranks) / ((nearest - 1) / nearest)
-        return latency * (ranks - 1) / (nearest - 1) + (seconds - latency) * share
+        c, m = compute_seconds, communication_seconds
+        a, b = self.overlap_compute_slowdown, self.overlap_communication_slowdown
+        added = b * m * (1.0 - 1.0 / a) if b * m <= a * c else m + c * (a - 1.0 - a / b)
+        return min(m, added)
 
     def knows_memory(self, dtype: str) -> bool:
         """Whether memory-bound seconds of this dtype are measured, or nothing was (then bytes decide)."""
@@ -203,7 +169,7 @@ class HardwareProfile:
         groups: dict[tuple[str, str], list[tuple[int, int, int, float]]] = {}
         for p in self.gemm:
             groups.setdefault((p.dtype, p.operation), []).append((p.m, p.n, p.k, p.seconds))
-        return {key: RateGrid(points) for key, points in groups.items()}
+        return {key: RateGrid(points, self.multiprocessors) for key, points in groups.items()}
 
     @cached_property
     def _gemm_models(self) -> dict[str, GemmModel]:
@@ -217,6 +183,8 @@ class HardwareProfile:
     def _attention_rates(self) -> dict[tuple[str, str], dict[int, list[tuple[float, float]]]]:
         groups: dict[tuple[str, str], dict[int, list[tuple[float, float]]]] = {}
         for p in self.attention:
+            if p.backend != "default" or not p.causal or p.kv_heads:
+                continue
             points = groups.setdefault((p.dtype, p.direction), {}).setdefault(p.head_dim, [])
             points.append((p.sequence, p.seconds / (p.batch * p.heads)))
         return {key: {dim: sorted(points) for dim, points in dims.items()} for key, dims in groups.items()}
@@ -229,11 +197,12 @@ class HardwareProfile:
         return {key: sorted(points) for key, points in groups.items()}
 
     @cached_property
-    def _collective_points(self) -> dict[str, dict[int, list[tuple[float, float]]]]:
-        groups: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    def _collective_points(self) -> dict[tuple[str, int, int], list[tuple[float, float]]]:
+        groups: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
         for p in self.collectives:
-            groups.setdefault(p.operation, {}).setdefault(p.ranks, []).append((p.bytes, p.seconds))
-        return {op: {ranks: sorted(points) for ranks, points in sizes.items()} for op, sizes in groups.items()}
+            if not p.uneven:
+                groups.setdefault((p.operation, p.ranks, p.stride), []).append((p.bytes, p.seconds))
+        return {key: sorted(points) for key, points in groups.items()}
 
     # ---- files -----------------------------------------------------------------------------------------
 
@@ -248,11 +217,15 @@ class HardwareProfile:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self), **{key: [asdict(p) for p in getattr(self, key)] for key in _LISTS}}
+        return {"schema": SCHEMA, **asdict(self), **{key: [_short(p) for p in getattr(self, key)] for key in _LISTS}}
 
     @classmethod
     def from_dict(cls, reader: Reader) -> HardwareProfile:
-        peaks = reader.child("peak_flops_per_second")
+        peaks, corrections = reader.child("peak_flops_per_second"), reader.child("corrections", default={})
+        optional: dict[str, Any] = {key: reader.number(key, minimum=0, default=0.0) for key in _OVERHEADS}
+        optional |= {key: _number_or_null(reader, key) for key in _HOST_LINK}
+        for key, kind in _LISTS.items():
+            optional[key] = tuple(read_point(kind, child) for child in reader.children(key, default=[]))
         profile = cls(
             name=reader.text("name"),
             device=reader.text("device"),
@@ -263,71 +236,51 @@ class HardwareProfile:
             allocator_slack=reader.number("allocator_slack", minimum=0),
             memory_bandwidth_bytes_per_second=reader.number("memory_bandwidth_bytes_per_second", above=0),
             launch_seconds=reader.number("launch_seconds", minimum=0),
-            hidden_communication=reader.number("hidden_communication", minimum=0),
-            microbatch_overhead_seconds=reader.number("microbatch_overhead_seconds", minimum=0, default=0.0),
-            shard_overhead_seconds=reader.number("shard_overhead_seconds", minimum=0, default=0.0),
-            sequence_shard_overhead_seconds=reader.number("sequence_shard_overhead_seconds", minimum=0, default=0.0),
+            overlap_compute_slowdown=reader.number("overlap_compute_slowdown", minimum=1),
+            overlap_communication_slowdown=reader.number("overlap_communication_slowdown", minimum=1),
+            straggler_slowdown=reader.number("straggler_slowdown", minimum=1, default=1.0),
+            multiprocessors=reader.integer("multiprocessors", default=0),
+            devices_per_node=reader.integer("devices_per_node", default=0),
             peak_flops_per_second={key: peaks.number(key, above=0) for key in peaks},
-            provenance=dict(reader.anything("provenance", default={})),
-            **{
-                key: tuple(_point(kind, child) for child in reader.children(key, default=[]))
-                for key, kind in _LISTS.items()
-            },
+            provenance=reader.plain("provenance"),
+            corrections={key: corrections.number(key, above=0) for key in corrections},
+            **optional,
         )
         reader.finish()
-        if profile.hidden_communication > 1:
-            raise reader.fail("hidden_communication", "a share from 0 to 1", profile.hidden_communication)
         if not any(profile.supports(dtype) for dtype in DTYPES):
             raise reader.fail("gemm", "points or a model of GEMM and attention for one dtype at least", "neither")
         return profile
 
 
-_TILES = ((256, 128), (128, 128), (128, 64))
-
-
-def _tiled_flops(m: int, n: int, k: int, tile: tuple[int, int], units: int) -> float:
-    """FLOPs that a grid of tiles spends, the last wave and the ragged edges counted whole.
-
-    A wave is `units` tiles at once (Nvidia, Matrix Multiplication Background: tile and wave quantization).
-    """
-    tiles = -(-m // tile[0]) * -(-n // tile[1])
-    waves = -(-tiles // units)
-    return 2.0 * waves * units * tile[0] * tile[1] * k
-
-
-_LISTS: dict[str, Any] = {
+_OVERHEADS = (
+    "microbatch_overhead_seconds",
+    "shard_overhead_seconds",
+    "sequence_shard_overhead_seconds",
+    "parameter_overhead_seconds",
+)
+_HOST_LINK = ("host_to_device_bytes_per_second", "device_to_host_bytes_per_second")
+# Lists of the file, in its order.
+_LISTS: dict[str, type] = {
     "gemm_models": GemmModel,
     "attention_models": AttentionModel,
-    "gemm": GemmPoint,
-    "attention": AttentionPoint,
-    "memory": MemoryPoint,
+    "contention": ContentionPoint,
+    "overlap": OverlapPoint,
     "collectives": CollectivePoint,
+    "memory": MemoryPoint,
+    "attention": AttentionPoint,
+    "gemm": GemmPoint,
+    "gemm_checks": GemmPoint,
+    "many_gemm": ManyGemmPoint,
 }
-_CHOICES = {"dtype": DTYPES, "direction": DIRECTIONS}
 
 
-def _points(key: str, reader: Reader) -> tuple[Any, ...]:
-    return tuple(_point(_LISTS[key], child) for child in reader.children(key, default=[]))
+def _short(point: Any) -> dict[str, Any]:
+    """A point as it stands in the file: what is at its default is left out."""
+    return {f.name: getattr(point, f.name) for f in fields(point) if getattr(point, f.name) != f.default}
 
 
-def _point(kind: Any, reader: Reader) -> Any:
-    """One measured point or model of class `kind`, read field by field."""
-    values: dict[str, Any] = {}
-    for field in fields(kind):
-        if field.name == "source":
-            values[field.name] = reader.text("source", default="")
-        elif field.type == "str":
-            values[field.name] = reader.text(field.name, choices=_CHOICES.get(field.name) or _operations(kind))
-        elif field.type == "int":
-            values[field.name] = reader.integer(field.name, minimum=2 if field.name == "ranks" else 1)
-        else:
-            values[field.name] = reader.number(field.name, above=0)
-    reader.finish()
-    return kind(**values)
-
-
-def _operations(kind: Any) -> tuple[str, ...]:
-    return {GemmPoint: GEMM_OPERATIONS, MemoryPoint: tuple(EAGER_PASSES), CollectivePoint: COLLECTIVES}[kind]
+def _number_or_null(reader: Reader, key: str) -> float | None:
+    return None if reader.anything(key, default=None) is None else reader.number(key, above=0)
 
 
 def load_hardware(path: Path) -> HardwareProfile:

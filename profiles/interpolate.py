@@ -25,15 +25,39 @@ def seconds_at(points: Sequence[tuple[float, float]], size: float) -> float:
     return y0 * (y1 / y0) ** weight
 
 
+_TILES = ((256, 128), (128, 128), (128, 64))
+
+
+def tiled_flops(m: int, n: int, k: int, units: int) -> float:
+    """FLOPs that the best grid of tiles spends, the last wave and the ragged edges counted whole.
+
+    A wave is `units` tiles at once (Nvidia, Matrix Multiplication Background: tile and wave quantization); 0
+    units is a device without waves, where the FLOPs are 2·m·n·k.
+    """
+    if units == 0:
+        return 2.0 * m * n * k
+    spent = []
+    for height, width in _TILES:
+        tiles = -(-m // height) * -(-n // width)
+        spent.append(2.0 * -(-tiles // units) * units * height * width * k)
+    return min(spent)
+
+
 class RateGrid:
     """FLOP/s over a grid of (m, n, k): trilinear in the logarithms, constant beyond the edges.
 
-    Corners of the grid that were not measured are left out and the weights of the others scaled up.
+    The FLOPs are those that tiles and waves spend, so that between two points the seconds follow the steps of the
+    waves and not a line. Corners that were not measured are left out and the weights of the others scaled up.
     """
 
-    def __init__(self, points: Sequence[tuple[int, int, int, float]]) -> None:
-        self._rates = {(m, n, k): 2.0 * m * n * k / seconds for m, n, k, seconds in points}
+    def __init__(self, points: Sequence[tuple[int, int, int, float]], units: int = 0) -> None:
+        self._units = units
+        self._rates = {(m, n, k): tiled_flops(m, n, k, units) / seconds for m, n, k, seconds in points}
         self._axes = tuple(sorted({shape[dim] for shape in self._rates}) for dim in range(3))
+
+    def seconds(self, m: int, n: int, k: int) -> float:
+        """Seconds of the product (m × k)·(k × n)."""
+        return tiled_flops(m, n, k, self._units) / self.flops_per_second(m, n, k)
 
     def flops_per_second(self, m: int, n: int, k: int) -> float:
         brackets = [_bracket(axis, size) for axis, size in zip(self._axes, (m, n, k), strict=True)]

@@ -1,52 +1,45 @@
-"""ModelSpec: an architecture as embedding, a chain of equal blocks, and head; its parameters and FLOPs."""
+"""ModelSpec: an architecture as embedding, a chain of layers, and head; its parameters and FLOPs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .attention_spec import LatentAttention, RopeScaling, SlidingWindow
+from .experts_spec import Experts
 from .store import Reader, load_document
 
 SCHEMA = "meshwright.model/v1"
 NORMS = ("rmsnorm", "layernorm")
-ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh")
-POSITIONS = ("rope", "learned")
+NORM_PLACEMENTS = ("pre", "post")
+GATED_ACTIVATIONS = ("swiglu", "clamped_swiglu")
+ACTIVATIONS = ("swiglu", "gelu", "gelu_tanh", "relu", "clamped_swiglu")
+POSITIONS = ("rope", "learned", "alibi")
+LAYER_KINDS = ("dense", "experts")
+
+Part = TypeVar("Part")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """The frequency scaling of Llama 3.1 (`rope_type: llama3` in a Hugging Face config)."""
+@dataclass(frozen=True)
+class Segment:
+    """`count` layers in a row of one kind of LAYER_KINDS; a window or none makes no other kind."""
 
-    factor: float
-    low_frequency_factor: float
-    high_frequency_factor: float
-    original_max_positions: int
-
-    @classmethod
-    def from_dict(cls, reader: Reader) -> RopeScaling:
-        scaling = cls(
-            factor=reader.number("factor", above=0),
-            low_frequency_factor=reader.number("low_frequency_factor", above=0),
-            high_frequency_factor=reader.number("high_frequency_factor", above=0),
-            original_max_positions=reader.integer("original_max_positions", minimum=1),
-        )
-        reader.finish()
-        if scaling.high_frequency_factor <= scaling.low_frequency_factor:
-            raise reader.fail(
-                "high_frequency_factor",
-                f"a number above low_frequency_factor = {scaling.low_frequency_factor:g}",
-                scaling.high_frequency_factor,
-            )
-        return scaling
+    kind: str
+    count: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A dense decoder. Widths are in elements; `activation` swiglu has three matrices, the gelus two.
+    """A transformer of one stack. Widths are in elements; the swiglus have three matrices, the others two.
 
     `qkv_bias`, `attention_output_bias` and `mlp_bias` say which linears carry a bias. Norm biases come
-    with `norm: layernorm`. `gelu_tanh` is the tanh form of GELU that GPT-2 was trained with.
+    with `norm: layernorm`. `gelu_tanh` is the tanh form of GELU that GPT-2 was trained with. The defaults of
+    what follows `tied_embeddings` are the dense, causal pre-norm decoder; `features` names what differs.
+
+    `ffn_hidden_size` is the width of a dense layer, and that of an expert where no layer is dense. With
+    `latent_attention`, `head_dim` is its width of a query's head.
     """
 
     name: str
@@ -69,6 +62,58 @@ class ModelSpec:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     tied_embeddings: bool = False
+    # What a layer may be besides.
+    experts: Experts | None = None
+    latent_attention: LatentAttention | None = None
+    sliding_window: SlidingWindow | None = None
+    qk_norm: bool = False  # an RMSNorm over each head of queries and keys; heads share its weight
+    attention_sinks: bool = False  # a learned number per head, one more summand under the softmax
+    bidirectional: bool = False
+    rotary_fraction: float = 1.0  # the share of each head that RoPE turns
+    parallel_residual: bool = False  # attention and feed-forward read the same input
+    norm_placement: str = "pre"
+    # What embedding and head may be besides.
+    position_offset: int = 0  # rows of the learned positions before the first token's
+    token_types: int = 0
+    embedding_norm: bool = False
+    output_transform: bool = False  # linear, activation and norm before the output matrix
+    output_bias: bool = False
+    next_sentence_head: bool = False  # pooler and two classes, on the first token of a sequence
+
+    # ---- the chain -----------------------------------------------------------------------------------------
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Runs of layers of one kind, in order: DeepSeek-V3 is 3 dense layers, then 58 with experts."""
+        dense = self.layers if self.experts is None else self.experts.dense_layers
+        runs = (Segment("dense", dense), Segment("experts", self.layers - dense))
+        return tuple(run for run in runs if run.count)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the model has and the dense, causal pre-norm decoder has not, in words for people."""
+        used = {
+            "experts": self.experts is not None,
+            "latent attention": self.latent_attention is not None,
+            "sliding-window attention": self.sliding_window is not None,
+            "QK norm": self.qk_norm,
+            "attention sinks": self.attention_sinks,
+            "bidirectional attention": self.bidirectional,
+            "ALiBi positions": self.positions == "alibi",
+            "partial rotary positions": self.rotary_fraction != 1.0,
+            "parallel residuals": self.parallel_residual,
+            "post-norm layers": self.norm_placement == "post",
+            "ReLU": self.activation == "relu",
+            "clamped SwiGLU": self.activation == "clamped_swiglu",
+            "offset positions": self.position_offset > 0,
+            "token types": self.token_types > 0,
+            # Of post-norm layers the embedding's norm is the first: there it is no feature of its own.
+            "embedding norm": self.embedding_norm and self.norm_placement == "pre",
+            "output transform": self.output_transform,
+            "output bias": self.output_bias,
+            "next-sentence head": self.next_sentence_head,
+        }
+        return tuple(feature for feature, has in used.items() if has)
 
     # ---- parameters: counts, exact --------------------------------------------------------------------
 
@@ -81,61 +126,133 @@ class ModelSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def attention_output_width(self) -> int:
+        """Width of all heads' outputs, which `wo` reads."""
+        return self.heads * (self.latent_attention.v_head_dim if self.latent_attention else self.head_dim)
+
+    @property
+    def ffn_matrices(self) -> int:
+        return 3 if self.activation in GATED_ACTIVATIONS else 2
+
+    @property
     def norm_parameters(self) -> int:
         return self.hidden_size * (2 if self.norm == "layernorm" else 1)
 
     @property
+    def attention_shapes(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each linear of the attention, in the order it runs them."""
+        h, q, kv = self.hidden_size, self.query_width, self.kv_width
+        if self.latent_attention is not None:
+            return self.latent_attention.linear_shapes(h, self.heads)
+        return {"wq": (q, h), "wk": (kv, h), "wv": (kv, h), "wo": (h, q)}
+
+    @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) of each linear of a block, in the order it runs them."""
-        h, q, kv, f = self.hidden_size, self.query_width, self.kv_width, self.ffn_hidden_size
-        shapes = {"wq": (q, h), "wk": (kv, h), "wv": (kv, h), "wo": (h, q), "w1": (f, h)}
-        if self.activation == "swiglu":
+        """(outputs, inputs) of each linear of a dense layer, in the order it runs them."""
+        h, f = self.hidden_size, self.ffn_hidden_size
+        shapes = {**self.attention_shapes, "w1": (f, h)}
+        if self.ffn_matrices == 3:
             shapes["w3"] = (f, h)
         shapes["w2"] = (h, f)
         return shapes
 
     def has_bias(self, linear: str) -> bool:
         """Whether the named linear of `linear_shapes` carries a bias."""
-        if linear in ("wq", "wk", "wv"):
-            return self.qkv_bias
-        return self.attention_output_bias if linear == "wo" else self.mlp_bias
+        if linear in ("w1", "w2", "w3"):
+            return self.mlp_bias
+        return self.attention_output_bias if linear == "wo" else self.qkv_bias
 
     @property
     def block_parameters(self) -> int:
-        linears = sum(
-            outputs * inputs + (outputs if self.has_bias(name) else 0)
-            for name, (outputs, inputs) in self.linear_shapes.items()
-        )
-        return linears + 2 * self.norm_parameters
+        """Parameters of a dense layer; `layer_parameters` knows the other kinds too."""
+        return self._layer_parameters(self.linear_shapes)
+
+    @property
+    def block_tensors(self) -> int:
+        """Parameter tensors of a dense layer: its linears, their biases, its two norms."""
+        biases = sum(self.has_bias(name) for name in self.linear_shapes)
+        return len(self.linear_shapes) + biases + 2 * (2 if self.norm == "layernorm" else 1)
+
+    def layer_parameters(self, kind: str) -> int:
+        """Parameters of one layer of a kind that `segments` holds."""
+        assert kind in LAYER_KINDS, kind
+        if kind == "dense":
+            return self.block_parameters
+        assert self.experts is not None, f"{self.name} has no experts"
+        experts = self.experts.parameters(self.hidden_size, self.ffn_matrices)
+        return self._layer_parameters(self.attention_shapes) + experts
+
+    def _layer_parameters(self, shapes: dict[str, tuple[int, int]]) -> int:
+        """Parameters of a layer with these linears: two norms, wherever they stand, and the attention's extras."""
+        linears = sum(o * i + (o if self.has_bias(name) else 0) for name, (o, i) in shapes.items())
+        extras = 2 * self.head_dim if self.qk_norm else 0
+        extras += self.heads if self.attention_sinks else 0
+        extras += self.latent_attention.norm_parameters if self.latent_attention else 0
+        return linears + 2 * self.norm_parameters + extras
 
     @property
     def embedding_parameters(self) -> int:
-        learned = self.max_positions * self.hidden_size if self.positions == "learned" else 0
-        return self.vocab_size * self.hidden_size + learned
+        """Parameters of token, position and type rows and of the embedding's norm."""
+        rows = self.vocab_size + self.token_types
+        if self.positions == "learned":
+            rows += self.max_positions + self.position_offset
+        return rows * self.hidden_size + (self.norm_parameters if self.embedding_norm else 0)
 
     @property
     def head_parameters(self) -> int:
-        """Parameters of the last norm and the output matrix; a tied matrix counts in the embedding."""
-        matrix = 0 if self.tied_embeddings else self.vocab_size * self.hidden_size
-        return matrix + self.norm_parameters
+        """Parameters of the last norm (a post-norm layer ends with its own), the output matrix and what is beside.
+
+        A tied matrix counts in the embedding.
+        """
+        h = self.hidden_size
+        total = 0 if self.tied_embeddings else self.vocab_size * h
+        total += self.norm_parameters if self.norm_placement == "pre" else 0
+        total += h * h + h + self.norm_parameters if self.output_transform else 0
+        total += self.vocab_size if self.output_bias else 0
+        total += (h * h + h) + (2 * h + 2) if self.next_sentence_head else 0
+        return total
 
     @property
     def parameters(self) -> int:
-        return self.embedding_parameters + self.layers * self.block_parameters + self.head_parameters
+        layers = sum(segment.count * self.layer_parameters(segment.kind) for segment in self.segments)
+        return self.embedding_parameters + layers + self.head_parameters
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that one token meets: of the routed experts top_k, all else in full, embedding and head too."""
+        if self.experts is None:
+            return self.parameters
+        idle = self.experts.parameters(self.hidden_size, self.ffn_matrices)
+        idle -= self.experts.active_parameters(self.hidden_size, self.ffn_matrices)
+        return self.parameters - (self.layers - self.experts.dense_layers) * idle
 
     # ---- FLOPs ------------------------------------------------------------------------------------------
 
     def step_flops(self, global_batch: int, sequence: int) -> float:
         """Model FLOPs of one optimizer step, attention counted in full (not causally), no recomputation.
 
-        6 FLOPs per token and matmul weight (2 forward, 4 backward) plus 12 s q per token and layer for the
-        two attention products, after arXiv 2104.04473 section 5.1 with grouped queries.
+        6 FLOPs per token and matmul weight (2 forward, 4 backward) plus 6 s (q + o) per token and layer for the
+        two attention products, q the width of the queries and o of the outputs: arXiv 2104.04473 section 5.1
+        (12 s h, where q = o = h) with grouped queries. Of experts the weights are those a token is sent to:
+        top_k, the shared ones and the router. A layer with a window has its length for s, if shorter. The
+        pooler and the next-sentence classes see one token a sequence.
         """
-        matmul_weights = self.layers * sum(o * i for o, i in self.linear_shapes.values())
-        matmul_weights += self.vocab_size * self.hidden_size
-        tokens = global_batch * sequence
-        attention = 12.0 * sequence * self.query_width * self.layers
-        return tokens * (6.0 * matmul_weights + attention)
+        h, tokens = self.hidden_size, global_batch * sequence
+        matmul_weights = sum(segment.count * self._active_matmul_weights(segment.kind) for segment in self.segments)
+        matmul_weights += self.vocab_size * h + (h * h if self.output_transform else 0)
+        window = self.sliding_window or SlidingWindow(length=sequence)
+        windowed = window.windowed_layers(self.layers)
+        keys = windowed * min(window.length, sequence) + (self.layers - windowed) * sequence
+        attention = 6.0 * keys * (self.query_width + self.attention_output_width)
+        next_sentence = 6.0 * global_batch * (h * h + 2 * h) if self.next_sentence_head else 0.0
+        return tokens * (6.0 * matmul_weights + attention) + next_sentence
+
+    def _active_matmul_weights(self, kind: str) -> int:
+        shapes = self.linear_shapes if kind == "dense" else self.attention_shapes
+        weights = sum(outputs * inputs for outputs, inputs in shapes.values())
+        if kind == "experts" and self.experts is not None:
+            weights += self.experts.active_matmul_weights(self.hidden_size, self.ffn_matrices)
+        return weights
 
     # ---- files -----------------------------------------------------------------------------------------
 
@@ -147,16 +264,18 @@ class ModelSpec:
         """Read the keys of a model from `reader`; contradictions are InputErrors with the key path."""
         heads = reader.integer("heads", minimum=1)
         hidden = reader.integer("hidden_size", minimum=1)
-        scaling = reader.anything("rope_scaling", default=None)
+        experts = _part(reader, "experts", Experts.from_dict)
+        latent = _part(reader, "latent_attention", LatentAttention.from_dict)
+        ffn = {"default": experts.ffn_hidden_size} if experts and not experts.dense_layers else {}
         spec = cls(
             name=reader.text("name"),
             family=reader.text("family", default="custom"),
             layers=reader.integer("layers", minimum=1),
             hidden_size=hidden,
-            ffn_hidden_size=reader.integer("ffn_hidden_size", minimum=1),
+            ffn_hidden_size=reader.integer("ffn_hidden_size", minimum=1, **ffn),
             heads=heads,
             kv_heads=reader.integer("kv_heads", minimum=1, default=heads),
-            head_dim=reader.integer("head_dim", minimum=1, default=hidden // heads),
+            head_dim=reader.integer("head_dim", minimum=1, default=latent.qk_head_dim if latent else hidden // heads),
             vocab_size=reader.integer("vocab_size", minimum=2),
             max_positions=reader.integer("max_positions", minimum=1),
             norm=reader.text("norm", choices=NORMS, default="rmsnorm"),
@@ -164,11 +283,26 @@ class ModelSpec:
             activation=reader.text("activation", choices=ACTIVATIONS, default="swiglu"),
             positions=reader.text("positions", choices=POSITIONS, default="rope"),
             rope_theta=reader.number("rope_theta", above=0, default=10000.0),
-            rope_scaling=RopeScaling.from_dict(reader.child("rope_scaling")) if scaling is not None else None,
+            rope_scaling=_part(reader, "rope_scaling", RopeScaling.from_dict),
             qkv_bias=reader.boolean("qkv_bias", default=False),
             attention_output_bias=reader.boolean("attention_output_bias", default=False),
             mlp_bias=reader.boolean("mlp_bias", default=False),
             tied_embeddings=reader.boolean("tied_embeddings", default=False),
+            experts=experts,
+            latent_attention=latent,
+            sliding_window=_part(reader, "sliding_window", SlidingWindow.from_dict),
+            qk_norm=reader.boolean("qk_norm", default=False),
+            attention_sinks=reader.boolean("attention_sinks", default=False),
+            bidirectional=reader.boolean("bidirectional", default=False),
+            rotary_fraction=reader.number("rotary_fraction", above=0, default=1.0),
+            parallel_residual=reader.boolean("parallel_residual", default=False),
+            norm_placement=reader.text("norm_placement", choices=NORM_PLACEMENTS, default="pre"),
+            position_offset=reader.integer("position_offset", default=0),
+            token_types=reader.integer("token_types", default=0),
+            embedding_norm=reader.boolean("embedding_norm", default=False),
+            output_transform=reader.boolean("output_transform", default=False),
+            output_bias=reader.boolean("output_bias", default=False),
+            next_sentence_head=reader.boolean("next_sentence_head", default=False),
         )
         reader.finish()
         spec.check(reader)
@@ -178,12 +312,51 @@ class ModelSpec:
         """Raise an InputError where the numbers contradict each other."""
         if self.heads % self.kv_heads:
             raise reader.fail("kv_heads", f"a divisor of heads = {self.heads}", self.kv_heads)
-        if self.positions == "rope" and self.head_dim % 2:
-            raise reader.fail("head_dim", "an even number, since RoPE turns pairs", self.head_dim)
-        if self.hidden_size % self.heads and "head_dim" not in reader:
+        if self.latent_attention is not None:
+            self._check_latent(reader, self.latent_attention)
+        elif self.hidden_size % self.heads and "head_dim" not in reader:
             raise reader.fail(
                 "heads", f"a divisor of hidden_size = {self.hidden_size}, or an explicit head_dim", self.heads
             )
+        self._check_positions(reader)
+        experts = self.experts
+        if experts is not None and experts.dense_layers >= self.layers:
+            raise reader.fail("experts.dense_layers", f"fewer than layers = {self.layers}", experts.dense_layers)
+        if experts is not None and not experts.dense_layers and self.ffn_hidden_size != experts.ffn_hidden_size:
+            expected = f"that of the experts, {experts.ffn_hidden_size}, since no layer is dense"
+            raise reader.fail("ffn_hidden_size", expected, self.ffn_hidden_size)
+
+    def _check_latent(self, reader: Reader, latent: LatentAttention) -> None:
+        for key, expected in (
+            ("kv_heads", self.heads),
+            ("head_dim", latent.qk_head_dim),
+            ("positions", "rope"),
+            ("rotary_fraction", 1.0),
+            ("qkv_bias", False),
+            ("qk_norm", False),
+        ):
+            got = getattr(self, key)
+            if got != expected:
+                shown = str(expected).lower() if isinstance(expected, bool) else expected
+                raise reader.fail(key, f"{shown}, as latent_attention has it", got)
+
+    def _check_positions(self, reader: Reader) -> None:
+        if self.position_offset and self.positions != "learned":
+            raise reader.fail("position_offset", f"0, since positions = {self.positions}", self.position_offset)
+        if self.positions != "rope":
+            if self.rotary_fraction != 1.0:
+                raise reader.fail("rotary_fraction", f"1, since positions = {self.positions}", self.rotary_fraction)
+        elif self.rotary_fraction != 1.0:
+            if self.rotary_fraction > 1.0 or (self.head_dim * self.rotary_fraction) % 2:
+                expected = f"an even number of the {self.head_dim} elements of a head, since RoPE turns pairs"
+                raise reader.fail("rotary_fraction", expected, self.rotary_fraction)
+        elif self.head_dim % 2 and self.latent_attention is None:
+            raise reader.fail("head_dim", "an even number, since RoPE turns pairs", self.head_dim)
+
+
+def _part(reader: Reader, key: str, read: Callable[[Reader], Part]) -> Part | None:
+    """The mapping under `key`, which may be left out or null."""
+    return None if reader.anything(key, default=None) is None else read(reader.child(key))
 
 
 def load_model_file(path: Path) -> ModelSpec:

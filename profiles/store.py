@@ -127,6 +127,13 @@ class Reader:
         """A value that is kept but not checked (provenance, notes)."""
         return self._take(key, default, "a value")
 
+    def plain(self, key: str) -> dict[str, Any]:
+        """A mapping that is kept but not checked further, {} where it is missing."""
+        value = self._take(key, {}, "a mapping of keys to values")
+        if not isinstance(value, Mapping):
+            raise self._error(key, "a mapping of keys to values", value)
+        return dict(value)
+
     def child(self, key: str, *, default: Any = _REQUIRED) -> Reader:
         value = self._take(key, default, "a mapping of keys to values")
         return Reader(value, source=self.source, path=self._key_path(key))

@@ -1,4 +1,4 @@
-"""Where a step's seconds went on each rank: compute, tp, dp, pipeline bubble, optimizer."""
+"""Where a step's seconds went on each rank: compute and its kernels, tp, dp, pipeline bubble, optimizer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ PARTS = ("compute", "tp", "pp_bubble", "dp_exposed", "optimizer", "other")
 WARM_UP_STEPS = 2  # first steps allocate and fill torch's caches of sharding rules
 LONG_RUN_STEPS = 8  # from here on steps 4 to 6 are watched; a shorter run watches its last step
 _WATCHED_STEPS = (4, 5, 6)
+KERNELS = ("gemm", "attention", "memory")
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_grouped_mm"}
 
 
-class CommunicationTimer(TorchDispatchMode):
-    """Times each collective on its own, from issue to end, and books it on the mesh axis of its group.
+class OperationTimer(TorchDispatchMode):
+    """Times each collective on its own, from issue to end, and books it on the mesh axis of its group; and each
+    kernel, booked as gemm, attention or memory (all others).
 
-    To wait for each one takes away overlap, so steps under this mode are not counted as step time. Sends and
-    receives are let through: to wait for one before its partner is posted would deadlock.
+    To wait for each collective takes away overlap, so steps under this mode are not counted as step time. Sends
+    and receives are let through: to wait for one before its partner is posted would deadlock.
     """
 
     def __init__(self, mesh: RankMesh, clock: Clock) -> None:
@@ -40,10 +43,13 @@ class CommunicationTimer(TorchDispatchMode):
             return NotImplemented  # DTensor unfolds first, and its collectives come back here as plain ops
         kwargs = kwargs or {}
         axis = self._axis(func, args, kwargs)
-        if axis is None:
+        if axis is None and (func.namespace != "aten" or func.is_view):
             return func(*args, **kwargs)
         start = self.clock.point()
         output = func(*args, **kwargs)
+        if axis is None:
+            self.clock.add(f"kernel_{kernel_kind(func.__name__)}", start)
+            return output
         if func.namespace == "c10d":
             _wait_for_work(output)
         else:
@@ -66,9 +72,17 @@ class CommunicationTimer(TorchDispatchMode):
         return self.axis_of_group.get(name) if name is not None else None
 
 
+def kernel_kind(name: str) -> str:
+    """gemm, attention or memory: what bounds the aten operation of this name."""
+    base = name.split(".")[0]
+    if base in _PRODUCTS:
+        return "gemm"
+    return "attention" if base.startswith("_scaled_dot_product") else "memory"
+
+
 @dataclass
 class StepMeter:
-    """Collects the spans of each step and, for a few steps, the seconds of each collective.
+    """Collects the spans of each step and, for a few steps, the seconds of each collective and kernel.
 
     Usage, on every rank: `with meter.watch(step):` around forward and backward, `meter.end_step(step, …)`
     after it, `meter.table()` when the run is over.
@@ -81,6 +95,7 @@ class StepMeter:
     _tables: dict[int, dict[str, float]] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)
     _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": []})
+    _kernels: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KERNELS})
 
     def watched(self, step: int) -> bool:
         """Whether collectives are timed in this step; `step` counts from 1 within this process's run."""
@@ -89,7 +104,7 @@ class StepMeter:
         return step == self.steps and self.steps > 1
 
     def watch(self, step: int) -> AbstractContextManager[Any]:
-        return CommunicationTimer(self.mesh, self.clock) if self.watched(step) else nullcontext()
+        return OperationTimer(self.mesh, self.clock) if self.watched(step) else nullcontext()
 
     def end_step(self, step: int, *, step_seconds: float, optimizer: float, synchronise: float) -> None:
         """Book a step: `optimizer` seconds of norm, clipping and update; `synchronise` of waiting for all ranks."""
@@ -97,6 +112,8 @@ class StepMeter:
         if self.watched(step):
             for axis, seconds in self._communication.items():
                 seconds.append(spans.get(f"communication_{axis}", 0.0))
+            for kind, seconds in self._kernels.items():
+                seconds.append(spans.get(f"kernel_{kind}", 0.0))
             return
         busy = spans.get("forward", 0.0) + spans.get("backward", 0.0) + spans.get("reduce", 0.0)
         idle = spans["schedule"] - busy
@@ -132,6 +149,10 @@ class StepMeter:
             parts[part] += seconds
             parts["compute"] -= seconds
         return parts
+
+    def kernels(self) -> dict[str, float]:
+        """Seconds of a step in kernels of each kind, medians over the watched steps; {} where none was watched."""
+        return {kind: statistics.median(seconds) for kind, seconds in self._kernels.items() if seconds}
 
     def seconds(self, step: int) -> float:
         return self._seconds[step]

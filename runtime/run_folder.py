@@ -8,13 +8,12 @@ import shutil
 from pathlib import Path
 
 from planner.plan import Plan, save
+from planner.record import PLAN_FILE, RECORD_FILE
 from profiles.input_error import InputError
 
 from .checkpoint import latest, step_of
 from .metrics import METRICS_FILE
 
-PLAN_FILE = "plan.yaml"
-RECORD_FILE = "record.yaml"
 LOGS_FOLDER = "logs"
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan
+from planner.record import RECORD_FILE
+from planner.record import SCHEMA as RECORD_SCHEMA
 from profiles.input_error import InputError
 from profiles.store import dump_yaml, write_atomically
 
@@ -24,10 +26,8 @@ from .measure import StepMeter, busiest
 from .metrics import MetricsWriter, peak_memory_bytes
 from .optimizer import learning_rate_at
 from .process_group import process_group
-from .run_folder import RECORD_FILE
 from .step import StepResult, TrainState, build_state, sum_over_ranks, training_step
 
-RECORD_SCHEMA = "meshwright.record/v1"
 Record = dict[str, Any]
 
 
@@ -184,6 +184,7 @@ def _gather_measurements(meter: StepMeter, device: torch.device) -> list[Record]
     own = {
         "step_seconds": meter.seconds(chosen[0]),
         "parts": meter.table(chosen[0]),
+        "kernels": meter.kernels(),
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     ranks: list[Record] = [{}] * dist.get_world_size()
@@ -204,6 +205,7 @@ def _write_record(plan: Plan, options: TrainOptions, last: Record, ranks: list[R
         "measured": {
             "step_seconds": busy["step_seconds"],
             "parts": dict(busy["parts"]),
+            "kernels": dict(busy["kernels"]),
             "peak_memory_bytes": max(rank["peak_memory_bytes"] for rank in ranks),
             "rank": busy["rank"],
             "per_rank": ranks,

@@ -10,6 +10,7 @@ from typing import Any
 import networkx
 import pytest
 
+from profiles.alpha_beta import AlphaBeta
 from profiles.catalogue import (
     list_catalogue,
     local_cluster_path,
@@ -17,9 +18,11 @@ from profiles.catalogue import (
     resolve_cluster,
     resolve_hardware_path,
 )
-from profiles.cluster import SCHEMA, ClusterSpec, LinkTier
+from profiles.cluster import SCHEMA, ClusterSpec, LinkOperation, LinkTier
 from profiles.input_error import InputError
 from profiles.store import Reader, dump_yaml
+
+OPERATIONS = "one of all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send_recv"
 
 
 def link(tier: str, span: int, bandwidth: float, latency: float = 1e-6) -> LinkTier:
@@ -81,6 +84,23 @@ def test_an_edge_carries_the_bandwidth_of_one_device() -> None:
 )
 def test_link_within_is_the_narrowest_tier_that_joins_the_span(span: int, tier: str) -> None:
     assert three_tiers().link_within(span).tier == tier
+
+
+def test_a_collective_takes_its_own_figures_before_the_tier_s() -> None:
+    every = LinkOperation(operation="all_reduce", bandwidth_bytes_per_second=7.0, latency_seconds=2.0)
+    eight = replace(every, ranks=8, bandwidth_bytes_per_second=9.0, fixed_latency_seconds=3.0, ramp_bytes=4.0)
+    tier = replace(link("node", 16, 5.0, 1.0), fixed_latency_seconds=6.0, operations=(every, eight))
+    assert tier.operation("all_reduce", 8) is eight
+    assert tier.operation("all_reduce", 4) is every
+    assert tier.operation("all_reduce", 0) is every
+    assert eight.figures == AlphaBeta(
+        fixed_seconds=3.0, step_seconds=2.0, bandwidth_bytes_per_second=9.0, ramp_bytes=4.0
+    )
+    # What has no figures of its own has the tier's, and those have no ramp.
+    assert tier.operation("all_gather", 8).figures == AlphaBeta(
+        fixed_seconds=6.0, step_seconds=1.0, bandwidth_bytes_per_second=5.0
+    )
+    assert replace(tier, operations=(eight,)).operation("all_reduce", 4).bandwidth_bytes_per_second == 5.0
 
 
 # ---- a part of a cluster ---------------------------------------------------------------------------------
@@ -179,6 +199,8 @@ def test_what_a_cluster_cannot_be(changes: dict[str, Any], key: str, expected: s
             "-3",
         ),
         (0, {"latency_seconds": float("inf")}, "links[0].latency_seconds", "a finite number >= 0", "inf"),
+        (2, {"fixed_latency_seconds": -1}, "links[2].fixed_latency_seconds", "a finite number >= 0", "-1"),
+        (2, {"operations": {}}, "links[2].operations", "a list of mappings", "{}"),
     ],
 )
 def test_what_a_link_cannot_be(index: int, changes: dict[str, Any], key: str, expected: str, got: str) -> None:
@@ -189,23 +211,69 @@ def test_what_a_link_cannot_be(index: int, changes: dict[str, Any], key: str, ex
     assert (caught.value.where, caught.value.expected, caught.value.got) == (f"c.yaml: {key}", expected, got)
 
 
+@pytest.mark.parametrize(
+    ("changes", "key", "expected", "got"),
+    [
+        ({"operation": "gossip"}, "operation", OPERATIONS, "'gossip'"),
+        ({"ranks": -1}, "ranks", "a whole number >= 0", "-1"),
+        ({"bandwidth_bytes_per_second": 0}, "bandwidth_bytes_per_second", "a finite number > 0", "0"),
+        ({"latency_seconds": -1e-6}, "latency_seconds", "a finite number >= 0", "-1e-06"),
+        ({"fixed_latency_seconds": "much"}, "fixed_latency_seconds", "a finite number >= 0", "'much'"),
+        ({"ramp_bytes": -1}, "ramp_bytes", "a finite number >= 0", "-1"),
+        ({"source": 3}, "source", "text", "3"),
+    ],
+)
+def test_what_a_collective_of_a_link_cannot_be(changes: dict[str, Any], key: str, expected: str, got: str) -> None:
+    links = three_tiers().to_dict()["links"]
+    links[1]["operations"] = [
+        {"operation": "all_gather", "bandwidth_bytes_per_second": 1e9, "latency_seconds": 0.0} | changes
+    ]
+    with pytest.raises(InputError) as caught:
+        read(links=links)
+    place = f"c.yaml: links[1].operations[0].{key}"
+    assert (caught.value.where, caught.value.expected, caught.value.got) == (place, expected, got)
+
+
+@pytest.mark.parametrize("key", ["operation", "bandwidth_bytes_per_second", "latency_seconds"])
+def test_a_collective_of_a_link_needs(key: str) -> None:
+    links = three_tiers().to_dict()["links"]
+    whole = {"operation": "all_gather", "bandwidth_bytes_per_second": 1e9, "latency_seconds": 1e-6}
+    links[2]["operations"] = [whole]
+    assert read(links=links).links[2].operations == (LinkOperation(**whole),)
+    del whole[key]
+    with pytest.raises(InputError) as caught:
+        read(links=links)
+    assert caught.value.what == f"the key links[2].operations[0].{key} is missing"
+
+
 # ---- the catalogue ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "inside_a_node", "between_nodes"), [("dgx-a100", 229e9, 22.5e9), ("dgx-h100", 361e9, 45e9)]
+    ("name", "hardware", "devices_per_node", "tiers"),
+    [
+        ("cloud-a100-400g", "a100-sxm-80gb", 8, ["node", "network"]),
+        ("dgx-2", "v100-sxm-32gb", 16, ["node", "network"]),
+        ("dgx-a100", "a100-sxm-80gb", 8, ["node", "network"]),
+        ("dgx-b200", "b200-sxm", 8, ["node", "network"]),
+        ("dgx-h100", "h100-sxm-80gb", 8, ["node", "network"]),
+        ("dgx-h200", "h200-sxm", 8, ["node", "network"]),
+        ("ethernet-25g", "l40s", 8, ["socket", "node", "network"]),
+        ("gb200-nvl72", "gb200", 72, ["node", "network"]),
+        ("pcie-a100", "a100-pcie-80gb", 8, ["socket", "node"]),
+    ],
 )
-def test_catalogue_clusters(name: str, inside_a_node: float, between_nodes: float) -> None:
+def test_catalogue_clusters(name: str, hardware: str, devices_per_node: int, tiers: list[str]) -> None:
+    """Their figures are in test_catalogue_hardware.py."""
     cluster = resolve_cluster(name)
-    assert (cluster.name, cluster.nodes, cluster.devices_per_node) == (name, 1, 8)
-    assert cluster.memory_bytes == 80 * 2**30
-    assert resolve_hardware_path(cluster.hardware).is_file()
-    assert [tier.bandwidth_bytes_per_second for tier in cluster.links] == [inside_a_node, between_nodes]
-    # A ring all-reduce over 8 devices takes 14 steps; 79 us measured.
-    assert 14 * cluster.link_within(8).latency_seconds == pytest.approx(79e-6, rel=0.01)
-    for tier in cluster.links:
-        assert tier.source.startswith("bandwidth: ")
-        assert " latency: " in tier.source
+    assert (cluster.name, cluster.hardware) == (name, hardware)
+    assert (cluster.nodes, cluster.devices_per_node) == (1, devices_per_node)
+    assert [tier.tier for tier in cluster.links] == tiers
+
+
+def test_the_catalogue_is_these_clusters() -> None:
+    clusters = "cloud-a100-400g dgx-2 dgx-a100 dgx-b200 dgx-h100 dgx-h200 ethernet-25g gb200-nvl72 pcie-a100"
+    assert list_catalogue("clusters") == clusters.split()
 
 
 def test_a_name_with_a_size_has_that_many_nodes() -> None:
@@ -266,7 +334,7 @@ def test_local_is_what_profile_has_written(tmp_path: Path, monkeypatch: pytest.M
             ("where", str(path)),
             ("expected", "the file that `cli.py profile` writes"),
             ("got", "no such file"),
-            ("try", "run `cli.py profile` first, or name a cluster: dgx-a100, dgx-h100"),
+            ("try", "run `cli.py profile` first, or name a cluster: " + ", ".join(list_catalogue("clusters"))),
         ]
     local_cluster_path().parent.mkdir()
     local_cluster_path().write_text(dump_yaml({"schema": SCHEMA, **three_tiers().to_dict()}), encoding="utf-8")

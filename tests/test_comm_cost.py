@@ -1,60 +1,100 @@
-"""Seconds of communication: rings over the tier they span, sends, and what was measured."""
+"""Seconds of communication: the formula over the tiers a group spans, sends, and what was measured for a group.
+
+What the catalogue's clusters come to is in test_catalogue_hardware.py.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.comm_cost import CommModel, Group
-from profiles.catalogue import resolve_cluster, resolve_hardware_path
-from profiles.cluster import ClusterSpec, LinkTier
-from profiles.hardware import CollectivePoint, load_hardware
+from profiles.cluster import ClusterSpec, LinkOperation, LinkTier
+from profiles.points import CollectivePoint
 from tests.oracles.small_world import small_cluster, small_hardware
 
-A100 = load_hardware(resolve_hardware_path("a100-sxm-80gb"))
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
-GIB = 2.0**30
 
 
-def a100(nodes: int = 1) -> CommModel:
-    return CommModel(resolve_cluster(f"dgx-a100:{nodes}"), A100)
+def nodes_of_8(nodes: int, *, inside: dict[str, Any] | None = None, across: dict[str, Any] | None = None) -> CommModel:
+    """Nodes of 8 devices: 200 GB/s, 40 us and 3 us a step inside; 20 GB/s and 10 us a step across."""
+    node: dict[str, Any] = {
+        "bandwidth_bytes_per_second": 200e9,
+        "latency_seconds": 3e-6,
+        "fixed_latency_seconds": 40e-6,
+    }
+    network: dict[str, Any] = {"bandwidth_bytes_per_second": 20e9, "latency_seconds": 10e-6}
+    links = (
+        LinkTier(tier="node", span=8, **(node | (inside or {}))),
+        LinkTier(tier="network", span=128, **(network | (across or {}))),
+    )
+    return CommModel(replace(small_cluster(8), nodes=nodes, links=links), small_hardware())
 
 
-def test_an_all_reduce_inside_an_a100_node_reproduces_the_bus_bandwidth_of_its_source() -> None:
-    """nccl-tests: bus bandwidth = 2(n-1)/n · bytes / seconds; 229 GB/s over 8 GPUs for 1 GiB."""
-    for operation, factor in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)):
-        seconds = a100().collective_seconds(operation, Group(8, 1), GIB)
-        assert factor * 7 / 8 * GIB / seconds == pytest.approx(229e9, rel=0.05)
+# ---- the formula -----------------------------------------------------------------------------------------
+
+
+def test_inside_a_node_a_ring_passes_the_tensor_once_or_twice_in_n_minus_1_steps() -> None:
+    comm, group, size = nodes_of_8(1), Group(8, 1), 8e9
+    # 7 GB over 200 GB/s are 35 ms, 7 steps 21 us; an all-reduce has both twice and the 40 us once.
+    for operation in ("all_gather", "reduce_scatter", "all_to_all", "broadcast"):
+        assert comm.collective_seconds(operation, group, size) == pytest.approx(0.035 + 21e-6 + 40e-6, rel=1e-12)
+    assert comm.collective_seconds("all_reduce", group, size) == pytest.approx(0.07 + 42e-6 + 40e-6, rel=1e-12)
 
 
 def test_small_messages_are_latency() -> None:
-    # 2 (8 - 1) steps of 5.6 us; the source's 79 us.
-    assert a100().collective_seconds("all_reduce", Group(8, 1), 4.0) == pytest.approx(79e-6, rel=0.01)
-    assert a100().collective_seconds("all_gather", Group(8, 1), 4.0) == pytest.approx(79e-6 / 2, rel=0.01)
+    assert nodes_of_8(1).collective_seconds("all_reduce", Group(8, 1), 4.0) == pytest.approx(82e-6, rel=1e-5)
+    assert nodes_of_8(1).collective_seconds("all_gather", Group(2, 1), 4.0) == pytest.approx(43e-6, rel=1e-5)
+    # The network's own latencies, which have nothing that comes once.
+    assert nodes_of_8(2).collective_seconds("all_reduce", Group(16, 1), 4.0) == pytest.approx(300e-6, rel=1e-5)
 
 
 def test_across_nodes_a_ring_has_the_network_shares_of_its_ranks_in_a_node() -> None:
-    comm, size = a100(4), 100 * GIB  # latency does not matter
-    ring = 31 / 32 * size
+    comm, size = nodes_of_8(4), 1e12  # latency does not matter
 
     def bandwidth(group: Group) -> float:
         return (group.size - 1) / group.size * size / comm.collective_seconds("all_gather", group, size)
 
-    assert ring / comm.collective_seconds("all_gather", Group(32, 1), size) == pytest.approx(8 * 22.5e9, rel=0.01)
-    assert bandwidth(Group(16, 2)) == pytest.approx(4 * 22.5e9, rel=0.01)
-    assert bandwidth(Group(8, 4)) == pytest.approx(2 * 22.5e9, rel=0.01)
-    assert bandwidth(Group(4, 8)) == pytest.approx(22.5e9, rel=0.01)
-    assert bandwidth(Group(2, 16)) == pytest.approx(22.5e9, rel=0.01)
+    assert bandwidth(Group(32, 1)) == pytest.approx(8 * 20e9, rel=0.001)
+    assert bandwidth(Group(16, 2)) == pytest.approx(4 * 20e9, rel=0.001)
+    assert bandwidth(Group(8, 4)) == pytest.approx(2 * 20e9, rel=0.001)
+    assert bandwidth(Group(4, 8)) == pytest.approx(20e9, rel=0.001)
+    assert bandwidth(Group(2, 16)) == pytest.approx(20e9, rel=0.001)
     # Inside a node a group has the node's links whatever its stride.
-    assert bandwidth(Group(4, 2)) == pytest.approx(229e9, rel=0.01)
+    assert bandwidth(Group(4, 2)) == pytest.approx(200e9, rel=0.001)
 
 
 def test_a_network_faster_than_the_node_does_not_make_a_ring_faster_than_its_node() -> None:
     comm = CommModel(small_cluster(16, 2, inside=(1e9, 0.0), across=(9e8, 0.0)), small_hardware())
     assert comm.collective_seconds("all_gather", Group(16, 1), 16e9) == pytest.approx(15.0)
+
+
+def test_a_tier_may_carry_one_collective_otherwise_than_its_ring() -> None:
+    """A switch that reduces: twice the bandwidth for 8 ranks, a ramp of 3 GB for all others."""
+    reduces = LinkOperation(
+        operation="all_reduce", ranks=8, bandwidth_bytes_per_second=400e9, latency_seconds=0.0, ramp_bytes=0.0
+    )
+    other = LinkOperation(
+        operation="all_reduce", bandwidth_bytes_per_second=100e9, latency_seconds=1e-6, ramp_bytes=3e9
+    )
+    comm, plain = nodes_of_8(4, inside={"operations": (reduces, other)}), nodes_of_8(4)
+    assert comm.collective_seconds("all_reduce", Group(8, 1), 8e9) == pytest.approx(14e9 / 400e9, rel=1e-12)
+    # 4 ranks: 6 steps; 2 * 3/4 of 1 GB over 100 GB/s, and sqrt(1 + 3) of that for the ramp.
+    assert comm.collective_seconds("all_reduce", Group(4, 2), 1e9) == pytest.approx(6e-6 + 2 * 0.015, rel=1e-12)
+    assert comm.collective_seconds("all_gather", Group(8, 1), 8e9) == plain.collective_seconds(
+        "all_gather", Group(8, 1), 8e9
+    )
+    # Over 32 ranks the switch's 8 are a part of a ring: the node lends it the ring's 100 GB/s, which is less than
+    # the 8 shares of the network, and the network's latency rules.
+    assert comm.collective_seconds("all_reduce", Group(32, 1), 32e9) == pytest.approx(62e9 / 100e9 + 62 * 10e-6)
+    assert plain.collective_seconds("all_reduce", Group(32, 1), 32e9) == pytest.approx(62e9 / 160e9 + 62 * 10e-6)
+    # Nor has the switch all of 8 ranks that lie 2 in a node, however fast the network.
+    fast = nodes_of_8(4, inside={"operations": (reduces, other)}, across={"bandwidth_bytes_per_second": 190e9})
+    assert fast.collective_seconds("all_reduce", Group(8, 4), 8e9) == pytest.approx(14e9 / 100e9 + 14 * 10e-6)
 
 
 @given(
@@ -65,48 +105,135 @@ def test_a_network_faster_than_the_node_does_not_make_a_ring_faster_than_its_nod
     st.floats(0, 1e12),
 )
 def test_more_bytes_are_never_cheaper(operation: str, size: int, stride: int, less: float, more: float) -> None:
-    comm, group = a100(16), Group(size, stride)
+    comm, group = (
+        nodes_of_8(16, inside={"operations": (ramped("all_reduce"), ramped("send_recv"))}),
+        Group(size, stride),
+    )
     cheaper = comm.collective_seconds(operation, group, less)
     assert 0 < cheaper <= comm.collective_seconds(operation, group, less + more)
     assert comm.send_seconds(group, less) <= comm.send_seconds(group, less + more)
 
 
+def ramped(operation: str) -> LinkOperation:
+    return LinkOperation(
+        operation=operation, bandwidth_bytes_per_second=300e9, latency_seconds=1e-6, ramp_bytes=float(1 << 24)
+    )
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_larger_group_is_never_cheaper(operation: str) -> None:
-    seconds = [a100(16).collective_seconds(operation, Group(size, 1), 1e8) for size in (1, 2, 4, 8, 16, 64, 128)]
+    comm = nodes_of_8(16)
+    seconds = [comm.collective_seconds(operation, Group(size, 1), 1e8) for size in (1, 2, 4, 8, 16, 64, 128)]
     assert seconds == sorted(seconds)
     assert seconds[0] == 0.0 < seconds[1]
 
 
-def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather() -> None:
-    for group in (Group(4, 1), Group(16, 2)):
-        both = sum(a100(4).collective_seconds(op, group, 1e9) for op in ("reduce_scatter", "all_gather"))
-        assert a100(4).collective_seconds("all_reduce", group, 1e9) == pytest.approx(both)
+def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather_but_for_what_comes_once() -> None:
+    comm = nodes_of_8(4)
+    for group, once in ((Group(4, 1), 40e-6), (Group(16, 2), 0.0)):
+        both = sum(comm.collective_seconds(op, group, 1e9) for op in ("reduce_scatter", "all_gather"))
+        assert comm.collective_seconds("all_reduce", group, 1e9) == pytest.approx(both - once, rel=1e-12)
 
 
 def test_nothing_is_sent_for_nothing() -> None:
-    assert a100().collective_seconds("all_reduce", Group(8, 1), 0.0) == 0.0
-    assert a100().collective_seconds("all_reduce", Group(1, 8), 1e9) == 0.0
+    assert nodes_of_8(1).collective_seconds("all_reduce", Group(8, 1), 0.0) == 0.0
+    assert nodes_of_8(1).collective_seconds("all_reduce", Group(1, 8), 1e9) == 0.0
 
 
 def test_a_send_to_a_neighbour_goes_over_the_tier_that_joins_both() -> None:
-    comm = a100(2)
-    assert comm.send_seconds(Group(2, 4), 229e6) == pytest.approx(5.6e-6 + 1e-3)
-    assert comm.send_seconds(Group(2, 8), 22.5e6) == pytest.approx(14e-6 + 1e-3)
+    comm = nodes_of_8(2)
+    assert comm.send_seconds(Group(2, 4), 200e6) == pytest.approx(40e-6 + 3e-6 + 1e-3, rel=1e-12)
+    assert comm.send_seconds(Group(2, 8), 20e6) == pytest.approx(10e-6 + 1e-3, rel=1e-12)
+    fast = LinkOperation(operation="send_recv", ranks=2, bandwidth_bytes_per_second=50e9, latency_seconds=0.0)
+    comm = nodes_of_8(2, across={"operations": (fast,)})
+    # Of 16 stages one boundary crosses nodes; a send moves all its bytes, not (n-1)/n of them.
+    assert comm.send_seconds(Group(16, 1), 50e6) == pytest.approx(1e-3, rel=1e-12)
 
 
-def test_what_was_measured_outranks_the_links() -> None:
-    points = (
-        CollectivePoint(operation="all_reduce", ranks=4, bytes=1000, seconds=0.5),
-        CollectivePoint(operation="send_recv", ranks=2, bytes=1000, seconds=0.25),
+def test_the_first_and_the_last_rank_sum_over_the_tier_that_joins_them() -> None:
+    """A pair's ring: two steps, and 2 * 1/2 of the bytes."""
+    comm = nodes_of_8(2)
+    assert comm.pair_sum_seconds(Group(8, 1), 200e6) == pytest.approx(40e-6 + 6e-6 + 1e-3, rel=1e-12)
+    assert comm.pair_sum_seconds(Group(4, 2), 200e6) == pytest.approx(40e-6 + 6e-6 + 1e-3, rel=1e-12)
+    assert comm.pair_sum_seconds(Group(16, 1), 20e6) == pytest.approx(20e-6 + 1e-3, rel=1e-12)
+
+
+# ---- what was measured -----------------------------------------------------------------------------------
+
+
+def point(operation: str, ranks: int, stride: int, seconds: float, **changes: Any) -> CollectivePoint:
+    return CollectivePoint(
+        **({"operation": operation, "ranks": ranks, "stride": stride, "bytes": 1000, "seconds": seconds} | changes)
     )
-    comm = CommModel(small_cluster(4), small_hardware(collectives=points))
+
+
+def measured(cluster: ClusterSpec, *points: CollectivePoint, devices_per_node: int = 0) -> CommModel:
+    return CommModel(cluster, small_hardware(collectives=points, devices_per_node=devices_per_node))
+
+
+def test_a_point_outranks_the_links_for_just_its_group() -> None:
+    points = (point("all_reduce", 4, 1, 0.5), point("all_reduce", 2, 2, 0.25))
+    comm, plain = measured(small_cluster(4), *points), measured(small_cluster(4))
     assert comm.collective_seconds("all_reduce", Group(4, 1), 1000) == 0.5
-    assert comm.send_seconds(Group(2, 2), 2000) == 0.5
-    plain = CommModel(small_cluster(4), small_hardware())
-    assert comm.collective_seconds("all_gather", Group(4, 1), 1e6) == plain.collective_seconds(
-        "all_gather", Group(4, 1), 1e6
+    assert comm.collective_seconds("all_reduce", Group(4, 1), 3000) == 1.5
+    assert comm.collective_seconds("all_reduce", Group(2, 2), 1000) == 0.25
+    for operation, group in (
+        ("all_gather", Group(4, 1)),  # another collective
+        ("all_reduce", Group(2, 1)),  # another stride
+        ("all_reduce", Group(3, 1)),  # another size
+    ):
+        assert comm.collective_seconds(operation, group, 1e6) == plain.collective_seconds(operation, group, 1e6) < 0.1
+
+
+def test_an_uneven_all_to_all_says_nothing_of_an_even_one() -> None:
+    comm, plain = (
+        measured(small_cluster(4), *points) for points in ((point("all_to_all", 4, 1, 0.5, uneven=True),), ())
     )
+    one, other = (model.collective_seconds("all_to_all", Group(4, 1), 1000) for model in (comm, plain))
+    assert one == other < 0.1
+
+
+@pytest.mark.parametrize(("devices_per_node", "holds"), [(0, True), (4, True), (2, False), (8, False)])
+def test_points_hold_where_nodes_are_as_wide_as_those_they_were_measured_on(devices_per_node: int, holds: bool) -> None:
+    points = (
+        point("all_reduce", 4, 1, 0.5),
+        point("send_recv", 2, 1, 0.5),
+        point("all_reduce", 2, 3, 0.5),
+        point("fsdp_all_gather", 4, 1, 0.5),
+    )
+    comm = measured(small_cluster(8, 2), *points, devices_per_node=devices_per_node)
+    group = Group(4, 1)
+    assert (comm.collective_seconds("all_reduce", group, 1000) == 0.5) == holds
+    assert (comm.send_seconds(group, 1000) == 0.5) == holds
+    assert (comm.pair_sum_seconds(group, 1000) == 0.5) == holds
+    assert comm.fsdp_seconds("fsdp_all_gather", group, 1000) == (0.5 if holds else None)
+
+
+def test_a_measured_send_holds_where_no_pair_of_neighbours_lies_in_two_tiers() -> None:
+    """3 nodes of 4; inside 1 GB/s and 10 us, across 0.1 GB/s and 100 us."""
+    points = (point("send_recv", 2, 1, 0.25), point("send_recv", 2, 2, 0.5), point("send_recv", 2, 4, 0.75))
+    comm = measured(small_cluster(12, 3), *points)
+    assert comm.send_seconds(Group(4, 1), 1000) == 0.25  # all in one node
+    assert comm.send_seconds(Group(2, 2), 2000) == 1.0
+    assert comm.send_seconds(Group(3, 4), 1000) == 0.75  # every pair in two nodes
+    # Stages 3 and 4 lie in different nodes, which the point of neighbours in a node knows nothing of.
+    network = 1e-4 + 1000 / 1e8
+    assert comm.send_seconds(Group(12, 1), 1000) == pytest.approx(network, rel=1e-12)
+    assert comm.send_seconds(Group(6, 2), 1000) == pytest.approx(network, rel=1e-12)
+    assert measured(small_cluster(12, 3)).send_seconds(Group(3, 4), 1000) == pytest.approx(network, rel=1e-12)
+
+
+def test_a_measured_pair_sums_the_ends() -> None:
+    comm = measured(small_cluster(8), point("all_reduce", 2, 6, 0.5), point("all_reduce", 2, 1, 9.0))
+    assert comm.pair_sum_seconds(Group(4, 2), 1000) == 0.5  # ranks 0 and 6
+    assert comm.pair_sum_seconds(Group(8, 1), 1000) == pytest.approx(2e-5 + 1000 / 1e9)
+
+
+def test_what_fsdp_does_has_no_formula() -> None:
+    comm = measured(small_cluster(4), point("fsdp_reduce_scatter", 2, 2, 0.5), point("reduce_scatter", 4, 1, 0.25))
+    assert comm.fsdp_seconds("fsdp_reduce_scatter", Group(2, 2), 4000) == 2.0
+    assert comm.fsdp_seconds("fsdp_reduce_scatter", Group(4, 1), 4000) is None
+    assert comm.fsdp_seconds("fsdp_all_gather", Group(2, 2), 4000) is None
 
 
 # ---- found wrong once ----------------------------------------------------------------------------------------

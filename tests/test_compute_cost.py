@@ -9,8 +9,8 @@ import pytest
 
 from planner.compute_cost import ComputeModel, ComputeSeconds, local_kv_width, local_linear_shape
 from planner.layout import Layout
-from profiles.hardware import MemoryPoint
 from profiles.model import ModelSpec
+from profiles.points import MemoryPoint
 from tests.oracles.small_world import small_hardware
 from tests.plans import tiny_gpt2, tiny_llama
 

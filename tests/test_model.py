@@ -1,4 +1,4 @@
-"""ModelSpec and the model catalogue against transformers' models, torch's FLOP counter and published counts."""
+"""ModelSpec of dense decoders against transformers' models and torch's FLOP counter; names and files of models."""
 
 from __future__ import annotations
 
@@ -11,113 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from profiles.catalogue import list_catalogue, resolve_model
 from profiles.input_error import InputError
-from profiles.model import SCHEMA, ModelSpec, RopeScaling, load_model_file
+from profiles.model import SCHEMA, ModelSpec, load_model_file
 from profiles.store import Reader, dump_yaml
 
 from .plans import tiny_gpt2, tiny_llama
-
-# Parameters as their authors or model cards state them.
-PUBLISHED_PARAMETERS = {
-    "gpt2": 124.4e6,
-    "gpt2-medium": 354.8e6,
-    "gpt2-large": 774.0e6,
-    "gpt2-xl": 1557.6e6,
-    "megatron-gpt2-8.3b": 8.3e9,
-    "gpt3-175b": 175e9,
-    "llama2-7b": 6.74e9,
-    "llama2-13b": 13.02e9,
-    "llama2-70b": 68.98e9,
-    "llama3-8b": 8.03e9,
-    "llama3-70b": 70.55e9,
-    "llama3-405b": 405.85e9,
-    "qwen2.5-7b": 7.62e9,
-}
-
-
-def transformers_model(spec: ModelSpec, **extra: Any) -> PreTrainedModel:
-    """The same architecture as transformers builds it, on the device of the context."""
-    if spec.family == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(
-                n_embd=spec.hidden_size,
-                n_layer=spec.layers,
-                n_head=spec.heads,
-                n_inner=spec.ffn_hidden_size,
-                n_positions=spec.max_positions,
-                vocab_size=spec.vocab_size,
-                tie_word_embeddings=spec.tied_embeddings,
-                **extra,
-            )
-        )
-    rotary: dict[str, Any] = {
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.ffn_hidden_size,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "vocab_size": spec.vocab_size,
-        "max_position_embeddings": spec.max_positions,
-        "tie_word_embeddings": spec.tied_embeddings,
-    }
-    if spec.family == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**rotary, **extra))
-    biases = {"attention_bias": spec.qkv_bias, "mlp_bias": spec.mlp_bias}
-    return LlamaForCausalLM(LlamaConfig(**rotary, **biases, **extra))
-
-
-# ---- the catalogue ---------------------------------------------------------------------------------------
-
-
-def test_the_catalogue_holds_every_published_model_and_the_demo() -> None:
-    assert set(list_catalogue("models")) == {*PUBLISHED_PARAMETERS, "demo"}
-
-
-@pytest.mark.parametrize("name", [*PUBLISHED_PARAMETERS, "demo"])
-def test_catalogue_parameters_are_those_of_the_model_transformers_builds(name: str) -> None:
-    spec = resolve_model(name)
-    with torch.device("meta"):
-        model = transformers_model(spec)
-    assert spec.name == name
-    assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(("name", "published"), PUBLISHED_PARAMETERS.items())
-def test_catalogue_parameters_are_the_published_ones(name: str, published: float) -> None:
-    assert resolve_model(name).parameters == pytest.approx(published, rel=0.005)
-
-
-def test_what_a_parameter_count_cannot_show() -> None:
-    assert resolve_model("megatron-gpt2-8.3b").head_dim == 96  # 32 heads, as in the scaling study
-    assert resolve_model("gpt3-175b").head_dim == 128
-    assert resolve_model("gpt2-xl").heads == 25
-    assert resolve_model("llama2-70b").kv_heads == resolve_model("llama3-8b").kv_heads == 8
-    assert (resolve_model("llama2-7b").rope_theta, resolve_model("llama2-7b").max_positions) == (10000.0, 4096)
-    assert (resolve_model("llama3-8b").rope_theta, resolve_model("llama3-8b").max_positions) == (500000.0, 8192)
-    assert resolve_model("llama3-8b").rope_scaling is None
-    assert resolve_model("llama3-405b").rope_scaling == RopeScaling(
-        factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=8192
-    )
-    assert (resolve_model("qwen2.5-7b").norm_epsilon, resolve_model("qwen2.5-7b").rope_theta) == (1e-6, 1e6)
-
-
-def test_a_catalogue_file_says_where_its_numbers_are_from() -> None:
-    catalog = Path(sys.modules["profiles.catalogue"].__file__ or "").parent / "catalog" / "models"
-    for name in list_catalogue("models"):
-        assert (catalog / f"{name}.yaml").read_text(encoding="utf-8").startswith("# Source: "), name
-
+from .test_model_catalogue import transformers_model
 
 # ---- names -----------------------------------------------------------------------------------------------
 
@@ -233,8 +134,8 @@ def test_keys_left_out_follow_from_the_others() -> None:
         ({"head_dim": 7}, "head_dim", "an even number, since RoPE turns pairs", "7"),
         ({"layers": 0}, "layers", "a whole number >= 1", "0"),
         ({"norm": "batchnorm"}, "norm", "one of rmsnorm, layernorm", "'batchnorm'"),
-        ({"activation": "relu"}, "activation", "one of swiglu, gelu, gelu_tanh", "'relu'"),
-        ({"positions": "alibi"}, "positions", "one of rope, learned", "'alibi'"),
+        ({"activation": "selu"}, "activation", "one of swiglu, gelu, gelu_tanh, relu, clamped_swiglu", "'selu'"),
+        ({"positions": "sinusoidal"}, "positions", "one of rope, learned, alibi", "'sinusoidal'"),
         ({"rope_scaling": 8}, "rope_scaling", "a mapping of keys to values", "8"),
     ],
 )

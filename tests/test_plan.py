@@ -385,7 +385,7 @@ OPTIONAL = {
     "model": {*tiny_llama().to_dict()}
     - {"name", "layers", "hidden_size", "ffn_hidden_size", "heads", "vocab_size", "max_positions"},
     "cluster": {"nodes"},
-    "cluster.links[0]": {"source"},
+    "cluster.links[0]": {"source", "fixed_latency_seconds", "operations"},
     "job": {"optimizer", "target", "memory_limit_bytes", "pins", "bans"},
     "": {"alternatives", "schema"},
 }
@@ -408,6 +408,14 @@ def test_a_missing_key_is_named_everywhere(path: tuple[Any, ...]) -> None:
             read(tampered)
         assert caught.value.what == f"the key {shown((*path, key))} is missing"
         assert caught.value.where == f"p.yaml: {shown(path) or 'top level'}"
+
+
+def test_a_link_may_leave_out_what_a_plain_ring_does_without() -> None:
+    short = document()
+    for key in OPTIONAL["cluster.links[0]"]:
+        del short["cluster"]["links"][0][key]
+    (link,) = read(short).cluster.links
+    assert (link.fixed_latency_seconds, link.operations, link.source) == (0.0, (), "")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_across_a_slow_network_go_only_the_boundaries_of_a_pipeline() -> None:
     question = small_question(
         tiny_llama(layers=8, hidden_size=256, ffn_hidden_size=512, heads=8, head_dim=32),
         cluster=small_cluster(8, 2, inside=(1e11, 1e-7), across=(1e6, 1e-7)),
-        hardware=small_hardware(flops=1e11, hidden_communication=0.0),
+        hardware=small_hardware(flops=1e11, overlap_compute_slowdown=2.0, overlap_communication_slowdown=2.0),
         global_batch=32,
     )
     layout = search(question).layout

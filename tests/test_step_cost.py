@@ -141,9 +141,15 @@ def test_without_tp_and_dp_nothing_is_sent() -> None:
 # ---- data parallelism ------------------------------------------------------------------------------------
 
 
+# While both run each takes this many times as long: twice is one after the other.
+NOTHING_HIDDEN = {"overlap_compute_slowdown": 2.0, "overlap_communication_slowdown": 2.0}
+EVERYTHING_HIDDEN = {"overlap_compute_slowdown": 1.0, "overlap_communication_slowdown": 1.0}
+SHARDED = {zero: Layout(dp=2, zero=zero, dp_shard=2) for zero in (1, 2, 3)}
+
+
 def dp_seconds(zero: int, pp: int = 1, part: str = "block", **hardware: Any) -> dict[str, float]:
     layout = Layout(dp=2, pp=pp, zero=zero, dp_shard=2 if zero else 1)
-    costs = getattr(price(layout, **({"hidden_communication": 0.0} | hardware)), part)
+    costs = getattr(price(layout, **(NOTHING_HIDDEN | hardware)), part)
     return {phase: getattr(costs, phase).dp for phase in PHASES if getattr(costs, phase).dp}
 
 
@@ -171,23 +177,44 @@ def test_what_each_zero_level_gathers_and_reduces_and_when(pp: int) -> None:
         assert dp_seconds(3, part=part) == {"forward": gather, "backward": pytest.approx(again + scatter.expected)}
 
 
-def test_what_is_hidden_is_the_stated_share_of_the_compute_beside_it() -> None:
-    all_, less = (dp_seconds(0, hidden_communication=share)["reduce"] for share in (0.0, 0.1))
-    block = price(Layout(dp=2), hidden_communication=0.0).block
-    assert all_ - less == pytest.approx(0.1 * block.backward.total)
-    # Behind endless compute nothing shows; nothing is ever negative.
-    assert dp_seconds(0, hidden_communication=1e9) == {}
-    # Embedding and head are gathered first and reduced last: nothing hides them. Nor does anything after a
-    # pipeline's last action.
+def test_what_shows_of_communication_is_what_compute_beside_it_leaves_over() -> None:
+    brief = {"flops": 1e14, "launch_seconds": 0.0, "memory_bandwidth_bytes_per_second": 1e12}
+    slowed = {"overlap_compute_slowdown": 1.25, "overlap_communication_slowdown": 1.5}
+    alone = price(Layout(dp=2), small_question(devices=2, hardware=small_hardware(**NOTHING_HIDDEN, **brief))).block
+    reduced, backward = alone.reduce.dp, alone.backward.total
+    assert reduced > 2 * backward > 0  # the reduction outlasts the kernels
+    # Both at full pace: the kernels' seconds are gone. At 1.25 and 1.5 they last 1.25 of them, in which the
+    # reduction gets 1.25 / 1.5 as far; the rest of it comes after.
+    shown = dp_seconds(0, **EVERYTHING_HIDDEN, **brief)["reduce"]
+    assert shown == pytest.approx(reduced - backward, rel=1e-12)
+    shown = dp_seconds(0, **slowed, **brief)["reduce"]
+    assert shown == pytest.approx((1.25 - 1) * backward + reduced - 1.25 / 1.5 * backward, rel=1e-12)
+    # A gather hides behind a forward; in zero 3's backward another gather and the reduction behind the backward.
+    whole, shown_of_zero3 = (
+        price(SHARDED[3], small_question(devices=2, hardware=small_hardware(**overlap, **brief))).block
+        for overlap in (NOTHING_HIDDEN, EVERYTHING_HIDDEN)
+    )
+    assert whole.forward.dp - shown_of_zero3.forward.dp == pytest.approx(whole.forward.compute, rel=1e-9)
+    assert whole.backward.dp - shown_of_zero3.backward.dp == pytest.approx(2 * whole.backward.compute, rel=1e-9)
+    # Behind kernels that take long enough nothing shows at full pace; at a slower one, what they lose meanwhile.
+    endless = {"flops": 1e7}
+    assert dp_seconds(0, **EVERYTHING_HIDDEN, **endless) == {}
+    whole_reduce = dp_seconds(0, **NOTHING_HIDDEN, **endless)["reduce"]
+    assert dp_seconds(0, **slowed, **endless)["reduce"] == pytest.approx(whole_reduce * 1.5 * (1 - 1 / 1.25), rel=1e-12)
+
+
+def test_what_nothing_runs_beside_shows_whole() -> None:
+    """Embedding and head are gathered first and reduced last. Nor does anything follow a pipeline's last action."""
     for part in ("embedding", "head"):
         for zero in (0, 1, 2, 3):
-            hidden = dp_seconds(zero, part=part, hidden_communication=1.0)
-            assert hidden == dp_seconds(zero, part=part) != {}
-    assert dp_seconds(0, 2, hidden_communication=1.0)["reduce"] == pytest.approx(dp_seconds(0, 2)["reduce"])
+            shown = dp_seconds(zero, part=part, **EVERYTHING_HIDDEN)
+            assert shown == dp_seconds(zero, part=part, **NOTHING_HIDDEN) != {}
+    pipelined = dp_seconds(0, 2, **EVERYTHING_HIDDEN)["reduce"]
+    assert pipelined == pytest.approx(dp_seconds(0, 2, **NOTHING_HIDDEN)["reduce"], rel=1e-12)
 
 
 def test_in_bf16_weights_travel_in_bf16_and_gradients_in_fp32() -> None:
-    fields = {"devices": 2, "hardware": small_hardware(hidden_communication=0.0), "global_batch": 8}
+    fields = {"devices": 2, "hardware": small_hardware(**NOTHING_HIDDEN), "global_batch": 8}
     fast = small_cluster(2, inside=(1e9, 0.0))
     one, two = (
         price(Layout(dp=2, zero=1, dp_shard=2), small_question(cluster=fast, precision=precision, **fields)).block
@@ -284,7 +311,10 @@ def test_a_price_does_not_depend_on_what_was_priced_before() -> None:
         ({"memory_bandwidth_bytes_per_second": 5e9}, Layout(dp=4)),
         ({"flops": 1e9}, Layout(dp=4)),
         ({"launch_seconds": 1e-3}, Layout(dp=4)),
-        ({"hidden_communication": 0.0}, Layout(dp=4)),
+        ({"overlap_compute_slowdown": 2.0}, Layout(dp=4)),
+        ({"overlap_communication_slowdown": 2.0}, Layout(dp=4)),
+        ({"corrections": {"gemm": 1.1}}, Layout(dp=4)),
+        ({"corrections": {"optimizer": 1.1}}, Layout(dp=4)),
         ({"microbatch_overhead_seconds": 1.0}, Layout(pp=4)),
         ({"shard_overhead_seconds": 1.0}, Layout(tp=4)),
         ({"sequence_shard_overhead_seconds": 1.0}, Layout(tp=4, sequence_parallel=True)),

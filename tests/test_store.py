@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiles import cluster, model
-from profiles.cluster import ClusterSpec, LinkTier
+from profiles.cluster import ClusterSpec, LinkOperation, LinkTier
 from profiles.input_error import InputError
 from profiles.model import ACTIVATIONS, NORMS, POSITIONS, ModelSpec, RopeScaling
 from profiles.store import Reader, dump_yaml, load_document, load_json, parse_yaml, read_text, write_atomically
@@ -49,6 +49,8 @@ def reader(**mapping: Any) -> Reader:
         (lambda r: r.text("k", choices=["a", "b"]), "one of a, b", "zz"),
         (lambda r: r.text("k", choices=["a", "b"]), "one of a, b", ["a"]),
         (lambda r: r.child("k"), "a mapping of keys to values", [1]),
+        (lambda r: r.plain("k"), "a mapping of keys to values", [1]),
+        (lambda r: r.plain("k"), "a mapping of keys to values", "a: 1"),
         (lambda r: r.children("k"), "a list of mappings", {"a": 1}),
         (lambda r: r.integers("k", length=2), "a list of 2 whole numbers >= 0", [1]),
         (lambda r: r.integers("k", length=2), "a list of 2 whole numbers >= 0", [1, -1]),
@@ -85,6 +87,7 @@ def test_a_key_left_out_takes_its_default() -> None:
     defaults = (r.integer("i", default=7), r.number("n", default=0.5), r.boolean("b", default=True))
     assert defaults == (7, 0.5, True)
     assert (r.text("t", default="x"), r.anything("a", default=None), r.children("l", default=[])) == ("x", None, [])
+    assert r.plain("p") == {}
 
 
 def test_a_missing_key_names_what_is_there_and_the_near_match() -> None:
@@ -303,6 +306,19 @@ def model_specs(draw: st.DrawFn) -> ModelSpec:
 
 
 @st.composite
+def link_operations(draw: st.DrawFn) -> LinkOperation:
+    return LinkOperation(
+        operation=draw(st.sampled_from(cluster.COLLECTIVES)),
+        ranks=draw(st.integers(0, 99)),
+        bandwidth_bytes_per_second=draw(positives),
+        latency_seconds=draw(st.just(0.0) | positives),
+        fixed_latency_seconds=draw(st.just(0.0) | positives),
+        ramp_bytes=draw(st.just(0.0) | positives),
+        source=draw(texts),
+    )
+
+
+@st.composite
 def cluster_specs(draw: st.DrawFn) -> ClusterSpec:
     factors = draw(st.lists(st.integers(2, 8), min_size=1, max_size=3))
     # A node is whole tiers, or a part of the narrowest: the product of the first few factors or a divisor of one.
@@ -318,6 +334,8 @@ def cluster_specs(draw: st.DrawFn) -> ClusterSpec:
                 span=span,
                 bandwidth_bytes_per_second=draw(positives),
                 latency_seconds=draw(st.just(0.0) | positives),
+                fixed_latency_seconds=draw(st.just(0.0) | positives),
+                operations=tuple(draw(st.lists(link_operations(), max_size=2))),
                 source=draw(texts),
             )
         )

@@ -1,54 +1,104 @@
-"""Probes of communication: collectives and point-to-point by operation, group size and bytes."""
+"""Probes of communication: collectives and point-to-point by operation, group size, placement and bytes.
+
+[Note: Placement]
+A group is `size` ranks, `stride` apart: (size, 1) are neighbours as tp's are, (2, k) with k ranks a node are pairs
+across nodes as dp's or pp's are. All groups of one kind run at once, since that is how axes of a mesh use a link.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 
-from ..hardware import COLLECTIVES, CollectivePoint
-from .timing import Rank, median_seconds
+from ..points import CollectivePoint
+from .timing import Rank, time_alone, time_together
 
-CPU_BYTES = (1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
-CUDA_BYTES = (1 << 10, 1 << 16, 1 << 20, 1 << 24, 1 << 28)
+Placement = tuple[int, int]
 
-
-def group_sizes(world_size: int) -> list[int]:
-    """The powers of two up to the world, and the world itself."""
-    sizes = {2**i for i in range(1, 11) if 2**i <= world_size and world_size % 2**i == 0}
-    return sorted(sizes | {world_size}) if world_size > 1 else []
+_BETWEEN_SECONDS = 1e-3  # of compute before each collective on CPUs; a block's linears take about as long
 
 
-def make_groups(rank: Rank) -> dict[int, dist.ProcessGroup]:
-    """For each group size, the group of neighbours that this rank is in; every rank creates every group."""
-    mine = {}
-    for size in group_sizes(rank.world_size):
-        for start in range(0, rank.world_size, size):
-            members = list(range(start, start + size))
-            group = dist.new_group(members)
-            if rank.rank in members:
-                mine[size] = group
+@dataclass(frozen=True)
+class PlacedGroup:
+    """The group of one placement that this rank is in."""
+
+    group: dist.ProcessGroup
+    ranks: list[int]
+    stride: int
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+def placements(world_size: int) -> list[Placement]:
+    """(size, stride) of every mesh axis that divides the world evenly, the narrow ones first."""
+    divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+    found = [
+        (size, stride) for size in divisors for stride in divisors if size > 1 and world_size % (size * stride) == 0
+    ]
+    return sorted(found, key=lambda placement: (placement[0] * placement[1], placement[0]))
+
+
+def make_groups(rank: Rank) -> dict[Placement, PlacedGroup]:
+    """For each placement the group of this rank; every rank creates every group, in the same order."""
+    mine: dict[Placement, PlacedGroup] = {}
+    for size, stride in placements(rank.world_size):
+        for block in range(0, rank.world_size, size * stride):
+            for offset in range(stride):
+                ranks = [block + offset + stride * i for i in range(size)]
+                group: Any = dist.new_group(ranks)
+                if rank.rank in ranks:
+                    mine[size, stride] = PlacedGroup(group, ranks, stride)
     return mine
 
 
 def measure_collective(
-    rank: Rank, group: dist.ProcessGroup, ranks: int, operation: str, size_bytes: int
+    rank: Rank, placed: PlacedGroup, operation: str, size_bytes: int, uneven: bool = False
 ) -> CollectivePoint:
-    """Seconds of one collective while every group of this size runs the same one."""
-    elements = max(ranks, size_bytes // 4 // ranks * ranks)
+    """Seconds of one collective while every group of this placement runs the same one.
+
+    As DTensor issues them, through functional collectives; on gloo an all-to-all is one only there (a
+    redistribution from shard to shard is an all-gather).
+    """
+    n = placed.size
+    elements = max(2 * n, size_bytes // 4 // (2 * n) * (2 * n))
     whole = torch.zeros(elements, device=rank.device)
-    part = torch.zeros(elements // ranks, device=rank.device)
+    action = _action(rank, placed, operation, whole, uneven)
+    rank.barrier()  # every rank has its buffers before any of them communicates
+    timing = time_together(rank, action, _between(rank))
+    seconds = timing.seconds / 2 if operation == "send_recv" else timing.seconds
+    return CollectivePoint(
+        operation=operation,
+        ranks=n,
+        stride=placed.stride,
+        bytes=elements * 4,
+        uneven=uneven,
+        seconds=seconds,
+        spread=timing.spread,
+    )
+
+
+def _action(rank: Rank, placed: PlacedGroup, operation: str, whole: torch.Tensor, uneven: bool) -> Callable[[], object]:
+    group, n = placed.group, placed.size
+    part = whole[: len(whole) // n].clone()
     other = torch.zeros_like(whole)
-    first = dist.get_global_rank(group, 0)
-    # torch 2.13 renamed the two; the old names warn there.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    position = placed.ranks.index(rank.rank)
+    # Rank 0 of the group gets half of what each sends, the others share the rest; even otherwise.
+    half = len(whole) // 2
+    rest = [half // (n - 1) + (i < half % (n - 1)) for i in range(n - 1)]
+    splits = [half, *rest] if uneven else [len(whole) // n] * n
+    received = [splits[position]] * n
 
     def send_recv() -> None:
         """One way and back over each pair of neighbours; half of it is one way."""
-        position = dist.get_rank(group)
-        peer = dist.get_global_rank(group, position ^ 1)
+        peer = placed.ranks[position ^ 1]
         if position % 2 == 0:
             dist.send(whole, peer, group=group)
             dist.recv(other, peer, group=group)
@@ -56,27 +106,69 @@ def measure_collective(
             dist.recv(other, peer, group=group)
             dist.send(whole, peer, group=group)
 
-    actions: dict[str, Callable[[], object]] = {
-        "all_reduce": lambda: dist.all_reduce(whole, group=group),
-        "all_gather": lambda: gather(whole, part, group=group),
-        "reduce_scatter": lambda: scatter(part, whole, group=group),
-        "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
-        "broadcast": lambda: dist.broadcast(whole, first, group=group),
+    wait = functional.wait_tensor
+    return {
+        "all_reduce": lambda: wait(functional.all_reduce(whole, "sum", group)),
+        "all_gather": lambda: wait(functional.all_gather_tensor(part, 0, group)),
+        "reduce_scatter": lambda: wait(functional.reduce_scatter_tensor(whole, "sum", 0, group)),
+        "all_to_all": lambda: wait(functional.all_to_all_single(whole, received, splits, group)),
+        "broadcast": lambda: wait(functional.broadcast(whole, placed.ranks[0], group)),
         "send_recv": send_recv,
-    }
-    seconds = median_seconds(rank, actions[operation], warmups=3)  # the first ones open connections
-    if operation == "send_recv":
-        seconds /= 2
-    return CollectivePoint(operation=operation, ranks=ranks, bytes=elements * 4, seconds=seconds)
+    }[operation]
 
 
-def collective_cases(world_size: int, cuda: bool) -> list[tuple[int, str, int]]:
-    """(ranks, operation, bytes) of everything to measure, small messages first; point-to-point in pairs only."""
-    sizes = CUDA_BYTES if cuda else CPU_BYTES
-    return [
-        (ranks, operation, size)
-        for size in sizes
-        for ranks in group_sizes(world_size)
-        for operation in COLLECTIVES
-        if operation != "send_recv" or ranks == 2
-    ]
+def _between(rank: Rank) -> Callable[[], object] | None:
+    """Compute that comes before each collective on CPUs; a GPU's collectives are queued behind its kernels anyway."""
+    if rank.device.type == "cuda":
+        return None
+    a, b = torch.randn(128, 256), torch.randn(256, 256)
+    once = Rank(rank.rank, rank.world_size, rank.device, effort_seconds=0.002)
+    loops = max(1, round(_BETWEEN_SECONDS / time_alone(once, lambda: torch.mm(a, b)).seconds))
+
+    def compute() -> None:
+        for _ in range(loops):
+            torch.mm(a, b)
+
+    return compute
+
+
+def measure_bandwidths(rank: Rank, size_bytes: int) -> list[list[float]]:
+    """Bytes per second from each rank to each other, many pairs at once.
+
+    In two rounds for each distance all pairs of that distance meet, each rank in one pair at most.
+    """
+    n = rank.world_size
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    data = torch.zeros(size_bytes // 4, device=rank.device)
+    for shift in range(1, n):
+        for first in range(2):
+            # Blocks of `shift` ranks pair up with the block above, the even ones first, then the odd ones.
+            position = (rank.rank // shift) % 2
+            up = rank.rank + shift
+            down = rank.rank - shift
+            peer = up if position == first else down
+            valid = 0 <= peer < n and ((peer // shift) % 2) != position
+            rank.barrier()
+            if not valid:
+                continue
+            seconds = _ping(rank, data, peer, leads=rank.rank < peer)
+            matrix[rank.rank, peer] = data.nbytes / seconds
+    if rank.control is not None:
+        dist.all_reduce(matrix, op=dist.ReduceOp.MAX, group=rank.control)
+    return matrix.tolist()
+
+
+def _ping(rank: Rank, data: torch.Tensor, peer: int, *, leads: bool, repeats: int = 4) -> float:
+    """Seconds of one message between this rank and `peer`: half of there and back, the best of some."""
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        if leads:
+            dist.send(data, peer)
+            dist.recv(data, peer)
+        else:
+            dist.recv(data, peer)
+            dist.send(data, peer)
+        rank.synchronize()
+        best = min(best, (time.perf_counter() - started) / 2)
+    return best

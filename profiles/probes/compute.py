@@ -3,78 +3,151 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import cycle
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..hardware import AttentionPoint, GemmPoint, MemoryPoint
-from .timing import Rank, median_seconds
+from ..points import AttentionPoint, GemmPoint, ManyGemmPoint, MemoryPoint
+from .timing import Rank, Timing, time_alone
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# A ladder of sizes: outputs and inputs of linears down to what tp leaves of them, and tokens of a microbatch.
-CPU_TOKENS = (128, 512, 2048, 8192)
-CPU_WIDTHS = (64, 256, 1024)
-CUDA_TOKENS = (512, 2048, 8192, 32768)
-CUDA_WIDTHS = (256, 1024, 4096, 16384)
-GEMM_REPEATS = 3
-
-
-def gemm_shapes(cuda: bool) -> Iterator[tuple[str, int, int, int]]:
-    """(operation, m, n, k) of the products that a linear of `tokens × in -> out` issues, small ones first."""
-    tokens_ladder, widths = (CUDA_TOKENS, CUDA_WIDTHS) if cuda else (CPU_TOKENS, CPU_WIDTHS)
-    linears = [(t, o, i) for t in tokens_ladder for o in widths for i in widths]
-    for tokens, outputs, inputs in sorted(linears, key=lambda shape: shape[0] * shape[1] * shape[2]):
-        yield "forward", tokens, outputs, inputs
-        yield "input_grad", tokens, inputs, outputs
-        yield "weight_grad", outputs, inputs, tokens
+TORCH_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_COLD_BYTES = 32e6  # operands change from call to call until so much has gone by: training finds them cold too
+_MOST_COPIES = 16
 
 
 def measure_gemm(rank: Rank, dtype: str, operation: str, m: int, n: int, k: int) -> GemmPoint:
     """Time one product with its operands laid out as autograd lays them out for a linear."""
-    kind = TORCH_DTYPES[dtype]
-    left = torch.randn((k, m) if operation == "weight_grad" else (m, k), device=rank.device).to(kind)
-    right = torch.randn((n, k) if operation == "forward" else (k, n), device=rank.device).to(kind)
-    if operation == "forward":
-        left = left.view(1, m, k)
+    if dtype == "fp8":
+        timing = time_alone(rank, _fp8_product(rank, m, n, k))
+    else:
+        kind = TORCH_DTYPES[dtype]
+        copies = _copies(kind.itemsize * (m * k + n * k))
+        left = [_random(rank, kind, (k, m) if operation == "weight_grad" else (m, k)) for _ in range(copies)]
+        right = [_random(rank, kind, (n, k) if operation == "forward" else (k, n)) for _ in range(copies)]
+        pairs = cycle(zip(left, right, strict=True))
 
-    def action() -> torch.Tensor:
-        if operation == "forward":
-            return F.linear(left, right)
-        return torch.mm(left.t() if operation == "weight_grad" else left, right)
+        def action() -> torch.Tensor:
+            a, b = next(pairs)
+            if operation == "forward":
+                return F.linear(a.view(1, m, k), b)
+            return torch.mm(a.t() if operation == "weight_grad" else a, b)
 
-    seconds = median_seconds(rank, action, repeats=GEMM_REPEATS)
-    return GemmPoint(dtype=dtype, operation=operation, m=m, n=n, k=k, seconds=seconds)
+        with _tf32(dtype == "tf32"):
+            timing = time_alone(rank, action)
+    return GemmPoint(dtype=dtype, operation=operation, m=m, n=n, k=k, seconds=timing.seconds, spread=timing.spread)
 
 
-def attention_shapes(cuda: bool) -> Iterator[tuple[int, int, int, int]]:
-    """(batch, heads, sequence, head_dim)."""
-    dims = (64, 128) if cuda else (32, 64)
-    sequences = (512, 2048, 8192) if cuda else (64, 128, 256, 512, 1024)
-    for head_dim in dims:
-        for sequence in sequences:
-            yield max(1, (16384 if cuda else 2048) // sequence), 8, sequence, head_dim
+def _copies(operand_bytes: int) -> int:
+    return max(1, min(_MOST_COPIES, int(_COLD_BYTES // max(operand_bytes, 1))))
+
+
+def _random(rank: Rank, kind: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randn(shape, device=rank.device).to(kind)
+
+
+def _fp8_product(rank: Rank, m: int, n: int, k: int) -> Callable[[], object]:
+    """torch's scaled product of two float8 matrices (the right one column-major), result in bf16."""
+    left = _random(rank, torch.bfloat16, (m, k)).to(torch.float8_e4m3fn)
+    right = _random(rank, torch.bfloat16, (n, k)).to(torch.float8_e4m3fn).t()
+    one = torch.ones((), device=rank.device)
+    return lambda: torch.ops.aten._scaled_mm(left, right, one, one, out_dtype=torch.bfloat16)
+
+
+class _tf32:
+    """Products of fp32 matrices in TF32 inside."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted = wanted
+
+    def __enter__(self) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        if self.wanted:
+            torch.set_float32_matmul_precision("high")
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_float32_matmul_precision(self.before)
+
+
+def measure_many_gemm(rank: Rank, kind: str, dtype: str, count: int, m: int, n: int, k: int) -> ManyGemmPoint:
+    """Time `count` products of m rows each: one batched call, or grouped as the tokens of experts are.
+
+    Grouped is torch's grouped kernel where the device has it, else a loop over the experts.
+    """
+    torch_dtype = TORCH_DTYPES[dtype]
+    right = _random(rank, torch_dtype, (count, k, n))
+    if kind == "batched":
+        left = _random(rank, torch_dtype, (count, m, k))
+        timing = time_alone(rank, lambda: torch.bmm(left, right))
+    else:
+        tokens = _random(rank, torch_dtype, (count * m, k))
+        if rank.device.type == "cuda" and dtype == "bf16":
+            ends = torch.arange(m, count * m + 1, m, device=rank.device, dtype=torch.int32)
+            timing = time_alone(rank, lambda: torch.ops.aten._grouped_mm(tokens, right, offs=ends))
+        else:
+            parts = tokens.split(m)
+            timing = time_alone(rank, lambda: torch.cat([torch.mm(a, b) for a, b in zip(parts, right, strict=True)]))
+    return ManyGemmPoint(
+        kind=kind, dtype=dtype, count=count, m=m, n=n, k=k, seconds=timing.seconds, spread=timing.spread
+    )
 
 
 def measure_attention(
-    rank: Rank, dtype: str, batch: int, heads: int, sequence: int, head_dim: int
+    rank: Rank,
+    dtype: str,
+    batch: int,
+    heads: int,
+    sequence: int,
+    head_dim: int,
+    kv_heads: int = 0,
+    causal: bool = True,
+    backend: str = "default",
 ) -> list[AttentionPoint]:
-    """Time causal scaled-dot-product attention forward, and its backward."""
-    shape = (batch, sequence, heads, head_dim)
-    q, k, v = (
-        torch.randn(shape, device=rank.device).to(TORCH_DTYPES[dtype]).transpose(1, 2).requires_grad_()
-        for _ in range(3)
-    )
-    forward, backward = _forward_backward(
-        rank, lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v)
-    )
-    common = {"dtype": dtype, "batch": batch, "heads": heads, "sequence": sequence, "head_dim": head_dim}
+    """Time scaled-dot-product attention forward, and its backward; `kv_heads` 0 is as many as heads."""
+
+    def tensor(number: int) -> torch.Tensor:
+        shape = (batch, sequence, number, head_dim)
+        return _random(rank, TORCH_DTYPES[dtype], shape).transpose(1, 2).requires_grad_()
+
+    q, k, v = tensor(heads), tensor(kv_heads or heads), tensor(kv_heads or heads)
+    with _backend(backend):
+        forward, backward = _forward_backward(
+            rank,
+            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=bool(kv_heads)),
+            (q, k, v),
+        )
+    shape: dict[str, Any] = {"batch": batch, "heads": heads, "sequence": sequence, "head_dim": head_dim}
+    kind: dict[str, Any] = {"dtype": dtype, "kv_heads": kv_heads, "causal": causal, "backend": backend}
     return [
-        AttentionPoint(direction="forward", seconds=forward, **common),
-        AttentionPoint(direction="backward", seconds=backward, **common),
+        AttentionPoint(direction=direction, seconds=timing.seconds, spread=timing.spread, **shape, **kind)
+        for direction, timing in (("forward", forward), ("backward", backward))
     ]
 
 
+def _backend(name: str) -> Any:
+    """SDPA told to use one backend; torch raises where it cannot."""
+    if name == "default":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(
+        {
+            "flash": SDPBackend.FLASH_ATTENTION,
+            "efficient": SDPBackend.EFFICIENT_ATTENTION,
+            "cudnn": SDPBackend.CUDNN_ATTENTION,
+            "math": SDPBackend.MATH,
+        }[name]
+    )
+
+
+STATE_OPERATIONS = ("accumulate", "gradient_norm", "adamw")
 MEMORY_OPERATIONS = (
     "rmsnorm",
     "layernorm",
@@ -84,50 +157,54 @@ MEMORY_OPERATIONS = (
     "gelu_tanh",
     "residual",
     "copy",
+    "cast",
     "embedding",
     "cross_entropy",
-    "accumulate",
-    "gradient_norm",
-    "adamw",
+    *STATE_OPERATIONS,
 )
-CPU_ELEMENTS = (1 << 14, 1 << 18, 1 << 20, 1 << 22)
-CUDA_ELEMENTS = (1 << 16, 1 << 20, 1 << 24, 1 << 27)
 _WIDTH = 256
 
 
 def measure_memory(rank: Rank, dtype: str, operation: str, elements: int) -> list[MemoryPoint]:
     """Time a memory-bound operation on `elements` elements, forward and, where there is one, backward."""
-    if operation in ("accumulate", "gradient_norm", "adamw"):
-        directions = {"forward": _measure_update(rank, operation, elements)}
+    if operation in STATE_OPERATIONS:
+        timings = {"forward": _time_update(rank, operation, elements)}
     else:
-        forward, backward = _measure_differentiable(rank, dtype, operation, elements)
-        directions = {"forward": forward, "backward": backward}
+        forward, backward = _time_differentiable(rank, dtype, operation, elements)
+        timings = {"forward": forward, "backward": backward}
     return [
-        MemoryPoint(dtype=dtype, operation=operation, direction=direction, elements=elements, seconds=seconds)
-        for direction, seconds in directions.items()
+        MemoryPoint(
+            dtype=dtype,
+            operation=operation,
+            direction=direction,
+            elements=elements,
+            seconds=timing.seconds,
+            spread=timing.spread,
+        )
+        for direction, timing in timings.items()
     ]
 
 
-def _measure_update(rank: Rank, operation: str, elements: int) -> float:
+def _time_update(rank: Rank, operation: str, elements: int) -> Timing:
     """Updates of state run in fp32 whatever the precision of the compute."""
     weight = torch.nn.Parameter(torch.randn(elements, device=rank.device))
     weight.grad = torch.randn_like(weight)
     if operation == "adamw":
         optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)
-        return median_seconds(rank, optimizer.step)
+        return time_alone(rank, optimizer.step)
     fresh = torch.randn_like(weight)
     gradient = weight.grad
     if operation == "accumulate":
-        return median_seconds(rank, lambda: gradient.add_(fresh))
-    return median_seconds(rank, lambda: (torch.linalg.vector_norm(gradient), gradient.mul_(1.0)))
+        return time_alone(rank, lambda: gradient.add_(fresh))
+    return time_alone(rank, lambda: (torch.linalg.vector_norm(gradient), gradient.mul_(1.0)))
 
 
-def _measure_differentiable(rank: Rank, dtype: str, operation: str, elements: int) -> tuple[float, float]:
+def _time_differentiable(rank: Rank, dtype: str, operation: str, elements: int) -> tuple[Timing, Timing]:
     kind = TORCH_DTYPES[dtype]
     rows = max(1, elements // _WIDTH)
 
     def tensor(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=rank.device).to(kind).requires_grad_()
+        return _random(rank, kind, shape).requires_grad_()
 
     x = tensor(rows, _WIDTH)
     weight, bias = tensor(_WIDTH), tensor(_WIDTH)
@@ -136,6 +213,7 @@ def _measure_differentiable(rank: Rank, dtype: str, operation: str, elements: in
     heads = tensor(1, 4, rows, _WIDTH // 4)
     cosine = torch.randn(rows, _WIDTH // 4, device=rank.device).to(kind)
     table = tensor(_WIDTH, _WIDTH)
+    wider = torch.bfloat16 if kind == torch.float32 else torch.float32
 
     def rope() -> torch.Tensor:
         low, high = heads.chunk(2, dim=-1)
@@ -150,6 +228,7 @@ def _measure_differentiable(rank: Rank, dtype: str, operation: str, elements: in
         "gelu_tanh": (lambda: F.gelu(x, approximate="tanh"), (x,)),
         "residual": (lambda: x + other, (x, other)),
         "copy": (lambda: heads.transpose(1, 2).reshape(1, rows, _WIDTH), (heads,)),
+        "cast": (lambda: x.to(wider), (x,)),
         "embedding": (lambda: F.embedding(tokens, table), (table,)),
         "cross_entropy": (lambda: F.cross_entropy(x.float(), tokens, reduction="sum"), (x,)),
     }
@@ -159,10 +238,55 @@ def _measure_differentiable(rank: Rank, dtype: str, operation: str, elements: in
 
 def _forward_backward(
     rank: Rank, action: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]
-) -> tuple[float, float]:
-    """Median seconds of `action` and of its backward."""
-    forward = median_seconds(rank, action)
+) -> tuple[Timing, Timing]:
+    """Timings of `action` and of its backward."""
+    forward = time_alone(rank, action)
     output = action()
     gradient = torch.randn_like(output)
-    backward = median_seconds(rank, lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True))
+    backward = time_alone(rank, lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True))
     return forward, backward
+
+
+def memory_sizes(cuda: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Elements of memory-bound operations: (at least, besides when there is time)."""
+    if cuda:
+        return (1 << 16, 1 << 22, 1 << 26), (1 << 19, 1 << 24, 1 << 28)
+    return (1 << 14, 1 << 18, 1 << 21), (1 << 16, 1 << 20, 1 << 23)
+
+
+def linear_shapes(tokens: tuple[int, ...], widths: tuple[int, ...]) -> Iterator[tuple[str, int, int, int]]:
+    """(operation, m, n, k) of the products of every linear of the ladders, small ones first."""
+    linears = [(t, o, i) for t in tokens for o in widths for i in widths]
+    for linear in sorted(linears, key=lambda shape: shape[0] * shape[1] * shape[2]):
+        yield from linear_products(*linear)
+
+
+def linear_products(tokens: int, outputs: int, inputs: int) -> Iterator[tuple[str, int, int, int]]:
+    """(operation, m, n, k) of the three products that a linear of `tokens × inputs -> outputs` issues."""
+    yield "forward", tokens, outputs, inputs
+    yield "input_grad", tokens, inputs, outputs
+    yield "weight_grad", outputs, inputs, tokens
+
+
+def measure_launch(rank: Rank) -> dict[str, float]:
+    """Seconds of a kernel that does nothing worth its launch."""
+    x = torch.zeros(8, device=rank.device)
+    loops = 100
+
+    def many() -> None:
+        for _ in range(loops):
+            x.add_(1.0)
+
+    return {"launch_seconds": time_alone(rank, many).seconds / loops}
+
+
+def measure_host_link(rank: Rank) -> dict[str, float]:
+    """Bytes per second between pinned host memory and the device, all ranks at once."""
+    host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device=rank.device)
+    there = time_alone(rank, lambda: device.copy_(host, non_blocking=True)).seconds
+    back = time_alone(rank, lambda: host.copy_(device, non_blocking=True)).seconds
+    return {
+        "host_to_device_bytes_per_second": host.nbytes / there,
+        "device_to_host_bytes_per_second": host.nbytes / back,
+    }

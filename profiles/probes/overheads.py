@@ -1,11 +1,15 @@
-"""Probes of what a step costs besides kernels: starting a microbatch, modules sharded over tp, a rank's memory."""
+"""Probes of what a step costs besides kernels and collectives: autograd, DTensor, FSDP2 and the optimizer's Python."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
-import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -15,11 +19,45 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from .collectives import measure_collective
-from .timing import Rank, median_seconds
+from ..points import CollectivePoint
+from .collectives import PlacedGroup, measure_collective
+from .timing import Rank, time_alone, trimmed_mean
 
 _WIDTH, _TOKENS = 16, 16
-_REPEATS = 9
+_LINEARS = 7  # of a block: wq, wk, wv, wo, w1, w3, w2
+_UNITS = 4  # modules that FSDP2 handles one by one in a measured pass
+
+
+def measure_microbatch(rank: Rank) -> dict[str, float]:
+    """Seconds of starting and ending one backward over next to nothing."""
+    x = torch.ones((), device=rank.device, requires_grad=True)
+    return {"microbatch_overhead_seconds": time_alone(rank, lambda: (x * 1.0).backward()).seconds}
+
+
+def measure_parameter(rank: Rank) -> dict[str, float]:
+    """Seconds that each parameter tensor costs a step besides its bytes: norm, clipping, update, new gradient."""
+    few, many = (_update_seconds(rank, count) for count in (8, 64))
+    return {"parameter_overhead_seconds": max(0.0, many - few) / 56}
+
+
+def _update_seconds(rank: Rank, count: int) -> float:
+    weights = [nn.Parameter(torch.randn(_WIDTH, device=rank.device)) for _ in range(count)]
+    gradients = [torch.randn_like(weight) for weight in weights]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=True)
+
+    def update() -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).square().sum()
+        for gradient in gradients:
+            gradient.mul_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return time_alone(rank, update).seconds
+
+
+# ---- DTensor -----------------------------------------------------------------------------------------------
 
 
 class _Pair(nn.Module):
@@ -39,35 +77,32 @@ def _block(rank: Rank) -> nn.Sequential:
     return nn.Sequential(_Pair(3), _Pair(2)).to(rank.device)
 
 
-def measure_overheads(rank: Rank, groups: dict[int, dist.ProcessGroup]) -> dict[str, float]:
-    """Seconds that no kernel and no collective explains.
+def measure_sharded_block(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
+    """What DTensor adds to one forward or backward of a block cut over tp, without and with sequence parallelism.
 
-    `shard_overhead_seconds` is what DTensor adds to one forward or backward of a block whose linears are cut
-    over tp, `sequence_shard_overhead_seconds` the same under sequence parallelism.
+    Passes with and without it take turns, so that a change of the machine's pace meets both; the collectives
+    inside, measured the same way, are taken out.
     """
-    found = {
-        "microbatch_overhead_seconds": _autograd_seconds(rank),
-        "shard_overhead_seconds": 0.0,
-        "sequence_shard_overhead_seconds": 0.0,
-    }
-    if not groups:
-        return found
-    ranks = min(groups)
-    mesh = DeviceMesh.from_group(groups[ranks], rank.device.type, mesh_dim_names=("tp",))
-    x = torch.randn(1, _TOKENS, _WIDTH, device=rank.device, requires_grad=True)
-    shard = torch.randn(1, _TOKENS // ranks, _WIDTH, device=rank.device, requires_grad=True)
-    plain = _passes_seconds(rank, _block(rank), x)
+    mesh = DeviceMesh.from_group(placed.group, rank.device.type, mesh_dim_names=("tp",))
+    n = placed.size
+    tokens = _TOKENS * n
+    x = torch.randn(1, tokens, _WIDTH, device=rank.device, requires_grad=True)
+    shard = torch.randn(1, _TOKENS, _WIDTH, device=rank.device, requires_grad=True)
+    plain, whole, cut = _block(rank), _sharded(_block(rank), mesh, Replicate()), _sharded(_block(rank), mesh, Shard(1))
+    passes = _seconds_in_turn(
+        rank, [_pass_of(plain, x), _pass_of(whole, x), _pass_of(cut, shard)], max(8, round(rank.effort_seconds / 4e-3))
+    )
 
     def small(operation: str) -> float:
-        return measure_collective(rank, groups[ranks], ranks, operation, 4 * _TOKENS * _WIDTH).seconds
+        return rank.mean(measure_collective(rank, placed, operation, 4 * tokens * _WIDTH).seconds)
 
     # Two pairs, each with one collective (or one of two kinds) forward and one backward.
-    whole = _passes_seconds(rank, _sharded(_block(rank), mesh, Replicate()), x) - 4 * small("all_reduce")
-    cut = _passes_seconds(rank, _sharded(_block(rank), mesh, Shard(1)), shard)
-    cut -= 4 * (small("all_gather") + small("reduce_scatter"))
-    found["shard_overhead_seconds"] = max(0.0, whole - plain) / 2
-    found["sequence_shard_overhead_seconds"] = max(0.0, cut - plain) / 2
-    return found
+    summed = passes[1] - passes[0] - 4 * small("all_reduce")
+    scattered = passes[2] - passes[0] - 4 * (small("all_gather") + small("reduce_scatter"))
+    return {
+        "shard_overhead_seconds": max(0.0, summed) / 2,
+        "sequence_shard_overhead_seconds": max(0.0, scattered) / 2,
+    }
 
 
 def _sharded(block: nn.Sequential, mesh: DeviceMesh, stream: Placement) -> nn.Sequential:
@@ -82,12 +117,106 @@ def _sharded(block: nn.Sequential, mesh: DeviceMesh, stream: Placement) -> nn.Se
     return block
 
 
-def _passes_seconds(rank: Rank, module: nn.Module, x: torch.Tensor) -> float:
-    """Median seconds of a forward and a backward."""
-    return median_seconds(rank, lambda: module(x).sum().backward(), repeats=_REPEATS)
+def _pass_of(module: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+    return lambda: module(x).sum().backward()
 
 
-def _autograd_seconds(rank: Rank) -> float:
-    """Seconds of starting and ending one backward over next to nothing."""
-    x = torch.ones((), device=rank.device, requires_grad=True)
-    return median_seconds(rank, lambda: (x * 1.0).backward(), repeats=_REPEATS)
+# ---- FSDP2 -------------------------------------------------------------------------------------------------
+
+
+def measure_data_parallel(rank: Rank, placed: PlacedGroup, size_bytes: int) -> list[CollectivePoint]:
+    """What FSDP2 takes to gather one module's parameters, to reduce its gradients, and to sum them where all is
+    replicated, from a forward and a backward with it less the same without; packing, waiting and Python included.
+    """
+    mesh = DeviceMesh.from_group(placed.group, rank.device.type)
+    width = max(1, size_bytes // 4 // _LINEARS // _WIDTH)
+
+    def stack() -> nn.Sequential:
+        units = (nn.Sequential(*(_Tiny(width) for _ in range(_LINEARS))) for _ in range(_UNITS))
+        return nn.Sequential(*units).to(rank.device)
+
+    plain, sharded, replicated = stack(), stack(), stack()
+    for unit in sharded:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=False)
+    for unit in replicated:
+        replicate(unit, mesh=mesh)
+    x = torch.ones(1, device=rank.device, requires_grad=True)
+    spans = _passes_in_turn(rank, (plain, sharded, replicated), x)
+    forward, backward = zip(*spans, strict=True)
+    seconds = {
+        "fsdp_all_gather": forward[1] - forward[0],
+        "fsdp_reduce_scatter": backward[1] - backward[0],
+        "replicate_all_reduce": backward[2] - backward[0] + max(0.0, forward[2] - forward[0]),
+    }
+    size = 4 * _LINEARS * _WIDTH * width
+    return [
+        CollectivePoint(
+            operation=operation, ranks=placed.size, stride=placed.stride, bytes=size, seconds=max(1e-7, total / _UNITS)
+        )
+        for operation, total in seconds.items()
+    ]
+
+
+class _Tiny(nn.Module):
+    """A parameter of `width` × _WIDTH that costs next to nothing to use, whatever its size."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, _WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Touch.apply(x, self.weight)
+
+
+class _Touch(torch.autograd.Function):
+    """x, with a ready-made gradient for the weight, as a backward pass would leave one."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.shape = weight.shape  # type: ignore[attr-defined]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (gradient,) = gradients
+        return gradient, torch.ones(ctx.shape, device=gradient.device)  # type: ignore[attr-defined]
+
+
+def _passes_in_turn(rank: Rank, modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[tuple[float, float]]:
+    """(forward, backward) seconds of each module, means over ranks and turns, gradients dropped in between."""
+    repeats = max(4, min(40, round(rank.effort_seconds / 1e-2)))
+    spans: list[list[tuple[float, float]]] = [[] for _ in modules]
+    for turn in range(repeats + 1):
+        for module, found in zip(modules, spans, strict=True):
+            rank.barrier()
+            start = time.perf_counter()
+            output = module(x)
+            rank.synchronize()
+            middle = time.perf_counter()
+            output.sum().backward()
+            rank.synchronize()
+            end = time.perf_counter()
+            if turn:
+                found.append((middle - start, end - middle))
+            module.zero_grad()
+            for unit in module.children():
+                if isinstance(unit, FSDPModule):
+                    unit.reshard()  # so that the next pass gathers again
+    return [
+        (rank.mean(trimmed_mean([f for f, _ in found])), rank.mean(trimmed_mean([b for _, b in found])))
+        for found in spans
+    ]
+
+
+def _seconds_in_turn(rank: Rank, actions: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Mean seconds of each action over ranks and turns; all are run once before."""
+    samples: list[list[float]] = [[] for _ in actions]
+    for turn in range(repeats + 1):
+        for action, found in zip(actions, samples, strict=True):
+            rank.synchronize()
+            start = time.perf_counter()
+            action()
+            rank.synchronize()
+            if turn:
+                found.append(time.perf_counter() - start)
+    return [rank.mean(trimmed_mean(found)) for found in samples]

@@ -1,59 +1,149 @@
-"""Timing on one rank while all ranks work: barrier, warm-up, repeat, median."""
+"""Timing on one rank while all ranks work: warm-up, repeated samples, a robust mean, spread and outliers."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+_LEAST_SAMPLE_SECONDS = 1e-4  # actions shorter than this are looped: the clock and its reading cost about 1e-7
+_TRIMMED = 0.1  # share of the samples left out at either end of the mean
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Mean seconds of an action, interquartile range over median, and the share of samples far outside of it."""
+
+    seconds: float
+    spread: float
+    outliers: float
+
+
+class CaseFailed(Exception):
+    """A measurement that some rank could not make, so that no rank goes on with it."""
+
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among the ranks that are measured together."""
+    """This process among the ranks that are measured together.
+
+    `control` is a gloo group of all ranks for what the profiler itself has to agree on. `effort_seconds` is how
+    long one measurement may take. `shares_cores` says that the ranks of a machine are more than its cores.
+
+    Every agreement carries a flag: a rank that failed says so in its next one (`give_up`), and the others, whichever
+    agreement they are in, raise CaseFailed there. So none waits for a rank that has run out of memory.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    effort_seconds: float = 0.05
+    shares_cores: bool = False
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        self._agree(0.0, dist.ReduceOp.MAX)
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def most(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        return self._agree(value, dist.ReduceOp.MAX)
 
-def median_seconds(
-    rank: Rank, action: Callable[[], object], *, repeats: int = 5, warmups: int = 1, least_seconds: float = 2e-4
-) -> float:
-    """Median seconds of `action`, all ranks starting each measurement together.
+    def mean(self, value: float) -> float:
+        """The mean of all ranks' values."""
+        return self._agree(value, dist.ReduceOp.SUM) / self.world_size
 
-    Actions much shorter than the clock and the interpreter's noise are looped until `least_seconds` pass.
-    The loop count is agreed over the ranks, since `action` may be a collective.
+    def give_up(self) -> None:
+        """Tell the others that this rank does not go on with the case."""
+        if self.control is not None:
+            dist.all_reduce(torch.ones(2, dtype=torch.float64), op=dist.ReduceOp.MAX, group=self.control)
+
+    def _agree(self, value: float, operation: dist.ReduceOp.RedOpType) -> float:
+        if self.control is None:
+            return value
+        agreed = torch.tensor([value, 0.0], dtype=torch.float64)
+        dist.all_reduce(agreed, op=operation, group=self.control)
+        if agreed[1] > 0:
+            raise CaseFailed("another rank gave up")
+        return float(agreed[0].item())
+
+
+def time_alone(rank: Rank, action: Callable[[], object]) -> Timing:
+    """Time an action without communication, all ranks running it at the same time.
+
+    Each rank repeats it until the effort is used up, so that none is timed while others have stopped: with more
+    ranks than cores a rank then waits for its share of a core as it does in training, and the plain mean counts.
     """
-    rank.barrier()
-    for _ in range(warmups):
-        action()
-    rank.synchronize()
+    action()
     started = time.perf_counter()
     action()
     rank.synchronize()
-    loops = max(1, min(200, round(least_seconds / max(time.perf_counter() - started, 1e-7))))
-    if rank.world_size > 1:
-        agreed = torch.tensor([loops], device=rank.device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        loops = int(agreed.item())
+    loops = max(1, round(_LEAST_SAMPLE_SECONDS / max(time.perf_counter() - started, 1e-7)))
+    rank.barrier()
+    samples = []
+    begun = time.perf_counter()
+    end = begun + rank.effort_seconds
+    while len(samples) < 3 or time.perf_counter() < end:
+        samples.append(_sample(rank, action, loops))
+    if rank.shares_cores:
+        return Timing(statistics.fmean(samples), *_scatter(samples))
+    return Timing(trimmed_mean(samples), *_scatter(samples))
+
+
+def time_together(rank: Rank, action: Callable[[], object], between: Callable[[], object] | None = None) -> Timing:
+    """Time an action that communicates: every rank runs it equally often.
+
+    `between` runs before each, untimed: in training a collective comes after compute, when the threads that serve
+    it have gone to sleep. A step adds up many collectives, so it is their mean that counts; only the few samples
+    that a stray process has spoilt are left out.
+    """
+    for _ in range(2):  # the first ones open connections
+        action()
+    rank.synchronize()
+    rank.barrier()
+    started = time.perf_counter()
+    for _ in range(3):
+        if between is not None:
+            between()
+        action()
+    rank.synchronize()
+    took = rank.most((time.perf_counter() - started) / 3)
+    loops = max(1, round(_LEAST_SAMPLE_SECONDS / took)) if rank.device.type == "cuda" else 1
+    repeats = int(min(200, max(8, rank.effort_seconds / took / loops)))
+    rank.barrier()
     samples = []
     for _ in range(repeats):
-        rank.barrier()
-        started = time.perf_counter()
-        for _ in range(loops):
-            action()
-        rank.synchronize()
-        samples.append((time.perf_counter() - started) / loops)
-    return statistics.median(samples)
+        if between is not None:
+            between()
+        samples.append(_sample(rank, action, loops))
+    return Timing(trimmed_mean(samples, 0.05), *_scatter(samples))
+
+
+def trimmed_mean(samples: Sequence[float], share: float = _TRIMMED) -> float:
+    """The mean without the `share` smallest and largest samples."""
+    cut = int(len(samples) * share)
+    return statistics.fmean(sorted(samples)[cut : len(samples) - cut])
+
+
+def _sample(rank: Rank, action: Callable[[], object], loops: int) -> float:
+    started = time.perf_counter()
+    for _ in range(loops):
+        action()
+    rank.synchronize()
+    return (time.perf_counter() - started) / loops
+
+
+def _scatter(samples: Sequence[float]) -> tuple[float, float]:
+    """(interquartile range over median, share of samples more than three of those ranges from the median)."""
+    if len(samples) < 4:
+        return (max(samples) - min(samples)) / statistics.median(samples), 0.0
+    low, middle, high = statistics.quantiles(samples, n=4)
+    far = sum(abs(sample - middle) > 3 * max(high - low, 1e-9) for sample in samples)
+    return (high - low) / middle, far / len(samples)

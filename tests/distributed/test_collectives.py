@@ -13,7 +13,7 @@ from planner.plan import Plan
 from profiles.model import ModelSpec
 from runtime.clock import Clock
 from runtime.gradients import complete_gradients
-from runtime.measure import CommunicationTimer
+from runtime.measure import OperationTimer
 from runtime.mesh import build_mesh
 from runtime.parallelize import build_stage
 from runtime.pipeline import build_runner
@@ -38,9 +38,9 @@ def block_counts(plan: Plan) -> tuple[Counts, Counts]:
     layout = plan.layout
     sequence = JOB.sequence // layout.tp if layout.sequence_parallel else JOB.sequence
     x = torch.randn(layout.micro_batch, sequence, plan.model.hidden_size, requires_grad=True)
-    with CommunicationTimer(mesh, Clock(device)) as forward:
+    with OperationTimer(mesh, Clock(device)) as forward:
         y = chunk.blocks["1"](x)
-    with CommunicationTimer(mesh, Clock(device)) as backward:
+    with OperationTimer(mesh, Clock(device)) as backward:
         y.sum().backward()
     return forward.counts, backward.counts
 
@@ -77,7 +77,7 @@ def step_counts(plan: Plan) -> tuple[Counts, dict[str, float]]:
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     runner.step(inputs, targets)
     runner.clock.read()
-    with CommunicationTimer(mesh, runner.clock) as timer:
+    with OperationTimer(mesh, runner.clock) as timer:
         runner.step(inputs, targets)
         complete_gradients(chunk, mesh)
     return timer.counts, runner.clock.read()

@@ -7,8 +7,9 @@ from typing import Any
 from planner.job import TrainingJob
 from planner.search import Question
 from profiles.cluster import ClusterSpec, LinkTier
-from profiles.hardware import AttentionModel, GemmModel, HardwareProfile
+from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
+from profiles.points import AttentionModel, GemmModel
 from tests.plans import tiny_llama
 
 
@@ -25,7 +26,8 @@ def small_hardware(*, flops: float = 1e11, units: int = 4, **changes: Any) -> Ha
         "allocator_slack": 0.05,
         "memory_bandwidth_bytes_per_second": 1e10,
         "launch_seconds": 1e-6,
-        "hidden_communication": 0.5,
+        "overlap_compute_slowdown": 1.25,
+        "overlap_communication_slowdown": 1.5,
         "microbatch_overhead_seconds": 1e-5,
         "shard_overhead_seconds": 1e-6,
         "sequence_shard_overhead_seconds": 2e-6,

@@ -12,8 +12,9 @@ from planner.memory_cost import MemoryBytes, PartMemory
 from planner.schedule import in_flight
 from planner.search import Question
 from planner.step_cost import LayoutCosts, PartSeconds, Seconds
-from profiles.hardware import CollectivePoint, HardwareProfile
+from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
+from profiles.points import DATA_PARALLEL, CollectivePoint, ContentionPoint
 from tests.oracles.brute_force import all_layouts, assignments
 from tests.oracles.small_world import small_cluster, small_hardware, small_question
 
@@ -57,14 +58,23 @@ def models(draw: st.DrawFn) -> ModelSpec:
 
 
 @st.composite
+def measured_sizes(draw: st.DrawFn, operation: str, sizes: tuple[int, ...]) -> list[CollectivePoint]:
+    """A collective at two sizes over one kind of group."""
+    ranks, stride, small = draw(st.sampled_from(sizes)), draw(st.sampled_from((1, 2))), draw(powers(-6, -3))
+    points = ((1024, small), (1 << 20, small * draw(st.floats(1, 100))))
+    return [CollectivePoint(operation=operation, ranks=ranks, stride=stride, bytes=b, seconds=s) for b, s in points]
+
+
+@st.composite
 def machines(draw: st.DrawFn) -> HardwareProfile:
     collectives = []
     if draw(st.integers(0, 3)) == 0:
         for operation in draw(st.sets(st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "send_recv")))):
-            ranks = 2 if operation == "send_recv" else draw(st.sampled_from((2, 4)))
-            small = draw(powers(-6, -3))
-            points = ((1024, small), (1 << 20, small * draw(st.floats(1, 100))))
-            collectives += [CollectivePoint(operation=operation, ranks=ranks, bytes=b, seconds=s) for b, s in points]
+            collectives += draw(measured_sizes(operation, (2,) if operation == "send_recv" else (2, 4)))
+    if draw(st.integers(0, 3)) == 0:
+        collectives += draw(measured_sizes(draw(st.sampled_from(DATA_PARALLEL)), (2, 3, 4)))
+    slowdowns = [1.0, *draw(st.sampled_from(((), (1.1,), (1.1, 1.6))))]
+    contention = [ContentionPoint(active=2**i, slowdown=slowdown) for i, slowdown in enumerate(slowdowns)]
     return small_hardware(
         flops=draw(powers(7, 13)),
         units=draw(st.sampled_from((1, 4, 108))),
@@ -74,10 +84,15 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         allocator_slack=draw(st.sampled_from((0.0, 0.05, 0.3))),
         memory_bandwidth_bytes_per_second=draw(powers(7, 12)),
         launch_seconds=draw(or_zero(powers(-7, -4))),
-        hidden_communication=draw(st.sampled_from((0.0, 0.3, 1.0))),
+        overlap_compute_slowdown=draw(st.sampled_from((1.0, 1.2, 2.0))),
+        overlap_communication_slowdown=draw(st.sampled_from((1.0, 1.2, 2.0))),
+        straggler_slowdown=draw(st.sampled_from((1.0, 1.05, 1.5))),
         microbatch_overhead_seconds=draw(or_zero(powers(-6, -3))),
         shard_overhead_seconds=draw(or_zero(powers(-6, -3))),
         sequence_shard_overhead_seconds=draw(or_zero(powers(-6, -3))),
+        parameter_overhead_seconds=draw(or_zero(powers(-7, -4))),
+        corrections=draw(st.sampled_from(({}, {"gemm": 1.3, "memory": 0.8, "optimizer": 2.0}))),
+        contention=tuple(contention) if draw(st.booleans()) else (),
         collectives=tuple(collectives),
     )
 

@@ -1,0 +1,354 @@
+"""What people read of a hardware profile that was measured or published, and of the catalogue as a whole."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from profiles.alpha_beta import PASSES, Sample, fit
+from profiles.cluster import ClusterSpec
+from profiles.hardware import HardwareProfile
+from profiles.model import ModelSpec
+from profiles.points import DIRECTIONS, DTYPES, CollectivePoint
+
+from .report import _table, bytes_text
+
+NOISY = 0.2  # a spread above it: the seconds are a guess, and the machine was not quiet
+_MOST_SIZES, _MOST_NAMED = 5, 4  # columns of a table; items of a list in words
+# What FSDP2 does around a collective moves as many bytes as that collective does.
+_RINGS = {
+    "fsdp_all_gather": "all_gather",
+    "fsdp_reduce_scatter": "reduce_scatter",
+    "replicate_all_reduce": "all_reduce",
+}
+_POINTS = ("gemm", "gemm_checks", "many_gemm", "attention", "memory", "collectives")
+# Conditions of the machine by their key in provenance, wherever it stands there: what to call it, scale, unit.
+_CONDITIONS = {
+    "sm_clock_hertz": ("SM clock", 1e9, "GHz"),
+    "cpu_clock_hertz": ("CPU clock", 1e9, "GHz"),
+    "temperature_celsius": ("GPU", 1.0, "°C"),
+    "cpu_temperature_celsius": ("CPU", 1.0, "°C"),
+    "power_watts": ("power", 1.0, "W"),
+}
+
+# ---- words -----------------------------------------------------------------------------------------------
+
+
+def short_seconds(seconds: float) -> str:
+    """Three significant figures in s, ms or µs."""
+    scale, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes as one word of a column: "4 MiB"."""
+    power = min(3, max(0, int((math.log2(size_bytes) + 0.01) // 10)))
+    return f"{size_bytes / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def figure_text(value: float) -> str:
+    """Three significant figures, never as a power of ten: "1,230", "9.9", "0.012"."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
+def _words(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else ""
+    return ", ".join(items[:_MOST_NAMED]) + more
+
+
+def _range(values: Sequence[float], unit: str) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
+
+
+def _flops_unit(hardware: HardwareProfile) -> tuple[str, float]:
+    return ("TFLOP/s", 1e12) if max(hardware.peak_flops_per_second.values(), default=0) >= 1e12 else ("GFLOP/s", 1e9)
+
+
+def _left(table: Table, *columns: str) -> Table:
+    """The table, with words and not figures in these columns."""
+    for column in table.columns:
+        if column.header in columns:
+            column.justify = "left"
+    return table
+
+
+# ---- figures ---------------------------------------------------------------------------------------------
+
+
+def gemm_errors(hardware: HardwareProfile, dtype: str) -> list[float]:
+    """|predicted - measured| / measured of the shapes held out from the grid, in rising order."""
+    errors = []
+    modelled = any(model.dtype == dtype for model in hardware.gemm_models)
+    measured = {p.operation for p in hardware.gemm if p.dtype == dtype}
+    for p in hardware.gemm_checks:
+        if p.dtype == dtype and (modelled or p.operation in measured):
+            predicted = hardware.gemm_seconds(p.operation, p.dtype, p.m, p.n, p.k)
+            errors.append(abs(predicted - p.seconds) / p.seconds)
+    return sorted(errors)
+
+
+def best_gemm(hardware: HardwareProfile, dtype: str) -> float | None:
+    """FLOP/s of the fastest measured product, else those that the model puts within reach, None without either."""
+    measured = [2.0 * p.m * p.n * p.k / p.seconds for p in hardware.gemm if p.dtype == dtype]
+    modelled = [model.achievable_flops_per_second for model in hardware.gemm_models if model.dtype == dtype]
+    return max(measured or modelled, default=None)
+
+
+def best_attention(hardware: HardwareProfile, dtype: str, direction: str) -> float | None:
+    """FLOP/s of the fastest measured attention, else of the model; FLOPs as in `attention_seconds`, twice if not causal."""
+    per_pair = 2.0 if direction == "forward" else 5.0
+    measured = [
+        per_pair * (1 if p.causal else 2) * p.batch * p.heads * p.sequence**2 * p.head_dim / p.seconds
+        for p in hardware.attention
+        if (p.dtype, p.direction) == (dtype, direction)
+    ]
+    key = f"{direction}_flops_per_second"
+    return max(measured or [getattr(m, key) for m in hardware.attention_models if m.dtype == dtype], default=None)
+
+
+def bus_bandwidth(point: CollectivePoint) -> float:
+    """Bytes per second on the busiest link, as nccl-tests prints it: 2(n-1)/n of the bytes for an all-reduce."""
+    operation, n = _RINGS.get(point.operation, point.operation), point.ranks
+    share = 1.0 if operation in ("broadcast", "send_recv") else PASSES[operation] * (n - 1) / n
+    return share * point.bytes / point.seconds
+
+
+def quantile(rising: Sequence[float], share: float) -> float:
+    """The value below which `share` of them lie, linear between neighbours."""
+    place = share * (len(rising) - 1)
+    low = int(place)
+    high = min(low + 1, len(rising) - 1)
+    return rising[low] + (rising[high] - rising[low]) * (place - low)
+
+
+# ---- one profile -----------------------------------------------------------------------------------------
+
+
+def profile_report(hardware: HardwareProfile) -> RenderableType:
+    """What was measured, on one screen: conditions, rates, overheads, collectives with their fit, spread."""
+    parts: list[RenderableType] = [_head(hardware), _rates(hardware), "", _scalars(hardware)]
+    if hardware.collectives:
+        parts += [_collectives(hardware), _fits(hardware)]
+    return Group(*parts, _spread(hardware))
+
+
+def _head(hardware: HardwareProfile) -> Text:
+    known = hardware.provenance
+    head = Text()
+    head.append(hardware.device, style="bold")
+    node = f", {hardware.devices_per_node} a node" if hardware.devices_per_node else ""
+    ranks = f", {known['ranks']} ranks at once" if "ranks" in known else ""
+    head.append(f" ({hardware.name}), {hardware.backend}{ranks}{node}, {bytes_text(hardware.memory_bytes)} each\n")
+    said = [
+        str(known.get("kind", "")),
+        str(known.get("date", "")),
+        f"torch {known['torch']}" if "torch" in known else "",
+    ]
+    found: dict[str, list[float]] = {}
+    for key, value in _leaves(known):
+        if key in _CONDITIONS and isinstance(value, int | float):
+            found.setdefault(key, []).append(value / _CONDITIONS[key][1])
+    for key, (name, _, unit) in _CONDITIONS.items():
+        if key in found:
+            said.append(f"{name} {_range(found[key], unit)}")
+    head.append(", ".join(filter(None, said)) + "\n")
+    complete, skipped = known.get("completeness"), known.get("skipped")
+    if complete is not None:
+        head.append(f"complete: {complete:.0%}\n" if isinstance(complete, float) else f"complete: {complete}\n")
+    if skipped:
+        items = [f"{k} {v}" for k, v in skipped.items()] if isinstance(skipped, dict) else skipped
+        items = [str(item) for item in items] if isinstance(items, list | tuple) else [str(items)]
+        head.append(f"not measured, {len(items)}: {_words(items)}\n", style="yellow")
+    return head
+
+
+def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _leaves(value, str(name))
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _leaves(value, key)
+    else:
+        yield key, content
+
+
+def _rates(hardware: HardwareProfile) -> Table:
+    unit, scale = _flops_unit(hardware)
+    columns = ("GEMM points", "best", "peak", "held out", "error p50", "p90", "attention points", "forward", "backward")
+    table = _table(f"compute, {unit}; error of the GEMM grid on the shapes held out from it", "dtype", *columns)
+    known = {p.dtype for p in (*hardware.gemm, *hardware.gemm_models)} | set(hardware.peak_flops_per_second)
+    for dtype in (d for d in DTYPES if d in known):
+        errors = gemm_errors(hardware, dtype)
+        rates = [best_gemm(hardware, dtype), hardware.peak_flops_per_second.get(dtype)]
+        rates += [best_attention(hardware, dtype, direction) for direction in DIRECTIONS]
+        best, peak, forward, backward = ("" if rate is None else figure_text(rate / scale) for rate in rates)
+        gemm = _points(dtype, hardware.gemm, hardware.gemm_models)
+        attention = _points(dtype, hardware.attention, hardware.attention_models)
+        shown = [f"{quantile(errors, share):.1%}" for share in (0.5, 0.9)] if errors else ["", ""]
+        table.add_row(dtype, gemm, best, peak, str(len(errors) or ""), *shown, attention, forward, backward)
+    return table
+
+
+def _points(dtype: str, measured: Sequence[Any], models: Sequence[Any]) -> str:
+    number = sum(point.dtype == dtype for point in measured)
+    return str(number or ("modelled" if any(model.dtype == dtype for model in models) else "none"))
+
+
+def _scalars(hardware: HardwareProfile) -> Table:
+    h = hardware
+    links = [("to device", h.host_to_device_bytes_per_second), ("to host", h.device_to_host_bytes_per_second)]
+    bandwidths = [f"{figure_text(h.memory_bandwidth_bytes_per_second / 1e9)} GB/s"]
+    bandwidths += [f"{name} {figure_text(rate / 1e9)} GB/s" for name, rate in links if rate]
+    overheads = [
+        ("launch", h.launch_seconds),
+        ("microbatch", h.microbatch_overhead_seconds),
+        ("tp shard", h.shard_overhead_seconds),
+        ("with sequence", h.sequence_shard_overhead_seconds),
+        ("parameter", h.parameter_overhead_seconds),
+    ]
+    overlap = f"compute × {h.overlap_compute_slowdown:.2f}, communication × {h.overlap_communication_slowdown:.2f}"
+    if h.overlap:
+        sides = ([p.compute_slowdown for p in h.overlap], [p.communication_slowdown for p in h.overlap])
+        compute, communication = (f"{min(side):.2f} to {max(side):.2f}" for side in sides)
+        overlap += f"; {len(h.overlap)} measured, × {compute} and × {communication}"
+    held = f"context {bytes_text(h.context_bytes)}, a communicator {bytes_text(h.communicator_bytes)}"
+    held += f", allocator slack {h.allocator_slack:.1%}"
+    lines = [
+        ("memory bandwidth", ", ".join(bandwidths)),
+        ("overheads", ", ".join(f"{name} {short_seconds(value)}" for name, value in overheads if value > 0)),
+        ("overlap", overlap),
+        ("stragglers", f"× {h.straggler_slowdown:.3f}"),
+        ("contention", ", ".join(f"{p.active} computing × {p.slowdown:.2f}" for p in h.contention)),
+        ("memory held", held),
+        ("corrections", ", ".join(f"{part} × {factor:.3f}" for part, factor in h.corrections.items())),
+    ]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in lines:
+        if text:
+            grid.add_row(Text(name, style="dim"), Text(text))
+    return grid
+
+
+def _collectives(hardware: HardwareProfile) -> Table:
+    """Seconds by group and size; sizes that differ by a rounding share a column."""
+    columns: list[list[int]] = []
+    for size in sorted({p.bytes for p in hardware.collectives}):
+        if columns and size <= 1.05 * columns[-1][0]:
+            columns[-1].append(size)
+        else:
+            columns.append([size])
+    last = len(columns) - 1
+    shown = sorted({round(i * last / (_MOST_SIZES - 1)) for i in range(_MOST_SIZES)} if last else {0})
+    names = [size_text(columns[i][-1]) for i in shown]
+    title = f"\ncommunication, {len(shown)} of {last + 1} sizes; bus bandwidth in GB/s at the largest"
+    table = _table(title, "operation", "ranks", "stride", *names, "bus")
+    groups: dict[tuple[str, bool, int, int], list[CollectivePoint]] = {}
+    for p in hardware.collectives:
+        groups.setdefault((p.operation, p.uneven, p.ranks, p.stride), []).append(p)
+    for (operation, uneven, ranks, stride), points in sorted(groups.items()):
+        cells = [next((short_seconds(p.seconds) for p in points if p.bytes in columns[i]), "") for i in shown]
+        bus = "" if uneven else figure_text(bus_bandwidth(max(points, key=lambda p: p.bytes)) / 1e9)
+        table.add_row(operation.replace("_", " ") + " uneven" * uneven, str(ranks), str(stride), *cells, bus)
+    return table
+
+
+def _fits(hardware: HardwareProfile) -> Table:
+    """The α-β formula over each operation's points, those across nodes apart where the width of a node is known."""
+    columns = ("points", "once", "a step", "GB/s", "ramp", "error p50", "worst")
+    table = _table("\ncommunication as α-β with a ramp", "operation", *columns)
+    groups: dict[str, list[Sample]] = {}
+    for p in hardware.collectives:
+        if not p.uneven:
+            across = hardware.devices_per_node and p.ranks * p.stride > hardware.devices_per_node
+            name = p.operation.replace("_", " ") + (", across nodes" if across else "")
+            sample = Sample(_RINGS.get(p.operation, p.operation), p.ranks, p.bytes, p.seconds)
+            groups.setdefault(name, []).append(sample)
+    for name, samples in sorted(groups.items()):
+        fitted = fit(samples)
+        if fitted is None:
+            table.add_row(name, str(len(samples)), "two sizes needed")
+            continue
+        f, errors = fitted.figures, sorted(abs(residual) for residual in fitted.residuals)
+        table.add_row(
+            name,
+            str(len(samples)),
+            short_seconds(f.fixed_seconds),
+            short_seconds(f.step_seconds),
+            figure_text(f.bandwidth_bytes_per_second / 1e9),
+            size_text(f.ramp_bytes) if f.ramp_bytes else "none",
+            f"{statistics.median(errors):.0%}",
+            f"{errors[-1]:.0%}",
+        )
+    return table
+
+
+def _spread(hardware: HardwareProfile) -> Text:
+    """A spread of 0 is one that was not recorded (nccl-tests prints none)."""
+    spreads = [point.spread for key in _POINTS for point in getattr(hardware, key)]
+    known = [spread for spread in spreads if spread > 0]
+    if not known:
+        return Text(f"\n{len(spreads)} points, spread not recorded" if spreads else "\nno points: nothing was measured")
+    noisy = sum(spread > NOISY for spread in known)
+    return Text(
+        f"\n{len(spreads)} points, {len(known)} with their spread (interquartile range over median): "
+        f"{statistics.median(known):.1%} in the median, {noisy} noisy (above {NOISY:.0%})"
+    )
+
+
+# ---- the catalogue ---------------------------------------------------------------------------------------
+
+
+def catalogue_report(
+    models: Sequence[ModelSpec], clusters: Sequence[ClusterSpec], hardware: Sequence[HardwareProfile]
+) -> RenderableType:
+    """What can be named on the command line: models, clusters and the hardware that they are made of."""
+    return Group(
+        _models(models),
+        _clusters(clusters),
+        _hardware(hardware),
+        Text("\nto add one: CONTRIBUTING.md says how, a YAML file each"),
+    )
+
+
+def _models(models: Sequence[ModelSpec]) -> Table:
+    columns = ("layers", "hidden", "parameters, B", "active, B", "experts")
+    table = _left(_table("models", "name", "family", *columns), "family")
+    for m in models:
+        active = f"{m.active_parameters / 1e9:.3g}" if m.active_parameters < m.parameters else ""
+        experts = f"{m.experts.number}, {m.experts.top_k} a token" if m.experts else ""
+        figures = (str(m.layers), f"{m.hidden_size:,}", figure_text(m.parameters / 1e9), active, experts)
+        table.add_row(m.name, m.family, *figures)
+    return table
+
+
+def _clusters(clusters: Sequence[ClusterSpec]) -> Table:
+    tiers = "GB/s a device, tier by tier"
+    table = _table("\nclusters, as NAME:NODES", "name", "hardware", "devices a node", "most nodes", tiers)
+    _left(table, "hardware", tiers)
+    for c in clusters:
+        links = ", ".join(f"{link.tier} {figure_text(link.bandwidth_bytes_per_second / 1e9)}" for link in c.links)
+        most = c.links[-1].span // c.devices_per_node
+        table.add_row(c.name, c.hardware, str(c.devices_per_node), f"{most:,}", links)
+    return table
+
+
+def _hardware(hardware: Sequence[HardwareProfile]) -> Table:
+    columns = ("GiB", "dtype", "peak", "GEMM", "kind")
+    table = _table("\nhardware: TFLOP/s at peak and as a GEMM achieves it", "name", "device", *columns)
+    _left(table, "device", "dtype", "kind")
+    for h in hardware:
+        peaks = h.peak_flops_per_second
+        dtype = "bf16" if "bf16" in peaks else max(peaks, key=lambda key: peaks[key], default="")
+        rates = [peaks.get(dtype), best_gemm(h, dtype)]
+        shown = ("" if rate is None else figure_text(rate / 1e12) for rate in rates)
+        kind = str(h.provenance.get("kind", ""))
+        table.add_row(h.name, h.device, f"{h.memory_bytes / 2**30:,.0f}", dtype, *shown, kind)
+    return table

@@ -1,0 +1,65 @@
+"""RunRecord: what a training run measured, part by part, read back from its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiles.input_error import InputError
+from profiles.store import Reader, load_document
+
+from .plan import Plan, load
+
+SCHEMA = "meshwright.record/v1"
+RECORD_FILE = "record.yaml"
+PLAN_FILE = "plan.yaml"
+KERNELS = ("gemm", "attention", "memory")
+PARTS = ("compute", "tp", "pp_bubble", "dp_exposed", "optimizer", "other")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Seconds of a step on rank `rank`, the busiest; `kernels` and communication with nothing hidden."""
+
+    folder: Path
+    plan: Plan
+    host: str
+    date: str
+    rank: int
+    step_seconds: float
+    parts: dict[str, float]
+    kernels: dict[str, float]
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage of `rank`; pp is the slowest axis."""
+        return self.rank // (self.plan.layout.world_size // self.plan.layout.pp)
+
+
+def load_record(folder: Path) -> RunRecord:
+    """The record in a run folder; an InputError names the file and key path of whatever is wrong."""
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a run folder", where=str(folder), expected="the folder of a finished run", got="no folder"
+        )
+    plan = load(folder / PLAN_FILE)
+    reader = load_document(folder / RECORD_FILE, schema=SCHEMA, kind="run record")
+    measured = reader.child("measured")
+    parts, kernels = measured.child("parts"), measured.child("kernels", default={})
+    return RunRecord(
+        folder=folder,
+        plan=plan,
+        host=reader.text("host"),
+        date=reader.text("date"),
+        rank=_rank(measured, plan),
+        step_seconds=measured.number("step_seconds", above=0),
+        parts={part: parts.number(part) for part in PARTS},
+        kernels={kind: kernels.number(kind, minimum=0) for kind in kernels if kind in KERNELS},
+    )
+
+
+def _rank(measured: Reader, plan: Plan) -> int:
+    rank = measured.integer("rank")
+    if rank >= plan.layout.world_size:
+        raise measured.fail("rank", f"a rank below {plan.layout.world_size}, the plan's world", rank)
+    return rank

@@ -1,0 +1,194 @@
+"""The measured points of a HardwareProfile: one dataclass a kind, each with seconds and their spread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .cluster import COLLECTIVES
+from .store import Reader
+
+DTYPES = ("fp32", "tf32", "bf16", "fp16", "fp8")
+DTYPE_BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+GEMM_OPERATIONS = ("forward", "input_grad", "weight_grad")
+DIRECTIONS = ("forward", "backward")
+
+# What FSDP2 does for the parameters of one module, its own packing and Python included. `bytes` is the whole of
+# them, unsharded: gathered before use; gradients reduced into shards; gradients summed where all is replicated.
+DATA_PARALLEL = ("fsdp_all_gather", "fsdp_reduce_scatter", "replicate_all_reduce")
+
+# Tensors that cross memory per element, (forward, backward), when each operation is one eager kernel:
+# a read or a write of one element each. Counted from what torch's CUDA kernels do.
+EAGER_PASSES = {
+    "rmsnorm": (2, 3),  # read x, write y; read x and dy, write dx
+    "layernorm": (2, 3),
+    "rope": (8, 8),  # negate-and-join halves (3), two products (2·2.5), their sum; the same back
+    "swiglu": (5, 9),  # silu (2), product (3); two product gradients (6), silu gradient (3)
+    "gelu": (2, 3),
+    "gelu_tanh": (2, 3),
+    "residual": (3, 3),  # sum of two; the gradients of the two branches meet
+    "copy": (2, 2),
+    "cast": (1.5, 1.5),  # read one width, write the other
+    "embedding": (2, 3),
+    "cross_entropy": (6, 6),  # cast to fp32 (3), log-softmax (2), pick; and back
+    "accumulate": (3, 0),  # gradient += new gradient
+    "gradient_norm": (3, 0),  # read for the norm, read and write for the scaling
+    "adamw": (7, 0),  # read weight, gradient and two moments, write three
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmPoint:
+    """Seconds of one product (m × k)·(k × n), measured with every rank computing.
+
+    Here and below `spread` is the interquartile range of the samples over their median.
+    """
+
+    dtype: str
+    operation: str
+    m: int
+    n: int
+    k: int
+    seconds: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyGemmPoint:
+    """Seconds of `count` products (m × k)·(k × n) issued as one: `batched`, or `grouped` as those of experts are."""
+
+    kind: str
+    dtype: str
+    count: int
+    m: int
+    n: int
+    k: int
+    seconds: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmModel:
+    """A GEMM by tiles and waves where nothing was measured: `units` multiprocessors of `achievable` FLOP/s."""
+
+    dtype: str
+    achievable_flops_per_second: float
+    units: int
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPoint:
+    """Seconds of attention of `batch` sequences.
+
+    `kv_heads` 0 is as many as heads. `backend` is torch's own choice (`default`) or one it was told to use.
+    """
+
+    dtype: str
+    direction: str
+    batch: int
+    heads: int
+    sequence: int
+    head_dim: int
+    kv_heads: int = 0
+    causal: bool = True
+    backend: str = "default"
+    seconds: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionModel:
+    """FLOP/s of a flash kernel on the causal half, where nothing was measured."""
+
+    dtype: str
+    forward_flops_per_second: float
+    backward_flops_per_second: float
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPoint:
+    """Seconds of a memory-bound operation on `elements` elements."""
+
+    dtype: str
+    operation: str
+    direction: str
+    elements: int
+    seconds: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectivePoint:
+    """Seconds of a collective over `ranks` ranks, `stride` apart, all groups of that kind at once.
+
+    `bytes` is the whole tensor (gathered, or before scatter), of an all-to-all one rank's buffer, of a send the
+    message. `uneven` is an all-to-all in which one rank gets half of what each sends.
+    """
+
+    operation: str
+    ranks: int
+    stride: int = 1
+    bytes: int
+    uneven: bool = False
+    seconds: float
+    spread: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapPoint:
+    """How many times as long a GEMM and a collective of `bytes` take while both run."""
+
+    operation: str
+    ranks: int
+    bytes: int
+    compute_slowdown: float
+    communication_slowdown: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContentionPoint:
+    """How long a GEMM takes with `active` ranks computing, in times of what it takes with one."""
+
+    active: int
+    slowdown: float
+
+
+_CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
+    (GemmPoint, "operation"): GEMM_OPERATIONS,
+    (ManyGemmPoint, "kind"): ("batched", "grouped"),
+    (MemoryPoint, "operation"): tuple(EAGER_PASSES),
+    (CollectivePoint, "operation"): (*COLLECTIVES, *DATA_PARALLEL),
+    (OverlapPoint, "operation"): COLLECTIVES,
+}
+_LEAST = {"ranks": 2, "kv_heads": 0}  # other whole numbers count something from 1 on
+
+
+def read_point(kind: type, reader: Reader) -> Any:
+    """One point or model of class `kind`, read field by field; an InputError names the key that is wrong."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        take: dict[str, Callable[..., Any]] = {
+            "str": reader.text,
+            "int": reader.integer,
+            "float": reader.number,
+            "bool": reader.boolean,
+        }
+        options: dict[str, Any] = {}
+        if field.name in ("spread", "source", "kv_heads", "causal", "backend", "stride", "uneven"):
+            options["default"] = field.default
+        if field.type == "int":
+            options["minimum"] = _LEAST.get(field.name, 1)
+        elif field.name == "spread":
+            options["minimum"] = 0
+        elif field.type == "float":
+            options["above"] = 0
+        elif field.name in ("dtype", "direction"):
+            options["choices"] = DTYPES if field.name == "dtype" else DIRECTIONS
+        elif field.type == "str":
+            options["choices"] = _CHOICES.get((kind, field.name))
+        values[field.name] = take[str(field.type)](field.name, **options)
+    reader.finish()
+    return kind(**values)

@@ -1,0 +1,119 @@
+"""Probes of what work side by side costs: kernels beside collectives, ranks beside ranks, the slowest of many."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from ..points import ContentionPoint, OverlapPoint
+from .collectives import PlacedGroup
+from .timing import Rank, time_alone, trimmed_mean
+
+_CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
+_STRAGGLER_STEPS = 12
+
+
+def _product(rank: Rank) -> Callable[[], object]:
+    side = _CUDA_SIDE if rank.device.type == "cuda" else _CPU_SIDE
+    kind = torch.bfloat16 if rank.device.type == "cuda" else torch.float32
+    a, b = (torch.randn(side, side, device=rank.device).to(kind) for _ in range(2))
+    return lambda: torch.mm(a, b)
+
+
+def measure_overlap(rank: Rank, placed: PlacedGroup, operation: str, size_bytes: int) -> OverlapPoint:
+    """How much a GEMM and a collective slow each other: each alone, then GEMMs until the collective is done."""
+    product = _product(rank)
+    whole = torch.zeros(size_bytes // 4 // placed.size * placed.size, device=rank.device)
+    part = whole[: len(whole) // placed.size].clone()
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+
+    def start() -> dist.Work:
+        if operation == "all_reduce":
+            work = dist.all_reduce(whole, group=placed.group, async_op=True)
+        else:
+            work = gather(whole, part, group=placed.group, async_op=True)
+        assert work is not None
+        return work
+
+    alone = time_alone(rank, product).seconds
+    repeats = max(4, round(rank.effort_seconds / 2e-2))
+    communication = trimmed_mean([_timed(rank, lambda: start().wait()) for _ in range(repeats)])
+    communication = rank.most(communication)
+    together, products = [], 0
+    spent = 0.0
+    for _ in range(repeats):
+        rank.barrier()
+        begun = time.perf_counter()
+        work = start()
+        done = 0
+        while done == 0 or not work.is_completed():
+            product()
+            done += 1
+            rank.synchronize()
+        spent += time.perf_counter() - begun
+        products += done
+        work.wait()
+        rank.synchronize()
+        together.append(time.perf_counter() - begun)
+    return OverlapPoint(
+        operation=operation,
+        ranks=placed.size,
+        bytes=whole.nbytes,
+        compute_slowdown=max(1.0, rank.mean(spent / products / alone)),
+        communication_slowdown=max(1.0, rank.mean(trimmed_mean(together)) / communication),
+    )
+
+
+def _timed(rank: Rank, action: Callable[[], object]) -> float:
+    rank.barrier()
+    start = time.perf_counter()
+    action()
+    rank.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_contention(rank: Rank) -> list[ContentionPoint]:
+    """Seconds of a GEMM with 1, 2, 4 … of the ranks computing, in times of those with one.
+
+    Cores that ranks share, memory bandwidth and power limits make it rise.
+    """
+    product = _product(rank)
+    counts = sorted({1, *(2**i for i in range(1, 10) if 2**i < rank.world_size), rank.world_size})
+    points: list[ContentionPoint] = []
+    alone = 0.0
+    for active in counts:
+        rank.barrier()
+        own = time_alone(_silent(rank), product).seconds if rank.rank < active else 0.0
+        rank.barrier()
+        seconds = rank.mean(own) * rank.world_size / active
+        alone = alone or seconds
+        points.append(
+            ContentionPoint(active=active, slowdown=max(seconds / alone, points[-1].slowdown if points else 1.0))
+        )
+    return points
+
+
+def _silent(rank: Rank) -> Rank:
+    """The same rank, timing for itself: the others are not asked to join."""
+    return Rank(rank.rank, rank.world_size, rank.device, None, 2 * rank.effort_seconds, rank.shares_cores)
+
+
+def measure_stragglers(rank: Rank) -> dict[str, float]:
+    """How many times its median rank's seconds a step of equal work takes, since it waits for the slowest rank."""
+    product = _product(rank)
+    loops = max(1, round(rank.effort_seconds / time_alone(rank, product).seconds))
+    slowest, typical = [], []
+    for _ in range(_STRAGGLER_STEPS):
+        rank.barrier()
+        start = time.perf_counter()
+        for _ in range(loops):
+            product()
+        rank.synchronize()
+        own = time.perf_counter() - start
+        slowest.append(rank.most(own))
+        typical.append(rank.mean(own))
+    return {"straggler_slowdown": max(1.0, statistics.median(s / t for s, t in zip(slowest, typical, strict=True)))}

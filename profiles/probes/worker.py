@@ -1,0 +1,241 @@
+"""One rank of the profiler: joins the others, measures case after case with them until the time is up."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.cuda.nccl as nccl
+import torch.distributed as dist
+
+from ..points import CollectivePoint
+from .cases import DEFAULT, PHASES, QUICK, Case, all_cases
+from .collectives import make_groups
+from .findings import LIST_OF, Request
+from .timing import CaseFailed, Rank
+from .topology import NodeIdentity, device_conditions, node_identity, nvlink_topology
+
+# What a training rank has imported, so that its resident memory before any model is measured like for like.
+_TRAINING_MODULES = (
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "torch.utils.tensorboard",
+)
+_EFFORT_SECONDS = {QUICK: 0.03, DEFAULT: 0.06}  # of one measurement; 0.15 in full
+_SHARING_SECONDS = 0.1  # at least, where ranks share cores: several of the scheduler's slices
+_COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
+
+Tell = Callable[[str, Any], None]
+
+
+def work(rank_index: int, world_size: int, init_method: str, request: Request, tell: Tell) -> None:
+    """Measure as rank `rank_index`. Rank 0 tells `(kind, content)` of progress, facts and what was found.
+
+    Cases that need memory or an operation which some rank lacks are skipped on all and named.
+    """
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank_index))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=init_method,
+        rank=rank_index,
+        world_size=world_size,
+        timeout=_COLLECTIVE_TIMEOUT,
+    )
+    for module in _TRAINING_MODULES:
+        importlib.import_module(module)
+    control: Any = dist.new_group(backend="gloo") if world_size > 1 else None
+    rank = Rank(rank_index, world_size, device, control)
+    facts = _facts(rank)
+    shares = not cuda and facts["ranks_per_machine"] > len(os.sched_getaffinity(0))
+    rank = replace(rank, shares_cores=shares, effort_seconds=_effort(request.level, shares))
+    if rank_index == 0:
+        tell("facts", facts)
+    cases = [case for case in all_cases(rank, make_groups(rank), request.dtypes) if case.level <= request.level]
+    _measure(rank, [case for case in cases if case.name not in request.done], request, tell)
+    if rank_index == 0:
+        tell("end", {"conditions_after": device_conditions()})
+    rank.barrier()
+    dist.destroy_process_group()
+
+
+def _effort(level: int, shares_cores: bool) -> float:
+    effort = _EFFORT_SECONDS.get(level, 0.15)
+    return max(effort, _SHARING_SECONDS) if shares_cores else effort
+
+
+def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> None:
+    ends = _phase_ends(request)
+    started: set[str] = set()
+    for number, case in enumerate(cases):
+        now = rank.most(time.time())
+        first = case.level == QUICK and case.phase not in started
+        started.add(case.phase)
+        until = ends[case.phase] if case.level == QUICK else request.deadline
+        if now > until and not first:
+            continue
+        if rank.rank == 0:
+            tell("progress", (case.phase, case.name, number / len(cases)))
+        found, reason = _attempt(rank, case)
+        if rank.rank == 0:
+            tell("case", {"name": case.name, "found": found, "skipped": reason})
+
+
+def _phase_ends(request: Request) -> dict[str, float]:
+    """When the quick cases of each phase must end: what a phase leaves over goes to the next."""
+    total, used = max(1.0, request.deadline - time.time()), 0.0
+    ends = {}
+    for phase, share in PHASES.items():
+        used += share
+        ends[phase] = request.deadline - total * (1.0 - used)
+    return ends
+
+
+def _attempt(rank: Rank, case: Case) -> tuple[dict[str, Any], str]:
+    """What the case found, merged over the ranks, or why it was skipped."""
+    try:
+        own = _by_list(case.measure(rank))
+        rank.barrier()
+    except CaseFailed as error:
+        return {}, str(error)
+    except (MemoryError, RuntimeError, NotImplementedError, AttributeError) as error:
+        if not _is_about_this_case(error):
+            raise
+        rank.give_up()
+        return {}, _reason(error)
+    finally:
+        if rank.device.type == "cuda":
+            torch.cuda.empty_cache()
+    merged: dict[str, Any] = {}
+    for key, content in own.items():
+        if isinstance(content, list) and content and hasattr(content[0], "seconds"):
+            merged[key] = _merged(rank, content)
+        else:
+            merged[key] = content
+    return merged, ""
+
+
+def _by_list(result: Any) -> dict[str, Any]:
+    """A probe's result as {list of the profile or name of a figure: content}."""
+    if isinstance(result, dict):
+        return result
+    points = result if isinstance(result, list) else [result]
+    return {LIST_OF[type(points[0])]: points}
+
+
+def _is_about_this_case(error: Exception) -> bool:
+    """Out of memory, or something that this device or this build of torch has not got; anything else is a bug."""
+    if isinstance(error, MemoryError | NotImplementedError | AttributeError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in ("memory", "not implemented", "not supported", "no available kernel", "only"))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _merged(rank: Rank, points: list[Any]) -> list[dict[str, Any]]:
+    """Each point with its median over the ranks (of a collective the mean: all have waited for each other)."""
+    own = torch.tensor([[p.seconds, p.spread] for p in points], dtype=torch.float64)
+    every = [torch.empty_like(own) for _ in range(rank.world_size)]
+    if rank.control is not None:
+        dist.all_gather(every, own, group=rank.control)
+    else:
+        every = [own]
+    stacked = torch.stack(every)
+    communicates = isinstance(points[0], CollectivePoint)
+    merged = stacked.mean(dim=0) if communicates else stacked.quantile(0.5, dim=0)
+    return [
+        {**asdict(p), "seconds": seconds, "spread": round(spread, 3)}
+        for p, (seconds, spread) in zip(points, merged.tolist(), strict=True)
+    ]
+
+
+# ---- facts about the machine ---------------------------------------------------------------------------------
+
+
+def _facts(rank: Rank) -> dict[str, Any]:
+    """What stays the same while measuring. Every rank must call it."""
+    own = {
+        "node": node_identity().to_dict(),
+        "context_bytes": _resident_bytes(rank),
+        "device": _device_name(rank),
+    }
+    every: list[Any] = [own]
+    if rank.control is not None:
+        every = [None] * rank.world_size
+        dist.all_gather_object(every, own, group=rank.control)
+    nodes = [NodeIdentity(**one["node"]) for one in every]
+    machine = nodes[rank.rank].boot_id
+    per_machine = sum(node.boot_id == machine for node in nodes)
+    topology, reason = nvlink_topology() if rank.device.type == "cuda" else (None, "no GPU")
+    return {
+        "nodes": [node.to_dict() for node in nodes],
+        "runs": _runs(nodes),
+        "ranks_per_machine": per_machine,
+        "device": own["device"],
+        "context_bytes": max(one["context_bytes"] for one in every),
+        "memory_bytes": _memory_bytes(rank, per_machine),
+        "cuda": rank.device.type == "cuda",
+        "multiprocessors": _multiprocessors(rank),
+        "topology": topology.to_dict() if topology is not None else reason,
+        "driver": topology.driver_version if topology is not None else None,
+        "nccl": ".".join(map(str, nccl.version())) if rank.device.type == "cuda" else None,
+        "conditions_before": device_conditions(),
+    }
+
+
+def _runs(nodes: Iterable[NodeIdentity]) -> list[int]:
+    """How many neighbouring ranks are on one node, node after node."""
+    runs: list[int] = []
+    before: NodeIdentity | None = None
+    for node in nodes:
+        if node == before:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+        before = node
+    return runs
+
+
+def _resident_bytes(rank: Rank) -> float:
+    """Bytes this process holds now: interpreter, torch and communicators, before any model."""
+    if rank.device.type == "cuda":
+        torch.ones(1, device=rank.device)
+        free, total = torch.cuda.mem_get_info()
+        return float(total - free)
+    with open("/proc/self/statm") as statm:
+        return float(int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _memory_bytes(rank: Rank, ranks_per_machine: int) -> float:
+    """One rank's memory: its GPU's, or its share of what its machine has."""
+    if rank.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(rank.device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / ranks_per_machine
+
+
+def _multiprocessors(rank: Rank) -> int:
+    return torch.cuda.get_device_properties(rank.device).multi_processor_count if rank.device.type == "cuda" else 0
+
+
+def _device_name(rank: Rank) -> str:
+    if rank.device.type == "cuda":
+        return torch.cuda.get_device_name(rank.device)
+    with open("/proc/cpuinfo") as cpuinfo:
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, one thread a rank"
