@@ -1,9 +1,9 @@
 """python benchmarks/closed_loop.py [--nproc 2] [--rounds 5]: every legal layout, predicted beside measured.
 
-Profiles this machine, prices every legal layout of a small model (best split of the layers each), runs them all
+Profiles this machine, prices every legal layout of three small models (best split of the layers each), runs them all
 in one process group, a step of each in turn, and prints the errors, the rank correlation and the regret: how
 much slower the planner's choice is than the best layout measured. The noise floor is the spread of the medians
-of the two halves of the rounds. `--parts` adds a table by part for the worst predictions.
+of the two halves of the rounds. `--parts` adds predicted and measured seconds by part to every layout.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,29 +28,36 @@ import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from planner.calibrate import predicted_parts
 from planner.job import TrainingJob
 from planner.layout import enumerate_layouts
 from planner.plan import Certificate, Plan, load, save
 from planner.question import Question
+from planner.record import RunRecord
 from planner.search import make_plan, solve_layout
 from profiles.catalogue import resolve_model
 from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware
+from profiles.model import ModelSpec
 from profiles.probes.profiler import LEVELS, ProfileOptions, profile_machine
-from runtime.clock import Clock
+from runtime.measure import StepMeter, busiest
 from runtime.process_group import process_group
 from runtime.step import TrainState, build_state, training_step
 
-WARM_UP_ROUNDS = 2
-PARTS = ("compute", "tp", "dp", "optimizer")
+SHAPES = ("demo", *(str(Path(__file__).parent / "shapes" / f"{name}.yaml") for name in ("wide", "deep")))
+WARM_UP_ROUNDS = 3
+WATCHED_ROUNDS = 2  # after the measured ones: every kernel and collective timed on its own
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layout: what was predicted, and seconds of each measured step (slowest rank)."""
+    """One layout: its plan, seconds of each measured step (slowest rank), and the busiest rank's parts."""
 
     plan: Plan
     seconds: list[float]
+    rank: int
+    parts: dict[str, float]
+    kernels: dict[str, float]
 
     @property
     def measured_seconds(self) -> float:
@@ -61,7 +69,7 @@ class Case:
 
 
 def plans_of(question: Question) -> list[Plan]:
-    """A plan for each legal layout, with the best assignment of its layers."""
+    """A plan for each legal layout that fits, with the best assignment of its layers."""
     unproven = Certificate(
         objective_seconds=1.0,
         bound_seconds=0.0,
@@ -81,48 +89,102 @@ def plans_of(question: Question) -> list[Plan]:
     return plans
 
 
-def work(rank: int, world_size: int, port: int, folder: str, count: int, rounds: int) -> None:
-    """One rank: build every layout, then run a step of each in turn, `rounds` times."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+# ---- on the ranks --------------------------------------------------------------------------------------------
+
+
+def run_layouts(folder: Path, count: int, rounds: int) -> None:
+    """One rank, its place in the environment: build every layout, then run a step of each in turn."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     seconds: list[list[float]] = [[] for _ in range(count)]
-    spans: list[dict[str, float]] = [{} for _ in range(count)]
-    with process_group(world_size, 120.0) as device:
-        plans = [load(Path(folder) / f"{i}.yaml") for i in range(count)]
+    with process_group(world_size, 300.0) as device:
+        plans = [load(folder / f"{i}.yaml") for i in range(count)]
         states = [build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1) for plan in plans]
-        for number in range(WARM_UP_ROUNDS + rounds):
+        last = WARM_UP_ROUNDS + rounds
+        meters = [
+            StepMeter(
+                state.mesh,
+                state.runner.clock,
+                plan.layout.pp,
+                last + WATCHED_ROUNDS,
+                watched_steps=(last + 1, last + 2),
+            )
+            for plan, state in zip(plans, states, strict=True)
+        ]
+        for number in range(1, last + WATCHED_ROUNDS + 1):
             for i, (plan, state) in enumerate(zip(plans, states, strict=True)):
                 torch.distributed.barrier()
                 started = time.perf_counter()
-                found = one_step(plan, state)
-                took = time.perf_counter() - started
-                clock: Clock = state.runner.clock
-                if number >= WARM_UP_ROUNDS:
-                    seconds[i].append(took)
-                    spans[i] = {**clock.read(), **found}
-                else:
-                    clock.read()
+                one_step(plan, state, meters[i], number)
+                if WARM_UP_ROUNDS < number <= last:
+                    seconds[i].append(time.perf_counter() - started)
             if rank == 0:
-                print(f"round {number + 1} of {WARM_UP_ROUNDS + rounds}", file=sys.stderr, flush=True)
-        torch.save({"seconds": seconds, "spans": spans}, Path(folder) / f"rank{rank}.pt")
+                print(f"round {number} of {last + WATCHED_ROUNDS}", file=sys.stderr, flush=True)
+        tables = [(meter.table(meter.median_step()), meter.kernels()) for meter in meters]
+        torch.save({"seconds": seconds, "tables": tables}, folder / f"rank{rank}.pt")
 
 
-def one_step(plan: Plan, state: TrainState) -> dict[str, float]:
+def one_step(plan: Plan, state: TrainState, meter: StepMeter, number: int) -> None:
     samples = plan.microbatches * plan.layout.micro_batch
     ids = torch.randint(0, plan.model.vocab_size, (samples, plan.job.sequence + 1), device=state.device)
-    result = training_step(state, ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), learning_rate=1e-4, clip_norm=1.0)
-    return {"optimizer": result.optimizer_seconds, "synchronise": result.synchronise_seconds}
+    start = time.perf_counter()
+    result = training_step(
+        state,
+        ids[:, :-1].contiguous(),
+        ids[:, 1:].contiguous(),
+        learning_rate=1e-4,
+        clip_norm=1.0,
+        watch=meter.watch(number),
+    )
+    meter.end_step(
+        number,
+        step_seconds=time.perf_counter() - start,
+        optimizer=result.optimizer_seconds,
+        synchronise=result.synchronise_seconds,
+    )
 
 
-def spearman(left: list[float], right: list[float]) -> float:
+def _spawned(rank: int, world_size: int, port: int, folder: str, count: int, rounds: int) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
+    run_layouts(Path(folder), count, rounds)
+
+
+def measure(plans: Sequence[Plan], world_size: int, rounds: int) -> list[Case]:
+    """Run the plans on ranks of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_plans(plans, Path(folder))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments = (world_size, port, folder, len(plans), rounds)
+        mp.start_processes(_spawned, args=arguments, nprocs=world_size, start_method="spawn")
+        return read_cases(plans, Path(folder), world_size)
+
+
+def save_plans(plans: Sequence[Plan], folder: Path) -> None:
+    for i, plan in enumerate(plans):
+        save(plan, folder / f"{i}.yaml")
+
+
+def read_cases(plans: Sequence[Plan], folder: Path, world_size: int) -> list[Case]:
+    """What the ranks have left in the folder."""
+    ranks = [torch.load(folder / f"rank{r}.pt") for r in range(world_size)]
+    cases = []
+    for i, plan in enumerate(plans):
+        steps = [max(step) for step in zip(*(rank["seconds"][i] for rank in ranks), strict=True)]
+        busy = busiest([rank["tables"][i][0] for rank in ranks])
+        parts, kernels = ranks[busy]["tables"][i]
+        cases.append(Case(plan, steps, busy, parts, kernels))
+    return cases
+
+
+# ---- what came of it -----------------------------------------------------------------------------------------
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     """Rank correlation."""
 
-    def ranks(values: list[float]) -> list[float]:
+    def ranks(values: Sequence[float]) -> list[float]:
         order = sorted(range(len(values)), key=values.__getitem__)
         return [float(order.index(i)) for i in range(len(values))]
 
@@ -132,40 +194,37 @@ def spearman(left: list[float], right: list[float]) -> float:
     return covariance / math.sqrt(sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b))
 
 
-def measure(plans: list[Plan], world_size: int, rounds: int) -> tuple[list[Case], list[list[dict[str, float]]]]:
-    with tempfile.TemporaryDirectory() as folder:
-        for i, plan in enumerate(plans):
-            save(plan, Path(folder) / f"{i}.yaml")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        mp.start_processes(
-            work, args=(world_size, port, folder, len(plans), rounds), nprocs=world_size, start_method="spawn"
-        )
-        ranks = [torch.load(Path(folder) / f"rank{r}.pt") for r in range(world_size)]
-    cases = [
-        Case(plan, [max(step) for step in zip(*(rank["seconds"][i] for rank in ranks), strict=True)])
-        for i, plan in enumerate(plans)
-    ]
-    return cases, [[rank["spans"][i] for rank in ranks] for i in range(len(plans))]
+def part_rows(case: Case, hardware: HardwareProfile) -> list[tuple[str, float, float]]:
+    """(part, predicted, measured) seconds on the busiest rank; kernels and collectives as if nothing overlapped."""
+    record = RunRecord(Path(), case.plan, "", "", case.rank, case.measured_seconds, case.parts, case.kernels)
+    predicted, found = predicted_parts(hardware, record), case.parts
+    breakdown = case.plan.prediction.breakdown_seconds
+    compute = breakdown["compute"] + breakdown["recompute"]
+    around = sum(predicted[kind] for kind in case.kernels)
+    rows = [(kind, predicted[kind], seconds) for kind, seconds in case.kernels.items()]
+    rows.append(("around them", compute - around, found["compute"] - sum(case.kernels.values())))
+    rows.append(("tp", predicted["tp"], found["tp"]))
+    rows.append(("dp", predicted["dp"], found["dp_exposed"]))
+    rows.append(("pp, bubble", breakdown["pp"] + breakdown["bubble"], found["pp_bubble"]))
+    rows.append(("optimizer", breakdown["optimizer"], found["optimizer"] + found["other"]))
+    return [row for row in rows if max(row[1], row[2]) > 5e-4]
 
 
-def show(cases: list[Case], spans: list[list[dict[str, float]]], parts: bool) -> None:
-    order = sorted(range(len(cases)), key=lambda i: cases[i].measured_seconds)
+def show(cases: Sequence[Case], hardware: HardwareProfile, parts: bool) -> None:
+    """The table of one model, and its summary."""
     print(f"{'layout':<34}{'stages':<10}{'predicted':>10}{'measured':>10}{'error':>8}")
-    for i in order:
-        case = cases[i]
+    for case in sorted(cases, key=lambda case: case.measured_seconds):
         split = "/".join(str(stage.end - stage.first) for stage in case.plan.stages)
         predicted = case.plan.prediction.step_seconds
-        line = (
-            f"{case.plan.layout.short():<34}{split:<10}{predicted * 1e3:>8.0f}ms{case.measured_seconds * 1e3:>8.0f}ms"
-        )
-        print(f"{line}{case.error:>+8.1%}")
+        times = f"{predicted * 1e3:>8.0f}ms{case.measured_seconds * 1e3:>8.0f}ms{case.error:>+8.1%}"
+        print(f"{case.plan.layout.short():<34}{split:<10}{times}")
         if parts:
-            breakdown = {k: f"{v * 1e3:.0f}" for k, v in case.plan.prediction.breakdown_seconds.items() if v > 5e-4}
-            print("    predicted", breakdown)
-            for rank in spans[i]:
-                print("    measured ", {key: f"{value * 1e3:.0f}" for key, value in rank.items()})
+            rows = part_rows(case, hardware)
+            print("    " + "  ".join(f"{name} {p * 1e3:.0f}/{m * 1e3:.0f}" for name, p, m in rows))
+    summarise(cases)
+
+
+def summarise(cases: Sequence[Case]) -> None:
     predicted = [case.plan.prediction.step_seconds for case in cases]
     measured = [case.measured_seconds for case in cases]
     chosen = min(cases, key=lambda case: case.plan.prediction.step_seconds)
@@ -177,10 +236,24 @@ def show(cases: list[Case], spans: list[list[dict[str, float]]], parts: bool) ->
     print(f"\nlayouts             {len(cases)}")
     print(f"median error        {statistics.median(abs(case.error) for case in cases):.1%}")
     print(f"mean error          {statistics.mean(abs(case.error) for case in cases):.1%}")
+    print(f"mean signed error   {statistics.mean(case.error for case in cases):+.1%}")
     print(f"Spearman            {spearman(predicted, measured):.3f}")
     print(f"regret              {chosen.measured_seconds / min(measured) - 1.0:.1%} ({chosen.plan.layout.short()})")
     if halves:
         print(f"noise floor         {statistics.median(halves):.1%} (two halves of the rounds, median over layouts)")
+
+
+def show_parts(cases: Sequence[Case], hardware: HardwareProfile) -> None:
+    """Each part over all layouts: seconds predicted and measured, summed, and the median ratio."""
+    totals: dict[str, list[tuple[float, float]]] = {}
+    for case in cases:
+        for name, predicted, measured in part_rows(case, hardware):
+            totals.setdefault(name, []).append((predicted, measured))
+    print(f"\n{'part, over all layouts':<26}{'predicted':>10}{'measured':>10}{'median ratio':>14}")
+    for name, pairs in totals.items():
+        ratio = statistics.median(p / m for p, m in pairs if m > 1e-4)
+        predicted, measured = (sum(column) for column in zip(*pairs, strict=True))
+        print(f"{name:<26}{predicted:>9.2f}s{measured:>9.2f}s{ratio:>14.2f}")
 
 
 def profiled(arguments: Any) -> tuple[HardwareProfile, ClusterSpec]:
@@ -202,31 +275,50 @@ def profiled(arguments: Any) -> tuple[HardwareProfile, ClusterSpec]:
     return hardware, cluster
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nproc", type=int, default=2, help="ranks")
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each layout")
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--global-batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--budget", type=float, help="seconds for the profile; default as its thoroughness")
-    parser.add_argument("--thoroughness", default="quick", choices=LEVELS, help="of the profile")
-    parser.add_argument("--parts", action="store_true", help="print predicted and measured parts of every layout")
-    parser.add_argument(
-        "--only", action="append", metavar="TEXT", help="only layouts whose line has the text; repeatable"
-    )
-    parser.add_argument("--profile", type=Path, help="reuse this hardware profile, or keep the new one here")
-    arguments = parser.parse_args()
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    print(f"{now}  {platform.node()}  {os.cpu_count()} cores  torch {torch.__version__}  {' '.join(sys.argv)}\n")
-    hardware, cluster = profiled(arguments)
+def questions(arguments: Any, hardware: HardwareProfile, cluster: ClusterSpec) -> list[Question]:
     job = TrainingJob(global_batch=arguments.global_batch, sequence=arguments.seq, precision=arguments.precision)
-    plans = plans_of(Question(resolve_model(arguments.model), cluster, hardware, job))
-    if arguments.only:
-        plans = [plan for plan in plans if any(text in plan.layout.short() for text in arguments.only)]
-    cases, spans = measure(plans, arguments.nproc, arguments.rounds)
-    show(cases, spans, arguments.parts)
+    models: list[ModelSpec] = [resolve_model(name) for name in arguments.model or SHAPES]
+    return [Question(model, cluster, hardware, job) for model in models]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=5, help="measured steps of each layout")
+    options.add_argument("--model", action="append", help="repeatable; default three small shapes")
+    options.add_argument("--global-batch", type=int, default=8)
+    options.add_argument("--seq", type=int, default=256)
+    options.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    options.add_argument("--parts", action="store_true", help="predicted/measured ms of each part of every layout")
+    options.add_argument("--only", action="append", metavar="TEXT", help="layouts whose line has the text; repeatable")
+    return options
+
+
+def chosen_plans(question: Question, arguments: Any) -> list[Plan]:
+    plans = plans_of(question)
+    return [p for p in plans if not arguments.only or any(text in p.layout.short() for text in arguments.only)]
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--nproc", type=int, default=2, help="ranks")
+    options.add_argument("--budget", type=float, help="seconds for the profile; default as its thoroughness")
+    options.add_argument("--thoroughness", default="default", choices=LEVELS, help="of the profile")
+    options.add_argument("--profile", type=Path, help="reuse this hardware profile, or keep the new one here")
+    arguments = options.parse_args()
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    print(f"{now}  {platform.node()}  {os.cpu_count()} cores  torch {torch.__version__}  {' '.join(sys.argv)}")
+    hardware, cluster = profiled(arguments)
+    every: list[Case] = []
+    for question in questions(arguments, hardware, cluster):
+        print(f"\n{question.model.name}, batch {arguments.global_batch} × {arguments.seq}, {arguments.nproc} ranks")
+        cases = measure(chosen_plans(question, arguments), arguments.nproc, arguments.rounds)
+        show(cases, hardware, arguments.parts)
+        every += cases
+    show_parts(every, hardware)
+    if len(arguments.model or SHAPES) > 1:
+        print("\nall models")
+        errors = [abs(case.error) for case in every]
+        print(f"median error        {statistics.median(errors):.1%} of {len(every)} layouts")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from profiles.hardware import HardwareProfile
 from profiles.points import DIRECTIONS, AttentionPoint, GemmPoint
 
-from .profile_report import short_seconds
+from .profile_figures import short_seconds
 from .report import _table
 
 _SAME = 1e-3  # figures closer than this are not listed
@@ -218,8 +217,8 @@ def difference_report(hardware: HardwareProfile, other: HardwareProfile) -> Rend
     return Group(*parts)
 
 
-def _part_table(found: list[PartDifference]) -> Table:
-    table = _table("\nseconds, other / this (~ priced, not measured, on one side)", "part", "points", "median", "range")
+def _part_table(found: list[PartDifference]) -> RenderableType:
+    table = _table("", "part", "points", "median", "range")
     table.add_column("most different", no_wrap=False)
     for d in found:
         here, there = (short_seconds(value) for value in d.seconds)
@@ -230,7 +229,8 @@ def _part_table(found: list[PartDifference]) -> Table:
             f"{d.least:.3g} to {d.most:.3g}",
             f"{d.largest_at}: {here}, {there}",
         )
-    return table
+    title = "\nseconds, other / this (~ interpolated or modelled on one side at least)"
+    return Group(Text(title, style="bold"), table)  # a table's own title wraps at its width
 
 
 def _figures(hardware: HardwareProfile, other: HardwareProfile) -> Iterator[tuple[str, float | None, float | None]]:

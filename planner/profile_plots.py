@@ -13,7 +13,7 @@ from rich.text import Text
 from profiles.hardware import HardwareProfile
 from profiles.points import DTYPES, CollectivePoint
 
-from .profile_report import best_gemm, bus_bandwidth, figure_text, profile_report, size_text
+from .profile_figures import best_gemm, bus_bandwidth, figure_text, flops_unit, size_text
 
 _WIDTH, _HEIGHT = 100, 20
 _SIDES = [2**power for power in range(7, 15)]  # of the square products at which a model is drawn
@@ -46,9 +46,9 @@ class Series:
     joined: bool = False
 
 
-def show_report(hardware: HardwareProfile) -> RenderableType:
-    """`profile_report`, then plots of what was measured, or of the models and what they rest on where nothing was."""
-    parts: list[RenderableType] = [profile_report(hardware)]
+def profile_plots(hardware: HardwareProfile) -> list[RenderableType]:
+    """Plots of what was measured, and of the models where nothing was, with what those rest on."""
+    parts: list[RenderableType] = []
     measured = [d for d in DTYPES if any(p.dtype == d for p in hardware.gemm)]
     modelled = [model.dtype for model in hardware.gemm_models if model.dtype not in measured]
     if measured:
@@ -58,19 +58,20 @@ def show_report(hardware: HardwareProfile) -> RenderableType:
         parts += [_modelled_efficiency(hardware, modelled)]
     if any(not p.uneven for p in hardware.collectives):
         parts += [Text("\ncollectives: bus bandwidth of the largest group", style="bold"), _bandwidths(hardware)]
-    return Group(*parts)
+    return parts
 
 
 def _sources(hardware: HardwareProfile) -> RenderableType:
     """What each model says and where that is from."""
+    unit, scale = flops_unit(hardware)
     lines = [Text("\nnot measured but modelled", style="bold")]
     for m in hardware.gemm_models:
         tiles = f", {m.units} tiles at once" if m.units else ""
-        rate = figure_text(m.achievable_flops_per_second / 1e12)
-        lines.append(Text(f"GEMM {m.dtype}: {rate} TFLOP/s{tiles}; {m.source or 'no source'}"))
+        rate = figure_text(m.achievable_flops_per_second / scale)
+        lines.append(Text(f"GEMM {m.dtype}: {rate} {unit}{tiles}; {m.source or 'no source'}"))
     for m in hardware.attention_models:
-        rates = [figure_text(f / 1e12) for f in (m.forward_flops_per_second, m.backward_flops_per_second)]
-        lines.append(Text(f"attention {m.dtype}: {' and '.join(rates)} TFLOP/s; {m.source or 'no source'}"))
+        rates = [figure_text(f / scale) for f in (m.forward_flops_per_second, m.backward_flops_per_second)]
+        lines.append(Text(f"attention {m.dtype}: {' and '.join(rates)} {unit}; {m.source or 'no source'}"))
     for key, name in _SOURCED.items():
         if isinstance(hardware.provenance.get(key), str):
             lines.append(Text(f"{name}: {hardware.provenance[key]}"))

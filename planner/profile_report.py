@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,24 +10,35 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiles.alpha_beta import PASSES, Sample, fit
+from profiles.alpha_beta import Sample, fit
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import DIRECTIONS, DTYPES, CollectivePoint
 
+from .profile_differences import difference_report
+from .profile_figures import (
+    RINGS,
+    best_attention,
+    best_gemm,
+    bus_bandwidth,
+    figure_text,
+    flops_unit,
+    gemm_errors,
+    quantile,
+    short_seconds,
+    size_text,
+)
+from .profile_plots import profile_plots
 from .report import _table, bytes_text
 
+__all__ = ["catalogue_report", "difference_report", "profile_report", "show_report"]
+
 NOISY = 0.2  # a spread above it: the seconds are a guess, and the machine was not quiet
-_MOST_SIZES, _MOST_NAMED = 5, 4  # columns of a table; items of a list in words
-# What FSDP2 does around a collective moves as many bytes as that collective does.
-_RINGS = {
-    "fsdp_all_gather": "all_gather",
-    "fsdp_reduce_scatter": "reduce_scatter",
-    "replicate_all_reduce": "all_reduce",
-}
+_MOST_SIZES, _MOST_GROUPS, _MOST_NAMED = 5, 20, 4  # columns and rows of a table; items of a list in words
+_Group = tuple[str, bool, int, int]  # operation, uneven, ranks, stride
 _POINTS = ("gemm", "gemm_checks", "many_gemm", "attention", "memory", "collectives")
-# Conditions of the machine by their key in provenance, wherever it stands there: what to call it, scale, unit.
+# Conditions of the machine by their key, as deep in provenance as it may stand: what to call it, scale, unit.
 _CONDITIONS = {
     "sm_clock_hertz": ("SM clock", 1e9, "GHz"),
     "cpu_clock_hertz": ("CPU clock", 1e9, "GHz"),
@@ -36,96 +46,6 @@ _CONDITIONS = {
     "cpu_temperature_celsius": ("CPU", 1.0, "°C"),
     "power_watts": ("power", 1.0, "W"),
 }
-
-# ---- words -----------------------------------------------------------------------------------------------
-
-
-def short_seconds(seconds: float) -> str:
-    """Three significant figures in s, ms or µs."""
-    scale, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
-    return f"{seconds * scale:.3g} {unit}"
-
-
-def size_text(size_bytes: float) -> str:
-    """Bytes as one word of a column: "4 MiB"."""
-    power = min(3, max(0, int((math.log2(size_bytes) + 0.01) // 10)))
-    return f"{size_bytes / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
-def figure_text(value: float) -> str:
-    """Three significant figures, never as a power of ten: "1,230", "9.9", "0.012"."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
-
-
-def _words(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else ""
-    return ", ".join(items[:_MOST_NAMED]) + more
-
-
-def _range(values: Sequence[float], unit: str) -> str:
-    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
-    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
-
-
-def _flops_unit(hardware: HardwareProfile) -> tuple[str, float]:
-    return ("TFLOP/s", 1e12) if max(hardware.peak_flops_per_second.values(), default=0) >= 1e12 else ("GFLOP/s", 1e9)
-
-
-def _left(table: Table, *columns: str) -> Table:
-    """The table, with words and not figures in these columns."""
-    for column in table.columns:
-        if column.header in columns:
-            column.justify = "left"
-    return table
-
-
-# ---- figures ---------------------------------------------------------------------------------------------
-
-
-def gemm_errors(hardware: HardwareProfile, dtype: str) -> list[float]:
-    """|predicted - measured| / measured of the shapes held out from the grid, in rising order."""
-    errors = []
-    modelled = any(model.dtype == dtype for model in hardware.gemm_models)
-    measured = {p.operation for p in hardware.gemm if p.dtype == dtype}
-    for p in hardware.gemm_checks:
-        if p.dtype == dtype and (modelled or p.operation in measured):
-            predicted = hardware.gemm_seconds(p.operation, p.dtype, p.m, p.n, p.k)
-            errors.append(abs(predicted - p.seconds) / p.seconds)
-    return sorted(errors)
-
-
-def best_gemm(hardware: HardwareProfile, dtype: str) -> float | None:
-    """FLOP/s of the fastest measured product, else those that the model puts within reach, None without either."""
-    measured = [2.0 * p.m * p.n * p.k / p.seconds for p in hardware.gemm if p.dtype == dtype]
-    modelled = [model.achievable_flops_per_second for model in hardware.gemm_models if model.dtype == dtype]
-    return max(measured or modelled, default=None)
-
-
-def best_attention(hardware: HardwareProfile, dtype: str, direction: str) -> float | None:
-    """FLOP/s of the fastest measured attention, else of the model; FLOPs as in `attention_seconds`, twice if not causal."""
-    per_pair = 2.0 if direction == "forward" else 5.0
-    measured = [
-        per_pair * (1 if p.causal else 2) * p.batch * p.heads * p.sequence**2 * p.head_dim / p.seconds
-        for p in hardware.attention
-        if (p.dtype, p.direction) == (dtype, direction)
-    ]
-    key = f"{direction}_flops_per_second"
-    return max(measured or [getattr(m, key) for m in hardware.attention_models if m.dtype == dtype], default=None)
-
-
-def bus_bandwidth(point: CollectivePoint) -> float:
-    """Bytes per second on the busiest link, as nccl-tests prints it: 2(n-1)/n of the bytes for an all-reduce."""
-    operation, n = _RINGS.get(point.operation, point.operation), point.ranks
-    share = 1.0 if operation in ("broadcast", "send_recv") else PASSES[operation] * (n - 1) / n
-    return share * point.bytes / point.seconds
-
-
-def quantile(rising: Sequence[float], share: float) -> float:
-    """The value below which `share` of them lie, linear between neighbours."""
-    place = share * (len(rising) - 1)
-    low = int(place)
-    high = min(low + 1, len(rising) - 1)
-    return rising[low] + (rising[high] - rising[low]) * (place - low)
 
 
 # ---- one profile -----------------------------------------------------------------------------------------
@@ -139,6 +59,11 @@ def profile_report(hardware: HardwareProfile) -> RenderableType:
     return Group(*parts, _spread(hardware))
 
 
+def show_report(hardware: HardwareProfile) -> RenderableType:
+    """`profile_report`, then plots of what was measured, and of the models and what they rest on where nothing was."""
+    return Group(profile_report(hardware), *profile_plots(hardware))
+
+
 def _head(hardware: HardwareProfile) -> Text:
     known = hardware.provenance
     head = Text()
@@ -146,27 +71,35 @@ def _head(hardware: HardwareProfile) -> Text:
     node = f", {hardware.devices_per_node} a node" if hardware.devices_per_node else ""
     ranks = f", {known['ranks']} ranks at once" if "ranks" in known else ""
     head.append(f" ({hardware.name}), {hardware.backend}{ranks}{node}, {bytes_text(hardware.memory_bytes)} each\n")
-    said = [
-        str(known.get("kind", "")),
-        str(known.get("date", "")),
-        f"torch {known['torch']}" if "torch" in known else "",
-    ]
+    torch = next((value for key, value in _leaves(known) if key == "torch"), None)
+    said = [str(known.get("kind", "")), str(known.get("date", "")), f"torch {torch}" if torch else ""]
     found: dict[str, list[float]] = {}
-    for key, value in _leaves(known):
+    for key, value in _leaves(known.get("conditions")):
         if key in _CONDITIONS and isinstance(value, int | float):
             found.setdefault(key, []).append(value / _CONDITIONS[key][1])
     for key, (name, _, unit) in _CONDITIONS.items():
         if key in found:
             said.append(f"{name} {_range(found[key], unit)}")
     head.append(", ".join(filter(None, said)) + "\n")
-    complete, skipped = known.get("completeness"), known.get("skipped")
-    if complete is not None:
-        head.append(f"complete: {complete:.0%}\n" if isinstance(complete, float) else f"complete: {complete}\n")
+    if known.get("complete") is False:
+        head.append("not complete: `cli.py profile --resume` goes on from here\n", style="yellow")
+    cases = known.get("cases")
+    skipped = known.get("skipped") or (cases.get("skipped") if isinstance(cases, dict) else None)
     if skipped:
-        items = [f"{k} {v}" for k, v in skipped.items()] if isinstance(skipped, dict) else skipped
+        items = [f"{name}, {why}" for name, why in skipped.items()] if isinstance(skipped, dict) else skipped
         items = [str(item) for item in items] if isinstance(items, list | tuple) else [str(items)]
-        head.append(f"not measured, {len(items)}: {_words(items)}\n", style="yellow")
+        head.append(f"skipped, {len(items)}: {_words(items)}\n", style="yellow")
     return head
+
+
+def _words(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else ""
+    return "; ".join(items[:_MOST_NAMED]) + more
+
+
+def _range(values: Sequence[float], unit: str) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
 def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -181,7 +114,7 @@ def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _rates(hardware: HardwareProfile) -> Table:
-    unit, scale = _flops_unit(hardware)
+    unit, scale = flops_unit(hardware)
     columns = ("GEMM points", "best", "peak", "held out", "error p50", "p90", "attention points", "forward", "backward")
     table = _table(f"compute, {unit}; error of the GEMM grid on the shapes held out from it", "dtype", *columns)
     known = {p.dtype for p in (*hardware.gemm, *hardware.gemm_models)} | set(hardware.peak_flops_per_second)
@@ -218,7 +151,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
     if h.overlap:
         sides = ([p.compute_slowdown for p in h.overlap], [p.communication_slowdown for p in h.overlap])
         compute, communication = (f"{min(side):.2f} to {max(side):.2f}" for side in sides)
-        overlap += f"; {len(h.overlap)} measured, × {compute} and × {communication}"
+        overlap += f"; measured {compute} and {communication}"
     held = f"context {bytes_text(h.context_bytes)}, a communicator {bytes_text(h.communicator_bytes)}"
     held += f", allocator slack {h.allocator_slack:.1%}"
     lines = [
@@ -237,7 +170,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
     return grid
 
 
-def _collectives(hardware: HardwareProfile) -> Table:
+def _collectives(hardware: HardwareProfile) -> RenderableType:
     """Seconds by group and size; sizes that differ by a rounding share a column."""
     columns: list[list[int]] = []
     for size in sorted({p.bytes for p in hardware.collectives}):
@@ -248,16 +181,28 @@ def _collectives(hardware: HardwareProfile) -> Table:
     last = len(columns) - 1
     shown = sorted({round(i * last / (_MOST_SIZES - 1)) for i in range(_MOST_SIZES)} if last else {0})
     names = [size_text(columns[i][-1]) for i in shown]
-    title = f"\ncommunication, {len(shown)} of {last + 1} sizes; bus bandwidth in GB/s at the largest"
-    table = _table(title, "operation", "ranks", "stride", *names, "bus")
-    groups: dict[tuple[str, bool, int, int], list[CollectivePoint]] = {}
+    groups: dict[_Group, list[CollectivePoint]] = {}
     for p in hardware.collectives:
         groups.setdefault((p.operation, p.uneven, p.ranks, p.stride), []).append(p)
-    for (operation, uneven, ranks, stride), points in sorted(groups.items()):
+    listed = _listed(sorted(groups))
+    title = f"\ncommunication, {len(listed)} of {len(groups)} groups and {len(shown)} of {last + 1} sizes"
+    title += "; bus bandwidth in GB/s at the largest"
+    table = _table("", "operation", "ranks", "stride", *names, "bus")
+    for operation, uneven, ranks, stride in listed:
+        points = groups[operation, uneven, ranks, stride]
         cells = [next((short_seconds(p.seconds) for p in points if p.bytes in columns[i]), "") for i in shown]
         bus = "" if uneven else figure_text(bus_bandwidth(max(points, key=lambda p: p.bytes)) / 1e9)
         table.add_row(operation.replace("_", " ") + " uneven" * uneven, str(ranks), str(stride), *cells, bus)
-    return table
+    return Group(Text(title, style="bold"), table)  # a table's own title wraps at its width
+
+
+def _listed(groups: Sequence[_Group]) -> list[_Group]:
+    """All of them where a screen holds them, else the smallest and the largest of each operation."""
+    if len(groups) <= _MOST_GROUPS:
+        return list(groups)
+    operations = dict.fromkeys(group[:2] for group in groups)
+    alike = [[group for group in groups if group[:2] == operation] for operation in operations]
+    return [group for some in alike for group in dict.fromkeys((some[0], max(some, key=lambda g: (g[2], -g[3]))))]
 
 
 def _fits(hardware: HardwareProfile) -> Table:
@@ -269,7 +214,7 @@ def _fits(hardware: HardwareProfile) -> Table:
         if not p.uneven:
             across = hardware.devices_per_node and p.ranks * p.stride > hardware.devices_per_node
             name = p.operation.replace("_", " ") + (", across nodes" if across else "")
-            sample = Sample(_RINGS.get(p.operation, p.operation), p.ranks, p.bytes, p.seconds)
+            sample = Sample(RINGS.get(p.operation, p.operation), p.ranks, p.bytes, p.seconds)
             groups.setdefault(name, []).append(sample)
     for name, samples in sorted(groups.items()):
         fitted = fit(samples)
@@ -298,8 +243,8 @@ def _spread(hardware: HardwareProfile) -> Text:
         return Text(f"\n{len(spreads)} points, spread not recorded" if spreads else "\nno points: nothing was measured")
     noisy = sum(spread > NOISY for spread in known)
     return Text(
-        f"\n{len(spreads)} points, {len(known)} with their spread (interquartile range over median): "
-        f"{statistics.median(known):.1%} in the median, {noisy} noisy (above {NOISY:.0%})"
+        f"\n{len(spreads)} points, {len(known)} with a spread (interquartile range over median): "
+        f"median {statistics.median(known):.1%}, {noisy} noisy, above {NOISY:.0%}"
     )
 
 
@@ -316,6 +261,14 @@ def catalogue_report(
         _hardware(hardware),
         Text("\nto add one: CONTRIBUTING.md says how, a YAML file each"),
     )
+
+
+def _left(table: Table, *columns: str) -> Table:
+    """The table, with words and not figures in these columns."""
+    for column in table.columns:
+        if column.header in columns:
+            column.justify = "left"
+    return table
 
 
 def _models(models: Sequence[ModelSpec]) -> Table:

@@ -9,7 +9,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from profiles.hardware import HardwareProfile
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
@@ -227,33 +226,6 @@ def record_report(record: dict[str, Any]) -> RenderableType:
         f"{record['steps']} steps; a bigram model of the same text reaches {record['bigram_loss']:.3f}"
     )
     return Group(table, loss)
-
-
-# ---- a profile ----------------------------------------------------------------------------------------------
-
-
-def profile_report(hardware: HardwareProfile) -> RenderableType:
-    """What was measured, shortest form: rates by dtype, memory, collectives by size."""
-    head = Text(f"{hardware.device}, {hardware.provenance.get('ranks', 1)} ranks at once, {hardware.backend}\n")
-    rates = _table("compute", "dtype", "GEMM points", "best GFLOP/s")
-    for dtype, peak in hardware.peak_flops_per_second.items():
-        rates.add_row(dtype, str(sum(p.dtype == dtype for p in hardware.gemm)), f"{peak / 1e9:,.1f}")
-    memory = Text(f"\nmemory bandwidth {hardware.memory_bandwidth_bytes_per_second / 1e9:,.1f} GB/s per rank")
-    parts: list[RenderableType] = [head, rates, memory]
-    if hardware.collectives:
-        sizes = sorted({p.bytes for p in hardware.collectives})
-        table = _table("\ncommunication", "operation", "ranks", *(_size_name(size) for size in sizes))
-        kinds = sorted({(p.operation, p.ranks) for p in hardware.collectives})
-        for operation, ranks in kinds:
-            found = {p.bytes: p.seconds for p in hardware.collectives if (p.operation, p.ranks) == (operation, ranks)}
-            cells = (seconds_text(found[size]) if size in found else "" for size in sizes)
-            table.add_row(operation.replace("_", " "), str(ranks), *cells)
-        parts.append(table)
-    return Group(*parts)
-
-
-def _size_name(size_bytes: int) -> str:
-    return f"{size_bytes // 2**20} MiB" if size_bytes >= 2**20 else f"{size_bytes // 2**10} KiB"
 
 
 # ---- errors --------------------------------------------------------------------------------------------------

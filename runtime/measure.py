@@ -84,6 +84,8 @@ def kernel_kind(name: str) -> str:
 class StepMeter:
     """Collects the spans of each step and, for a few steps, the seconds of each collective and kernel.
 
+    `watched_steps` are those few, where they are not to be the usual ones.
+
     Usage, on every rank: `with meter.watch(step):` around forward and backward, `meter.end_step(step, …)`
     after it, `meter.table()` when the run is over.
     """
@@ -92,6 +94,7 @@ class StepMeter:
     clock: Clock
     pp: int
     steps: int
+    watched_steps: tuple[int, ...] = ()
     _tables: dict[int, dict[str, float]] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)
     _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": []})
@@ -99,6 +102,8 @@ class StepMeter:
 
     def watched(self, step: int) -> bool:
         """Whether collectives are timed in this step; `step` counts from 1 within this process's run."""
+        if self.watched_steps:
+            return step in self.watched_steps
         if self.steps >= LONG_RUN_STEPS:
             return step in _WATCHED_STEPS
         return step == self.steps and self.steps > 1

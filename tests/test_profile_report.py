@@ -12,19 +12,18 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from planner.profile_differences import difference_report, part_differences
-from planner.profile_plots import Axis, Series, plot, show_report
-from planner.profile_report import (
+from planner.profile_differences import part_differences
+from planner.profile_figures import (
     best_attention,
     best_gemm,
     bus_bandwidth,
-    catalogue_report,
     gemm_errors,
-    profile_report,
     quantile,
     short_seconds,
     size_text,
 )
+from planner.profile_plots import Axis, Series, plot
+from planner.profile_report import catalogue_report, difference_report, profile_report, show_report
 from profiles.catalogue import list_catalogue, resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.hardware import HardwareProfile, load_hardware
 from profiles.points import (
@@ -52,8 +51,8 @@ def text(report: RenderableType, width: int = 100) -> str:
 
 def cube(side: int, rate: float, **changes: Any) -> GemmPoint:
     """A square product at `rate` FLOP/s."""
-    values: dict[str, Any] = {"dtype": "fp32", "operation": "forward", "spread": 0.02}
-    return GemmPoint(m=side, n=side, k=side, **({"seconds": 2 * side**3 / rate} | values | changes))
+    values: dict[str, Any] = {"dtype": "fp32", "operation": "forward", "seconds": 2 * side**3 / rate, "spread": 0.02}
+    return GemmPoint(m=side, n=side, k=side, **(values | changes))
 
 
 def collective(operation: str, ranks: int, size: int, seconds: float, **changes: Any) -> CollectivePoint:
@@ -63,6 +62,7 @@ def collective(operation: str, ranks: int, size: int, seconds: float, **changes:
 def measured() -> HardwareProfile:
     """fp32 measured, bf16 modelled; two ranks a node and four in all."""
     slow = 2 * 128**3 / 5e10  # seconds of the grid's 128³
+    norm = MemoryPoint(dtype="fp32", operation="rmsnorm", direction="forward", elements=4096, seconds=4e-6, spread=0.1)
     attention = AttentionPoint(
         dtype="fp32", direction="forward", batch=1, heads=4, sequence=1024, head_dim=64, seconds=0.01, spread=0.3
     )
@@ -76,11 +76,12 @@ def measured() -> HardwareProfile:
             "kind": "measured",
             "date": "2026-03-04",
             "ranks": 4,
-            "torch": "2.13.0",
+            "libraries": {"torch": "2.13.0", "numpy": "2.0"},
             "conditions": {"before": {"gpus": [{"sm_clock_hertz": 1.5e9, "temperature_celsius": 40.0}]},
                            "after": {"gpus": [{"sm_clock_hertz": 1.4e9, "temperature_celsius": 61.0}]}},
-            "completeness": 0.9,
-            "skipped": ["gemm/fp32/1", "gemm/fp32/2", "gemm/fp32/3", "gemm/fp32/4", "gemm/fp32/5"],
+            "complete": False,
+            "cases": {"skipped": {f"gemm/{i}": "no memory" for i in range(5)}, "done": ["links/1"]},
+            "topology": {"gpus": [{"temperature_celsius": 99.0}]},
         },
         peak_flops_per_second={"fp32": 1e11, "bf16": 2e11},
         gemm_models=(GemmModel(dtype="bf16", achievable_flops_per_second=1.6e11, units=4, source="a paper"),),
@@ -92,9 +93,7 @@ def measured() -> HardwareProfile:
             cube(128, 5e10, seconds=slow * 0.8),
         ),
         attention=(attention, replace(attention, direction="backward", seconds=0.04)),
-        memory=(
-            MemoryPoint(dtype="fp32", operation="rmsnorm", direction="forward", elements=4096, seconds=4e-6, spread=0.1),
-        ),
+        memory=(norm,),
         contention=(ContentionPoint(active=1, slowdown=1.0), ContentionPoint(active=4, slowdown=1.35)),
         overlap=(
             OverlapPoint(operation="all_reduce", ranks=4, bytes=MIB, compute_slowdown=1.2, communication_slowdown=1.4),
@@ -103,7 +102,7 @@ def measured() -> HardwareProfile:
         # α-β without a remainder: 2(n-1)·10 µs + 2(n-1)/n · s / (1 GB/s)
         collectives=(
             *(collective("all_reduce", 2, s, 2e-5 + s / 1e9, spread=0.04) for s in (4096, 65536, MIB)),
-            *(collective("all_reduce", 4, s, 6e-5 + 1.5 * s / 5e8, spread=0.04) for s in (4096, MIB)),
+            *(collective("all_reduce", 4, s, 6e-5 + 1.5 * s / 5e8, spread=0.04) for s in (4096, 65536, MIB)),
             collective("all_to_all", 2, 65536, 5e-5),
             collective("all_to_all", 2, 65536, 7e-5, uneven=True),
         ),
@@ -163,7 +162,38 @@ def test_words() -> None:
 # ---- one profile -----------------------------------------------------------------------------------------
 
 MEASURED = """\
-GOLDEN
+Made Up 9000 (local), nccl, 4 ranks at once, 2 a node, 953.7 MiB each
+measured, 2026-03-04, torch 2.13.0, SM clock 1.4 to 1.5 GHz, GPU 40 to 61 °C
+not complete: `cli.py profile --resume` goes on from here
+skipped, 5: gemm/0, no memory; gemm/1, no memory; gemm/2, no memory; gemm/3, no memory and 1 more
+
+compute, GFLOP/s; error of the GEMM grid on the shapes held out from it
+dtype  GEMM points  best  peak  held out  error p50    p90  attention points  forward  backward
+fp32             2    80   100         3      25.0%  45.0%                 2     53.7      33.6
+bf16      modelled   160   200                                          none
+
+memory bandwidth  10 GB/s, to device 5 GB/s
+overheads         launch 1 µs, microbatch 10 µs, tp shard 1 µs, with sequence 2 µs
+overlap           compute × 1.25, communication × 1.50; measured 1.20 to 1.30 and 1.40 to 1.60
+stragglers        × 1.000
+contention        1 computing × 1.00, 4 computing × 1.35
+memory held       context 0.0 MiB, a communicator 0.0 MiB, allocator slack 5.0%
+corrections       memory × 1.250
+
+communication, 4 of 4 groups and 3 of 3 sizes; bus bandwidth in GB/s at the largest
+operation          ranks  stride    4 KiB   64 KiB    1 MiB    bus
+all reduce             2       1  24.1 µs  85.5 µs  1.07 ms  0.981
+all reduce             4       1  72.3 µs   257 µs  3.21 ms  0.491
+all to all             2       1             50 µs           0.655
+all to all uneven      2       1             70 µs
+
+communication as α-β with a ramp
+operation                 points              once  a step  GB/s  ramp  error p50  worst
+all reduce                     3              0 µs   10 µs     1  none         0%     0%
+all reduce, across nodes       3              0 µs   10 µs   0.5  none         0%     0%
+all to all                     1  two sizes needed
+
+16 points, 14 with a spread (interquartile range over median): median 4.0%, 2 noisy, above 20%
 """
 
 
@@ -189,9 +219,9 @@ def test_a_profile_says_what_it_lacks() -> None:
 @pytest.mark.parametrize(
     ("skipped", "expected"),
     [
-        ({"gemm": 12, "attention": 3}, "not measured, 2: gemm 12, attention 3"),
-        (["a"], "not measured, 1: a"),
-        (7, "not measured, 1: 7"),
+        ({"gemm": "no memory", "fp8": "no kernel"}, "skipped, 2: gemm, no memory; fp8, no kernel"),
+        (["a"], "skipped, 1: a"),
+        (7, "skipped, 1: 7"),
     ],
 )
 def test_skipped_cases_in_any_form(skipped: object, expected: str) -> None:
@@ -204,8 +234,23 @@ def test_many_sizes_share_a_screen_and_rounded_sizes_a_column() -> None:
     points += [collective("all_reduce", 3, s // 24 * 24, 1e-5 + s / 1e11) for s in sizes[10:]]
     shown = text(profile_report(replace(measured(), collectives=tuple(points))))
     (header,) = [line for line in shown.splitlines() if line.startswith("operation") and "stride" in line]
-    assert header.split() == "operation ranks stride 8 B 1 KiB 128 KiB 8 MiB 1 GiB bus".split()
-    assert "5 of 28 sizes" in shown
+    assert " ".join(header.split()) == "operation ranks stride 8 B 1 KiB 128 KiB 8 MiB 1 GiB bus"
+    assert "2 of 2 groups and 5 of 28 sizes" in shown
+
+
+def test_of_many_groups_the_smallest_and_the_largest_of_each_operation_are_listed() -> None:
+    groups = [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
+    operations = ("all_gather", "all_reduce", "broadcast", "send_recv")
+    points = [collective(o, n, 1024, 1e-5, stride=stride) for o in operations for n, stride in groups]
+    shown = text(profile_report(replace(measured(), collectives=tuple(points)))).splitlines()
+    (title,) = [i for i, line in enumerate(shown) if "8 of 24 groups and 1 of 1 sizes" in line]
+    rows = [line.split()[:4] for line in shown[title + 2 : title + 6]]
+    assert rows == [
+        ["all", "gather", "2", "1"],
+        ["all", "gather", "8", "1"],
+        ["all", "reduce", "2", "1"],
+        ["all", "reduce", "8", "1"],
+    ]
 
 
 # ---- plots -----------------------------------------------------------------------------------------------
@@ -238,12 +283,14 @@ def test_a_plot_of_one_point_and_one_after_another() -> None:
 def test_show_draws_what_was_measured() -> None:
     shown = text(show_report(measured()))
     assert shown.startswith(text(profile_report(measured())))
-    gemm, modelled, bandwidth = (shown.index(title) for title in ("FLOP/s of each", "of square products", "bus bandw"))
+    titles = ("FLOP/s of each", "of square products", "bus bandwidth of the")
+    gemm, modelled, bandwidth = (shown.index(title) for title in titles)
     first = shown[gemm:modelled].splitlines()
     assert first[1] == "a fp32"
     assert first[3].startswith("100┤")  # 512³ is the best: 80 of 80 GFLOP/s
-    assert any("62.5" in line for line in first) is False  # the ticks are quarters of the largest
-    assert [line.split() for line in first if line.strip().startswith("4.19 M")][0][-2:] == ["268", "M"]
+    # 2·128³ and 2·512³ FLOPs
+    assert [line.split()[-2:] for line in first if line.strip().startswith("4.19 M")] == [["268", "M"]]
+    assert sum(line.count("a") for line in first[2:-5]) == 2
     assert "% of best" in shown[gemm:modelled]
     assert "GEMM bf16: 160 GFLOP/s, 4 tiles at once; a paper" in shown
     assert "% of peak" in shown[modelled:bandwidth]
@@ -278,7 +325,7 @@ def test_every_catalogue_profile_can_be_shown_and_compared(name: str) -> None:
 
 def test_plotext_and_torch_stay_away_until_a_plot_is_drawn() -> None:
     code = (
-        "import sys, planner.profile_report, planner.profile_plots, planner.profile_differences, profiles.nccl_points;"
+        "import sys, planner.profile_report, profiles.nccl_points;"
         "print([name for name in ('plotext', 'torch', 'numpy') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -287,7 +334,30 @@ def test_plotext_and_torch_stay_away_until_a_plot_is_drawn() -> None:
 # ---- two profiles ----------------------------------------------------------------------------------------
 
 DIFFERENT = """\
-GOLDEN2
+this   local: Made Up 9000, nccl, 2026-03-04
+other  later: Made Up 9000, nccl, 2026-03-04
+
+figures that differ
+figure                            this  other  other / this
+launch seconds                   1e-06  2e-06         2.000
+host to device bytes per second  5e+09   none
+peak flops per second, fp32      1e+11  9e+10         0.900
+correction of gemm                   1    1.1         1.100
+
+seconds, other / this (~ interpolated or modelled on one side at least)
+part                     points  median         range  most different
+GEMM fp32                     2     1.3    1.1 to 1.5  forward m 512 n 512 k 512: 3.36 ms, 5.03 ms
+attention fp32 forward       ~1    1.07  1.07 to 1.07  batch 1 heads 4 sequence 1024 head dim 64: 10
+                                                       ms, 10.7 ms
+attention fp32 backward      ~1    1.01  1.01 to 1.01  batch 1 heads 4 sequence 1024 head dim 64: 40
+                                                       ms, 40.3 ms
+
+the same at every point: GEMM bf16; memory rmsnorm; all reduce, 2 ranks, stride 1
+
+only this has: all reduce, 4 ranks, stride 1; all to all, 2 ranks, stride 1; all to all uneven, 2
+ranks, stride 1
+
+only other has: products grouped bf16
 """
 
 
@@ -350,7 +420,23 @@ def test_two_models_are_compared_at_square_products_and_missing_dtypes_are_named
 # ---- the catalogue ---------------------------------------------------------------------------------------
 
 CATALOGUE = """\
-GOLDEN3
+models
+name          family   layers  hidden  parameters, B  active, B       experts
+gpt2          gpt2         12     768          0.124
+mixtral-8x7b  mixtral      32   4,096           46.7       12.9  8, 2 a token
+
+clusters, as NAME:NODES
+name       hardware        devices a node  most nodes  GB/s a device, tier by tier
+dgx-a100   a100-sxm-80gb                8      16,384  node 229, network 24.7
+pcie-a100  a100-pcie-80gb               8           1  socket 22.3, node 3.36
+
+hardware: TFLOP/s at peak and as a GEMM achieves it
+name           device                       GiB  dtype  peak  GEMM  kind
+a100-sxm-80gb  NVIDIA A100-SXM4-80GB         79  bf16    312   271  published
+v100-sxm-16gb  NVIDIA Tesla V100-SXM2-16GB   16  fp16    125  95.9  published
+local          Made Up 9000                   1  bf16    0.2  0.16  measured
+
+to add one: CONTRIBUTING.md says how, a YAML file each
 """
 
 

@@ -315,12 +315,16 @@ def test_a_price_does_not_depend_on_what_was_priced_before() -> None:
         ({"overlap_communication_slowdown": 2.0}, Layout(dp=4)),
         ({"corrections": {"gemm": 1.1}}, Layout(dp=4)),
         ({"corrections": {"optimizer": 1.1}}, Layout(dp=4)),
+        ({"corrections": {"tp": 1.1}}, Layout(tp=4)),
+        ({"corrections": {"dp": 1.1}}, Layout(dp=4)),
+        ({"straggler_slowdown": 1.1}, Layout(dp=4)),
+        ({"parameter_overhead_seconds": 1e-6}, Layout(dp=4)),
         ({"microbatch_overhead_seconds": 1.0}, Layout(pp=4)),
         ({"shard_overhead_seconds": 1.0}, Layout(tp=4)),
         ({"sequence_shard_overhead_seconds": 1.0}, Layout(tp=4, sequence_parallel=True)),
     ],
 )
-def test_slower_hardware_is_a_slower_step(slower: dict[str, float], layout: Layout) -> None:
+def test_slower_hardware_is_a_slower_step(slower: dict[str, Any], layout: Layout) -> None:
     chosen = counts(*[(4 // layout.pp, 0)] * layout.pp)
     assert price(layout, **slower).step(chosen) > price(layout).step(chosen)
 

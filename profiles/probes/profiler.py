@@ -165,7 +165,7 @@ class _Recorder:
             elapsed = (time.time() - self._started) / max(1e-9, self.deadline - self._started)
             self._on_progress(Progress(phase, case, min(1.0, max(share, elapsed))))
         elif kind == "case":
-            self.findings.add_case(content["name"], content["found"], content["skipped"])
+            self.findings.add_case(**content)
             if time.time() - self._kept > _KEEP_SECONDS:
                 self.flush()
         elif kind == "end":

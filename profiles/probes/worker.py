@@ -19,6 +19,7 @@ from ..points import CollectivePoint
 from .cases import DEFAULT, PHASES, QUICK, Case, all_cases
 from .collectives import make_groups
 from .findings import LIST_OF, Request
+from .pace import Pace
 from .timing import CaseFailed, Rank
 from .topology import NodeIdentity, device_conditions, node_identity, nvlink_topology
 
@@ -80,6 +81,7 @@ def _effort(level: int, shares_cores: bool) -> float:
 def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> None:
     ends = _phase_ends(request)
     started: set[str] = set()
+    pace = Pace(rank) if rank.device.type == "cpu" else None
     for number, case in enumerate(cases):
         now = rank.most(time.time())
         first = case.level == QUICK and case.phase not in started
@@ -89,9 +91,10 @@ def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> Non
             continue
         if rank.rank == 0:
             tell("progress", (case.phase, case.name, number / len(cases)))
+        paced = pace.seconds() if pace is not None else 1.0
         found, reason = _attempt(rank, case)
         if rank.rank == 0:
-            tell("case", {"name": case.name, "found": found, "skipped": reason})
+            tell("case", {"name": case.name, "found": found, "skipped": reason, "pace": paced})
 
 
 def _phase_ends(request: Request) -> dict[str, float]:

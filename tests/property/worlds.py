@@ -91,7 +91,7 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         shard_overhead_seconds=draw(or_zero(powers(-6, -3))),
         sequence_shard_overhead_seconds=draw(or_zero(powers(-6, -3))),
         parameter_overhead_seconds=draw(or_zero(powers(-7, -4))),
-        corrections=draw(st.sampled_from(({}, {"gemm": 1.3, "memory": 0.8, "optimizer": 2.0}))),
+        corrections=draw(st.sampled_from(({}, {"gemm": 1.3, "memory": 0.8, "optimizer": 2.0, "tp": 1.2, "dp": 0.7}))),
         contention=tuple(contention) if draw(st.booleans()) else (),
         collectives=tuple(collectives),
     )

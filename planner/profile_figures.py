@@ -1,0 +1,90 @@
+"""The figures that reports on hardware profiles show: errors held out, best rates, bus bandwidth, and their words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from profiles.alpha_beta import PASSES
+from profiles.hardware import HardwareProfile
+from profiles.points import CollectivePoint
+
+# What FSDP2 does around a collective moves as many bytes as that collective does.
+RINGS = {
+    "fsdp_all_gather": "all_gather",
+    "fsdp_reduce_scatter": "reduce_scatter",
+    "replicate_all_reduce": "all_reduce",
+}
+
+# ---- words -----------------------------------------------------------------------------------------------
+
+
+def short_seconds(seconds: float) -> str:
+    """Three significant figures in s, ms or µs."""
+    scale, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
+    return f"{seconds * scale:.3g} {unit}"
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes as one word of a column: "4 MiB"."""
+    power = min(3, max(0, int((math.log2(size_bytes) + 0.01) // 10)))
+    return f"{size_bytes / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def figure_text(value: float) -> str:
+    """Three significant figures, from 999.5 on a whole number: "12,300", "9.9", "0.012"."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
+def flops_unit(hardware: HardwareProfile) -> tuple[str, float]:
+    """The unit that the device's rates read well in, and what to divide by."""
+    return ("TFLOP/s", 1e12) if max(hardware.peak_flops_per_second.values(), default=0) >= 1e12 else ("GFLOP/s", 1e9)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------
+
+
+def gemm_errors(hardware: HardwareProfile, dtype: str) -> list[float]:
+    """|predicted - measured| / measured of the shapes held out from the grid, in rising order."""
+    errors = []
+    modelled = any(model.dtype == dtype for model in hardware.gemm_models)
+    measured = {p.operation for p in hardware.gemm if p.dtype == dtype}
+    for p in hardware.gemm_checks:
+        if p.dtype == dtype and (modelled or p.operation in measured):
+            predicted = hardware.gemm_seconds(p.operation, p.dtype, p.m, p.n, p.k)
+            errors.append(abs(predicted - p.seconds) / p.seconds)
+    return sorted(errors)
+
+
+def best_gemm(hardware: HardwareProfile, dtype: str) -> float | None:
+    """FLOP/s of the fastest measured product, else those that the model puts within reach, None without either."""
+    measured = [2.0 * p.m * p.n * p.k / p.seconds for p in hardware.gemm if p.dtype == dtype]
+    modelled = [model.achievable_flops_per_second for model in hardware.gemm_models if model.dtype == dtype]
+    return max(measured or modelled, default=None)
+
+
+def best_attention(hardware: HardwareProfile, dtype: str, direction: str) -> float | None:
+    """FLOP/s of the fastest measured attention, else of the model; FLOPs as in HardwareProfile, twice without mask."""
+    per_pair = 2.0 if direction == "forward" else 5.0
+    measured = [
+        per_pair * (1 if p.causal else 2) * p.batch * p.heads * p.sequence**2 * p.head_dim / p.seconds
+        for p in hardware.attention
+        if (p.dtype, p.direction) == (dtype, direction)
+    ]
+    key = f"{direction}_flops_per_second"
+    return max(measured or [getattr(m, key) for m in hardware.attention_models if m.dtype == dtype], default=None)
+
+
+def bus_bandwidth(point: CollectivePoint) -> float:
+    """Bytes per second on the busiest link, as nccl-tests prints it: 2(n-1)/n of the bytes for an all-reduce."""
+    operation, n = RINGS.get(point.operation, point.operation), point.ranks
+    share = 1.0 if operation in ("broadcast", "send_recv") else PASSES[operation] * (n - 1) / n
+    return share * point.bytes / point.seconds
+
+
+def quantile(rising: Sequence[float], share: float) -> float:
+    """The value below which `share` of them lie, linear between neighbours."""
+    place = share * (len(rising) - 1)
+    low = int(place)
+    high = min(low + 1, len(rising) - 1)
+    return rising[low] + (rising[high] - rising[low]) * (place - low)
