@@ -3,7 +3,9 @@
 Profiles this machine, prices every legal layout of three small models (best split of the layers each), runs them all
 in one process group, a step of each in turn, and prints the errors, the rank correlation and the regret: how
 much slower the planner's choice is than the best layout measured. The noise floor is the spread of the medians
-of the two halves of the rounds. `--parts` adds predicted and measured seconds by part to every layout.
+of the two halves of the rounds. A machine that is shared runs faster and slower by the minute: the profiler's
+reference work is timed before each step too, and the error is given also as if the machine had kept the pace it had
+while it was profiled. `--parts` adds predicted and measured seconds by part to every layout.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ from profiles.catalogue import resolve_model
 from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware
 from profiles.model import ModelSpec
+from profiles.probes.pace import Pace
 from profiles.probes.profiler import LEVELS, ProfileOptions, profile_machine
+from profiles.probes.timing import Rank
 from runtime.measure import StepMeter, busiest
 from runtime.process_group import process_group
 from runtime.step import TrainState, build_state, training_step
@@ -58,6 +62,7 @@ class Case:
     rank: int
     parts: dict[str, float]
     kernels: dict[str, float]
+    paces: list[float]
 
     @property
     def measured_seconds(self) -> float:
@@ -66,6 +71,15 @@ class Case:
     @property
     def error(self) -> float:
         return self.plan.prediction.step_seconds / self.measured_seconds - 1.0
+
+    def slowness(self, hardware: HardwareProfile) -> float:
+        """Seconds of the reference work around these steps, in times of those while profiling."""
+        pace = hardware.provenance.get("pace")
+        return statistics.median(self.paces) / pace["median_seconds"] if pace else 1.0
+
+    def paced_error(self, hardware: HardwareProfile) -> float:
+        """The error had the machine kept the profile's pace."""
+        return (1.0 + self.error) * self.slowness(hardware) - 1.0
 
 
 def plans_of(question: Question) -> list[Plan]:
@@ -96,7 +110,10 @@ def run_layouts(folder: Path, count: int, rounds: int) -> None:
     """One rank, its place in the environment: build every layout, then run a step of each in turn."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     seconds: list[list[float]] = [[] for _ in range(count)]
+    paces: list[list[float]] = [[] for _ in range(count)]
     with process_group(world_size, 300.0) as device:
+        shares = world_size > len(os.sched_getaffinity(0))
+        pace = Pace(Rank(rank, world_size, device, torch.distributed.group.WORLD, shares_cores=shares))
         plans = [load(folder / f"{i}.yaml") for i in range(count)]
         states = [build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1) for plan in plans]
         last = WARM_UP_ROUNDS + rounds
@@ -112,6 +129,8 @@ def run_layouts(folder: Path, count: int, rounds: int) -> None:
         ]
         for number in range(1, last + WATCHED_ROUNDS + 1):
             for i, (plan, state) in enumerate(zip(plans, states, strict=True)):
+                if WARM_UP_ROUNDS < number <= last:
+                    paces[i].append(pace.seconds())
                 torch.distributed.barrier()
                 started = time.perf_counter()
                 one_step(plan, state, meters[i], number)
@@ -120,7 +139,7 @@ def run_layouts(folder: Path, count: int, rounds: int) -> None:
             if rank == 0:
                 print(f"round {number} of {last + WATCHED_ROUNDS}", file=sys.stderr, flush=True)
         tables = [(meter.table(meter.median_step()), meter.kernels()) for meter in meters]
-        torch.save({"seconds": seconds, "tables": tables}, folder / f"rank{rank}.pt")
+        torch.save({"seconds": seconds, "tables": tables, "paces": paces}, folder / f"rank{rank}.pt")
 
 
 def one_step(plan: Plan, state: TrainState, meter: StepMeter, number: int) -> None:
@@ -174,7 +193,7 @@ def read_cases(plans: Sequence[Plan], folder: Path, world_size: int) -> list[Cas
         steps = [max(step) for step in zip(*(rank["seconds"][i] for rank in ranks), strict=True)]
         busy = busiest([rank["tables"][i][0] for rank in ranks])
         parts, kernels = ranks[busy]["tables"][i]
-        cases.append(Case(plan, steps, busy, parts, kernels))
+        cases.append(Case(plan, steps, busy, parts, kernels, ranks[0]["paces"][i]))
     return cases
 
 
@@ -212,19 +231,19 @@ def part_rows(case: Case, hardware: HardwareProfile) -> list[tuple[str, float, f
 
 def show(cases: Sequence[Case], hardware: HardwareProfile, parts: bool) -> None:
     """The table of one model, and its summary."""
-    print(f"{'layout':<34}{'stages':<10}{'predicted':>10}{'measured':>10}{'error':>8}")
+    print(f"{'layout':<34}{'stages':<10}{'predicted':>10}{'measured':>10}{'error':>8}{'at equal pace':>15}")
     for case in sorted(cases, key=lambda case: case.measured_seconds):
         split = "/".join(str(stage.end - stage.first) for stage in case.plan.stages)
         predicted = case.plan.prediction.step_seconds
         times = f"{predicted * 1e3:>8.0f}ms{case.measured_seconds * 1e3:>8.0f}ms{case.error:>+8.1%}"
-        print(f"{case.plan.layout.short():<34}{split:<10}{times}")
+        print(f"{case.plan.layout.short():<34}{split:<10}{times}{case.paced_error(hardware):>+15.1%}")
         if parts:
             rows = part_rows(case, hardware)
             print("    " + "  ".join(f"{name} {p * 1e3:.0f}/{m * 1e3:.0f}" for name, p, m in rows))
-    summarise(cases)
+    summarise(cases, hardware)
 
 
-def summarise(cases: Sequence[Case]) -> None:
+def summarise(cases: Sequence[Case], hardware: HardwareProfile) -> None:
     predicted = [case.plan.prediction.step_seconds for case in cases]
     measured = [case.measured_seconds for case in cases]
     chosen = min(cases, key=lambda case: case.plan.prediction.step_seconds)
@@ -234,9 +253,14 @@ def summarise(cases: Sequence[Case]) -> None:
         if c.seconds[1:]
     ]
     print(f"\nlayouts             {len(cases)}")
-    print(f"median error        {statistics.median(abs(case.error) for case in cases):.1%}")
-    print(f"mean error          {statistics.mean(abs(case.error) for case in cases):.1%}")
-    print(f"mean signed error   {statistics.mean(case.error for case in cases):+.1%}")
+    for name, errors in (
+        ("error", [case.error for case in cases]),
+        ("at equal pace", [case.paced_error(hardware) for case in cases]),
+    ):
+        middle, mean = statistics.median(map(abs, errors)), statistics.mean(errors)
+        print(f"{name:<20}median {middle:.1%}, mean signed {mean:+.1%}")
+    slowness = [case.slowness(hardware) for case in cases]
+    print(f"pace                {min(slowness):.2f} to {max(slowness):.2f} times the profile's seconds")
     print(f"Spearman            {spearman(predicted, measured):.3f}")
     print(f"regret              {chosen.measured_seconds / min(measured) - 1.0:.1%} ({chosen.plan.layout.short()})")
     if halves:
@@ -317,8 +341,8 @@ def main() -> None:
     show_parts(every, hardware)
     if len(arguments.model or SHAPES) > 1:
         print("\nall models")
-        errors = [abs(case.error) for case in every]
-        print(f"median error        {statistics.median(errors):.1%} of {len(every)} layouts")
+        print(f"error               median {statistics.median(abs(c.error) for c in every):.1%} of {len(every)}")
+        print(f"at equal pace       median {statistics.median(abs(c.paced_error(hardware)) for c in every):.1%}")
 
 
 if __name__ == "__main__":

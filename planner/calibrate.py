@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from profiles.hardware import HardwareProfile
+from profiles.hardware import CORRECTED_PARTS, HardwareProfile
 from profiles.input_error import InputError
 
 from .compute_cost import ComputeCost, ComputeModel
-from .record import RunRecord
+from .record import KERNELS, RunRecord
 from .step_cost import CostModel, StageCount
 
-PARTS = ("gemm", "attention", "memory", "tp", "dp", "optimizer")
 _LEAST_SHARE = 0.01  # of the step, for a part to say anything about its pace
 
 
@@ -49,10 +48,10 @@ def calibrate(hardware: HardwareProfile, records: Sequence[RunRecord]) -> tuple[
             "no runs to calibrate with", where="--calibrate", expected="one or more run folders", got="none"
         )
     bare = replace(hardware, corrections={})
-    seen: dict[str, list[tuple[float, float]]] = {part: [] for part in PARTS}
+    seen: dict[str, list[tuple[float, float]]] = {part: [] for part in CORRECTED_PARTS}
     for record in records:
         predicted, measured = predicted_parts(bare, record), measured_parts(record)
-        for part in PARTS:
+        for part in CORRECTED_PARTS:
             if min(predicted[part], measured[part]) > _LEAST_SHARE * record.step_seconds:
                 seen[part].append((predicted[part], measured[part]))
     corrections = dict(hardware.corrections)
@@ -92,7 +91,7 @@ def measured_parts(record: RunRecord) -> dict[str, float]:
             hint="train again with this version, two steps at least",
         )
     return {
-        **{kind: record.kernels.get(kind, 0.0) for kind in ("gemm", "attention", "memory")},
+        **{kind: record.kernels.get(kind, 0.0) for kind in KERNELS},
         "tp": record.parts["tp"],
         "dp": record.parts["dp_exposed"],
         "optimizer": record.parts["optimizer"],
@@ -126,7 +125,7 @@ def _kernels(hardware: HardwareProfile, record: RunRecord, count: StageCount) ->
         parts.append((compute.embedding(plan.layout, plan.job.sequence), 1, 0))
     if stage == plan.layout.pp - 1:
         parts.append((compute.head(plan.layout, plan.job.sequence), 1, 0))
-    kernels = dict.fromkeys(("gemm", "attention", "memory"), 0.0)
+    kernels: dict[str, float] = dict.fromkeys(KERNELS, 0.0)
     for cost, number, again in parts:
         for kind in kernels:
             passes = number * (getattr(cost.forward, kind) + getattr(cost.backward, kind))

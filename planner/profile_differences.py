@@ -15,7 +15,7 @@ from profiles.hardware import HardwareProfile
 from profiles.points import DIRECTIONS, AttentionPoint, GemmPoint
 
 from .profile_figures import short_seconds
-from .report import _table
+from .report import plain_table
 
 _SAME = 1e-3  # figures closer than this are not listed
 _NOMINAL_SIDES = (512, 1024, 2048, 4096, 8192)  # square products where both sides have no more than a model
@@ -199,7 +199,7 @@ def difference_report(hardware: HardwareProfile, other: HardwareProfile) -> Rend
         head.append(f"{name:5}", style="bold")
         head.append(f"  {profile.name}: {', '.join(filter(None, told))}\n")
     parts: list[RenderableType] = [head]
-    figures = _table("figures that differ", "figure", "this", "other", "other / this")
+    figures = plain_table("figures that differ", "figure", "this", "other", "other / this")
     for name, mine, theirs in _figures(hardware, other):
         ratio = f"{theirs / mine:.3f}" if mine and theirs else ""
         figures.add_row(name, *("none" if value is None else f"{value:.4g}" for value in (mine, theirs)), ratio)
@@ -218,7 +218,7 @@ def difference_report(hardware: HardwareProfile, other: HardwareProfile) -> Rend
 
 
 def _part_table(found: list[PartDifference]) -> RenderableType:
-    table = _table("", "part", "points", "median", "range")
+    table = plain_table("", "part", "points", "median", "range")
     table.add_column("most different", no_wrap=False)
     for d in found:
         here, there = (short_seconds(value) for value in d.seconds)

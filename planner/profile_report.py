@@ -30,7 +30,7 @@ from .profile_figures import (
     size_text,
 )
 from .profile_plots import profile_plots
-from .report import _table, bytes_text
+from .report import bytes_text, plain_table
 
 __all__ = ["catalogue_report", "difference_report", "profile_report", "show_report"]
 
@@ -116,7 +116,7 @@ def _leaves(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def _rates(hardware: HardwareProfile) -> Table:
     unit, scale = flops_unit(hardware)
     columns = ("GEMM points", "best", "peak", "held out", "error p50", "p90", "attention points", "forward", "backward")
-    table = _table(f"compute, {unit}; error of the GEMM grid on the shapes held out from it", "dtype", *columns)
+    table = plain_table(f"compute, {unit}; error of the GEMM grid on the shapes held out from it", "dtype", *columns)
     known = {p.dtype for p in (*hardware.gemm, *hardware.gemm_models)} | set(hardware.peak_flops_per_second)
     for dtype in (d for d in DTYPES if d in known):
         errors = gemm_errors(hardware, dtype)
@@ -187,7 +187,7 @@ def _collectives(hardware: HardwareProfile) -> RenderableType:
     listed = _listed(sorted(groups))
     title = f"\ncommunication, {len(listed)} of {len(groups)} groups and {len(shown)} of {last + 1} sizes"
     title += "; bus bandwidth in GB/s at the largest"
-    table = _table("", "operation", "ranks", "stride", *names, "bus")
+    table = plain_table("", "operation", "ranks", "stride", *names, "bus")
     for operation, uneven, ranks, stride in listed:
         points = groups[operation, uneven, ranks, stride]
         cells = [next((short_seconds(p.seconds) for p in points if p.bytes in columns[i]), "") for i in shown]
@@ -208,7 +208,7 @@ def _listed(groups: Sequence[_Group]) -> list[_Group]:
 def _fits(hardware: HardwareProfile) -> Table:
     """The α-β formula over each operation's points, those across nodes apart where the width of a node is known."""
     columns = ("points", "once", "a step", "GB/s", "ramp", "error p50", "worst")
-    table = _table("\ncommunication as α-β with a ramp", "operation", *columns)
+    table = plain_table("\ncommunication as α-β with a ramp", "operation", *columns)
     groups: dict[str, list[Sample]] = {}
     for p in hardware.collectives:
         if not p.uneven:
@@ -273,7 +273,7 @@ def _left(table: Table, *columns: str) -> Table:
 
 def _models(models: Sequence[ModelSpec]) -> Table:
     columns = ("layers", "hidden", "parameters, B", "active, B", "experts")
-    table = _left(_table("models", "name", "family", *columns), "family")
+    table = _left(plain_table("models", "name", "family", *columns), "family")
     for m in models:
         active = f"{m.active_parameters / 1e9:.3g}" if m.active_parameters < m.parameters else ""
         experts = f"{m.experts.number}, {m.experts.top_k} a token" if m.experts else ""
@@ -284,7 +284,7 @@ def _models(models: Sequence[ModelSpec]) -> Table:
 
 def _clusters(clusters: Sequence[ClusterSpec]) -> Table:
     tiers = "GB/s a device, tier by tier"
-    table = _table("\nclusters, as NAME:NODES", "name", "hardware", "devices a node", "most nodes", tiers)
+    table = plain_table("\nclusters, as NAME:NODES", "name", "hardware", "devices a node", "most nodes", tiers)
     _left(table, "hardware", tiers)
     for c in clusters:
         links = ", ".join(f"{link.tier} {figure_text(link.bandwidth_bytes_per_second / 1e9)}" for link in c.links)
@@ -295,7 +295,7 @@ def _clusters(clusters: Sequence[ClusterSpec]) -> Table:
 
 def _hardware(hardware: Sequence[HardwareProfile]) -> Table:
     columns = ("GiB", "dtype", "peak", "GEMM", "kind")
-    table = _table("\nhardware: TFLOP/s at peak and as a GEMM achieves it", "name", "device", *columns)
+    table = plain_table("\nhardware: TFLOP/s at peak and as a GEMM achieves it", "name", "device", *columns)
     _left(table, "device", "dtype", "kind")
     for h in hardware:
         peaks = h.peak_flops_per_second

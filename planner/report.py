@@ -42,7 +42,7 @@ def bytes_text(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
 
 
-def _table(title: str, *columns: str) -> Table:
+def plain_table(title: str, *columns: str) -> Table:
     """A table whose first column is words and whose others are figures."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
     for index, column in enumerate(columns):
@@ -114,7 +114,7 @@ def stage_table(stages: Sequence[Stage], prediction: Prediction, limit_bytes: fl
         if any(items[name] > _SMALLEST_SHARE * limit_bytes for items in prediction.memory_bytes)
     ]
     unit, scale = ("GiB", 2**30) if prediction.peak_memory_bytes >= 2**31 else ("MiB", 2**20)
-    table = _table(
+    table = plain_table(
         f"stages (E embedding, H head), memory in {unit} of {limit_bytes / scale:,.1f}",
         "stage",
         "layers",
@@ -156,7 +156,7 @@ def _alike(stages: Sequence[Stage], prediction: Prediction) -> list[tuple[int, i
 
 def breakdown_table(prediction: Prediction) -> Table:
     """Seconds of the step by cause; parts of nothing are left out."""
-    table = _table("\nwhere the step goes", "part", "time", "share")
+    table = plain_table("\nwhere the step goes", "part", "time", "share")
     for name, seconds in prediction.breakdown_seconds.items():
         if seconds > 1e-6 * prediction.step_seconds:
             share = seconds / prediction.step_seconds
@@ -178,7 +178,7 @@ def certificate_text(certificate: Certificate) -> Text:
 
 def alternatives_table(layout: Layout, prediction: Prediction, alternatives: Sequence[Alternative]) -> Table:
     """The best layouts, ranked, with how much slower each is."""
-    table = _table("\nnext best", "layout", "step", "slower by", "peak memory")
+    table = plain_table("\nnext best", "layout", "step", "slower by", "peak memory")
     for other in alternatives:
         slower = other.step_seconds / prediction.step_seconds - 1.0
         table.add_row(
@@ -206,7 +206,7 @@ def record_report(record: dict[str, Any]) -> RenderableType:
         ("optimizer", parts["optimizer"], found["optimizer"] + found["other"]),
         ("step", predicted["step_seconds"], measured["step_seconds"]),
     ]
-    table = _table("\npredicted beside measured", "part", "predicted", "measured", "difference", "of the step")
+    table = plain_table("\npredicted beside measured", "part", "predicted", "measured", "difference", "of the step")
     for name, expected, seen in rows:
         if expected == 0 and abs(seen) < 1e-6:
             continue

@@ -104,7 +104,7 @@ def fit(samples: Sequence[Sample]) -> Fit | None:
                     continue
                 values = dict(zip(chosen, solved, strict=True))
                 error = sum((sum(row[c] * v for c, v in values.items()) - 1.0) ** 2 for row in rows)
-                if best is None or error < best[0] * (1 - 1e-6):
+                if best is None or error < best[0] * (1 - 1e-6) - 1e-18:
                     figures = AlphaBeta(
                         fixed_seconds=values.get(0, 0.0),
                         step_seconds=values.get(1, 0.0),

@@ -30,6 +30,7 @@ from .points import (
 from .store import Reader, dump_yaml, load_document, write_atomically
 
 SCHEMA = "meshwright.hardware/v1"
+CORRECTED_PARTS = ("gemm", "attention", "memory", "tp", "dp", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +131,8 @@ class HardwareProfile:
 
     def contention_share(self, active: float, ranks: int) -> float:
         """What a kernel takes when `active` of `ranks` ranks compute on average, in times of when all do."""
-        points = [(0.0, self.contention[0].slowdown)] if self.contention else []
-        points += [(float(p.active), p.slowdown) for p in self.contention]
+        points = sorted((float(p.active), p.slowdown) for p in self.contention)
+        points = [(0.0, points[0][1]), *points] if points else []
         if not points or ranks > points[-1][0]:
             return 1.0
 
@@ -247,6 +248,9 @@ class HardwareProfile:
             **optional,
         )
         reader.finish()
+        for part in profile.corrections:
+            if part not in CORRECTED_PARTS:
+                raise reader.fail(f"corrections.{part}", "one of " + ", ".join(CORRECTED_PARTS), part)
         if not any(profile.supports(dtype) for dtype in DTYPES):
             raise reader.fail("gemm", "points or a model of GEMM and attention for one dtype at least", "neither")
         return profile

@@ -126,8 +126,8 @@ class StepMeter:
         table["compute"] = busy
         if self.pp > 1:
             # A stage that ends early waits for the others in the schedule, or else in the first collective
-            # after it.
-            table["pp_bubble"] = idle + synchronise
+            # after it, the sum of a tied matrix's gradients among them.
+            table["pp_bubble"] = idle + spans.get("complete", 0.0) + synchronise
             table["optimizer"] = optimizer
         else:
             table["compute"] += idle

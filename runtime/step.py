@@ -70,7 +70,9 @@ def training_step(
     """
     with watch or nullcontext():
         loss_share = state.runner.step(inputs, targets)
+        complete_start = state.runner.clock.point()
         complete_gradients(state.chunk, state.mesh)
+        state.runner.clock.add("complete", complete_start)
 
     start = time.perf_counter()
     loss_of_rank = torch.tensor(loss_share / state.tp, dtype=torch.float64)

@@ -72,7 +72,7 @@ def measure_collective(
     whole = torch.zeros(elements, device=rank.device)
     action = _action(rank, placed, operation, whole, uneven)
     rank.barrier()  # every rank has its buffers before any of them communicates
-    timing = time_together(rank, action, _between(rank))
+    timing = time_together(rank, action, work_between(rank, _BETWEEN_SECONDS))
     seconds = timing.seconds / 2 if operation == "send_recv" else timing.seconds
     return CollectivePoint(
         operation=operation,
@@ -117,13 +117,13 @@ def _action(rank: Rank, placed: PlacedGroup, operation: str, whole: torch.Tensor
     }[operation]
 
 
-def _between(rank: Rank) -> Callable[[], object] | None:
-    """Compute that comes before each collective on CPUs; a GPU's collectives are queued behind its kernels anyway."""
+def work_between(rank: Rank, seconds: float) -> Callable[[], object] | None:
+    """Compute that comes before a collective on CPUs; a GPU's collectives are queued behind its kernels anyway."""
     if rank.device.type == "cuda":
         return None
     a, b = torch.randn(128, 256), torch.randn(256, 256)
     once = Rank(rank.rank, rank.world_size, rank.device, effort_seconds=0.002)
-    loops = max(1, round(_BETWEEN_SECONDS / time_alone(once, lambda: torch.mm(a, b)).seconds))
+    loops = max(1, round(seconds / time_alone(once, lambda: torch.mm(a, b)).seconds))
 
     def compute() -> None:
         for _ in range(loops):

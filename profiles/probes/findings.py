@@ -23,6 +23,7 @@ from ..points import (
     MemoryPoint,
     OverlapPoint,
 )
+from .pace import local_pace
 
 LIST_OF: dict[type, str] = {
     GemmPoint: "gemm",
@@ -64,8 +65,10 @@ class Findings:
     points: dict[str, list[Any]] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     done: list[str] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     ended: dict[str, Any] | None = None
+    _measured_at: dict[str, dict[int | str, int]] = field(default_factory=dict)
 
     @classmethod
     def of_profile(cls, profile: HardwareProfile, command: str, ranks: int) -> Findings:
@@ -75,17 +78,40 @@ class Findings:
         points = {name: list(getattr(profile, name)) for name in _POINT_OF if getattr(profile, name)}
         return cls(command, ranks, points=points, figures=figures, done=list(kept.get("done", [])))
 
-    def add_case(self, name: str, found: dict[str, Any], skipped: str) -> None:
-        """Book one case: its points, or its figures, or why there are none."""
+    def add_case(self, name: str, found: dict[str, Any], skipped: str, pace: float) -> None:
+        """Book one case: its points, or its figures, or why there are none; and the machine's pace before it."""
         self.done.append(name)
         if skipped:
             self.skipped[name] = skipped
         for key, content in found.items():
             if key in _POINT_OF:
-                kind = _POINT_OF[key]
-                self.points.setdefault(key, []).extend(kind(**p) if isinstance(p, dict) else p for p in content)
+                kind, kept = _POINT_OF[key], self.points.setdefault(key, [])
+                for p in content:
+                    self._measured_at.setdefault(key, {})[len(kept)] = len(self.paces)
+                    kept.append(kind(**p) if isinstance(p, dict) else p)
             else:
                 self.figures[key] = content
+                self._measured_at.setdefault("figures", {})[key] = len(self.paces)
+        self.paces.append(pace)
+
+    def _slowness(self, key: str, place: int | str) -> float:
+        """How slow the machine was at a measurement of this session, in times of its median pace."""
+        at = self._measured_at.get(key, {}).get(place)
+        return local_pace(self.paces, at) / statistics.median(self.paces) if at is not None else 1.0
+
+    def _at_one_pace(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(points by list, figures), all as at the median pace ([Note: Pace] in pace.py)."""
+        points: dict[str, Any] = {}
+        for key, found in self.points.items():
+            timed = bool(found) and hasattr(found[0], "seconds")
+            points[key] = tuple(
+                replace(p, seconds=p.seconds / self._slowness(key, i)) if timed else p for i, p in enumerate(found)
+            )
+        figures = {
+            name: value / self._slowness("figures", name) if name.endswith("_seconds") else value
+            for name, value in self.figures.items()
+        }
+        return points, figures
 
     @property
     def usable(self) -> bool:
@@ -106,16 +132,14 @@ class Findings:
     def hardware(self) -> HardwareProfile:
         """The profile of what has been found; `usable` must hold."""
         cuda = self.facts["cuda"]
-        points: dict[str, Any] = {name: tuple(found) for name, found in self.points.items()}
+        points, figures = self._at_one_pace()
         peaks = {
             dtype: max(2.0 * p.m * p.n * p.k / p.seconds for p in points["gemm"] if p.dtype == dtype)
             for dtype in sorted({p.dtype for p in points["gemm"]})
         }
         sums = [p for p in points.get("memory", ()) if p.operation == "residual" and p.direction == "forward"]
         largest = max(sums, key=lambda p: p.elements, default=None)
-        figures: dict[str, Any] = {
-            k: v for k, v in self.figures.items() if k.endswith(("_seconds", "_slowdown", "_per_second"))
-        }
+        figures = {k: v for k, v in figures.items() if k.endswith(("_seconds", "_slowdown", "_per_second"))}
         compute, communication = self._overlap() if cuda else (_BLOCKED, _BLOCKED)
         return HardwareProfile(
             name="local",
@@ -161,8 +185,19 @@ class Findings:
             "driver": facts["driver"],
             "nccl": facts["nccl"],
             "topology": facts["topology"],
+            "pace": self._pace(),
             "conditions": {"before": facts["conditions_before"], **(self.ended or {})},
-            "cases": {"figures": self.figures, "skipped": self.skipped, "done": self.done},
+            "cases": {"figures": self._at_one_pace()[1], "skipped": self.skipped, "done": self.done},
+        }
+
+    def _pace(self) -> dict[str, float] | None:
+        """Seconds of the reference work in this session; None where nothing was scaled by it."""
+        if self.facts["cuda"] or not self.paces:
+            return None
+        return {
+            "median_seconds": statistics.median(self.paces),
+            "fastest_seconds": min(self.paces),
+            "slowest_seconds": max(self.paces),
         }
 
     # ---- the cluster ---------------------------------------------------------------------------------------
@@ -184,7 +219,7 @@ class Findings:
             nodes=len(runs),
             devices_per_node=runs[0],
             memory_bytes=self.facts["memory_bytes"],
-            links=fit_links(self.points.get("collectives", []), self._tiers(), runs[0]),
+            links=fit_links(self._at_one_pace()[0].get("collectives", ()), self._tiers(), runs[0]),
         )
 
     def _tiers(self) -> list[Tier]:

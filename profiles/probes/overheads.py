@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,11 +21,12 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..points import CollectivePoint
-from .collectives import PlacedGroup, measure_collective
+from .collectives import PlacedGroup, measure_collective, work_between
 from .timing import Rank, time_alone, trimmed_mean
 
 _WIDTH, _TOKENS = 16, 16
 _LINEARS = 7  # of a block: wq, wk, wv, wo, w1, w3, w2
+_MODULE_SECONDS = 3e-3  # of compute in a measured module on CPUs, each way
 _UNITS = 4  # modules that FSDP2 handles one by one in a measured pass
 
 
@@ -127,12 +129,19 @@ def _pass_of(module: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 def measure_data_parallel(rank: Rank, placed: PlacedGroup, size_bytes: int) -> list[CollectivePoint]:
     """What FSDP2 takes to gather one module's parameters, to reduce its gradients, and to sum them where all is
     replicated, from a forward and a backward with it less the same without; packing, waiting and Python included.
+
+    On CPUs each module computes for a while both ways, as blocks do: ranks then reach a collective at their
+    own times, and the threads that serve it have gone to sleep.
     """
     mesh = DeviceMesh.from_group(placed.group, rank.device.type)
     width = max(1, size_bytes // 4 // _LINEARS // _WIDTH)
+    compute = work_between(rank, _MODULE_SECONDS) or _nothing
 
     def stack() -> nn.Sequential:
-        units = (nn.Sequential(*(_Tiny(width) for _ in range(_LINEARS))) for _ in range(_UNITS))
+        units = (
+            nn.Sequential(*(_Tiny(width, _nothing) for _ in range(_LINEARS - 1)), _Tiny(width, compute))
+            for _ in range(_UNITS)
+        )
         return nn.Sequential(*units).to(rank.device)
 
     plain, sharded, replicated = stack(), stack(), stack()
@@ -158,33 +167,40 @@ def measure_data_parallel(rank: Rank, placed: PlacedGroup, size_bytes: int) -> l
 
 
 class _Tiny(nn.Module):
-    """A parameter of `width` × _WIDTH that costs next to nothing to use, whatever its size."""
+    """A parameter of `width` × _WIDTH that costs next to nothing to use, whatever its size, beside `compute`."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, compute: Callable[[], object]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, _WIDTH))
+        self.compute = compute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Touch.apply(x, self.weight)
+        return _Touch.apply(x, self.weight, self.compute)
 
 
 class _Touch(torch.autograd.Function):
     """x, with a ready-made gradient for the weight, as a backward pass would leave one."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.shape = weight.shape  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, compute: Callable[[], object]) -> torch.Tensor:
+        ctx.shape, ctx.compute = weight.shape, compute
+        compute()
         return x.clone()
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (gradient,) = gradients
-        return gradient, torch.ones(ctx.shape, device=gradient.device)  # type: ignore[attr-defined]
+        ctx.compute()
+        return gradient, torch.ones(ctx.shape, device=gradient.device), None
+
+
+def _nothing() -> None:
+    pass
 
 
 def _passes_in_turn(rank: Rank, modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[tuple[float, float]]:
     """(forward, backward) seconds of each module, means over ranks and turns, gradients dropped in between."""
-    repeats = max(4, min(40, round(rank.effort_seconds / 1e-2)))
+    repeats = max(6, min(40, round(rank.effort_seconds / 1e-2)))
     spans: list[list[tuple[float, float]]] = [[] for _ in modules]
     for turn in range(repeats + 1):
         for module, found in zip(modules, spans, strict=True):
