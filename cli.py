@@ -344,8 +344,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except Exception as error:
         code = _explain(error)
-    except KeyboardInterrupt:
-        _say_interrupted()
+    except KeyboardInterrupt as error:
+        _say_interrupted(error)
         code = 130
     sys.exit(code or 0)
 
@@ -358,8 +358,8 @@ def _explain(error: Exception) -> int:
 
     as_json = "--json" in sys.argv
     # Usage errors come from click or from the copy of it inside newer typers, so they are known by what they can.
-    if type(error).__name__ == "Abort":
-        _say_interrupted()
+    if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
+        _say_interrupted(error.__cause__ or error.__context__)
         return 130
     show, format_message = getattr(error, "show", None), getattr(error, "format_message", None)
     if show is not None and format_message is not None:
@@ -383,8 +383,8 @@ def _explain(error: Exception) -> int:
     raise error
 
 
-def _say_interrupted() -> None:
-    sys.stderr.write("interrupted\n")
+def _say_interrupted(error: BaseException | None) -> None:
+    sys.stderr.write(f"{str(error or '') or 'interrupted'}\n")
 
 
 if __name__ == "__main__":

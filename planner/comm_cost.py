@@ -34,8 +34,9 @@ class CommModel:
     def __init__(self, cluster: ClusterSpec, hardware: HardwareProfile) -> None:
         self._cluster = cluster
         self._hardware = hardware
-        # Points hold where nodes are as wide as those they were measured on.
-        self._points_hold = hardware.devices_per_node in (0, cluster.devices_per_node)
+        # On nodes of another width points hold for the groups that lie inside a node there and here.
+        measured, here = hardware.devices_per_node, cluster.devices_per_node
+        self._widest_span = cluster.devices if measured in (0, here) else min(measured, here)
 
     def collective_seconds(self, operation: str, group: Group, bytes_total: float) -> float:
         """Seconds of a collective; `bytes_total` is the gathered, reduced or unscattered tensor."""
@@ -79,7 +80,7 @@ class CommModel:
         return operation.figures.seconds("send_recv", 2, size_bytes)
 
     def _measured(self, operation: str, group: Group, size_bytes: float) -> float | None:
-        if not self._points_hold:
+        if group.size * group.stride > self._widest_span:
             return None
         return self._hardware.collective_seconds(operation, group.size, size_bytes, group.stride)
 

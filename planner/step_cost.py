@@ -208,7 +208,7 @@ class CostModel:
         pace = self._pace(layout, microbatches)
         block, embedding, head = (part * pace for part in self._part_compute(layout))
         memory = self._memory
-        tensors = self._model.block_tensors
+        tensors, (first, last) = self._model.block_tensors, self._model.end_tensors
         embedded, headed = memory.embedding_parameters(layout), memory.head_parameters(layout)
         overhead = self._compute.microbatch() * pace
         return LayoutCosts(
@@ -218,8 +218,8 @@ class CostModel:
             block=self._part(
                 layout, block, self._block_tp(layout), memory.block_parameters(layout), microbatches, tensors
             ),
-            embedding=self._part(layout, embedding, self._embedding_tp(layout), embedded, microbatches, 1, root=True),
-            head=self._part(layout, head, self._head_tp(layout), headed, microbatches, 2, root=True),
+            embedding=self._part(layout, embedding, self._embedding_tp(layout), embedded, microbatches, first, root=True),
+            head=self._part(layout, head, self._head_tp(layout), headed, microbatches, last, root=True),
             microbatch=PartSeconds(Seconds(overhead.forward.total), Seconds(overhead.backward.total)),
             send_seconds=self._send(layout),
             step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
@@ -250,14 +250,18 @@ class CostModel:
     def _pace(self, layout: Layout, microbatches: int) -> float:
         """How many times its measured seconds compute takes: the slowest of the ranks, and those that are idle.
 
-        Where stages share a node, a stage in its bubble leaves cores, memory bandwidth or power to the others: on
-        average M of every M + p - 1 slots are busy (arXiv 2104.04473, section 2.2).
+        Points were measured with all ranks computing. Where stages share a node, a stage in its bubble leaves cores,
+        memory bandwidth or power to the others: of M + p - 1 slots, slot t has min(t + 1, p, M, M + p - 1 - t) stages
+        at work (arXiv 2104.04473, figure 3), and the mean over all that work counts.
         """
         pace = self._hardware.straggler_slowdown if layout.world_size > 1 else 1.0
         ranks = min(self._devices_per_node, layout.world_size)
-        if layout.pp > 1 and ranks > layout.world_size // layout.pp:
-            busy = microbatches / (microbatches + layout.pp - 1)
-            pace *= self._hardware.contention_share(busy * ranks, ranks)
+        in_stage = layout.world_size // layout.pp
+        if layout.pp > 1 and ranks > in_stage and self._hardware.contention_points:
+            most, slots = ranks // in_stage, microbatches + layout.pp - 1
+            busy = [min(t + 1, layout.pp, microbatches, slots - t) * most / layout.pp for t in range(slots)]
+            spent = sum(stages * self._hardware.contention(stages * in_stage) for stages in busy)
+            pace *= spent / sum(busy) / self._hardware.contention(ranks)
         return pace
 
     def _part_compute(self, layout: Layout) -> tuple[ComputeCost, ComputeCost, ComputeCost]:

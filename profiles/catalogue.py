@@ -93,7 +93,7 @@ def _with_nodes(cluster: ClusterSpec, nodes: str, text: str) -> ClusterSpec:
             where="--cluster",
             expected=f"{cluster.name}:NODES with NODES a whole number from 1 to {most}",
             got=repr(nodes),
-            hint=f"{cluster.name}:2 is 2 nodes, {2 * cluster.devices_per_node} devices",
+            hint=f"{cluster.name}:{most} is the largest, {most * cluster.devices_per_node} devices",
         )
     return replace(cluster, nodes=int(nodes))
 

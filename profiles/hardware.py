@@ -38,8 +38,8 @@ class HardwareProfile:
     """One device and its surroundings. Seconds, bytes and FLOPs; every list may be empty but one of a pair.
 
     While a kernel and a collective run at once, the kernel takes `overlap_compute_slowdown` times as long and
-    the collective `overlap_communication_slowdown` times; 2 and 2 is where one waits for the other. A step
-    takes `straggler_slowdown` times as long as its median rank, since it waits for the slowest.
+    the collective `overlap_communication_slowdown` times; 2 and 2 is where one waits for the other. Compute
+    takes `straggler_slowdown` times what it takes the mean rank, since all wait for the slowest.
     `context_bytes` is what a rank holds before any tensor of the model; `communicator_bytes` per process
     group with more than one rank; `allocator_slack` the share of tensor bytes lost to the allocator.
     What no kernel and no collective explains: `microbatch_overhead_seconds` for each forward and backward of
@@ -75,7 +75,7 @@ class HardwareProfile:
     corrections: dict[str, float] = field(default_factory=dict)
     gemm_models: tuple[GemmModel, ...] = ()
     attention_models: tuple[AttentionModel, ...] = ()
-    contention: tuple[ContentionPoint, ...] = ()
+    contention_points: tuple[ContentionPoint, ...] = ()
     overlap: tuple[OverlapPoint, ...] = ()
     collectives: tuple[CollectivePoint, ...] = ()
     memory: tuple[MemoryPoint, ...] = ()
@@ -105,8 +105,8 @@ class HardwareProfile:
         rates = self._attention_rates.get((dtype, direction))
         if rates is not None:
             per_dim = min(rates, key=lambda dim: abs(math.log(dim / head_dim)))
-            # Points hold the seconds of one sequence and head, so that s² is inside the interpolation.
-            seconds = seconds_at(rates[per_dim], sequence) * batch * heads * head_dim / per_dim
+            # Points hold the seconds of one sequence and head over s², which they are proportional to in the end.
+            seconds = seconds_at(rates[per_dim], sequence**2) * batch * heads * head_dim / per_dim
             return seconds * self.correction("attention")
         model = self._attention_models[dtype]
         rate = model.forward_flops_per_second if direction == "forward" else model.backward_flops_per_second
@@ -125,24 +125,24 @@ class HardwareProfile:
         return max(moved / self.memory_bandwidth_bytes_per_second, self.launch_seconds) * self.correction(part)
 
     def collective_seconds(self, operation: str, ranks: int, bytes_total: float, stride: int = 1) -> float | None:
-        """Measured seconds of a collective (or of what FSDP2 does) over just such a group, None where none was."""
+        """Measured seconds of a collective (or of what FSDP2 does) over just such a group, None where none was.
+
+        One size alone does not tell latency from bandwidth: it says nothing of messages far larger.
+        """
         points = self._collective_points.get((operation, ranks, stride))
-        return None if points is None else seconds_at(points, bytes_total)
+        if points is None or (len(points) == 1 and bytes_total > 4 * points[0][0]):
+            return None
+        return seconds_at(points, bytes_total)
 
-    def contention_share(self, active: float, ranks: int) -> float:
-        """What a kernel takes when `active` of `ranks` ranks compute on average, in times of when all do."""
-        points = sorted((float(p.active), p.slowdown) for p in self.contention)
-        points = [(0.0, points[0][1]), *points] if points else []
-        if not points or ranks > points[-1][0]:
-            return 1.0
-
-        def slowdown(number: float) -> float:
-            for (x0, y0), (x1, y1) in pairwise(points):
-                if number <= x1:
-                    return y0 + (y1 - y0) * (number - x0) / (x1 - x0)
-            return points[-1][1]
-
-        return slowdown(active) / slowdown(float(ranks))
+    def contention(self, active: float) -> float:
+        """What a kernel takes with `active` ranks of a node computing, in times of what it takes with one."""
+        points = sorted((float(p.active), p.slowdown) for p in self.contention_points)
+        if not points or active <= points[0][0]:
+            return points[0][1] if points else 1.0
+        for (x0, y0), (x1, y1) in pairwise(points):
+            if active <= x1:
+                return y0 + (y1 - y0) * (active - x0) / (x1 - x0)
+        return points[-1][1]
 
     def correction(self, part: str) -> float:
         """What measured runs multiply this part's seconds by (`profile --calibrate`); 1 where they say nothing."""
@@ -187,7 +187,7 @@ class HardwareProfile:
             if p.backend != "default" or not p.causal or p.kv_heads:
                 continue
             points = groups.setdefault((p.dtype, p.direction), {}).setdefault(p.head_dim, [])
-            points.append((p.sequence, p.seconds / (p.batch * p.heads)))
+            points.append((p.sequence**2, p.seconds / (p.batch * p.heads)))
         return {key: {dim: sorted(points) for dim, points in dims.items()} for key, dims in groups.items()}
 
     @cached_property
@@ -267,7 +267,7 @@ _HOST_LINK = ("host_to_device_bytes_per_second", "device_to_host_bytes_per_secon
 _LISTS: dict[str, type] = {
     "gemm_models": GemmModel,
     "attention_models": AttentionModel,
-    "contention": ContentionPoint,
+    "contention_points": ContentionPoint,
     "overlap": OverlapPoint,
     "collectives": CollectivePoint,
     "memory": MemoryPoint,

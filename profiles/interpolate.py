@@ -11,14 +11,15 @@ from itertools import product
 def seconds_at(points: Sequence[tuple[float, float]], size: float) -> float:
     """Seconds for `size` from (size, seconds) points sorted by size.
 
-    Between points log-log linear; above the largest in proportion to size (bandwidth rules); below the
-    smallest the smallest point's seconds (latency rules).
+    Between points log-log linear; above the largest on the line through the last two (their latency stays, their
+    bandwidth goes on), of a single point in proportion; below the smallest the smallest point's seconds.
     """
     sizes = [point[0] for point in points]
     if size <= sizes[0]:
         return points[0][1]
     if size >= sizes[-1]:
-        return points[-1][1] * size / sizes[-1]
+        (x0, y0), (x1, y1) = points[-2] if points[1:] else (0.0, 0.0), points[-1]
+        return y1 + (size - x1) * max(0.0, y1 - y0) / (x1 - x0)
     right = bisect_right(sizes, size)
     (x0, y0), (x1, y1) = points[right - 1], points[right]
     weight = math.log(size / x0) / math.log(x1 / x0)

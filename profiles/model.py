@@ -173,6 +173,12 @@ class ModelSpec:
         biases = sum(self.has_bias(name) for name in self.linear_shapes)
         return len(self.linear_shapes) + biases + 2 * (2 if self.norm == "layernorm" else 1)
 
+    @property
+    def end_tensors(self) -> tuple[int, int]:
+        """Parameter tensors of the embedding and of the head (of a tied matrix, one in each)."""
+        learned = 1 if self.positions == "learned" else 0
+        return 1 + learned, 1 + (2 if self.norm == "layernorm" else 1)
+
     def layer_parameters(self, kind: str) -> int:
         """Parameters of one layer of a kind that `segments` holds."""
         assert kind in LAYER_KINDS, kind

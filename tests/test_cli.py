@@ -49,6 +49,12 @@ BAD_INPUT = {
     "zero 2 in a pipeline": ([*ESTIMATE, "--layout", "pp=2,zero=2"], ["zero 2 is zero 1 there"]),
     "no such plan": (["train", "/nowhere/plan.yaml"], ["/nowhere/plan.yaml", "no such file"]),
     "resume without a run": (["train", "--resume"], ["--run-dir"]),
+    "show and quick": (["profile", "--show", "h100-sxm-80gb", "--quick"], ["--show and --quick do not go together"]),
+    "against nothing": (["profile", "--against", "h100-sxm-80gb"], ["--show FIRST --against SECOND"]),
+    "show an unknown profile": (["profile", "--show", "h100-sxm"], ["is h100-sxm-80gb meant?"]),
+    "nccl-tests without a profile": (["profile", "--nccl-tests", "x.txt", "-o", "/nowhere/h.yaml"], ["no profile yet"]),
+    "calibrate without a profile": (["profile", "--calibrate", "runs/x", "-o", "/nowhere/h.yaml"], ["/nowhere/h.yaml"]),
+    "resume without a profile": (["profile", "--resume", "-o", "/nowhere/h.yaml"], ["/nowhere/h.yaml does not exist"]),
 }
 
 
@@ -231,3 +237,53 @@ def test_help_imports_neither_planner_nor_solver() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_catalogue_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, "profile", "--list")
+    assert code == 0
+    for name in ("deepseek-v3", "dgx-h100", "mi300x"):
+        assert name in out
+    code, out, _ = run(capsys, monkeypatch, "profile", "--list", "--json")
+    assert code == 0
+    assert {"name": "gpt3-175b", "parameters": 174591683584} in json.loads(out)["models"]
+
+
+def test_profiles_are_shown_and_compared(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = run(capsys, monkeypatch, "profile", "--show", "h100-sxm-80gb")
+    assert code == 0
+    assert "NVIDIA H100-SXM5-80GB" in out
+    code, out, _ = run(capsys, monkeypatch, "profile", "--show", "h100-sxm-80gb", "--against", "a100-sxm-80gb")
+    assert code == 0
+    assert "a100-sxm-80gb" in out
+
+
+def test_nccl_tests_fill_a_profile_and_its_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes' all-reduce: the cluster, profiled as one node of one device, becomes two of eight."""
+    from profiles.catalogue import resolve_cluster, resolve_hardware_path
+    from profiles.cluster import load_cluster_file, save_cluster
+    from profiles.hardware import load_hardware, save_hardware
+
+    hardware, cluster = tmp_path / "h.yaml", tmp_path / "h.cluster.yaml"
+    save_hardware(load_hardware(resolve_hardware_path("h100-sxm-80gb")), hardware)
+    save_cluster(resolve_cluster("dgx-h100"), cluster)
+    text = tmp_path / "all_reduce.txt"
+    rows = "".join(
+        f"{size} {size // 4} float sum -1 {time} 1.0 1.0 0 {time} 1.0 1.0 0\n"
+        for size, time in ((2**20, 300), (2**30, 6e3))
+    )
+    text.write_text("# meshwright: operation=all_reduce ranks=16 ranks_per_node=8\n" + HEADER + rows)
+    code, _, err = run(capsys, monkeypatch, "profile", "--nccl-tests", str(text), "-o", str(hardware))
+    assert code == 0, err
+    assert load_hardware(hardware).collective_seconds("all_reduce", 16, 2**30) == pytest.approx(6e-3)
+    fitted = load_cluster_file(cluster)
+    assert fitted.nodes == 2
+    assert "fit of 2 points" in fitted.links[-1].source
+
+
+HEADER = """#                                                              out-of-place                       in-place
+#       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong
+#        (B)    (elements)                               (us)  (GB/s)  (GB/s)            (us)  (GB/s)  (GB/s)
+"""

@@ -306,7 +306,7 @@ def test_a_size_that_is_none(nodes: str) -> None:
         ("where", "--cluster"),
         ("expected", "dgx-a100:NODES with NODES a whole number from 1 to 16384"),
         ("got", repr(nodes)),
-        ("try", "dgx-a100:2 is 2 nodes, 16 devices"),
+        ("try", "dgx-a100:16384 is the largest, 131072 devices"),
     ]
 
 

@@ -16,7 +16,7 @@ from .timing import Rank
 QUICK, DEFAULT, FULL = 0, 1, 2
 Groups = dict[Placement, PlacedGroup]
 # Phases in the order they are measured; shares of the time that the quick cases of each may take.
-PHASES = {"links": 0.25, "overheads": 0.2, "memory": 0.2, "attention": 0.1, "gemm": 0.25}
+PHASES = {"links": 0.3, "overheads": 0.3, "memory": 0.15, "attention": 0.05, "gemm": 0.2}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _links(rank: Rank, groups: Groups) -> Iterator[Case]:
         sizes = {2**10: QUICK, 2**16: QUICK, 2**20: QUICK, 2**24: QUICK, 2**28: QUICK}
         sizes |= {2**p: DEFAULT for p in (12, 14, 18, 22, 26)} | {2**30: FULL, 2**13: FULL, 2**23: FULL}
     else:
-        sizes = {2**10: QUICK, 2**16: QUICK, 2**19: QUICK, 2**22: QUICK}
-        sizes |= {2**p: DEFAULT for p in (13, 18, 20, 21, 24)} | {2**p: FULL for p in (17, 26, 28, 30)}
+        sizes = {2**10: QUICK, 2**18: QUICK, 2**22: QUICK}
+        sizes |= {2**p: DEFAULT for p in (14, 16, 20, 21, 24)} | {2**p: FULL for p in (19, 26, 28, 30)}
     pair_bytes = 2**26 if cuda else 2**21
     yield Case("bandwidths", "links", QUICK, lambda r: {"bandwidths": measure_bandwidths(r, pair_bytes)})
     for operation in ("all_reduce", "all_gather", "reduce_scatter", "send_recv", "all_to_all", "broadcast"):
@@ -105,7 +105,7 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     yield Case("stragglers", "overheads", QUICK, concurrency.measure_stragglers)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
     yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))
-    fsdp = {2**16: QUICK, 2**20: QUICK, 2**23: QUICK, 2**25: DEFAULT}
+    fsdp = {2**18: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**20: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
     if cuda:
         fsdp |= {2**28: QUICK, 2**29: FULL}
     for size, level in fsdp.items():

@@ -32,7 +32,7 @@ LIST_OF: dict[type, str] = {
     MemoryPoint: "memory",
     CollectivePoint: "collectives",
     OverlapPoint: "overlap",
-    ContentionPoint: "contention",
+    ContentionPoint: "contention_points",
 }
 _POINT_OF = {name: kind for kind, name in LIST_OF.items()} | {"gemm_checks": GemmPoint}
 _NCCL_COMMUNICATOR_BYTES = 616e6  # middle of the 544 to 688 MB that one was seen to take; gloo's buffers are small

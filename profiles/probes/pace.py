@@ -9,6 +9,7 @@ clocks are noted instead, nothing is scaled.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -31,7 +32,11 @@ class Pace:
         self._other = torch.randn(1 << 19)
 
     def seconds(self) -> float:
-        """Seconds of the work now, the mean over all ranks at once."""
+        """Seconds of the work now, the mean over the ranks, as many of them at once as have a core of their own."""
+        at_work = min(self._rank.world_size, len(os.sched_getaffinity(0)))
+        self._rank.barrier()
+        if self._rank.rank >= at_work:
+            return self._rank.mean(0.0) * self._rank.world_size / at_work
         samples = []
         for _ in range(_REPEATS):
             start = time.perf_counter()
@@ -39,7 +44,7 @@ class Pace:
                 torch.mm(self._left, self._right)
             torch.add(self._large, self._other)
             samples.append(time.perf_counter() - start)
-        return self._rank.mean(statistics.fmean(samples) if self._rank.shares_cores else statistics.median(samples))
+        return self._rank.mean(statistics.median(samples)) * self._rank.world_size / at_work
 
 
 def local_pace(paces: Sequence[float], index: int) -> float:

@@ -45,8 +45,11 @@ def measure(
     if not profiler.is_first():
         profiler.profile_machine(options, command)
         return None
-    with _progress() as on_progress:
-        findings = profiler.profile_machine(options, command, on_progress=on_progress, keep=keep)
+    try:
+        with _progress() as on_progress:
+            findings = profiler.profile_machine(options, command, on_progress=on_progress, keep=keep)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_what_is_left(files, output, earlier)) from None
     if not findings.usable:
         raise InputError(
             "the time was up before enough was measured to plan with",
@@ -56,6 +59,18 @@ def measure(
             hint="leave --quick out, or stop what else this machine is doing",
         )
     return findings.hardware(), findings.cluster(files.name)
+
+
+def _what_is_left(files: ProfileFiles, output: Path | None, earlier: HardwareProfile | None) -> str:
+    """What an interrupted session tells a person."""
+    try:
+        kept = load_hardware(files.hardware).provenance.get("complete") is False or earlier is not None
+    except InputError:
+        kept = False
+    if not kept:
+        return "interrupted before there was enough to plan with; nothing was written"
+    flag = f" -o {output}" if output is not None else ""
+    return f"interrupted; {files.hardware} holds what was measured, and `cli.py profile --resume{flag}` goes on"
 
 
 def _earlier(files: ProfileFiles, nproc: int | None) -> HardwareProfile:

@@ -1,0 +1,163 @@
+"""sudo python benchmarks/two_nodes.py [--rate 1gbit | --rate 100mbit | --delay-ms 5]: a plan for two nodes, tried.
+
+Two network namespaces with a shaped link stand for two nodes of two ranks each. Profiles them under torchrun (they
+must come out as two tiers), prices every legal layout of a small model, runs them all across the link, and prints
+predicted beside measured and the regret of the planner's choice. Needs root, iproute2, and /dev/net/tun for --delay-ms.
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import fcntl
+import multiprocessing
+import os
+import platform
+import select
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import closed_loop
+
+from profiles.cluster import load_cluster_file
+from profiles.hardware import load_hardware
+
+CLI = Path(__file__).parent.parent / "cli.py"
+RANKS_PER_NODE = 2
+SPACES = ("meshwright0", "meshwright1")
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
+_TIMEOUT_SECONDS = 1500
+
+
+def shell(command: str, *, check: bool = True) -> None:
+    subprocess.run(command.split(), check=check, capture_output=not check)
+
+
+@contextmanager
+def two_namespaces(rate: str | None, delay_ms: float) -> Iterator[list[str]]:
+    """Two namespaces joined by a link; gives the interface of each. Both are removed at the end."""
+    remove()
+    for space in SPACES:
+        shell(f"ip netns add {space}")
+        shell(f"ip -n {space} link set lo up")
+    relay = None
+    try:
+        if delay_ms:
+            ready = multiprocessing.Event()
+            relay = multiprocessing.Process(target=relay_packets, args=(delay_ms / 1e3, ready), daemon=True)
+            relay.start()
+            assert ready.wait(10), "the relay did not start"
+            names = ["tun0", "tun1"]
+        else:
+            shell("ip link add mwveth0 type veth peer name mwveth1")
+            names = ["mwveth0", "mwveth1"]
+            for i, (space, name) in enumerate(zip(SPACES, names, strict=True)):
+                shell(f"ip link set {name} netns {space}")
+                shell(f"ip -n {space} addr add 10.77.0.{i + 1}/24 dev {name}")
+                shell(f"ip -n {space} link set {name} up")
+        if rate:
+            for space, name in zip(SPACES, names, strict=True):
+                shell(f"ip netns exec {space} tc qdisc add dev {name} root tbf rate {rate} burst 256kb latency 400ms")
+        yield names
+    finally:
+        if relay is not None:
+            relay.kill()
+        remove()
+
+
+def remove() -> None:
+    for space in SPACES:
+        shell(f"ip netns del {space}", check=False)
+
+
+def relay_packets(delay_seconds: float, ready: Any) -> None:
+    """Carry packets between a TUN device in each namespace, each after the delay; the kernel here has no netem."""
+    files = []
+    for i, space in enumerate(SPACES):
+        file = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(file, _TUNSETIFF, struct.pack("16sH", f"tun{i}".encode(), _IFF_TUN | _IFF_NO_PI))
+        files.append(file)
+        shell(f"ip link set tun{i} netns {space}")
+        shell(f"ip -n {space} addr add 10.77.0.{i + 1}/24 dev tun{i}")
+        shell(f"ip -n {space} link set tun{i} mtu 9000 up")
+    ready.set()
+    waiting: collections.deque[tuple[float, int, bytes]] = collections.deque()
+    while True:
+        while waiting and waiting[0][0] <= time.perf_counter():
+            _, file, packet = waiting.popleft()
+            os.write(file, packet)
+        patience = max(0.0, waiting[0][0] - time.perf_counter()) if waiting else 1.0
+        for file in select.select(files, [], [], patience)[0]:
+            other = files[1 - files.index(file)]
+            while True:
+                try:
+                    waiting.append((time.perf_counter() + delay_seconds, other, os.read(file, 65536)))
+                except BlockingIOError:
+                    break
+
+
+def on_both_nodes(names: list[str], command: list[str], port: int) -> None:
+    """Run a command under torchrun with RANKS_PER_NODE ranks in each namespace, to the end."""
+    started = []
+    for node, (space, name) in enumerate(zip(SPACES, names, strict=True)):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
+        torchrun += ["--nproc-per-node", str(RANKS_PER_NODE), "--master-addr", "10.77.0.1", "--master-port", str(port)]
+        environment = os.environ | {"GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1"}
+        output = None if node == 0 else subprocess.DEVNULL
+        line = ["ip", "netns", "exec", space, *torchrun, *command]
+        started.append(subprocess.Popen(line, env=environment, stdout=output))
+    try:
+        codes = [process.wait(timeout=_TIMEOUT_SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0, 0], f"exit codes {codes} of {' '.join(command)}"
+
+
+def main() -> None:
+    options = closed_loop.parser(__doc__)
+    options.add_argument("--rate", help="of the link, as tc writes it: 1gbit, 100mbit; default unshaped")
+    options.add_argument("--delay-ms", type=float, default=0.0, help="each way")
+    options.add_argument("--ranks", nargs=3, metavar=("FOLDER", "COUNT", "ROUNDS"), help="for the ranks themselves")
+    options.set_defaults(model=None, global_batch=8, rounds=3)
+    arguments = options.parse_args()
+    if arguments.ranks:
+        folder, count, rounds = arguments.ranks
+        closed_loop.run_layouts(Path(folder), int(count), int(rounds))
+        return
+    arguments.model = arguments.model or ["demo"]
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    print(f"{now}  {platform.node()}  {os.cpu_count()} cores  torch {torch.__version__}  {' '.join(sys.argv)}")
+    with tempfile.TemporaryDirectory() as scratch, two_namespaces(arguments.rate, arguments.delay_ms) as names:
+        folder = Path(scratch)
+        written = folder / "hardware.yaml"
+        on_both_nodes(names, [str(CLI), "profile", "--quick", "-o", str(written)], 29611)
+        hardware, cluster = load_hardware(written), load_cluster_file(folder / "hardware.cluster.yaml")
+        print(f"\n{cluster.nodes} nodes of {cluster.devices_per_node}")
+        for link in cluster.links:
+            bandwidth, latency = link.bandwidth_bytes_per_second, link.latency_seconds
+            print(f"  {link.tier}: span {link.span}, {bandwidth / 1e6:,.1f} MB/s a rank, {latency * 1e3:.2f} ms a step")
+        for number, question in enumerate(closed_loop.questions(arguments, hardware, cluster)):
+            plans = closed_loop.chosen_plans(question, arguments)
+            closed_loop.save_plans(plans, folder)
+            body = [__file__, "--ranks", str(folder), str(len(plans)), str(arguments.rounds)]
+            on_both_nodes(names, body, 29613 + number)
+            cases = closed_loop.read_cases(plans, folder, 2 * RANKS_PER_NODE)
+            print(f"\n{question.model.name}, batch {arguments.global_batch} × {arguments.seq}")
+            closed_loop.show(cases, hardware, arguments.parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The profiler on real ranks: sane figures, a rank without memory that stops nobody, Ctrl-C that loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from profiles.cluster import load_cluster_file
+from profiles.hardware import HardwareProfile, load_hardware
+from profiles.points import CollectivePoint
+from profiles.probes import compute, concurrency, overheads
+from profiles.probes.cases import QUICK, Case
+from profiles.probes.collectives import make_groups, measure_bandwidths, measure_collective, placements
+from profiles.probes.findings import Request
+from profiles.probes.timing import CaseFailed, Rank
+from profiles.probes.worker import _measure
+from tests.distributed.harness import run_ranks
+
+ROOT = Path(__file__).parent.parent.parent
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+
+
+def this_rank() -> Rank:
+    control: Any = dist.new_group(backend="gloo")
+    return Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), control, effort_seconds=0.002)
+
+
+def probe_links() -> tuple[list[CollectivePoint], list[list[float]]]:
+    rank = this_rank()
+    groups = make_groups(rank)
+    assert list(groups) == placements(4)
+    points = [
+        measure_collective(rank, placed, operation, 4096)
+        for placed in groups.values()
+        for operation in (*OPERATIONS, *(("send_recv",) if placed.size == 2 else ()))
+    ]
+    points.append(measure_collective(rank, groups[4, 1], "all_to_all", 4096, uneven=True))
+    return points, measure_bandwidths(rank, 65536)
+
+
+def test_collectives_of_every_placement() -> None:
+    points, matrix = run_ranks(probe_links, 4)[0]
+    assert len(points) == 3 * 5 + 2 + 1
+    assert all(0 < point.seconds < 5 for point in points)
+    assert {(p.ranks, p.stride) for p in points} == {(2, 1), (2, 2), (4, 1)}
+    assert {p.bytes for p in points} == {4096}
+    assert [p.uneven for p in points].count(True) == 1
+    assert [[value > 0 for value in row] for row in matrix] == [[i != j for j in range(4)] for i in range(4)]
+
+
+def probe_the_rest() -> dict[str, Any]:
+    rank = this_rank()
+    groups = make_groups(rank)
+    found = {
+        **overheads.measure_microbatch(rank),
+        **overheads.measure_parameter(rank),
+        **overheads.measure_sharded_block(rank, groups[2, 1]),
+        **compute.measure_launch(rank),
+        **concurrency.measure_stragglers(rank),
+    }
+    found["fsdp"] = overheads.measure_data_parallel(rank, groups[2, 1], 2**18)
+    found["contention"] = concurrency.measure_contention(rank)
+    found["overlap"] = concurrency.measure_overlap(rank, groups[2, 1], "all_reduce", 2**16)
+    found["gemm"] = [
+        compute.measure_gemm(rank, "fp32", operation, 64, 32, 16) for operation in ("forward", "weight_grad")
+    ]
+    found["many"] = [compute.measure_many_gemm(rank, kind, "fp32", 4, 16, 32, 16) for kind in ("batched", "grouped")]
+    found["attention"] = compute.measure_attention(rank, "fp32", 1, 4, 32, 16, kv_heads=2, backend="math")
+    return found
+
+
+def test_the_other_probes() -> None:
+    found = run_ranks(probe_the_rest, 2)[0]
+    assert 0 < found["launch_seconds"] < found["microbatch_overhead_seconds"] < 0.1
+    assert found["straggler_slowdown"] >= 1
+    assert [p.operation for p in found["fsdp"]] == ["fsdp_all_gather", "fsdp_reduce_scatter", "replicate_all_reduce"]
+    # 7 matrices of 16 columns: what a quarter of a MiB holds of them.
+    assert {p.bytes for p in found["fsdp"]} == {4 * 7 * 16 * (2**18 // 4 // 7 // 16)}
+    assert [p.active for p in found["contention"]] == [1, 2]
+    assert found["contention"][0].slowdown == 1.0 <= found["contention"][1].slowdown
+    assert min(found["overlap"].compute_slowdown, found["overlap"].communication_slowdown) >= 1
+    assert all(p.seconds > 0 for p in (*found["gemm"], *found["many"], *found["attention"]))
+    assert [p.direction for p in found["attention"]] == ["forward", "backward"]
+
+
+def one_rank_out_of_memory() -> list[tuple[str, str]]:
+    rank = this_rank()
+    told: list[tuple[str, str]] = []
+
+    def fails_on_rank_1(r: Rank) -> dict[str, float]:
+        if r.rank == 1:
+            raise MemoryError("no memory for this shape")
+        r.barrier()
+        return {"never_seconds": 1.0}
+
+    def works(r: Rank) -> dict[str, float]:
+        return {"fine_seconds": r.mean(float(r.rank))}
+
+    cases = [
+        Case("too large", "gemm", QUICK, fails_on_rank_1),
+        Case("at the end", "gemm", QUICK, lambda r: _after_the_last_agreement(r)),
+        Case("fits", "gemm", QUICK, works),
+    ]
+
+    def tell(kind: str, content: Any) -> None:
+        if kind == "case":
+            told.append((content["name"], content["skipped"] or str(content["found"])))
+
+    _measure(rank, cases, Request(QUICK, time.time() + 60, ("fp32",)), tell)
+    return told
+
+
+def _after_the_last_agreement(rank: Rank) -> dict[str, float]:
+    """Rank 0 fails where the others think that they are done."""
+    if rank.rank == 0:
+        raise RuntimeError("CUDA out of memory")
+    return {}
+
+
+def test_a_rank_that_cannot_measure_a_shape_stops_nobody() -> None:
+    told = run_ranks(one_rank_out_of_memory, 3, timeout_seconds=30)
+    assert told[0] == [
+        ("too large", "another rank gave up"),
+        ("at the end", "CUDA out of memory"),
+        ("fits", "{'fine_seconds': 1.0}"),
+    ]
+
+
+def bug() -> str:
+    rank = this_rank()
+    try:
+        _measure(rank, [Case("bug", "gemm", QUICK, lambda r: 1 / 0)], Request(QUICK, time.time() + 9, ()), print)
+    except (ZeroDivisionError, CaseFailed) as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def test_a_bug_in_a_probe_is_not_taken_for_a_shape_that_does_not_fit() -> None:
+    assert run_ranks(bug, 2) == ["ZeroDivisionError"] * 2
+
+
+# ---- the whole of it, as a person runs it ------------------------------------------------------------------------
+
+
+def profile(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "cli.py"), "profile", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
+    """A profile whose session got Ctrl-C as soon as its file was there: file, exit code, what it said."""
+    path = tmp_path_factory.mktemp("profile") / "hardware.yaml"
+    running = profile("--nproc", "2", "-o", str(path))
+    until = time.monotonic() + 150
+    while not path.exists() and time.monotonic() < until and running.poll() is None:
+        time.sleep(0.2)
+    os.killpg(running.pid, signal.SIGINT)
+    _, said = running.communicate(timeout=30)
+    return path, running.returncode, said
+
+
+def test_ctrl_c_leaves_a_profile_that_a_plan_can_be_made_from(interrupted: tuple[Path, int, str]) -> None:
+    path, code, said = interrupted
+    assert code == 130
+    assert f"{path} holds what was measured, and `cli.py profile --resume -o {path}` goes on" in said
+    assert "Traceback" not in said
+    hardware = load_hardware(path)
+    assert hardware.supports("fp32")
+    assert hardware.provenance["complete"] is False
+    cluster = load_cluster_file(path.with_suffix(".cluster.yaml"))
+    assert (cluster.devices, cluster.hardware) == (2, str(path))
+
+
+def test_resume_measures_only_what_is_missing(interrupted: tuple[Path, int, str]) -> None:
+    path = interrupted[0]
+    before = load_hardware(path)
+    running = profile("--resume", "--quick", "-o", str(path), "--json")
+    out, said = running.communicate(timeout=90)
+    assert running.returncode == 0, said
+    after = load_hardware(path)
+    assert after.provenance["complete"] is True
+    assert set(_names(before)) <= set(_names(after))
+    assert [(p.m, p.n, p.k) for p in after.gemm[: len(before.gemm)]] == [(p.m, p.n, p.k) for p in before.gemm]
+    assert len(set(_names(after))) == len(_names(after))
+    assert '"provenance"' in out
+
+
+def _names(hardware: HardwareProfile) -> list[str]:
+    return hardware.provenance["cases"]["done"]
