@@ -80,7 +80,7 @@ class CommModel:
         return operation.figures.seconds("send_recv", 2, size_bytes)
 
     def _measured(self, operation: str, group: Group, size_bytes: float) -> float | None:
-        if group.size * group.stride > self._widest_span:
+        if (group.size - 1) * group.stride >= self._widest_span:
             return None
         return self._hardware.collective_seconds(operation, group.size, size_bytes, group.stride)
 

@@ -159,7 +159,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
         ("overheads", ", ".join(f"{name} {short_seconds(value)}" for name, value in overheads if value > 0)),
         ("overlap", overlap),
         ("stragglers", f"× {h.straggler_slowdown:.3f}"),
-        ("contention_points", ", ".join(f"{p.active} computing × {p.slowdown:.2f}" for p in h.contention_points)),
+        ("contention", ", ".join(f"{p.active} computing × {p.slowdown:.2f}" for p in h.contention_points)),
         ("memory held", held),
         ("corrections", ", ".join(f"{part} × {factor:.3f}" for part, factor in h.corrections.items())),
     ]

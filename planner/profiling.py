@@ -102,10 +102,10 @@ def _measure(order: ProfileOrder) -> ProfileAnswer | None:
 def _show(name: str, against: str | None) -> ProfileAnswer:
     from .profile_report import difference_report, show_report
 
-    hardware = load_hardware(resolve_hardware_path(name))
+    hardware = load_hardware(resolve_hardware_path(name, where="--show"))
     if against is None:
         return ProfileAnswer(show_report(hardware), hardware.to_dict())
-    other = load_hardware(resolve_hardware_path(against))
+    other = load_hardware(resolve_hardware_path(against, where="--against"))
     return ProfileAnswer(difference_report(hardware, other), {"show": hardware.to_dict(), "against": other.to_dict()})
 
 

@@ -36,8 +36,9 @@ from dataclasses import dataclass, field
 
 import pulp
 
+from .part_seconds import PartSeconds
 from .schedule import Path, known_paths
-from .step_cost import LayoutCosts, PartSeconds, StageCount
+from .step_cost import LayoutCosts, StageCount
 
 MODES = ("none", "full")
 PATH_PHASES = ("forward", "backward", "gather", "reduce")

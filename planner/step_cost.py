@@ -21,47 +21,8 @@ from .compute_cost import ComputeCost, ComputeModel
 from .job import TrainingJob
 from .layout import Layout
 from .memory_cost import MemoryBytes, MemoryModel, PartMemory
+from .part_seconds import PartSeconds, Seconds
 from .schedule import Simulation, StageSeconds, in_flight, simulate
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Seconds of one phase on one rank by cause: own compute, tp collectives, dp collectives not hidden."""
-
-    compute: float = 0.0
-    tp: float = 0.0
-    dp: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.compute + self.tp + self.dp
-
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(self.compute + other.compute, self.tp + other.tp, self.dp + other.dp)
-
-    def __mul__(self, factor: float) -> Seconds:
-        return Seconds(self.compute * factor, self.tp * factor, self.dp * factor)
-
-
-@dataclass(frozen=True)
-class PartSeconds:
-    """Phases of one part of the model: per microbatch forward, backward and recompute; per step the others."""
-
-    forward: Seconds = Seconds()
-    backward: Seconds = Seconds()
-    recompute: Seconds = Seconds()
-    gather: Seconds = Seconds()
-    reduce: Seconds = Seconds()
-    optimizer: Seconds = Seconds()
-
-    def __add__(self, other: PartSeconds) -> PartSeconds:
-        return PartSeconds(*(getattr(self, phase) + getattr(other, phase) for phase in _PHASES))
-
-    def __mul__(self, factor: float) -> PartSeconds:
-        return PartSeconds(*(getattr(self, phase) * factor for phase in _PHASES))
-
-
-_PHASES = ("forward", "backward", "recompute", "gather", "reduce", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -216,9 +177,11 @@ class CostModel:
             microbatches=microbatches,
             layers=self._model.layers,
             block=self._part(
-                layout, block, self._block_tp(layout), memory.block_parameters(layout), microbatches, tensors
+                layout, block, self._block_tp(layout, block), memory.block_parameters(layout), microbatches, tensors
             ),
-            embedding=self._part(layout, embedding, self._embedding_tp(layout), embedded, microbatches, first, root=True),
+            embedding=self._part(
+                layout, embedding, self._embedding_tp(layout), embedded, microbatches, first, root=True
+            ),
             head=self._part(layout, head, self._head_tp(layout), headed, microbatches, last, root=True),
             microbatch=PartSeconds(Seconds(overhead.forward.total), Seconds(overhead.backward.total)),
             send_seconds=self._send(layout),
@@ -285,19 +248,22 @@ class CostModel:
         seconds = self._comm.collective_seconds(operation, Group(layout.tp, 1), size_bytes)
         return seconds * self._hardware.correction("tp")
 
-    def _block_tp(self, layout: Layout) -> tuple[float, float, float]:
+    def _block_tp(self, layout: Layout, compute: ComputeCost) -> tuple[float, float, float]:
         """Attention and MLP each: all-reduce once a pass, or all-gather in and reduce-scatter out with SP.
 
+        In each the ranks meet after half of the block's compute and wait for the slowest.
         Recomputation stops when it has all that backward needs, which the sum that ends the MLP is not part of
         (torch's non-reentrant checkpoint; the counts are asserted in tests/distributed/test_collectives.py).
         """
+        wait = self._hardware.wait_seconds if layout.tp > 1 else lambda seconds: 0.0
+        there, back = wait(compute.forward.total / 2), wait(compute.backward.total / 2)
         size = self._whole_bytes(layout)
         if layout.sequence_parallel:
             gather = self._tp_seconds("all_gather", layout, size)
             scatter = self._tp_seconds("reduce_scatter", layout, size)
-            return 2 * (gather + scatter), 2 * (gather + scatter), 2 * gather + scatter
+            return 2 * (gather + scatter + there), 2 * (gather + scatter + back), 2 * gather + scatter + there
         reduce = self._tp_seconds("all_reduce", layout, size)
-        return 2 * reduce, 2 * reduce, reduce
+        return 2 * (reduce + there), 2 * (reduce + back), reduce + there
 
     def _embedding_tp(self, layout: Layout) -> tuple[float, float, float]:
         """The vocabulary-parallel lookup is summed over tp; with SP its gradient is gathered."""

@@ -71,8 +71,8 @@ def resolve_cluster(text: str) -> ClusterSpec:
     return _with_nodes(cluster, nodes, text) if colon else cluster
 
 
-def resolve_hardware_path(name: str) -> Path:
-    """The hardware profile that a cluster names: in the catalogue, at a path, or `local`."""
+def resolve_hardware_path(name: str, *, where: str = "the cluster's hardware") -> Path:
+    """The hardware profile of this name: in the catalogue, at a path, or `local`. `where` is who named it."""
     if name in list_catalogue("hardware"):
         return CATALOG / "hardware" / f"{name}.yaml"
     if name == LOCAL:
@@ -80,9 +80,7 @@ def resolve_hardware_path(name: str) -> Path:
         return local_hardware_path()
     if os.path.isfile(name):
         return Path(name)
-    raise _unknown(
-        "hardware", name, flag="the cluster's hardware", files=f"{LOCAL}, or a .yaml file", tail=Path(name).stem
-    )
+    raise _unknown("hardware", name, flag=where, files=f"{LOCAL}, or a .yaml file", tail=Path(name).stem)
 
 
 def _with_nodes(cluster: ClusterSpec, nodes: str, text: str) -> ClusterSpec:

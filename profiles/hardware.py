@@ -25,6 +25,7 @@ from .points import (
     ManyGemmPoint,
     MemoryPoint,
     OverlapPoint,
+    WaitPoint,
     read_point,
 )
 from .store import Reader, dump_yaml, load_document, write_atomically
@@ -76,6 +77,7 @@ class HardwareProfile:
     gemm_models: tuple[GemmModel, ...] = ()
     attention_models: tuple[AttentionModel, ...] = ()
     contention_points: tuple[ContentionPoint, ...] = ()
+    waits: tuple[WaitPoint, ...] = ()
     overlap: tuple[OverlapPoint, ...] = ()
     collectives: tuple[CollectivePoint, ...] = ()
     memory: tuple[MemoryPoint, ...] = ()
@@ -136,13 +138,15 @@ class HardwareProfile:
 
     def contention(self, active: float) -> float:
         """What a kernel takes with `active` ranks of a node computing, in times of what it takes with one."""
-        points = sorted((float(p.active), p.slowdown) for p in self.contention_points)
-        if not points or active <= points[0][0]:
-            return points[0][1] if points else 1.0
-        for (x0, y0), (x1, y1) in pairwise(points):
-            if active <= x1:
-                return y0 + (y1 - y0) * (active - x0) / (x1 - x0)
-        return points[-1][1]
+        return _on_line([(float(p.active), p.slowdown) for p in self.contention_points], active, 1.0)
+
+    def wait_seconds(self, compute_seconds: float) -> float:
+        """What a collective after so much compute waits for the slowest rank beyond what its own points hold.
+
+        Collectives are measured after as much compute as the first of `waits` has.
+        """
+        points = [(p.compute_seconds, p.wait_seconds) for p in self.waits]
+        return max(0.0, _on_line(points, compute_seconds, 0.0) - min(points)[1]) if points else 0.0
 
     def correction(self, part: str) -> float:
         """What measured runs multiply this part's seconds by (`profile --calibrate`); 1 where they say nothing."""
@@ -268,6 +272,7 @@ _LISTS: dict[str, type] = {
     "gemm_models": GemmModel,
     "attention_models": AttentionModel,
     "contention_points": ContentionPoint,
+    "waits": WaitPoint,
     "overlap": OverlapPoint,
     "collectives": CollectivePoint,
     "memory": MemoryPoint,
@@ -281,6 +286,17 @@ _LISTS: dict[str, type] = {
 def _short(point: Any) -> dict[str, Any]:
     """A point as it stands in the file: what is at its default is left out."""
     return {f.name: getattr(point, f.name) for f in fields(point) if getattr(point, f.name) != f.default}
+
+
+def _on_line(points: list[tuple[float, float]], x: float, missing: float) -> float:
+    """y at x on the straight lines between the points, constant beyond the ends."""
+    points = sorted(points)
+    if not points or x <= points[0][0]:
+        return points[0][1] if points else missing
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
 
 
 def _number_or_null(reader: Reader, key: str) -> float | None:

@@ -156,6 +156,14 @@ class ContentionPoint:
     slowdown: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class WaitPoint:
+    """What the mean rank waits for the slowest where all meet after `compute_seconds` of equal work."""
+
+    compute_seconds: float
+    wait_seconds: float
+
+
 _CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (GemmPoint, "operation"): GEMM_OPERATIONS,
     (ManyGemmPoint, "kind"): ("batched", "grouped"),
@@ -181,7 +189,7 @@ def read_point(kind: type, reader: Reader) -> Any:
             options["default"] = field.default
         if field.type == "int":
             options["minimum"] = _LEAST.get(field.name, 1)
-        elif field.name == "spread":
+        elif field.name in ("spread", "wait_seconds"):
             options["minimum"] = 0
         elif field.type == "float":
             options["above"] = 0

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from planner.bounds import StageLimits, fits, least_missing_bytes, lower_bound
 from planner.layout import Layout
 from planner.memory_cost import MemoryBytes, PartMemory
-from planner.step_cost import CostModel, LayoutCosts, PartSeconds, Seconds, StageCount
+from planner.part_seconds import PartSeconds, Seconds
+from planner.step_cost import CostModel, LayoutCosts, StageCount
 from tests.oracles.brute_force import assignments, candidates
 from tests.oracles.small_world import small_question
 from tests.plans import tiny_llama

@@ -51,7 +51,7 @@ BAD_INPUT = {
     "resume without a run": (["train", "--resume"], ["--run-dir"]),
     "show and quick": (["profile", "--show", "h100-sxm-80gb", "--quick"], ["--show and --quick do not go together"]),
     "against nothing": (["profile", "--against", "h100-sxm-80gb"], ["--show FIRST --against SECOND"]),
-    "show an unknown profile": (["profile", "--show", "h100-sxm"], ["is h100-sxm-80gb meant?"]),
+    "show an unknown profile": (["profile", "--show", "h100-sxm"], ["is h200-sxm meant?", "--show"]),
     "nccl-tests without a profile": (["profile", "--nccl-tests", "x.txt", "-o", "/nowhere/h.yaml"], ["no profile yet"]),
     "calibrate without a profile": (["profile", "--calibrate", "runs/x", "-o", "/nowhere/h.yaml"], ["/nowhere/h.yaml"]),
     "resume without a profile": (["profile", "--resume", "-o", "/nowhere/h.yaml"], ["/nowhere/h.yaml does not exist"]),
@@ -246,7 +246,7 @@ def test_the_catalogue_is_listed(capsys: pytest.CaptureFixture[str], monkeypatch
         assert name in out
     code, out, _ = run(capsys, monkeypatch, "profile", "--list", "--json")
     assert code == 0
-    assert {"name": "gpt3-175b", "parameters": 174591683584} in json.loads(out)["models"]
+    assert {"name": "gpt3-175b", "parameters": 174615846912} in json.loads(out)["models"]
 
 
 def test_profiles_are_shown_and_compared(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

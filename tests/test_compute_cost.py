@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -132,7 +133,9 @@ def test_state_is_priced_in_fp32_by_bytes() -> None:
     compute = ComputeModel(tiny_llama(), HARDWARE, "bf16")
     assert compute.accumulate_seconds(1e6) == pytest.approx(3 * 4e6 / 1e10)
     assert compute.copy_seconds(1e6) == pytest.approx(2 * 4e6 / 1e10)
-    assert compute.optimizer_seconds(1e6) == pytest.approx((3 + 7) * 4e6 / 1e10)
+    assert compute.optimizer_seconds(1e6, 9) == pytest.approx((3 + 7) * 4e6 / 1e10)
+    slow = ComputeModel(tiny_llama(), replace(HARDWARE, parameter_overhead_seconds=1e-4), "bf16")
+    assert slow.optimizer_seconds(1e6, 9) == pytest.approx((3 + 7) * 4e6 / 1e10 + 9e-4)
 
 
 def test_state_takes_the_measured_dtype_where_fp32_was_not_measured() -> None:

@@ -28,6 +28,7 @@ from profiles.points import (
     ManyGemmPoint,
     MemoryPoint,
     OverlapPoint,
+    WaitPoint,
     read_point,
 )
 from profiles.store import Reader, dump_yaml, parse_yaml
@@ -62,7 +63,8 @@ FULL: dict[str, Any] = {
     "overlap": OverlapPoint(
         operation="all_reduce", ranks=8, bytes=1 << 20, compute_slowdown=1.1, communication_slowdown=1.7
     ),
-    "contention": ContentionPoint(active=4, slowdown=1.3),
+    "contention_points": ContentionPoint(active=4, slowdown=1.3),
+    "waits": WaitPoint(compute_seconds=0.005, wait_seconds=0.001),
 }
 NAMES = list(FULL)
 REQUIRED = {name: [f.name for f in fields(point) if f.default is MISSING] for name, point in FULL.items()}
@@ -190,7 +192,8 @@ points: dict[str, st.SearchStrategy[Any]] = {
         compute_slowdown=seconds,
         communication_slowdown=seconds,
     ),
-    "contention": st.builds(ContentionPoint, active=counts, slowdown=seconds),
+    "contention_points": st.builds(ContentionPoint, active=counts, slowdown=seconds),
+    "waits": st.builds(WaitPoint, compute_seconds=seconds, wait_seconds=seconds),
 }
 points["gemm_checks"] = points["gemm"]
 
@@ -245,8 +248,8 @@ FSDP = "fsdp_all_gather, fsdp_reduce_scatter, replicate_all_reduce"
         ("overlap", "operation", "fsdp_all_gather", f"one of {PLAIN}"),
         ("overlap", "ranks", 1, "a whole number >= 2"),
         ("overlap", "communication_slowdown", 0, "a finite number > 0"),
-        ("contention", "active", 0, "a whole number >= 1"),
-        ("contention", "slowdown", -1, "a finite number > 0"),
+        ("contention_points", "active", 0, "a whole number >= 1"),
+        ("contention_points", "slowdown", -1, "a finite number > 0"),
     ],
 )
 def test_a_value_that_cannot_be_names_its_key(name: str, key: str, value: object, expected: str) -> None:

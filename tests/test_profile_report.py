@@ -94,7 +94,7 @@ def measured() -> HardwareProfile:
         ),
         attention=(attention, replace(attention, direction="backward", seconds=0.04)),
         memory=(norm,),
-        contention=(ContentionPoint(active=1, slowdown=1.0), ContentionPoint(active=4, slowdown=1.35)),
+        contention_points=(ContentionPoint(active=1, slowdown=1.0), ContentionPoint(active=4, slowdown=1.35)),
         overlap=(
             OverlapPoint(operation="all_reduce", ranks=4, bytes=MIB, compute_slowdown=1.2, communication_slowdown=1.4),
             OverlapPoint(operation="all_reduce", ranks=4, bytes=KIB, compute_slowdown=1.3, communication_slowdown=1.6),

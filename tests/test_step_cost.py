@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from planner.comm_cost import CommModel, Group
 from planner.layout import Layout
+from planner.part_seconds import PartSeconds, Seconds
 from planner.plan import TIME_PARTS
 from planner.search import Question
-from planner.step_cost import CostModel, LayoutCosts, PartSeconds, Seconds, StageCount
+from planner.step_cost import CostModel, LayoutCosts, StageCount
 from profiles.catalogue import resolve_cluster
 from tests.oracles.brute_force import all_layouts, assignments
 from tests.oracles.small_world import small_cluster, small_hardware, small_question

@@ -21,7 +21,7 @@ from .timing import Rank, time_alone, time_together
 
 Placement = tuple[int, int]
 
-_BETWEEN_SECONDS = 1e-3  # of compute before each collective on CPUs; a block's linears take about as long
+BETWEEN_SECONDS = 1e-3  # of compute before each collective on CPUs; a block's linears take about as long
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def measure_collective(
     whole = torch.zeros(elements, device=rank.device)
     action = _action(rank, placed, operation, whole, uneven)
     rank.barrier()  # every rank has its buffers before any of them communicates
-    timing = time_together(rank, action, work_between(rank, _BETWEEN_SECONDS))
+    timing = time_together(rank, action, work_between(rank, BETWEEN_SECONDS))
     seconds = timing.seconds / 2 if operation == "send_recv" else timing.seconds
     return CollectivePoint(
         operation=operation,

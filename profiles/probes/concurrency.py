@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..points import ContentionPoint, OverlapPoint
-from .collectives import PlacedGroup
+from ..points import ContentionPoint, OverlapPoint, WaitPoint
+from .collectives import BETWEEN_SECONDS, PlacedGroup
 from .timing import Rank, time_alone, trimmed_mean
 
 _CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
-_STRAGGLER_STEPS = 12
+WAIT_SECONDS = (BETWEEN_SECONDS, 5e-3, 2e-2, 8e-2)  # of work between two meetings; a block's, a stage's, a step's
 
 
 def _product(rank: Rank) -> Callable[[], object]:
@@ -102,18 +102,28 @@ def _silent(rank: Rank) -> Rank:
     return Rank(rank.rank, rank.world_size, rank.device, None, 2 * rank.effort_seconds, rank.shares_cores)
 
 
-def measure_stragglers(rank: Rank) -> dict[str, float]:
-    """How many times its median rank's seconds a step of equal work takes, since it waits for the slowest rank."""
+def measure_stragglers(rank: Rank) -> dict[str, Any]:
+    """What ranks of equal work wait for the slowest of them, after little and after much of it.
+
+    `straggler_slowdown` is how many times its mean rank's seconds the longest stretch takes until all are there.
+    """
     product = _product(rank)
-    loops = max(1, round(rank.effort_seconds / time_alone(rank, product).seconds))
-    slowest, typical = [], []
-    for _ in range(_STRAGGLER_STEPS):
-        rank.barrier()
-        start = time.perf_counter()
-        for _ in range(loops):
-            product()
-        rank.synchronize()
-        own = time.perf_counter() - start
-        slowest.append(rank.most(own))
-        typical.append(rank.mean(own))
-    return {"straggler_slowdown": max(1.0, statistics.median(s / t for s, t in zip(slowest, typical, strict=True)))}
+    once = rank.mean(time_alone(rank, product).seconds)
+    waits = []
+    stretch = 0.0
+    for wanted in WAIT_SECONDS:
+        loops = max(1, round(wanted / once))
+        slowest, typical = [], []
+        for _ in range(max(6, min(40, round(rank.effort_seconds * 10 / wanted)))):
+            rank.barrier()
+            start = time.perf_counter()
+            for _ in range(loops):
+                product()
+            rank.synchronize()
+            own = time.perf_counter() - start
+            slowest.append(rank.most(own))
+            typical.append(rank.mean(own))
+        wait = trimmed_mean([s - t for s, t in zip(slowest, typical, strict=True)])
+        stretch = trimmed_mean(typical)
+        waits.append(WaitPoint(compute_seconds=stretch, wait_seconds=max(0.0, wait)))
+    return {"waits": waits, "straggler_slowdown": 1.0 + waits[-1].wait_seconds / stretch}

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from planner.layout import Layout
 from planner.memory_cost import MemoryBytes, PartMemory
+from planner.part_seconds import PartSeconds, Seconds
 from planner.schedule import in_flight
 from planner.search import Question
-from planner.step_cost import LayoutCosts, PartSeconds, Seconds
+from planner.step_cost import LayoutCosts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import DATA_PARALLEL, CollectivePoint, ContentionPoint
+from profiles.points import DATA_PARALLEL, CollectivePoint, ContentionPoint, WaitPoint
 from tests.oracles.brute_force import all_layouts, assignments
 from tests.oracles.small_world import small_cluster, small_hardware, small_question
 
@@ -74,6 +75,7 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
     if draw(st.integers(0, 3)) == 0:
         collectives += draw(measured_sizes(draw(st.sampled_from(DATA_PARALLEL)), (2, 3, 4)))
     slowdowns = [1.0, *draw(st.sampled_from(((), (1.1,), (1.1, 1.6))))]
+    waits = [WaitPoint(compute_seconds=10.0**-e, wait_seconds=draw(powers(-6, -3))) for e in (4, 3, 2)]
     contention = [ContentionPoint(active=2**i, slowdown=slowdown) for i, slowdown in enumerate(slowdowns)]
     return small_hardware(
         flops=draw(powers(7, 13)),
@@ -92,7 +94,8 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         sequence_shard_overhead_seconds=draw(or_zero(powers(-6, -3))),
         parameter_overhead_seconds=draw(or_zero(powers(-7, -4))),
         corrections=draw(st.sampled_from(({}, {"gemm": 1.3, "memory": 0.8, "optimizer": 2.0, "tp": 1.2, "dp": 0.7}))),
-        contention=tuple(contention) if draw(st.booleans()) else (),
+        contention_points=tuple(contention) if draw(st.booleans()) else (),
+        waits=tuple(waits) if draw(st.booleans()) else (),
         collectives=tuple(collectives),
     )
 
