@@ -38,7 +38,7 @@ CLI = Path(__file__).parent.parent / "cli.py"
 RANKS_PER_NODE = 2
 SPACES = ("meshwright0", "meshwright1")
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
-_TIMEOUT_SECONDS = 1500
+_TIMEOUT_SECONDS = 900
 
 
 def shell(command: str, *, check: bool = True) -> None:

@@ -24,12 +24,15 @@ class Case:
     """One measurement that all ranks make together. `name` tells it apart from all others, also in a file.
 
     `level` is QUICK where no plan can do without it, DEFAULT where it makes plans truer, FULL for the rest.
+    Cases of one `ladder` differ by their `size`, which their time rises with: it is known before it is spent.
     """
 
     name: str
     phase: str
     level: int
     measure: Callable[[Rank], Any]
+    ladder: str = ""
+    size: int = 0
 
 
 def all_cases(rank: Rank, groups: Groups, dtypes: tuple[str, ...]) -> list[Case]:
@@ -74,11 +77,13 @@ def _links(rank: Rank, groups: Groups) -> Iterator[Case]:
                     continue
                 name = f"{operation} {_name(placement)} {size} bytes"
                 run = partial(_collective, placed=placed, operation=operation, size_bytes=size)
-                yield Case(name, "links", level if needed else max(level, DEFAULT), run)
+                ladder = f"{operation} {placement}"
+                yield Case(name, "links", level if needed else max(level, DEFAULT), run, ladder, size)
     for size in (2**16, 2**20, 2**24):
         for placement, placed in groups.items():
             run = partial(_collective, placed=placed, operation="all_to_all", size_bytes=size, uneven=True)
-            yield Case(f"all_to_all uneven {_name(placement)} {size} bytes", "links", FULL, run)
+            name = f"all_to_all uneven {_name(placement)} {size} bytes"
+            yield Case(name, "links", FULL, run, f"all_to_all {placement}", size)
 
 
 def _collective(rank: Rank, *, placed: PlacedGroup, operation: str, size_bytes: int, uneven: bool = False) -> Any:
@@ -111,7 +116,7 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     for size, level in fsdp.items():
         for placement, placed in groups.items():
             run = partial(overheads.measure_data_parallel, placed=placed, size_bytes=size)
-            yield Case(f"FSDP {_name(placement)} {size} bytes", "overheads", level, run)
+            yield Case(f"FSDP {_name(placement)} {size} bytes", "overheads", level, run, f"FSDP {placement}", size)
     for operation in ("all_reduce", "all_gather"):
         for size in (2**24, 2**27) if cuda else (2**20, 2**23):
             run = partial(concurrency.measure_overlap, placed=groups[widest], operation=operation, size_bytes=size)

@@ -27,6 +27,7 @@ from .timing import Rank, time_alone, trimmed_mean
 _WIDTH, _TOKENS = 16, 16
 _LINEARS = 7  # of a block: wq, wk, wv, wo, w1, w3, w2
 _MODULE_SECONDS = 3e-3  # of compute in a measured module on CPUs, each way
+_MOST_SECONDS = 3.0  # after which two turns of passes are enough
 _UNITS = 4  # modules that FSDP2 handles one by one in a measured pass
 
 
@@ -200,9 +201,11 @@ def _nothing() -> None:
 
 def _passes_in_turn(rank: Rank, modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[tuple[float, float]]:
     """(forward, backward) seconds of each module, means over ranks and turns, gradients dropped in between."""
-    repeats = max(6, min(40, round(rank.effort_seconds / 1e-2)))
     spans: list[list[tuple[float, float]]] = [[] for _ in modules]
-    for turn in range(repeats + 1):
+    begun = time.perf_counter()
+    for turn in range(1 + max(6, min(40, round(rank.effort_seconds / 1e-2)))):
+        if turn > 2 and rank.most(time.perf_counter() - begun) > _MOST_SECONDS:
+            break
         for module, found in zip(modules, spans, strict=True):
             rank.barrier()
             start = time.perf_counter()

@@ -104,19 +104,19 @@ def time_together(rank: Rank, action: Callable[[], object], between: Callable[[]
     it have gone to sleep. A step adds up many collectives, so it is their mean that counts; only the few samples
     that a stray process has spoilt are left out.
     """
-    for _ in range(2):  # the first ones open connections
-        action()
+    action()  # the first one opens connections
     rank.synchronize()
     rank.barrier()
     started = time.perf_counter()
-    for _ in range(3):
+    for _ in range(2):
         if between is not None:
             between()
         action()
     rank.synchronize()
-    took = rank.most((time.perf_counter() - started) / 3)
+    took = rank.most((time.perf_counter() - started) / 2)
     loops = max(1, round(_LEAST_SAMPLE_SECONDS / took)) if rank.device.type == "cuda" else 1
-    repeats = int(min(200, max(8, rank.effort_seconds / took / loops)))
+    fewest = 8 if took < rank.effort_seconds else 3
+    repeats = int(min(200, max(fewest, rank.effort_seconds / took / loops)))
     rank.barrier()
     samples = []
     for _ in range(repeats):

@@ -32,6 +32,7 @@ _TRAINING_MODULES = (
     "torch.utils.tensorboard",
 )
 _EFFORT_SECONDS = {QUICK: 0.03, DEFAULT: 0.06}  # of one measurement; 0.15 in full
+_SLOW_SECONDS = 1.0  # a case that takes longer is ruled by its bytes and not by the effort
 _SHARING_SECONDS = 0.1  # at least, where ranks share cores: several of the scheduler's slices
 _COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 
@@ -79,31 +80,44 @@ def _effort(level: int, shares_cores: bool) -> float:
 
 
 def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> None:
-    ends = _phase_ends(request)
+    # Whether to go on is decided by times that all ranks agree on: if one skipped a case, the others would wait in it.
+    deadline = rank.most(request.deadline)
+    ends = _phase_ends(rank.most(time.time()), deadline)
     started: set[str] = set()
+    took: dict[str, list[tuple[int, float]]] = {}  # ladder -> (size, seconds) of its cases so far
     pace = Pace(rank) if rank.device.type == "cpu" else None
     for number, case in enumerate(cases):
         now = rank.most(time.time())
         first = case.level == QUICK and case.phase not in started
         started.add(case.phase)
-        until = ends[case.phase] if case.level == QUICK else request.deadline
-        if now > until and not first:
+        until = ends[case.phase] if case.level == QUICK else deadline
+        if not first and now + _expected(case, took) > until:
             continue
         if rank.rank == 0:
             tell("progress", (case.phase, case.name, number / len(cases)))
         paced = pace.seconds() if pace is not None else 1.0
         found, reason = _attempt(rank, case)
+        took.setdefault(case.ladder, []).append((case.size, rank.most(time.time()) - now))
         if rank.rank == 0:
             tell("case", {"name": case.name, "found": found, "skipped": reason, "pace": paced})
 
 
-def _phase_ends(request: Request) -> dict[str, float]:
+def _expected(case: Case, took: dict[str, list[tuple[int, float]]]) -> float:
+    """Seconds that the case will take, from the nearest smaller one of its ladder: on a slow link they are many."""
+    smaller = [known for known in took.get(case.ladder, []) if 0 < known[0] <= case.size]
+    if not case.ladder or not smaller:
+        return 0.0
+    size, seconds = max(smaller)
+    return seconds * case.size / size if seconds > _SLOW_SECONDS else seconds
+
+
+def _phase_ends(start: float, deadline: float) -> dict[str, float]:
     """When the quick cases of each phase must end: what a phase leaves over goes to the next."""
-    total, used = max(1.0, request.deadline - time.time()), 0.0
+    total, used = max(1.0, deadline - start), 0.0
     ends = {}
     for phase, share in PHASES.items():
         used += share
-        ends[phase] = request.deadline - total * (1.0 - used)
+        ends[phase] = deadline - total * (1.0 - used)
     return ends
 
 
