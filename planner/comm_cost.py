@@ -68,16 +68,18 @@ class CommModel:
 
         Of a group that spans several nodes some neighbours lie in two.
         """
-        neighbours = Group(2, group.stride)
-        in_one_node = self._cluster.link_within(group.size * group.stride) == self._cluster.link_within(
-            2 * group.stride
-        )
-        measured = self._measured("send_recv", neighbours, size_bytes) if in_one_node else None
-        if measured is not None:
-            return measured
         link = self._cluster.link_within(group.size * group.stride)
-        operation = link.operation("send_recv", 2)
-        return operation.figures.seconds("send_recv", 2, size_bytes)
+        if self._cluster.link_within(2 * group.stride) == link:
+            measured = self._measured("send_recv", Group(2, group.stride), size_bytes)
+            if measured is not None:
+                return measured
+        figures = link.operation("send_recv", 2).figures
+        if link.shared:
+            # The groups beside this one cross the wire with it, as many as its stride or as there are devices.
+            below = max((other.span for other in self._cluster.links if other.span < link.span), default=1)
+            alone = below / min(group.stride, below)
+            figures = replace(figures, bandwidth_bytes_per_second=alone * figures.bandwidth_bytes_per_second)
+        return figures.seconds("send_recv", 2, size_bytes)
 
     def _measured(self, operation: str, group: Group, size_bytes: float) -> float | None:
         if (group.size - 1) * group.stride >= self._widest_span:

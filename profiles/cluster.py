@@ -63,7 +63,9 @@ class LinkTier:
 
     `bandwidth_bytes_per_second` is per device and direction, as a ring collective achieves it (bus
     bandwidth); `latency_seconds` is one step's of a ring, `fixed_latency_seconds` comes once a collective.
-    `operations` are the collectives that differ from that ring. `source` says where the figures are from.
+    `operations` are the collectives that differ from that ring. `shared` is one wire for all devices below this
+    tier, whose share each device's bandwidth is: a message that goes alone has all of it. `source` says where the
+    figures are from.
     """
 
     tier: str
@@ -72,6 +74,7 @@ class LinkTier:
     latency_seconds: float
     fixed_latency_seconds: float = 0.0
     operations: tuple[LinkOperation, ...] = ()
+    shared: bool = False
     source: str = ""
 
     @classmethod
@@ -83,6 +86,7 @@ class LinkTier:
             latency_seconds=reader.number("latency_seconds", minimum=0),
             fixed_latency_seconds=reader.number("fixed_latency_seconds", minimum=0, default=0.0),
             operations=tuple(LinkOperation.from_dict(child) for child in reader.children("operations", default=[])),
+            shared=reader.boolean("shared", default=False),
             source=reader.text("source", default=""),
         )
         reader.finish()

@@ -14,11 +14,17 @@ _NOTHING_MEASURED = Tier(span=1, bandwidth_bytes_per_second=1e9)  # one device: 
 _FIRST_GUESS_SECONDS = 1e-4  # latency of a tier that only its point-to-point bandwidth is known of
 
 
-def fit_links(points: Sequence[CollectivePoint], tiers: Sequence[Tier], devices_per_node: int) -> tuple[LinkTier, ...]:
+def fit_links(
+    points: Sequence[CollectivePoint],
+    tiers: Sequence[Tier],
+    devices_per_node: int,
+    *,
+    shared_wires: bool = False,
+) -> tuple[LinkTier, ...]:
     """The tiers with the figures that fit the groups which span each of them best, operation by operation.
 
     A group that was measured is priced by its points; these figures price the others. `source` tells how far
-    off the fit is where it can be compared.
+    off the fit is where it can be compared. `shared_wires` says that a node has one wire for all its devices.
     """
     links = []
     for index, tier in enumerate(tiers or (_NOTHING_MEASURED,)):
@@ -30,7 +36,8 @@ def fit_links(points: Sequence[CollectivePoint], tiers: Sequence[Tier], devices_
             found = fit(samples) if samples else None
             if found is not None:
                 fits[operation] = found
-        links.append(_tier(tier, _name(tier, devices_per_node), fits))
+        link = _tier(tier, _name(tier, devices_per_node), fits)
+        links.append(replace(link, shared=shared_wires and tier.span > devices_per_node))
     return tuple(links)
 
 
@@ -41,7 +48,8 @@ def with_collectives(cluster: ClusterSpec, points: Sequence[CollectivePoint]) ->
     nodes = max(cluster.nodes, -(-widest // cluster.devices_per_node))
     if nodes * cluster.devices_per_node > tiers[-1].span:
         tiers.append(replace(tiers[-1], span=nodes * cluster.devices_per_node))
-    fitted = fit_links(points, tiers, cluster.devices_per_node)
+    shared = any(link.shared for link in cluster.links)
+    fitted = fit_links(points, tiers, cluster.devices_per_node, shared_wires=shared)
     return replace(cluster, nodes=nodes, links=fitted)
 
 

@@ -239,6 +239,14 @@ def test_a_measured_pair_sums_the_ends() -> None:
     assert comm.pair_sum_seconds(Group(8, 1), 1000) == pytest.approx(2e-5 + 1000 / 1e9)
 
 
+def test_a_message_alone_on_a_shared_wire_has_all_of_it() -> None:
+    own = small_cluster(8, 2, across=(1e8, 1e-4))
+    wire = replace(own, links=(own.links[0], replace(own.links[1], shared=True)))
+    for group, share in ((Group(8, 1), 4), (Group(4, 2), 2), (Group(2, 4), 1)):
+        assert measured(own).send_seconds(group, 1e8) == pytest.approx(1 + 1e-4)
+        assert measured(wire).send_seconds(group, 1e8) == pytest.approx(1 / share + 1e-4)
+
+
 def test_what_fsdp_does_has_no_formula() -> None:
     comm = measured(small_cluster(4), point("fsdp_reduce_scatter", 2, 2, 0.5), point("reduce_scatter", 4, 1, 0.25))
     assert comm.fsdp_seconds("fsdp_reduce_scatter", Group(2, 2), 4000) == 2.0

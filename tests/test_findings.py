@@ -109,6 +109,16 @@ def test_a_tier_for_each_kind_of_link_and_always_one_for_the_node() -> None:
     assert cluster(None, [4]) == [("node", 4)]
 
 
+@pytest.mark.parametrize(("alone", "shared"), [(2.0, True), (1.0, False)])
+def test_a_wire_is_shared_where_one_pair_alone_is_faster_than_all_at_once(alone: float, shared: bool) -> None:
+    found = findings(runs=[2, 2])
+    found.ranks = 4
+    matrix = [[0.0 if i == j else 10.0 if i // 2 == j // 2 else 1.0 for j in range(4)] for i in range(4)]
+    matrix[1][2] = matrix[2][1] = alone
+    found.figures["bandwidths"] = matrix
+    assert [link.shared for link in found.cluster("local").links] == [False, shared]
+
+
 def test_ranks_spread_unevenly_are_refused() -> None:
     with pytest.raises(InputError, match="not spread evenly") as caught:
         findings(runs=[2, 1]).cluster("local")

@@ -385,7 +385,7 @@ OPTIONAL = {
     "model": {*tiny_llama().to_dict()}
     - {"name", "layers", "hidden_size", "ffn_hidden_size", "heads", "vocab_size", "max_positions"},
     "cluster": {"nodes"},
-    "cluster.links[0]": {"source", "fixed_latency_seconds", "operations"},
+    "cluster.links[0]": {"source", "fixed_latency_seconds", "operations", "shared"},
     "job": {"optimizer", "target", "memory_limit_bytes", "pins", "bans"},
     "": {"alternatives", "schema"},
 }

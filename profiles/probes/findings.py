@@ -13,7 +13,7 @@ from ..cluster import ClusterSpec
 from ..hardware import HardwareProfile
 from ..input_error import InputError
 from ..link_fit import fit_links
-from ..link_tiers import Tier, tiers_from_matrix
+from ..link_tiers import LEVEL_RATIO, Tier, tiers_from_matrix
 from ..points import (
     AttentionPoint,
     CollectivePoint,
@@ -221,8 +221,22 @@ class Findings:
             nodes=len(runs),
             devices_per_node=runs[0],
             memory_bytes=self.facts["memory_bytes"],
-            links=fit_links(self._at_one_pace()[0].get("collectives", ()), self._tiers(), runs[0]),
+            links=fit_links(
+                self._at_one_pace()[0].get("collectives", ()),
+                self._tiers(),
+                runs[0],
+                shared_wires=self._wires_are_shared(),
+            ),
         )
+
+    def _wires_are_shared(self) -> bool:
+        """Whether a pair of neighbours across two nodes, who meet alone, is faster than all pairs at once."""
+        per_node, world, matrix = self.facts["runs"][0], self.ranks, self.figures.get("bandwidths")
+        if matrix is None or per_node in (1, world):
+            return False
+        alone = [matrix[i][i + 1] for i in range(per_node - 1, world - 1, per_node)]
+        together = [matrix[i][i + per_node] for i in range(world - per_node)]
+        return statistics.median(alone) > LEVEL_RATIO * statistics.median(together)
 
     def _tiers(self) -> list[Tier]:
         """Tiers from the point-to-point matrix, of which a node is always one where there are several nodes."""
