@@ -214,7 +214,11 @@ def profile(
         against=against,
         list_all=list_all,
     )
-    answer = carry_out(order)
+    try:
+        answer = carry_out(order)
+    except KeyboardInterrupt as error:  # click would drop what it says
+        _say_interrupted(error)
+        raise typer.Exit(130) from None
     if answer is None:  # a rank of torchrun's that is not the first
         return
     if as_json:

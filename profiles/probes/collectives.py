@@ -112,7 +112,7 @@ def _action(rank: Rank, placed: PlacedGroup, operation: str, whole: torch.Tensor
         "all_gather": lambda: wait(functional.all_gather_tensor(part, 0, group)),
         "reduce_scatter": lambda: wait(functional.reduce_scatter_tensor(whole, "sum", 0, group)),
         "all_to_all": lambda: wait(functional.all_to_all_single(whole, received, splits, group)),
-        "broadcast": lambda: wait(functional.broadcast(whole, placed.ranks[0], group)),
+        "broadcast": lambda: dist.broadcast(whole, placed.ranks[0], group=group),
         "send_recv": send_recv,
     }[operation]
 
