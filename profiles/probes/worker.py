@@ -32,7 +32,7 @@ _TRAINING_MODULES = (
     "torch.utils.tensorboard",
 )
 _EFFORT_SECONDS = {QUICK: 0.03, DEFAULT: 0.06}  # of one measurement; 0.15 in full
-_SLOW_SECONDS = 1.0  # a case that takes longer is ruled by its bytes and not by the effort
+_SLOW_SECONDS = 5.0  # a case that takes longer is ruled by its bytes and not by the effort
 _SHARING_SECONDS = 0.1  # at least, where ranks share cores: several of the scheduler's slices
 _COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 
