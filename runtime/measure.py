@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from planner.record import KERNELS, PARTS
+
 from .clock import Clock
 from .mesh import AXES, RankMesh
 
-PARTS = ("compute", "tp", "pp_bubble", "dp_exposed", "optimizer", "other")
 WARM_UP_STEPS = 2  # first steps allocate and fill torch's caches of sharding rules
 LONG_RUN_STEPS = 8  # from here on steps 4 to 6 are watched; a shorter run watches its last step
 _WATCHED_STEPS = (4, 5, 6)
-KERNELS = ("gemm", "attention", "memory")
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_grouped_mm"}
 
 

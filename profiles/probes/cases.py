@@ -76,18 +76,14 @@ def _links(rank: Rank, groups: Groups) -> Iterator[Case]:
                 if operation == "send_recv" and placed.size != 2:
                     continue
                 name = f"{operation} {_name(placement)} {size} bytes"
-                run = partial(_collective, placed=placed, operation=operation, size_bytes=size)
+                run = partial(measure_collective, placed=placed, operation=operation, size_bytes=size)
                 ladder = f"{operation} {placement}"
                 yield Case(name, "links", level if needed else max(level, DEFAULT), run, ladder, size)
     for size in (2**16, 2**20, 2**24):
         for placement, placed in groups.items():
-            run = partial(_collective, placed=placed, operation="all_to_all", size_bytes=size, uneven=True)
+            run = partial(measure_collective, placed=placed, operation="all_to_all", size_bytes=size, uneven=True)
             name = f"all_to_all uneven {_name(placement)} {size} bytes"
             yield Case(name, "links", FULL, run, f"all_to_all {placement}", size)
-
-
-def _collective(rank: Rank, *, placed: PlacedGroup, operation: str, size_bytes: int, uneven: bool = False) -> Any:
-    return measure_collective(rank, placed, operation, size_bytes, uneven)
 
 
 def _name(placement: Placement) -> str:
@@ -217,7 +213,9 @@ def _gemm(rank: Rank, dtype: str) -> Iterator[Case]:
             for count in (4, 8) if not cuda else (8, 64):
                 for rows in (64, 512):
                     width = (512, 256) if not cuda else (4096, 2048)
-                    run = partial(_many, kind=kind, dtype=dtype, count=count, m=rows, n=width[0], k=width[1])
+                    run = partial(
+                        compute.measure_many_gemm, kind=kind, dtype=dtype, count=count, m=rows, n=width[0], k=width[1]
+                    )
                     yield Case(f"{kind} gemm {dtype} {count} of {rows}×{width[0]}×{width[1]}", "gemm", FULL, run)
 
 
@@ -228,7 +226,3 @@ def _product(dtype: str, level: int, goes_to: str, operation: str, m: int, n: in
 
 def _multiply(rank: Rank, *, goes_to: str, **shape: Any) -> Any:
     return {goes_to: [compute.measure_gemm(rank, **shape)]}
-
-
-def _many(rank: Rank, **shape: Any) -> Any:
-    return compute.measure_many_gemm(rank, **shape)

@@ -96,21 +96,23 @@ class Findings:
                 self._measured_at.setdefault("figures", {})[key] = len(self.paces)
         self.paces.append(pace)
 
-    def _slowness(self, key: str, place: int | str) -> float:
-        """How slow the machine was at a measurement of this session, in times of its median pace."""
+    def _slowness(self, key: str, place: int | str, typical: float) -> float:
+        """How slow the machine was at a measurement of this session, in times of the `typical` pace."""
         at = self._measured_at.get(key, {}).get(place)
-        return local_pace(self.paces, at) / statistics.median(self.paces) if at is not None else 1.0
+        return local_pace(self.paces, at) / typical if at is not None else 1.0
 
     def _at_one_pace(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(points by list, figures), all as at the median pace ([Note: Pace] in pace.py)."""
+        typical = statistics.median(self.paces) if self.paces else 1.0
         points: dict[str, Any] = {}
         for key, found in self.points.items():
             timed = bool(found) and hasattr(found[0], "seconds")
             points[key] = tuple(
-                replace(p, seconds=p.seconds / self._slowness(key, i)) if timed else p for i, p in enumerate(found)
+                replace(p, seconds=p.seconds / self._slowness(key, i, typical)) if timed else p
+                for i, p in enumerate(found)
             )
         figures = {
-            name: value / self._slowness("figures", name) if name.endswith("_seconds") else value
+            name: value / self._slowness("figures", name, typical) if name.endswith("_seconds") else value
             for name, value in self.figures.items()
         }
         return points, figures
@@ -141,7 +143,7 @@ class Findings:
         }
         sums = [p for p in points.get("memory", ()) if p.operation == "residual" and p.direction == "forward"]
         largest = max(sums, key=lambda p: p.elements, default=None)
-        figures = {k: v for k, v in figures.items() if k.endswith(("_seconds", "_slowdown", "_per_second"))}
+        named = {k: v for k, v in figures.items() if k.endswith(("_seconds", "_slowdown", "_per_second"))}
         compute, communication = self._overlap() if cuda else (_BLOCKED, _BLOCKED)
         return HardwareProfile(
             name="local",
@@ -152,13 +154,13 @@ class Findings:
             communicator_bytes=_NCCL_COMMUNICATOR_BYTES if cuda else 0.0,
             allocator_slack=_ALLOCATOR_SLACK,
             memory_bandwidth_bytes_per_second=12.0 * largest.elements / largest.seconds if largest else 1e10,
-            **({"launch_seconds": 5e-6} | figures),
+            **({"launch_seconds": 5e-6} | named),
             overlap_compute_slowdown=compute,
             overlap_communication_slowdown=communication,
             multiprocessors=self.facts["multiprocessors"],
             devices_per_node=self.facts["runs"][0] if self.ranks > 1 else 0,
             peak_flops_per_second=peaks,
-            provenance=self._provenance(),
+            provenance=self._provenance(figures),
             **points,
         )
 
@@ -171,7 +173,7 @@ class Findings:
             statistics.median(p.communication_slowdown for p in found),
         )
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, figures: dict[str, Any]) -> dict[str, Any]:
         facts = self.facts
         return {
             "kind": "measured",
@@ -189,7 +191,7 @@ class Findings:
             "topology": facts["topology"],
             "pace": self._pace(),
             "conditions": {"before": facts["conditions_before"], **(self.ended or {})},
-            "cases": {"figures": self._at_one_pace()[1], "skipped": self.skipped, "done": self.done},
+            "cases": {"figures": figures, "skipped": self.skipped, "done": self.done},
         }
 
     def _pace(self) -> dict[str, float] | None:

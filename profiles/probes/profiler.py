@@ -21,7 +21,7 @@ from .cases import DEFAULT, FULL, QUICK
 from .findings import Findings, Request
 
 LEVELS = {"quick": QUICK, "default": DEFAULT, "full": FULL}
-_START_SECONDS = 6.0  # of the budget, for ranks to import torch, meet and leave
+_LEAVING_SECONDS = 2.0  # of the budget, for ranks to end
 BUDGET_SECONDS = {"quick": 29.0, "default": 290.0, "full": 3600.0}
 _PATIENCE_SECONDS = 90.0  # beyond the budget, before a silent rank is taken for lost
 _KEEP_SECONDS = 10.0  # between two times that an unfinished profile is kept
@@ -43,11 +43,10 @@ class ProfileOptions:
     def request(self) -> Request:
         level = LEVELS[self.thoroughness]
         budget = self.budget_seconds or BUDGET_SECONDS[self.thoroughness]
-        # Where GPUs start is left to the ranks: spawned ones need seconds before they measure.
         done = self.resume.provenance.get("cases", {}).get("done", []) if self.resume is not None else []
         return Request(
             level=level,
-            deadline=time.time() + max(5.0, budget - _START_SECONDS / 3),
+            deadline=time.time() + max(5.0, budget - _LEAVING_SECONDS),
             dtypes=self.dtypes or _dtypes(level),
             done=frozenset(done),
         )
