@@ -140,10 +140,10 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Price your own layout: does it fit, and how fast is it?"""
-    from planner.layout import require_legal
     from planner.parse import parse_layout
     from planner.question import ask
     from planner.report import estimate_report
+    from planner.rules import require_legal
     from planner.search import check_supported, predict, solve_layout, stages_of
 
     question = ask(
@@ -160,7 +160,7 @@ def estimate(
     wanted, recompute = parse_layout(layout, question.cluster.devices)
     require_legal(wanted, recompute, question.rules)
     solved, fits = solve_layout(question, wanted, recompute)
-    prediction, stages = predict(question, solved), stages_of(solved.counts)
+    prediction, stages = predict(question, solved), stages_of(wanted, solved.counts)
     if as_json:
         _print_json(
             {

@@ -19,10 +19,13 @@ from typing import Any
 
 from profiles.hardware import CORRECTED_PARTS, HardwareProfile
 from profiles.input_error import InputError
+from profiles.software import load_software
 
+from .capabilities import CAPABILITIES
 from .compute_cost import ComputeCost, ComputeModel
+from .layout_costs import Blocks
 from .record import KERNELS, RunRecord
-from .step_cost import CostModel, StageCount
+from .step_cost import CostModel
 
 _LEAST_SHARE = 0.01  # of the step, for a part to say anything about its pace
 
@@ -106,10 +109,10 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
     waiting = replace(hardware, overlap_compute_slowdown=2.0, overlap_communication_slowdown=2.0)
     costs = CostModel(plan.model, plan.cluster, waiting, plan.job).price(plan.layout)
     placed = plan.stages[stage]
-    count = StageCount(none=placed.recompute_none, full=placed.recompute_full)
-    seconds = costs.stage_seconds(stage, count)
-    each = seconds.forward + seconds.backward + seconds.recompute
-    kernels = _kernels(hardware, record, count)
+    blocks = Blocks(placed.recompute_none, placed.recompute_selective, placed.recompute_full)
+    seconds = costs.stage_seconds(stage, (blocks,))
+    each = seconds.forward + seconds.backward + seconds.recompute_full
+    kernels = _kernels(hardware, record, blocks)
     return {
         **kernels,
         "tp": each.tp * costs.microbatches,
@@ -118,15 +121,15 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
     }
 
 
-def _kernels(hardware: HardwareProfile, record: RunRecord, count: StageCount) -> dict[str, float]:
+def _kernels(hardware: HardwareProfile, record: RunRecord, count: Blocks) -> dict[str, float]:
     plan, stage = record.plan, record.stage
-    compute = ComputeModel(plan.model, hardware, plan.job.precision)
-    block = compute.block(plan.layout, plan.job.sequence)
-    parts: list[tuple[ComputeCost, int, int]] = [(block, count.blocks, count.full)]
+    software = load_software(CAPABILITIES[plan.job.target].software)
+    compute = ComputeModel(plan.model, hardware, plan.job, software)
+    parts: list[tuple[ComputeCost, int, int]] = [(compute.block(plan.layout), count.total, count.full)]
     if stage == 0:
-        parts.append((compute.embedding(plan.layout, plan.job.sequence), 1, 0))
+        parts.append((compute.embedding(plan.layout), 1, 0))
     if stage == plan.layout.pp - 1:
-        parts.append((compute.head(plan.layout, plan.job.sequence), 1, 0))
+        parts.append((compute.head(plan.layout), 1, 0))
     kernels: dict[str, float] = dict.fromkeys(KERNELS, 0.0)
     for cost, number, again in parts:
         for kind in kernels:

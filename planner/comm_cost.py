@@ -63,6 +63,13 @@ class CommModel:
             "all_reduce", 2, size_bytes
         )
 
+    def neighbour_seconds(self, group: Group, size_bytes: float) -> float:
+        """Seconds of one step of a ring over the group: all send to the next and receive at once."""
+        measured = self._measured("send_recv", Group(2, group.stride), size_bytes) if group.size == 2 else None
+        if measured is not None:
+            return measured
+        return self._figures("send_recv", group).seconds("send_recv", group.size, size_bytes)
+
     def send_seconds(self, group: Group, size_bytes: float) -> float:
         """Seconds of one message between neighbours of the group, the slowest pair of them.
 

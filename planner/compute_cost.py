@@ -1,16 +1,31 @@
-"""Seconds of compute: the kernels of a block, the embedding and the head, each from its shape."""
+"""Seconds of compute: the kernels of a layer, the embedding and the head, each from its shape.
+
+Which kernels a trainer launches (attention in one or in a chain, fused or eager norms, activations and residuals)
+are facts of the software ([Note: Facts of a trainer] in profiles/software.py); how long each takes, of the hardware.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
+from profiles.software import Software
 
+from .job import TrainingJob
 from .layout import Layout
+from .local_shapes import (
+    expert_linear_shapes,
+    local_kv_width,
+    local_linear_shape,
+    local_tokens,
+    outside_tokens,
+    routed_tokens,
+)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ComputeSeconds:
     """Seconds of one pass, by what bounds it; passes add up."""
 
@@ -35,68 +50,162 @@ class ComputeSeconds:
         return ComputeSeconds(self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor)
 
 
-@dataclass(frozen=True)
-class ComputeCost:
-    """One microbatch through one part of the model on one rank."""
+NO_SECONDS = ComputeSeconds()
 
-    forward: ComputeSeconds
-    backward: ComputeSeconds
+
+@dataclass(frozen=True, slots=True)
+class ComputeCost:
+    """One microbatch through one part of the model on one rank.
+
+    A backward is that of the input, then that of the weights; `selective` is what selective recomputation runs
+    again, full recomputation runs the whole forward again.
+    """
+
+    forward: ComputeSeconds = NO_SECONDS
+    backward_input: ComputeSeconds = NO_SECONDS
+    backward_weight: ComputeSeconds = NO_SECONDS
+    selective: ComputeSeconds = NO_SECONDS
+
+    @property
+    def backward(self) -> ComputeSeconds:
+        return self.backward_input + self.backward_weight
+
+    def __add__(self, other: ComputeCost) -> ComputeCost:
+        return ComputeCost(
+            self.forward + other.forward,
+            self.backward_input + other.backward_input,
+            self.backward_weight + other.backward_weight,
+            self.selective + other.selective,
+        )
 
     def __mul__(self, factor: float) -> ComputeCost:
-        return ComputeCost(self.forward * factor, self.backward * factor)
+        return ComputeCost(
+            self.forward * factor, self.backward_input * factor, self.backward_weight * factor, self.selective * factor
+        )
 
 
 class ComputeModel:
-    """Prices the parts of one model on one device at one precision."""
+    """Prices the parts of one model as one trainer runs them on one device."""
 
-    def __init__(self, model: ModelSpec, hardware: HardwareProfile, precision: str) -> None:
+    def __init__(self, model: ModelSpec, hardware: HardwareProfile, job: TrainingJob, software: Software) -> None:
         self._model = model
         self._hardware = hardware
-        self._dtype = precision
+        self._job = job
+        self._software = software
+        self._gemm_dtype = job.precision
+        self._dtype = "bf16" if job.precision == "fp8" else job.precision
+        self._keeps_matmuls = software.selective_keeps_matmuls
 
     # ---- kernels ---------------------------------------------------------------------------------------
 
-    def _linear(self, tokens: int, outputs: int, inputs: int) -> ComputeCost:
-        """y = x·Wᵀ: one product forward, two backward (Narayanan et al., arXiv 2104.04473, appendix)."""
-        seconds = self._hardware.gemm_seconds
-        forward = seconds("forward", self._dtype, tokens, outputs, inputs)
-        input_grad = seconds("input_grad", self._dtype, tokens, inputs, outputs)
-        weight_grad = seconds("weight_grad", self._dtype, outputs, inputs, tokens)
-        return ComputeCost(ComputeSeconds(gemm=forward), ComputeSeconds(gemm=input_grad + weight_grad))
+    def _linear(self, tokens: float, outputs: int, inputs: int, count: int = 1) -> ComputeCost:
+        """y = x·Wᵀ: one product forward, two backward (Narayanan et al., arXiv 2104.04473, appendix).
+
+        `count` products of `tokens` each run as one where they are those of experts. In fp8 inputs and output
+        gradients are cast first.
+        """
+        rows = max(1, round(tokens))
+        seconds, dtype = self._hardware.gemm_seconds, self._gemm_dtype
+        cost = ComputeCost(
+            ComputeSeconds(gemm=seconds("forward", dtype, rows, outputs, inputs, count)),
+            ComputeSeconds(gemm=seconds("input_grad", dtype, rows, inputs, outputs, count)),
+            ComputeSeconds(gemm=seconds("weight_grad", dtype, outputs, inputs, rows, count)),
+        )
+        if dtype == "fp8":
+            cast = self._hardware.memory_seconds
+            there = ComputeSeconds(memory=cast("cast", self._dtype, count * rows * inputs))
+            back = ComputeSeconds(memory=cast("cast", self._dtype, count * rows * outputs))
+            cost = cost + ComputeCost(there, back, NO_SECONDS, there if self._keeps_matmuls else NO_SECONDS)
+        return cost
 
     def _memory(self, operation: str, elements: float) -> ComputeCost:
         seconds = self._hardware.memory_seconds
-        return ComputeCost(
-            ComputeSeconds(memory=seconds(operation, self._dtype, elements, "forward")),
-            ComputeSeconds(memory=seconds(operation, self._dtype, elements, "backward")),
-        )
+        forward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "forward"))
+        backward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "backward"))
+        return ComputeCost(forward, backward, NO_SECONDS, forward if self._keeps_matmuls else NO_SECONDS)
 
-    def _attention(self, layout: Layout, sequence: int) -> ComputeCost:
-        heads = self._model.heads // layout.tp
-        shape = (self._dtype, layout.micro_batch, heads, sequence, self._model.head_dim)
-        seconds = self._hardware.attention_seconds
+    def _norm(self, elements: float) -> ComputeCost:
+        return self._memory("norm_eager" if self._software.norm == "eager" else self._model.norm, elements)
+
+    def _residual(self, elements: float) -> ComputeCost:
+        """The sum into the residual stream, with the dropout before it where there is one."""
+        if not self._software.dropout:
+            return self._memory("residual", elements)
+        if self._software.residual == "fused":
+            return self._memory("dropout_add", elements)
+        return self._memory("dropout", elements) + self._memory("residual", elements)
+
+    def _activation(self, elements: float) -> ComputeCost:
+        fused = self._software.activation == "fused" and self._model.ffn_matrices == 3
+        return self._memory("swiglu_fused" if fused else self._model.activation, elements)
+
+    def _rope(self, elements: float) -> ComputeCost:
+        """Trainers that fuse the activation fuse the rotation too."""
+        return self._memory("rope_fused" if self._software.activation == "fused" else "rope", elements)
+
+    def _attention(self, layout: Layout) -> ComputeCost:
+        """Scores, softmax and weighted sum of the rank's heads; cp cuts the work, whole sequences count.
+
+        A flash kernel computes the causal half; a chain of kernels the whole square, which passes through memory.
+        """
+        model, sequence = self._model, self._job.sequence
+        heads, dim = model.heads // layout.tp, (model.head_dim + model.value_head_dim) / 2
+        if self._software.attention in ("unfused", "fused_softmax"):
+            cost = self._chain_attention(layout.micro_batch * heads, sequence, round(dim)) * (1 / layout.cp)
+        else:
+            share = model.attended_share(sequence) / layout.cp
+            shape = (self._dtype, layout.micro_batch, heads, sequence, dim, self._software.attention)
+            seconds = self._hardware.attention_seconds
+            cost = ComputeCost(
+                ComputeSeconds(attention=seconds("forward", *shape) * share),
+                ComputeSeconds(attention=seconds("backward", *shape) * share),
+            )
+        if self._keeps_matmuls:
+            return cost
+        return ComputeCost(cost.forward, cost.backward_input, cost.backward_weight, cost.forward)
+
+    def _chain_attention(self, matrices: int, sequence: int, dim: int) -> ComputeCost:
+        """Two batched products forward and four backward around a softmax over s × s scores each."""
+        seconds, dtype, scores = self._hardware.gemm_seconds, self._dtype, float(matrices) * sequence**2
+        to_scores = seconds("forward", dtype, sequence, sequence, dim, matrices)
+        from_scores = seconds("forward", dtype, sequence, dim, sequence, matrices)
+        forward, backward = to_scores + from_scores, to_scores + 3 * from_scores
+        between = self._memory("softmax" if self._software.attention == "fused_softmax" else "softmax_eager", scores)
+        if self._software.dropout:
+            between = between + self._memory("dropout", scores)
         return ComputeCost(
-            ComputeSeconds(attention=seconds("forward", *shape)), ComputeSeconds(attention=seconds("backward", *shape))
+            ComputeSeconds(attention=forward + between.forward.memory),
+            ComputeSeconds(attention=backward + between.backward.memory),
         )
 
     # ---- parts of the model ----------------------------------------------------------------------------
 
-    def block(self, layout: Layout, sequence: int) -> ComputeCost:
-        """Norm, attention, norm, MLP and two residual sums of one block, weights cut by tp."""
-        model, tokens = self._model, layout.micro_batch * sequence
-        kv_width = local_kv_width(model, layout.tp)
-        # Between the sharded pairs each rank holds the whole sequence, or its share with sequence parallelism.
-        outside = tokens / layout.tp if layout.sequence_parallel else tokens
+    def block(self, layout: Layout, kind: str = "dense") -> ComputeCost:
+        """Norm, attention, norm, feed-forward and two residual sums of one layer, weights cut by tp."""
+        model, tokens = self._model, local_tokens(layout, self._job.sequence)
+        outside = outside_tokens(layout, self._job.sequence)
         hidden, query = outside * model.hidden_size, tokens * model.query_width / layout.tp
-        parts = [self._linear(tokens, *local_linear_shape(model, name, layout.tp)) for name in model.linear_shapes]
-        parts += [self._memory(model.norm, hidden), self._memory(model.norm, hidden)]
+        parts = [
+            self._linear(tokens, *local_linear_shape(model, name, layout.tp)) for name in model.attention_shapes
+        ]
+        parts += [self._norm(hidden), self._norm(hidden)]
+        if model.qk_norm:
+            parts.append(self._norm(query + tokens * local_kv_width(model, layout.tp)))
+        if model.latent_attention is not None:
+            parts.append(self._norm(tokens * model.latent_attention.norm_parameters))
         if model.positions == "rope":
-            parts.append(self._memory("rope", query))
-            parts.append(self._memory("rope", tokens * kv_width))
-        parts.append(self._attention(layout, sequence))
+            parts.append(self._rope(query * model.rotary_share))
+            parts.append(self._rope(tokens * local_kv_width(model, layout.tp) * model.rotary_share))
+        parts.append(self._attention(layout))
         parts.append(self._memory("copy", query))
-        parts.append(self._memory(model.activation, tokens * model.ffn_hidden_size / layout.tp))
-        parts += [self._memory("residual", hidden), self._memory("residual", hidden)]
+        if kind == "dense":
+            names = [name for name in model.linear_shapes if name not in model.attention_shapes]
+            parts += [self._linear(tokens, *local_linear_shape(model, name, layout.tp)) for name in names]
+            parts.append(self._activation(tokens * model.ffn_hidden_size / layout.tp))
+        else:
+            assert model.experts is not None
+            parts += self._experts(layout, model.experts, tokens, outside)
+        parts += [self._residual(hidden), self._residual(hidden)]
         if layout.tp > 1:
             hardware = self._hardware
             cut = (
@@ -108,25 +217,48 @@ class ComputeModel:
             parts.append(ComputeCost(shard, shard))
         return _total(parts)
 
-    def embedding(self, layout: Layout, sequence: int) -> ComputeCost:
-        model, tokens = self._model, layout.micro_batch * sequence
+    def _experts(self, layout: Layout, experts: Experts, tokens: float, outside: float) -> list[ComputeCost]:
+        """Router, sorting, the rank's experts on the tokens sent to them, the shared experts, and back."""
+        model, hidden = self._model, self._model.hidden_size
+        routed = routed_tokens(layout, model, self._job)  # rows that the busiest rank's experts see
+        local = experts.number // layout.ep
+        parts = [
+            self._linear(outside, experts.number, hidden),
+            self._memory("softmax", outside * experts.number),
+            self._memory("copy", outside * experts.top_k * hidden),  # sorted by expert
+            self._memory("copy", outside * experts.top_k * hidden),  # and back, weighted
+        ]
+        for outputs, inputs in expert_linear_shapes(model, layout.etp):
+            parts.append(self._linear(routed / local, outputs, inputs, local))
+        parts.append(self._activation(routed * experts.ffn_hidden_size / layout.etp))
+        if experts.shared:
+            width = experts.shared_width // layout.tp
+            shapes = [(width, hidden)] * (model.ffn_matrices - 1) + [(hidden, width)]
+            parts += [self._linear(tokens, *shape) for shape in shapes]
+            parts.append(self._activation(tokens * width))
+            parts.append(self._memory("residual", outside * hidden))
+        return parts
+
+    def embedding(self, layout: Layout) -> ComputeCost:
+        model, tokens = self._model, local_tokens(layout, self._job.sequence)
         parts = [self._memory("embedding", tokens * model.hidden_size)]
         if model.positions == "learned":
             parts.append(self._memory("residual", tokens * model.hidden_size))
+        if self._software.dropout:
+            parts.append(self._memory("dropout", outside_tokens(layout, self._job.sequence) * model.hidden_size))
         return _total(parts)
 
-    def head(self, layout: Layout, sequence: int) -> ComputeCost:
+    def head(self, layout: Layout) -> ComputeCost:
         """Last norm, output matrix cut over the vocabulary, cross-entropy in fp32."""
-        model, tokens = self._model, layout.micro_batch * sequence
-        outside = tokens / layout.tp if layout.sequence_parallel else tokens
+        model, tokens = self._model, local_tokens(layout, self._job.sequence)
+        outside = outside_tokens(layout, self._job.sequence)
         rows = -(-model.vocab_size // layout.tp)
-        return _total(
-            [
-                self._memory(model.norm, outside * model.hidden_size),
-                self._linear(tokens, rows, model.hidden_size),
-                self._memory("cross_entropy", tokens * rows),
-            ]
-        )
+        loss = "cross_entropy_fused" if self._software.cross_entropy == "fused" else "cross_entropy"
+        parts = [self._norm(outside * model.hidden_size)]
+        if model.output_transform:
+            parts += [self._linear(tokens, model.hidden_size, model.hidden_size), self._norm(tokens * model.hidden_size)]
+        parts += [self._linear(tokens, rows, model.hidden_size), self._memory(loss, tokens * rows)]
+        return _total(parts)
 
     def microbatch(self) -> ComputeCost:
         """What a microbatch costs a rank besides the kernels: starting a forward and a backward."""
@@ -136,7 +268,9 @@ class ComputeModel:
     # ---- state -----------------------------------------------------------------------------------------
 
     def accumulate_seconds(self, parameters: float) -> float:
-        """Adding one microbatch's gradient to the sum, in fp32."""
+        """Adding one microbatch's gradient to the sum in a kernel of its own, in fp32."""
+        if self._software.accumulation == "fused":
+            return 0.0
         return self._hardware.memory_seconds("accumulate", self._state_dtype, parameters)
 
     def optimizer_seconds(self, parameters: float, tensors: int) -> float:
@@ -155,25 +289,5 @@ class ComputeModel:
         return "fp32" if self._hardware.knows_memory("fp32") else self._dtype
 
 
-def local_kv_width(model: ModelSpec, tp: int) -> int:
-    """Key (or value) elements per token that a rank uses: its share, one head at least."""
-    return max(model.kv_width // tp, model.head_dim)
-
-
-def local_linear_shape(model: ModelSpec, name: str, tp: int) -> tuple[int, int]:
-    """(outputs, inputs) of a block's linear on one tp rank: colwise but for wo and w2, which are rowwise.
-
-    With fewer key-value heads than tp every rank holds wk and wv whole.
-    """
-    outputs, inputs = model.linear_shapes[name]
-    if name in ("wo", "w2"):
-        return outputs, inputs // tp
-    if name in ("wk", "wv") and model.kv_heads % tp:
-        return outputs, inputs
-    return outputs // tp, inputs
-
-
 def _total(parts: list[ComputeCost]) -> ComputeCost:
-    forward = sum((part.forward for part in parts), ComputeSeconds())
-    backward = sum((part.backward for part in parts), ComputeSeconds())
-    return ComputeCost(forward, backward)
+    return sum(parts[1:], parts[0])

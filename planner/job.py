@@ -32,6 +32,8 @@ class TrainingJob:
     memory_limit_bytes: float | None = None
     pins: dict[str, Any] = field(default_factory=dict)
     bans: tuple[str, ...] = ()
+    expert_imbalance: float = 1.0
+    expert_capacity: float | None = None
 
     @property
     def tokens(self) -> int:

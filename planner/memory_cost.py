@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import DTYPE_BYTES
+from profiles.software import Software
 
-from .compute_cost import local_kv_width, local_linear_shape
+from .activation_bytes import ActivationModel
+from .job import TrainingJob
 from .layout import Layout
+from .local_shapes import expert_linear_shapes, local_linear_shape, local_tokens, outside_tokens
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
@@ -57,13 +60,16 @@ class MemoryBytes:
         return MemoryBytes(*(value * factor for value in vars(self).values()))
 
 
+NO_BYTES = MemoryBytes()
+
+
 @dataclass(frozen=True)
 class PartMemory:
-    """What one part of the model (a block, the embedding, the head) adds to its rank.
+    """What one part of the model (a layer, the embedding, the head) adds to its rank.
 
-    `held` per in-flight microbatch without recomputation, `held_recomputed` with it; `transient` is the
-    most that its backward needs at once beyond what is held, and with recomputation the activations that
-    come back for one block at a time.
+    `held` per in-flight microbatch without recomputation, `held_selective` and `held_recomputed` with it,
+    `held_weight` between the two halves of a split backward; `transient` is the most that its backward needs at
+    once beyond what is held, and with recomputation the activations that come back for one layer at a time.
     """
 
     state: MemoryBytes
@@ -71,34 +77,47 @@ class PartMemory:
     held_recomputed: MemoryBytes
     transient: float
     transient_recomputed: float
+    held_selective: MemoryBytes = NO_BYTES
+    transient_selective: float = 0.0
+    held_weight: MemoryBytes = NO_BYTES
+
+    def held_by(self, mode: str) -> MemoryBytes:
+        return {"none": self.held, "selective": self.held_selective, "full": self.held_recomputed}[mode]
+
+    def transient_by(self, mode: str) -> float:
+        return {"none": self.transient, "selective": self.transient_selective, "full": self.transient_recomputed}[mode]
 
 
 class MemoryModel:
-    """Prices the bytes of one model under one precision on one kind of device."""
+    """Prices the bytes of one model as one trainer keeps them on one kind of device."""
 
-    def __init__(self, model: ModelSpec, hardware: HardwareProfile, precision: str) -> None:
-        self._model = model
-        self._hardware = hardware
-        self._precision = precision
-        self._element_bytes = DTYPE_BYTES[precision]
+    def __init__(self, model: ModelSpec, hardware: HardwareProfile, job: TrainingJob, software: Software) -> None:
+        self._model, self._hardware, self._job, self._software = model, hardware, job, software
+        composite = model.norm == "rmsnorm" and hardware.backend == "gloo"
+        self._activations = ActivationModel(model, job, software, composite)
+        self._element_bytes = self._activations.element_bytes
 
     # ---- state -----------------------------------------------------------------------------------------
 
-    def _state(self, layout: Layout, parameters: float, *, root: bool = False) -> MemoryBytes:
-        """Weights, gradients and AdamW moments of `parameters` (already cut by tp), in fp32 as FSDP2 keeps them.
+    def _state(self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False) -> MemoryBytes:
+        """Weights, gradients and AdamW moments of `parameters` (already cut by tp or by ep and etp)."""
+        shards, ranks = (layout.expert_shards, layout.edp) if expert else (layout.shards, layout.dp * layout.cp)
+        if self._software.on_fsdp2:
+            return self._fsdp2_state(layout, parameters, shards, ranks > 1, root)
+        return self._master_state(layout, parameters, shards)
+
+    def _fsdp2_state(self, layout: Layout, parameters: float, shards: int, shared: bool, root: bool) -> MemoryBytes:
+        """fp32 shards, as FSDP2 keeps them.
 
         zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
-        the step; 1 and 2 shard weights and moments over dp and gather the weights for the whole step
-        in the compute precision; 1 holds unsharded gradients until the last microbatch, 2 shards them after
-        each; 3 gathers a block at a time. Under a pipeline, torch's stage leaves gathered weights and
+        the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
         unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
         `PipelineStage.backward_maybe_with_nosync`). Embedding and head (`root`) are FSDP2's root group, gathered
         from forward to backward and reduced last.
         """
-        shards = layout.dp_shard
         weights = _FP32_BYTES * parameters / shards
         optimizer = _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
-        wrapped = layout.dp > 1 or self._precision != "fp32"
+        wrapped = shared or self._job.precision != "fp32"
         gathered = gradients = 0.0
         if not wrapped:
             gradients = _FP32_BYTES * parameters
@@ -113,102 +132,125 @@ class MemoryModel:
             gradients = _FP32_BYTES * parameters / shards + (_FP32_BYTES * parameters if unsharded else 0.0)
         return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
 
-    # ---- activations -----------------------------------------------------------------------------------
+    def _master_state(self, layout: Layout, parameters: float, shards: int) -> MemoryBytes:
+        """Weights in the compute precision, a master copy and moments in fp32, as Megatron-LM keeps them.
 
-    def _norm_elements(self, outside: float, inside: float) -> float:
-        """Saved by a norm: its input, and the output that the next product needs for its weight gradient.
-
-        torch's CPU rms_norm is made of several operations and keeps the normalised input besides.
+        With fp32 gradients 18 bytes a parameter in 16 bits, 6 + 12/d under the distributed optimizer over d ranks.
+        Gradients kept in 16 bits get an fp32 copy for the update: 20, and 4 + 16/d. All in fp32: 16, and 8 + 8/d.
         """
-        composite = self._model.norm == "rmsnorm" and self._hardware.backend == "gloo"
-        return self._model.hidden_size * (outside * (2 if composite else 1) + inside)
-
-    def _block_elements(self, layout: Layout, sequence: int) -> float:
-        """Elements that autograd keeps for one block and microbatch (after arXiv 2205.05198, section 4).
-
-        Norm inputs and outputs twice; queries, keys, values and the attention output; gate, up, activated
-        and product of SwiGLU, or the two of GELU.
-        """
-        model, tokens = self._model, layout.micro_batch * sequence
-        outside = tokens / layout.tp if layout.sequence_parallel else tokens
-        norms = 2 * self._norm_elements(outside, tokens)
-        attention = tokens * (2 * model.query_width / layout.tp + 2 * local_kv_width(model, layout.tp))
-        ffn = tokens * model.ffn_hidden_size / layout.tp * (4 if model.activation == "swiglu" else 2)
-        return norms + attention + ffn
-
-    def block(self, layout: Layout, sequence: int) -> PartMemory:
-        model, tokens = self._model, layout.micro_batch * sequence
-        outside = tokens / layout.tp if layout.sequence_parallel else tokens
-        elements = self._block_elements(layout, sequence)
-        # Backward of the MLP: the gradients of product, gate and up at once.
-        transient = tokens * model.ffn_hidden_size / layout.tp * (3 if model.activation == "swiglu" else 2)
-        parameters = self.block_parameters(layout)
-        in_use = 2 * self._element_bytes * parameters if layout.zero == 3 and layout.pp == 1 else 0.0
-        return PartMemory(
-            state=self._state(layout, parameters),
-            held=MemoryBytes(activations=self._element_bytes * elements),
-            held_recomputed=MemoryBytes(activations=self._element_bytes * outside * model.hidden_size),
-            transient=self._element_bytes * transient + in_use,
-            transient_recomputed=self._element_bytes * (transient + elements) + in_use,
+        compute = self._element_bytes
+        cut = [1.0 / shards if layout.zero >= level else 1.0 for level in (1, 2, 3)]  # optimizer, gradients, weights
+        if compute == _FP32_BYTES:
+            kept, copies = _FP32_BYTES, _ADAM_MOMENTS * _FP32_BYTES
+        elif self._software.gradients == "fp32" and self._job.precision != "fp16":
+            kept, copies = _FP32_BYTES, (1 + _ADAM_MOMENTS) * _FP32_BYTES
+        else:
+            kept, copies = compute, (2 + _ADAM_MOMENTS) * _FP32_BYTES
+        return MemoryBytes(
+            weights=compute * parameters * cut[2],
+            gradients=kept * parameters * cut[1],
+            optimizer=copies * parameters * cut[0],
         )
 
-    def embedding(self, layout: Layout, sequence: int) -> PartMemory:
-        state = self._state(layout, self.embedding_parameters(layout), root=True)
-        nothing = MemoryBytes()
-        return PartMemory(state, nothing, nothing, 0.0, 0.0)
+    # ---- activations -----------------------------------------------------------------------------------
 
-    def head(self, layout: Layout, sequence: int) -> PartMemory:
-        """Last norm, and the logits: as computed, and as log-probabilities in fp32; their gradients on the way back."""
-        model, tokens = self._model, layout.micro_batch * sequence
-        outside = tokens / layout.tp if layout.sequence_parallel else tokens
-        rows = -(-model.vocab_size // layout.tp)
+    def block(self, layout: Layout, kind: str = "dense") -> PartMemory:
+        kept = self._activations.layer(layout, kind)
+        dense, expert = self.block_parameters(layout, kind)
+        state = self._state(layout, dense)
+        if expert:
+            state = state + self._state(layout, expert, expert=True)
+        gathers = layout.zero == 3 and (layout.pp == 1 or not self._software.on_fsdp2)
+        in_use = 2 * self._element_bytes * (dense + expert) if gathers else 0.0
+        passing = kept.transient + in_use
+        return PartMemory(
+            state=state,
+            held=MemoryBytes(activations=kept.none),
+            held_selective=MemoryBytes(activations=kept.selective),
+            held_recomputed=MemoryBytes(activations=kept.full),
+            held_weight=MemoryBytes(activations=kept.weight),
+            transient=passing,
+            transient_selective=passing + kept.none - kept.selective,
+            transient_recomputed=passing + kept.none,
+        )
+
+    def embedding(self, layout: Layout) -> PartMemory:
+        state = self._state(layout, self.embedding_parameters(layout), root=True)
+        return PartMemory(state, NO_BYTES, NO_BYTES, 0.0, 0.0)
+
+    def head(self, layout: Layout) -> PartMemory:
+        """Last norm, and the logits: as computed, and as log-probabilities in fp32; their gradients on the way back.
+
+        A fused cross-entropy keeps the logits alone, in their own precision; Megatron's the fp32 softmax alone.
+        """
+        tokens = local_tokens(layout, self._job.sequence)
+        rows = -(-self._model.vocab_size // layout.tp)
         logits = self._element_bytes * tokens * rows
         log_probabilities = _FP32_BYTES * tokens * rows
-        norm = self._element_bytes * self._norm_elements(outside, tokens)
-        held = MemoryBytes(activations=norm, logits=logits + log_probabilities)
-        gradients = log_probabilities + (logits if self._precision != "fp32" else 0.0)
+        gradients = log_probabilities + (logits if self._element_bytes != _FP32_BYTES else 0.0)
+        if self._software.on_fsdp2:
+            kept = logits + log_probabilities
+        else:
+            kept = log_probabilities if self._software.logits == "fp32" else logits
+            gradients = kept
+        held = MemoryBytes(activations=self._activations.norm(layout), logits=kept)
         state = self._state(layout, self.head_parameters(layout), root=True)
-        return PartMemory(state, held, held, gradients, gradients)
+        return PartMemory(state, held, held, gradients, gradients, held, gradients, held)
 
     # ---- the rest --------------------------------------------------------------------------------------
 
-    def boundary_bytes(self, layout: Layout, sequence: int) -> float:
+    def boundary_bytes(self, layout: Layout) -> float:
         """One microbatch's activations between stages: the rank's share of the sequence, whole hidden width."""
-        tokens = layout.micro_batch * sequence / (layout.tp if layout.sequence_parallel else 1)
-        return self._element_bytes * tokens * self._model.hidden_size
+        return self._element_bytes * outside_tokens(layout, self._job.sequence) * self._model.hidden_size
 
-    def fixed(self, layout: Layout, sequence: int, stage: int, microbatches: int) -> MemoryBytes:
-        """What a stage holds whatever its layers: context, communicators, torch's receive buffers.
+    def fixed(self, layout: Layout, rank: int, microbatches: int) -> MemoryBytes:
+        """What a pipeline rank holds whatever its layers: context, communicators, receive buffers.
 
         torch's pipeline allocates a receive buffer for every microbatch at once: activations on every stage
-        but the first, gradients on every stage but the last (torch 2.13, `_setup_forward_recv_info`).
+        but the first, gradients on every stage but the last (torch 2.13, `_setup_forward_recv_info`). Others
+        receive into a buffer or two.
         """
-        boundary = self.boundary_bytes(layout, sequence) if layout.pp > 1 else 0.0
-        directions = (stage > 0) + (stage < layout.pp - 1)
-        groups = sum(axis > 1 for axis in (layout.tp, layout.pp, layout.dp))
+        stages = layout.pp * layout.virtual_stages
+        boundary = self.boundary_bytes(layout) if layout.pp > 1 else 0.0
+        directions = sum((stage > 0) + (stage < stages - 1) for stage in layout.stages_of(rank))
+        buffers = microbatches if self._software.on_torch_pipeline else 2
+        groups = sum(axis > 1 for axis in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep * layout.etp))
         return MemoryBytes(
-            pipeline_buffers=boundary * microbatches * directions,
+            pipeline_buffers=boundary * buffers * directions,
             communicators=groups * self._hardware.communicator_bytes,
             context=self._hardware.context_bytes,
         )
 
-    # ---- parameters of one tp rank ---------------------------------------------------------------------
+    # ---- parameters of one rank --------------------------------------------------------------------------
 
-    def block_parameters(self, layout: Layout) -> float:
-        total = 2.0 * self._model.norm_parameters
-        for name in self._model.linear_shapes:
-            outputs, inputs = local_linear_shape(self._model, name, layout.tp)
-            total += outputs * inputs + (outputs if self._model.has_bias(name) else 0)
-        return total
+    def block_parameters(self, layout: Layout, kind: str = "dense") -> tuple[float, float]:
+        """(those reduced over dp and cp, those of experts) of one layer on one rank."""
+        model = self._model
+        shapes = model.linear_shapes if kind == "dense" else model.attention_shapes
+        total = 2.0 * model.norm_parameters + model.attention_extra_parameters
+        for name in shapes:
+            outputs, inputs = local_linear_shape(model, name, layout.tp)
+            total += outputs * inputs + (outputs if model.has_bias(name) else 0)
+        if kind == "dense":
+            return total, 0.0
+        experts = model.experts
+        assert experts is not None
+        total += experts.number * (model.hidden_size + (1 if experts.router_bias else 0))
+        total += model.ffn_matrices * model.hidden_size * experts.shared_width / layout.tp
+        own = sum(outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp))
+        return total, own * experts.number / layout.ep
 
     def embedding_parameters(self, layout: Layout) -> float:
         model = self._model
-        learned = model.max_positions * model.hidden_size if model.positions == "learned" else 0
-        return -(-model.vocab_size // layout.tp) * model.hidden_size + learned
+        rows = -(-model.vocab_size // layout.tp) + model.token_types
+        rows += model.max_positions + model.position_offset if model.positions == "learned" else 0
+        return rows * model.hidden_size + (model.norm_parameters if model.embedding_norm else 0)
 
     def head_parameters(self, layout: Layout) -> float:
         """A tied matrix lies in the embedding, but the last stage of a pipeline holds a copy of it."""
-        matrix = -(-self._model.vocab_size // layout.tp) * self._model.hidden_size
-        if self._model.tied_embeddings and layout.pp == 1:
-            matrix = 0
-        return matrix + self._model.norm_parameters
+        model = self._model
+        matrix = -(-model.vocab_size // layout.tp) * model.hidden_size
+        if model.tied_embeddings:
+            beside = model.head_parameters
+            return beside + (matrix if layout.pp > 1 else 0)
+        return matrix + model.head_parameters - model.vocab_size * model.hidden_size

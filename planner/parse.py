@@ -107,6 +107,8 @@ def parse_layout(text: str, world_size: int) -> tuple[Layout, str]:
             )
         settings["dp"] = world_size // others
     settings.setdefault("dp_shard", settings["dp"] if settings.get("zero", 0) else 1)
+    if settings.get("cp", 1) > 1:
+        settings.setdefault("cp_style", "ring")
     return Layout(**settings), recompute
 
 

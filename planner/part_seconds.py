@@ -4,42 +4,82 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CAUSES = ("compute", "tp", "cp", "ep", "dp")
+# Per microbatch the first five, per step the others.
+PHASES = (
+    "forward",
+    "backward_input",
+    "backward_weight",
+    "recompute_selective",
+    "recompute_full",
+    "gather",
+    "reduce",
+    "optimizer",
+)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Seconds:
-    """Seconds of one phase on one rank by cause: own compute, tp collectives, dp collectives not hidden."""
+    """Seconds of one phase on one rank by cause: own compute, and what of each axis's collectives is not hidden."""
 
     compute: float = 0.0
     tp: float = 0.0
+    cp: float = 0.0
+    ep: float = 0.0
     dp: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.tp + self.dp
+        return self.compute + self.tp + self.cp + self.ep + self.dp
 
     def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(self.compute + other.compute, self.tp + other.tp, self.dp + other.dp)
+        return Seconds(
+            self.compute + other.compute,
+            self.tp + other.tp,
+            self.cp + other.cp,
+            self.ep + other.ep,
+            self.dp + other.dp,
+        )
 
     def __mul__(self, factor: float) -> Seconds:
-        return Seconds(self.compute * factor, self.tp * factor, self.dp * factor)
+        return Seconds(
+            self.compute * factor, self.tp * factor, self.cp * factor, self.ep * factor, self.dp * factor
+        )
 
 
-@dataclass(frozen=True)
+NOTHING = Seconds()
+
+
+@dataclass(frozen=True, slots=True)
 class PartSeconds:
-    """Phases of one part of the model: per microbatch forward, backward and recompute; per step the others."""
+    """Phases of one part of the model on one rank.
 
-    forward: Seconds = Seconds()
-    backward: Seconds = Seconds()
-    recompute: Seconds = Seconds()
-    gather: Seconds = Seconds()
-    reduce: Seconds = Seconds()
-    optimizer: Seconds = Seconds()
+    A whole backward is `backward_input` and `backward_weight` one after the other; schedules that split it run
+    them apart. Each recompute mode adds its phase to the input's backward.
+    """
+
+    forward: Seconds = NOTHING
+    backward_input: Seconds = NOTHING
+    backward_weight: Seconds = NOTHING
+    recompute_selective: Seconds = NOTHING
+    recompute_full: Seconds = NOTHING
+    gather: Seconds = NOTHING
+    reduce: Seconds = NOTHING
+    optimizer: Seconds = NOTHING
+
+    @property
+    def backward(self) -> Seconds:
+        """Of one microbatch, nothing recomputed."""
+        return self.backward_input + self.backward_weight
+
+    def recompute(self, mode: str) -> Seconds:
+        """What a recompute mode adds to a microbatch's backward."""
+        if mode == "none":
+            return NOTHING
+        return self.recompute_full if mode == "full" else self.recompute_selective
 
     def __add__(self, other: PartSeconds) -> PartSeconds:
-        return PartSeconds(*(getattr(self, phase) + getattr(other, phase) for phase in _PHASES))
+        return PartSeconds(*(getattr(self, phase) + getattr(other, phase) for phase in PHASES))
 
     def __mul__(self, factor: float) -> PartSeconds:
-        return PartSeconds(*(getattr(self, phase) * factor for phase in _PHASES))
-
-
-_PHASES = ("forward", "backward", "recompute", "gather", "reduce", "optimizer")
+        return PartSeconds(*(getattr(self, phase) * factor for phase in PHASES))

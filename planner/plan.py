@@ -10,8 +10,10 @@ from profiles.cluster import ClusterSpec
 from profiles.model import ModelSpec
 from profiles.store import Reader, dump_yaml, load_document, write_atomically
 
+from .capabilities import CAPABILITIES
 from .job import TrainingJob
-from .layout import CAPABILITIES, RECOMPUTE_MODES, Layout, RuleContext, violations
+from .layout import RECOMPUTE_MODES, Layout
+from .rules import RuleContext, violations, why_no_recompute
 
 SCHEMA = "meshwright.plan/v1"
 TIME_PARTS = ("compute", "recompute", "tp", "cp", "ep", "pp", "bubble", "dp_exposed", "optimizer")
@@ -225,8 +227,8 @@ class Plan:
         reasons = violations(plan.layout, RuleContext(plan.model, plan.job, plan.cluster.devices))
         if reasons:
             raise reader.fail("layout", "a layout that is legal for this model, job and cluster", "; ".join(reasons))
-        capabilities = CAPABILITIES.get(plan.job.target)
-        if capabilities is not None and plan.job.precision not in capabilities.precisions:
+        capabilities = CAPABILITIES[plan.job.target]
+        if plan.job.precision not in capabilities.precisions:
             raise reader.fail("job.precision", "one of " + ", ".join(capabilities.precisions), plan.job.precision)
         ranks = len(plan.prediction.memory_bytes)
         if ranks != plan.layout.pp:
@@ -237,10 +239,15 @@ class Plan:
 
 
 def _check_stages(plan: Plan, reader: Reader) -> None:
-    pp, layers = plan.layout.pp, plan.model.layers
-    if [(stage.rank, stage.chunk) for stage in plan.stages] != [(rank, 0) for rank in range(pp)]:
-        got = [(stage.rank, stage.chunk) for stage in plan.stages]
-        raise reader.fail("stages", f"one stage for each of the {pp} pipeline ranks, in order, chunk 0", got)
+    layout, layers = plan.layout, plan.model.layers
+    rules = RuleContext(plan.model, plan.job, plan.cluster.devices)
+    places = [(rank, chunk) for rank in range(layout.pp) for chunk in range(layout.virtual_stages)]
+    places.sort(key=lambda place: layout.stages_of(place[0])[place[1]])
+    got = [(stage.rank, stage.chunk) for stage in plan.stages]
+    if got != places:
+        held = "chunk 0" if layout.virtual_stages == 1 else f"chunks 0 to {layout.virtual_stages - 1}"
+        expected = f"one stage for each of the {layout.pp} pipeline ranks, in order, {held}"
+        raise reader.fail("stages", expected, got)
     expected_first = 0
     for index, stage in enumerate(plan.stages):
         place = f"stages[{index}]"
@@ -252,18 +259,19 @@ def _check_stages(plan: Plan, reader: Reader) -> None:
                 f"a stage that starts at layer {expected_first}, where the one before it ends",
                 f"{stage.first}: layers {span[0]} to {span[1] - 1} are {verb}",
             )
-        if stage.embedding != (index == 0) or stage.head != (index == pp - 1):
+        if stage.embedding != (index == 0) or stage.head != (index == len(places) - 1):
             raise reader.fail(f"{place}", "the embedding on the first stage and the head on the last", stage.to_dict())
-        if stage.recompute_selective:
-            expected = "0: the runtime recomputes none or full today"
-            raise reader.fail(f"{place}.recompute.selective", expected, stage.recompute_selective)
+        for mode in RECOMPUTE_MODES:
+            number = getattr(stage, f"recompute_{mode}")
+            if number and (reason := why_no_recompute(mode, layout, rules)) is not None:
+                raise reader.fail(f"{place}.recompute.{mode}", f"0: {reason}", number)
         if stage.first == stage.end and not (stage.embedding or stage.head):
             raise reader.fail(f"{place}.layers", "at least one layer on a stage between first and last", 0)
         expected_first = stage.end
     if expected_first != layers:
         verb = "lost" if expected_first < layers else "doubled or invented"
         raise reader.fail(
-            f"stages[{pp - 1}].layers",
+            f"stages[{len(places) - 1}].layers",
             f"stages that end at the model's {layers} layers",
             f"{expected_first}: layers are {verb}",
         )

@@ -12,7 +12,7 @@ from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
 from .job import PRECISIONS, TARGETS, TrainingJob
-from .layout import RuleContext
+from .rules import RuleContext
 from .parse import parse_bytes, parse_pins
 
 
@@ -31,7 +31,7 @@ class Question:
 
     @property
     def rules(self) -> RuleContext:
-        return RuleContext(self.model, self.job, self.cluster.devices)
+        return RuleContext(self.model, self.job, self.cluster.devices, tuple(link.span for link in self.cluster.links))
 
 
 def ask(

@@ -10,7 +10,9 @@ from profiles.model import ModelSpec
 
 from .bounds import fits, least_missing_bytes, lower_bound
 from .job import TrainingJob
-from .layout import Layout, RuleContext, enumerate_layouts, violations
+from .layout import Layout
+from .rules import RuleContext, recompute_modes, violations
+from .space import enumerate_layouts
 from .step_cost import CostModel
 
 _MOST_DOUBLINGS = 10
@@ -27,7 +29,7 @@ def why_nothing_fits(
     legal = 0
     for layout in enumerate_layouts(rules):
         legal += 1
-        stage, missing = least_missing_bytes(prices.price(layout), limit, job.recompute_pin)
+        stage, missing = least_missing_bytes(prices.price(layout), limit, recompute_modes(layout, rules))
         if best is None or missing < best[0]:
             best = (missing, stage, layout)
     if best is None:
@@ -56,9 +58,10 @@ def _first_that_fits(
     """Some layout with an assignment that fits, or None when none was found."""
     prices = CostModel(model, cluster, hardware, job)
     limit = job.memory_limit_bytes or cluster.memory_bytes
-    for layout in enumerate_layouts(RuleContext(model, job, cluster.devices)):
+    rules = RuleContext(model, job, cluster.devices)
+    for layout in enumerate_layouts(rules):
         costs = prices.price(layout)
-        bound = lower_bound(costs, limit, job.recompute_pin)
+        bound = lower_bound(costs, limit, recompute_modes(layout, rules))
         if bound is not None and fits(costs, bound.counts, limit):
             return layout
     return None

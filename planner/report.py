@@ -130,11 +130,16 @@ def stage_table(stages: Sequence[Stage], prediction: Prediction, limit_bytes: fl
         table.add_row(
             f"{first}" if first == last else f"{first}-{last}",
             " ".join(held),
-            f"{stage.recompute_full} full" if stage.recompute_full else "none",
+            _recompute_text(stage),
             *(f"{items[name] / scale:,.2f}" for name in names),
             Text(f"{total / scale:,.2f}", style="red" if total > limit_bytes * (1 + 1e-9) else ""),
         )
     return table
+
+
+def _recompute_text(stage: Stage) -> str:
+    words = [f"{n} {mode}" for mode in ("selective", "full") if (n := getattr(stage, f"recompute_{mode}"))]
+    return " ".join(words) or "none"
 
 
 def _alike(stages: Sequence[Stage], prediction: Prediction) -> list[tuple[int, int]]:

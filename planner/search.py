@@ -1,26 +1,32 @@
-"""The whole search: enumerate the layouts, bound each, solve in order of bound, stop with proof.
+"""The whole search: bound groups of layouts, expand the most promising, solve in order of bound, stop with proof.
 
-Exact because of two facts: every layout's bound is below its best step (`bounds`), and a layout's solution is
-its best assignment (`stage_ilp`). So once the next bound is not below the best step found, no layout left
-can be faster, and the plan carries the counts that say so.
+Exact because of three facts: a group's bound is below every layout's in it (`CostModel.least_work`), a layout's is
+below its best step (`bounds`), and a layout's solution is its best assignment (`stage_ilp`). So once the next bound
+is not below the best step found, nothing left can be faster, and the plan carries the counts that say so.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from profiles.model import ModelSpec
 
 from .bounds import Bound, fits, lower_bound
+from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
-from .layout import CAPABILITIES, Layout, enumerate_layouts, missing_features
+from .layout import Layout
+from .layout_costs import LayoutCosts, StageCount
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
+from .rules import recompute_modes
+from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
-from .step_cost import CostModel, LayoutCosts, StageCount
+from .step_cost import CostModel
 
 
 @dataclass(frozen=True)
@@ -49,29 +55,33 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
     started = time.monotonic()
     deadline = started + time_limit_seconds
     check_supported(question)
-    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
-    candidates: list[tuple[Bound, LayoutCosts]] = []
-    legal = pruned_memory = 0
-    for layout in enumerate_layouts(question.rules):
-        legal += 1
-        costs = prices.price(layout)
-        bound = lower_bound(costs, question.limit_bytes, question.job.recompute_pin)
-        if bound is None:
-            pruned_memory += 1
-        else:
-            candidates.append((bound, costs))
-    candidates.sort(key=lambda candidate: candidate[0].seconds)
-
+    prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
+    ties = count()
+    left: list[tuple[float, int, LayoutGroup | tuple[Bound, LayoutCosts]]] = [
+        (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
+    ]
+    heapq.heapify(left)
+    legal = sum(len(group) for _, _, group in left if isinstance(group, LayoutGroup))
     best: list[Solved] = []
     proven = float("inf")  # the least that any layout could still reach
-    visited = ilps = 0
-    for bound, costs in candidates:
+    pruned_memory = ilps = 0
+    while left:
         cutoff = best[top - 1].step_seconds if len(best) >= top else float("inf")
         late = bool(best) and time.monotonic() > deadline
-        if late or bound.seconds >= cutoff * (1 - RELATIVE_TOLERANCE):
-            proven = min(proven, bound.seconds)
+        if late or left[0][0] >= cutoff * (1 - RELATIVE_TOLERANCE):
+            proven = min(proven, left[0][0])
             break
-        visited += 1
+        least, _, item = heapq.heappop(left)
+        if isinstance(item, LayoutGroup):
+            for layout in item:
+                costs = prices.price(layout)
+                bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, rules))
+                if bound is None:
+                    pruned_memory += 1
+                else:
+                    heapq.heappush(left, (max(least, bound.seconds), next(ties), (bound, costs)))
+            continue
+        bound, costs = item
         start = bound.counts if fits(costs, bound.counts, question.limit_bytes) else None
         solution = solve_stages(
             costs,
@@ -79,7 +89,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             bound_seconds=bound.seconds,
             cutoff_seconds=cutoff,
             start=start,
-            recompute=question.job.recompute_pin,
+            modes=recompute_modes(costs.layout, rules),
             deadline=deadline if best or start is not None else float("inf"),
         )
         ilps += solution.ilps_solved
@@ -91,19 +101,16 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             best.sort(key=lambda solved: solved.step_seconds)
     if not best:
         raise InfeasibleError(*why_nothing_fits(question.model, question.cluster, question.hardware, question.job))
+    pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     certificate = _certificate(
-        best[0].step_seconds, proven, legal, pruned_memory, len(candidates) - visited, ilps, time.monotonic() - started
+        best[0].step_seconds, proven, legal, pruned_memory, pruned_bound, ilps, time.monotonic() - started
     )
     return make_plan(question, best[0], certificate, best[1:top])
 
 
 def check_supported(question: Question) -> None:
     """Refuse what the target cannot train, by name, before anything is searched."""
-    job, capabilities = question.job, CAPABILITIES.get(question.job.target)
-    if capabilities is None:
-        raise UnsupportedError(
-            f"target {job.target} cannot be planned for yet", (f"targets with rules today: {', '.join(CAPABILITIES)}",)
-        )
+    job, capabilities = question.job, CAPABILITIES[question.job.target]
     _check_features(question.model, job.target)
     if job.precision not in capabilities.precisions:
         raise UnsupportedError(
@@ -128,9 +135,10 @@ def _check_features(model: ModelSpec, target: str) -> None:
     missing = missing_features(model, target)
     if not missing:
         return
-    lacking = missing_features(model, "megatron")
-    way_out = f"Megatron-LM trains {model.name}"
-    if lacking:
+    if others := able_targets(model):
+        way_out = f"{' and '.join(others)} can: --target {others[0]}"
+    else:
+        lacking = missing_features(model, "megatron")
         way_out = f"nor does Megatron-LM train {model.name}: it lacks {_listed(lacking)}"
     raise UnsupportedError(f"{target} cannot train {_listed(missing)} yet", (way_out,))
 
@@ -140,15 +148,19 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def solve_layout(question: Question, layout: Layout, recompute: str | None) -> tuple[Solved, bool]:
-    """The best assignment of one layout and whether it fits; one that does not fit is priced all the same."""
+    """The best assignment of one layout and whether it fits; one that does not fit is priced all the same.
+
+    `recompute` fixes the mode of every layer; None leaves it free.
+    """
     costs = CostModel(question.model, question.cluster, question.hardware, question.job).price(layout)
+    modes = (recompute,) if recompute is not None else recompute_modes(layout, question.rules)
     for limit in (question.limit_bytes, float("inf")):
-        bound = lower_bound(costs, limit, recompute)
+        bound = lower_bound(costs, limit, modes)
         if bound is None:
             continue
         finite = limit if limit != float("inf") else 1e3 * max(m.total for m in costs.memory(bound.counts))
         start = bound.counts if fits(costs, bound.counts, finite) else None
-        solution = solve_stages(costs, finite, bound_seconds=bound.seconds, start=start, recompute=recompute)
+        solution = solve_stages(costs, finite, bound_seconds=bound.seconds, start=start, modes=modes)
         if solution.counts is not None:
             return Solved(costs, solution.counts, solution.step_seconds), limit != float("inf")
     raise AssertionError("an assignment without a memory limit always exists")
@@ -164,7 +176,7 @@ def make_plan(question: Question, solved: Solved, certificate: Certificate, othe
         cluster=question.cluster,
         job=question.job,
         layout=solved.costs.layout,
-        stages=stages_of(solved.counts),
+        stages=stages_of(solved.costs.layout, solved.counts),
         prediction=predict(question, solved),
         certificate=certificate,
         alternatives=tuple(
@@ -174,22 +186,24 @@ def make_plan(question: Question, solved: Solved, certificate: Certificate, othe
     )
 
 
-def stages_of(counts: Sequence[StageCount]) -> tuple[Stage, ...]:
-    """Counts as half-open block ranges, in order."""
+def stages_of(layout: Layout, counts: Sequence[StageCount]) -> tuple[Stage, ...]:
+    """Counts as half-open block ranges, in the order of the model."""
+    places = {stage: (rank, chunk) for rank in range(layout.pp) for chunk, stage in enumerate(layout.stages_of(rank))}
     stages, first = [], 0
-    for rank, count in enumerate(counts):
-        end = first + count.blocks
+    for stage, held in enumerate(counts):
+        rank, chunk = places[stage]
+        end = first + sum(blocks.total for blocks in held)
         stages.append(
             Stage(
                 rank=rank,
-                chunk=0,
+                chunk=chunk,
                 first=first,
                 end=end,
-                embedding=rank == 0,
-                head=rank == len(counts) - 1,
-                recompute_none=count.none,
-                recompute_selective=0,
-                recompute_full=count.full,
+                embedding=stage == 0,
+                head=stage == len(counts) - 1,
+                recompute_none=sum(blocks.none for blocks in held),
+                recompute_selective=sum(blocks.selective for blocks in held),
+                recompute_full=sum(blocks.full for blocks in held),
             )
         )
         first = end

@@ -1,27 +1,30 @@
 """Layers to pipeline stages and their recomputation, as an integer linear program over critical-path cuts.
 
-Sets       s in 0..p-1 stages;  r in {none, full} recompute modes;  P paths through the schedule
-Variables  n[s,r]  whole number of blocks on stage s that recompute as r
-           f, b, g, r[s]  forward, backward, gather, reduce seconds of stage s
-           u[s]    1 when stage s recomputes any block
+Sets       s in 0..S-1 stages, each on one of p ranks;  k segments of the model, runs of L_k layers alike;
+           r in {none, selective, full} recompute modes;  v in-flight vectors of a rank;  P paths of the schedule
+Variables  n[s,k,r]  whole number of layers of segment k on stage s that recompute as r
+           f, i, w, g, d[s]  forward, input's and weights' backward, gather, reduce seconds of stage s
+           u[q,k,r]  1 when rank q has a layer of segment k that recomputes as r;  y[q] its transient bytes
+           z[k,s]    1 when a layer after segment k may lie on stage s
            T       seconds up to the last gradient reduction;   O  seconds of the optimizer
            Z       their sum
 Minimise   Z = T + O
 Subject to
-  (layers)     Σ_{s,r} n[s,r] = L                                             every_layer_once
-  (stages)     Σ_r n[s,r] >= 1 for a stage without embedding and head         no_empty_stage
-  (recompute)  n[s,full] <= L·u[s]                                            recompute_in_use
-  (memory)     fixed_s + Σ_r n[s,r]·(state + k_s·held_r) + peak_s <= limit    fits_memory
-                 k_s in-flight microbatches; peak_s >= each transient in use
-  (durations)  f_s, b_s, g_s, r_s linear in n; their sums over s              durations
-  (path)       T >= Σ_s F_s·f_s + B_s·b_s + G_s·g_s + R_s·r_s + sends·c, P    longer_than_path
-                 F, B, G, R how often P passes them, c one send
-  (optimizer)  O >= o_s(n)                                                    optimizer_of_slowest
+  (layers)     Σ_{s,r} n[s,k,r] = L_k                                         every_layer_once
+  (stages)     Σ_{k,r} n[s,k,r] >= 1 for a stage without embedding and head   no_empty_stage
+  (order)      n[s,k+1,r] <= L·z[k,s],  n[s,k,r] <= L·(1 - z[k,s-1]),         segments_in_order
+               z[k,s] rises with s
+  (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use         transient_in_use
+  (memory)     fixed_q + y[q] + Σ n[s,k,r]·(state + v_s·held_r + ...) <= limit, every v   fits_memory
+  (durations)  f_s, i_s, w_s, g_s, d_s linear in n; their sums over s         durations
+  (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + sends·c, P      longer_than_path
+                 F, I, W, G, D how often P passes them, c one send
+  (optimizer)  O >= o_q(n)                                                    optimizer_of_slowest
   (head start) Z >= the closed-form bound                                     not_below_bound
   (goal)       Z <= just below the best simulated step so far                 better_than
 
 A schedule with given durations is max-plus: its makespan is the longest of its paths, each linear in n. So
-start from `schedule.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its
+start from `simulation.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its
 critical path as a cut. Each cut is violated by the answer it came from, so no answer returns unless it is
 best, and the loop ends when the relaxation's bound meets the best simulated step.
 
@@ -36,12 +39,13 @@ from dataclasses import dataclass, field
 
 import pulp
 
+from .bounds import empty_counts
+from .layout import RECOMPUTE_MODES
+from .layout_costs import Blocks, LayoutCosts, StageCount
 from .part_seconds import PartSeconds
-from .schedule import Path, known_paths
-from .step_cost import LayoutCosts, StageCount
+from .simulation import Path, known_paths
 
-MODES = ("none", "full")
-PATH_PHASES = ("forward", "backward", "gather", "reduce")
+PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
 _MOST_CUTS = 200
@@ -72,12 +76,15 @@ class _Program:
     problem: pulp.LpProblem = field(init=False)
 
     def __post_init__(self) -> None:
-        stages, layers = range(self.costs.layout.pp), self.costs.layers
+        stages, segments = range(self.costs.layout.stages), self.costs.segments
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
         new = self.problem.add_variable
-        most = {mode: layers if mode in self.modes else 0 for mode in MODES}
-        self.n = {(s, r): new(f"n_{s}_{r}", 0, most[r], cat=pulp.LpInteger) for s in stages for r in MODES}
-        self.u = {s: new(f"u_{s}", cat=pulp.LpBinary) for s in stages}
+        self.n = {
+            (s, k, r): new(f"n_{s}_{k}_{r}", 0, segment.layers, cat=pulp.LpInteger)
+            for s in stages
+            for k, segment in enumerate(segments)
+            for r in self.modes
+        }
         self.phase = {(p, s): new(f"{p}_{s}", 0) for p in PATH_PHASES for s in stages}
         self.whole = {p: new(f"{p}_whole", 0) for p in PATH_PHASES}
         self.makespan = new("T", 0)
@@ -88,62 +95,88 @@ class _Program:
 
     # ---- linear expressions ----------------------------------------------------------------------------
 
-    def seconds(self, stage: int, phases: Sequence[str]) -> pulp.LpAffineExpression:
-        """Seconds of the phases on a stage, in units of `scale`; the backward of a full block recomputes."""
-        ends, block = self.costs.ends_seconds(stage), self.costs.block
-        constant, per_block = _total(ends, phases), _total(block, phases)
-        again = block.recompute.total if "backward" in phases else 0.0
-        expression = pulp.LpAffineExpression(constant=constant / self.scale)
-        expression += (per_block / self.scale) * self.n[stage, "none"]
-        expression += ((per_block + again) / self.scale) * self.n[stage, "full"]
+    def seconds(self, stage: int, phase: str) -> pulp.LpAffineExpression:
+        """Seconds of a phase on a stage, in units of `scale`; recomputation precedes the input's backward."""
+        expression = pulp.LpAffineExpression(constant=_of(self.costs.ends_seconds(stage), phase) / self.scale)
+        for k, segment in enumerate(self.costs.segments):
+            each = _of(segment.seconds, phase)
+            for r in self.modes:
+                again = segment.seconds.recompute(r).total if phase == "backward_input" else 0.0
+                expression += ((each + again) / self.scale) * self.n[stage, k, r]
         return expression
 
     # ---- constraints, one function each ------------------------------------------------------------------
 
     def every_layer_once(self) -> None:
-        self.problem += pulp.lpSum(self.n.values()) == self.costs.layers, "every_layer_once"
+        for k, segment in enumerate(self.costs.segments):
+            placed = pulp.lpSum(n for (_, of, _), n in self.n.items() if of == k)
+            self.problem += placed == segment.layers, f"every_layer_once_{k}"
 
     def no_empty_stage(self) -> None:
-        for s in range(1, self.costs.layout.pp - 1):
-            self.problem += pulp.lpSum(self.n[s, r] for r in MODES) >= 1, f"no_empty_stage_{s}"
+        for s in range(1, self.costs.layout.stages - 1):
+            self.problem += pulp.lpSum(n for (of, _, _), n in self.n.items() if of == s) >= 1, f"no_empty_stage_{s}"
 
-    def recompute_in_use(self) -> None:
-        for s, used in self.u.items():
-            self.problem += self.n[s, "full"] <= self.costs.layers * used, f"recompute_in_use_{s}"
+    def segments_in_order(self) -> None:
+        stages, most = range(self.costs.layout.stages), self.costs.layers
+        for k in range(len(self.costs.segments) - 1):
+            z = [self.problem.add_variable(f"z_{k}_{s}", cat=pulp.LpBinary) for s in stages]
+            for s in stages:
+                later = pulp.lpSum(self.n[s, k + 1, r] for r in self.modes)
+                self.problem += later <= most * z[s], f"not_before_{k}_{s}"
+                if s > 0:
+                    here = pulp.lpSum(self.n[s, k, r] for r in self.modes)
+                    self.problem += here <= most * (1 - z[s - 1]), f"not_after_{k}_{s}"
+                    self.problem += z[s] >= z[s - 1], f"in_order_{k}_{s}"
+
+    def transient_in_use(self) -> dict[int, pulp.LpVariable]:
+        """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has."""
+        nothing, slack = empty_counts(self.costs), 1.0 + self.costs.allocator_slack
+        y = {}
+        for q in range(self.costs.layout.pp):
+            least = self.costs.rank_memory(q, nothing).transient
+            if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
+                each = [k.memory.transient_by(r) for k in self.costs.segments for r in self.modes]
+                least = max(least, min(each))
+            y[q] = self.problem.add_variable(f"y_{q}", slack * least / self.limit_bytes)
+            for k, segment in enumerate(self.costs.segments):
+                for r in self.modes:
+                    transient = segment.memory.transient_by(r)
+                    if transient <= least:
+                        continue
+                    u = self.problem.add_variable(f"u_{q}_{k}_{r}", cat=pulp.LpBinary)
+                    held = pulp.lpSum(self.n[s, k, r] for s in self.costs.layout.stages_of(q))
+                    self.problem += held <= segment.layers * u, f"used_{q}_{k}_{r}"
+                    self.problem += y[q] >= (slack * transient / self.limit_bytes) * u, f"transient_{q}_{k}_{r}"
+        return y
 
     def fits_memory(self) -> None:
-        """Bytes as a share of the limit. The transient of an end part is always in use, so it sits in `empty`."""
-        costs, slack = self.costs, 1.0 + self.costs.allocator_slack
-        block = costs.block_memory
-        for s, used in self.u.items():
-            flight = costs.in_flight[s]
-            empty = costs.stage_memory(s, StageCount(0, 0))
-            fixed = empty.total - slack * empty.transient
-            state = slack * block.state.total
-            rows = pulp.LpAffineExpression(constant=fixed / self.limit_bytes)
-            for r, held in (("none", block.held), ("full", block.held_recomputed)):
-                rows += ((state + slack * flight * held.total) / self.limit_bytes) * self.n[s, r]
-            for name, constant, coefficient in (
-                ("end", empty.transient, 0.0),
-                ("block", block.transient, 0.0),
-                ("recompute", 0.0, block.transient_recomputed),
-            ):
-                if name == "block" and s in (0, costs.layout.pp - 1):
-                    continue  # an end stage may hold no block; its blocks' transient is checked below
-                peak = (slack / self.limit_bytes) * (constant + coefficient * used)
-                self.problem += rows + peak <= 1.0, f"fits_memory_{s}_{name}"
-            if s in (0, costs.layout.pp - 1):
-                self._block_transient_on_end(s, rows, slack)
-
-    def _block_transient_on_end(self, s: int, rows: pulp.LpAffineExpression, slack: float) -> None:
-        holds = self.problem.add_variable(f"holds_{s}", cat=pulp.LpBinary)
-        self.problem += self.n[s, "none"] <= self.costs.layers * holds, f"holds_blocks_{s}"
-        peak = (slack * self.costs.block_memory.transient / self.limit_bytes) * holds
-        self.problem += rows + peak <= 1.0, f"fits_memory_{s}_block"
+        """Bytes as a share of the limit, one row for each in-flight vector of each rank."""
+        costs, slack, nothing = self.costs, 1.0 + self.costs.allocator_slack, empty_counts(self.costs)
+        transient = self.transient_in_use()
+        for q in range(costs.layout.pp):
+            ends = [part for part in costs.rank_parts(q, nothing)]
+            fixed = costs.fixed_memory[q]
+            kept = fixed.context + fixed.communicators + slack * (fixed.total - fixed.context - fixed.communicators)
+            kept += slack * sum(part.state.total for _, part, _, _ in ends)
+            for number, vector in enumerate(costs.in_flight[q]):
+                held = sum(
+                    part.held.total * vector.full[c] + part.held_weight.total * vector.weight_only[c]
+                    for c, part, _, _ in ends
+                )
+                row = pulp.LpAffineExpression(constant=(kept + slack * held) / self.limit_bytes)
+                for c, s in enumerate(costs.layout.stages_of(q)):
+                    for k, segment in enumerate(costs.segments):
+                        memory = segment.memory
+                        for r in self.modes:
+                            each = memory.state.total + memory.held_by(r).total * vector.full[c]
+                            each += memory.held_weight.total * vector.weight_only[c]
+                            row += (slack * each / self.limit_bytes) * self.n[s, k, r]
+                self.problem += row + transient[q] <= 1.0, f"fits_memory_{q}_{number}"
 
     def optimizer_of_slowest(self) -> None:
-        for s in range(self.costs.layout.pp):
-            self.problem += self.optimizer >= self.seconds(s, ("optimizer",)), f"optimizer_{s}"
+        for q in range(self.costs.layout.pp):
+            own = pulp.lpSum(self.seconds(s, "optimizer") for s in self.costs.layout.stages_of(q))
+            self.problem += self.optimizer >= own, f"optimizer_{q}"
 
     def not_below_bound(self, bound_seconds: float) -> None:
         least = (bound_seconds - self.costs.step_seconds) / self.scale
@@ -156,9 +189,9 @@ class _Program:
 
     def durations(self) -> None:
         for (phase, s), variable in self.phase.items():
-            self.problem += variable == self.seconds(s, (phase,)), f"duration_{phase}_{s}"
+            self.problem += variable == self.seconds(s, phase), f"duration_{phase}_{s}"
         for phase, total in self.whole.items():
-            stages = range(self.costs.layout.pp)
+            stages = range(self.costs.layout.stages)
             self.problem += total == pulp.lpSum(self.phase[phase, s] for s in stages), f"whole_{phase}"
 
     def longer_than_path(self, path: Path) -> None:
@@ -188,7 +221,11 @@ class _Program:
         if self.problem.status != pulp.LpStatusOptimal:
             return None, model.getInfo().mip_dual_bound * self.scale if model is not None else 0.0
         counts = tuple(
-            StageCount(*(round(self.n[s, r].value() or 0) for r in MODES)) for s in range(self.costs.layout.pp)
+            tuple(
+                Blocks(**{r: round(self.n[s, k, r].value() or 0) for r in self.modes})
+                for k in range(len(self.costs.segments))
+            )
+            for s in range(self.costs.layout.stages)
         )
         objective = float(self.step.value() or 0.0)
         if model is None and self.problem.sol_status != pulp.LpSolutionOptimal:
@@ -197,8 +234,8 @@ class _Program:
         return counts, min(objective, dual) * self.scale
 
 
-def _total(part: PartSeconds, phases: Sequence[str]) -> float:
-    return sum(getattr(part, phase).total for phase in phases)
+def _of(part: PartSeconds, phase: str) -> float:
+    return getattr(part, phase).total
 
 
 def make_solver(limit_seconds: float) -> pulp.LpSolver:
@@ -225,7 +262,7 @@ def solve_stages(
     bound_seconds: float,
     cutoff_seconds: float = float("inf"),
     start: Sequence[StageCount] | None = None,
-    recompute: str | None = None,
+    modes: Sequence[str] = RECOMPUTE_MODES,
     deadline: float = float("inf"),
 ) -> Solution:
     """The assignment with the least simulated step that fits `limit_bytes`.
@@ -234,7 +271,7 @@ def solve_stages(
         bound_seconds: a valid lower bound (`bounds.lower_bound`); it spares the solver the proof of it.
         cutoff_seconds: stop when no assignment can be faster than this.
         start: an assignment that fits, if one is known.
-        recompute: pins every block to "none" or "full".
+        modes: what a layer may recompute.
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
     """
     best = tuple(start) if start is not None else None
@@ -242,15 +279,15 @@ def solve_stages(
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
         return Solution(best, best_seconds, min(bound, best_seconds), solved)
-    program = _Program(costs, limit_bytes, scale=bound_seconds, modes=(recompute,) if recompute else MODES)
+    program = _Program(costs, limit_bytes, scale=bound_seconds, modes=tuple(modes))
     program.every_layer_once()
     program.no_empty_stage()
-    program.recompute_in_use()
+    program.segments_in_order()
     program.fits_memory()
     program.durations()
     program.optimizer_of_slowest()
     program.not_below_bound(bound_seconds)
-    for path in known_paths(costs.layout.schedule, costs.layout.pp, costs.microbatches):
+    for path in known_paths(costs.pipeline):
         program.longer_than_path(path)
     if best is not None:
         program.longer_than_path(costs.simulate(best).critical_path)

@@ -88,21 +88,24 @@ class HardwareProfile:
 
     # ---- seconds ---------------------------------------------------------------------------------------
 
-    def gemm_seconds(self, operation: str, dtype: str, m: int, n: int, k: int) -> float:
-        """Seconds of the (m × k)·(k × n) product that `operation` of a linear issues."""
+    def gemm_seconds(self, operation: str, dtype: str, m: int, n: int, k: int, count: int = 1) -> float:
+        """Seconds of the (m × k)·(k × n) product that `operation` of a linear issues, or of `count` of them as one."""
         grid = self._gemm_grids.get((dtype, operation))
         if grid is not None:
-            return grid.seconds(m, n, k) * self.correction("gemm")
+            return grid.seconds(m, n, k, count) * self.correction("gemm")
         model = self._gemm_models[dtype]
-        compute = tiled_flops(m, n, k, model.units) / model.achievable_flops_per_second
-        bytes_moved = DTYPE_BYTES[dtype] * (m * k + k * n + m * n)
+        compute = tiled_flops(m, n, k, model.units, count) / model.achievable_flops_per_second
+        bytes_moved = DTYPE_BYTES[dtype] * (m * k + k * n + m * n) * count
         modelled = max(compute, bytes_moved / self.memory_bandwidth_bytes_per_second, self.launch_seconds)
         return modelled * self.correction("gemm")
 
     def attention_seconds(
-        self, direction: str, dtype: str, batch: int, heads: int, sequence: int, head_dim: int
+        self, direction: str, dtype: str, batch: int, heads: int, sequence: int, head_dim: float, kernel: str = ""
     ) -> float:
-        """Seconds of causal attention; FLOPs are 4 (forward) or 10 (backward, flash recomputes) · b·a·s²·d / 2."""
+        """Seconds of causal attention; FLOPs are 4 (forward) or 10 (backward, flash recomputes) · b·a·s²·d / 2.
+
+        `kernel` names a generation of flash attention where the profile has a model for it; else its own.
+        """
         flops = (2.0 if direction == "forward" else 5.0) * batch * heads * sequence**2 * head_dim
         rates = self._attention_rates.get((dtype, direction))
         if rates is not None:
@@ -110,7 +113,7 @@ class HardwareProfile:
             # Points hold the seconds of one sequence and head over s², which they are proportional to in the end.
             seconds = seconds_at(rates[per_dim], sequence**2) * batch * heads * head_dim / per_dim
             return seconds * self.correction("attention")
-        model = self._attention_models[dtype]
+        model = self._attention_models.get((dtype, kernel)) or self._attention_models[dtype, ""]
         rate = model.forward_flops_per_second if direction == "forward" else model.backward_flops_per_second
         return max(flops / rate, self.launch_seconds) * self.correction("attention")
 
@@ -181,8 +184,8 @@ class HardwareProfile:
         return {model.dtype: model for model in self.gemm_models}
 
     @cached_property
-    def _attention_models(self) -> dict[str, AttentionModel]:
-        return {model.dtype: model for model in self.attention_models}
+    def _attention_models(self) -> dict[tuple[str, str], AttentionModel]:
+        return {(model.dtype, model.kernel): model for model in self.attention_models}
 
     @cached_property
     def _attention_rates(self) -> dict[tuple[str, str], dict[int, list[tuple[float, float]]]]:
@@ -217,7 +220,7 @@ class HardwareProfile:
         attention = all((precision, direction) in self._attention_rates for direction in DIRECTIONS)
         return (
             (gemm or precision in self._gemm_models)
-            and (attention or precision in self._attention_models)
+            and (attention or (precision, "") in self._attention_models)
             and precision in self.peak_flops_per_second
         )
 

@@ -29,17 +29,17 @@ def seconds_at(points: Sequence[tuple[float, float]], size: float) -> float:
 _TILES = ((256, 128), (128, 128), (128, 64))
 
 
-def tiled_flops(m: int, n: int, k: int, units: int) -> float:
-    """FLOPs that the best grid of tiles spends, the last wave and the ragged edges counted whole.
+def tiled_flops(m: int, n: int, k: int, units: int, count: int = 1) -> float:
+    """FLOPs that the best grid of tiles spends on `count` products, the last wave and the ragged edges counted whole.
 
     A wave is `units` tiles at once (Nvidia, Matrix Multiplication Background: tile and wave quantization); 0
     units is a device without waves, where the FLOPs are 2·m·n·k.
     """
     if units == 0:
-        return 2.0 * m * n * k
+        return 2.0 * m * n * k * count
     spent = []
     for height, width in _TILES:
-        tiles = -(-m // height) * -(-n // width)
+        tiles = -(-m // height) * -(-n // width) * count
         spent.append(2.0 * -(-tiles // units) * units * height * width * k)
     return min(spent)
 
@@ -56,9 +56,9 @@ class RateGrid:
         self._rates = {(m, n, k): tiled_flops(m, n, k, units) / seconds for m, n, k, seconds in points}
         self._axes = tuple(sorted({shape[dim] for shape in self._rates}) for dim in range(3))
 
-    def seconds(self, m: int, n: int, k: int) -> float:
-        """Seconds of the product (m × k)·(k × n)."""
-        return tiled_flops(m, n, k, self._units) / self.flops_per_second(m, n, k)
+    def seconds(self, m: int, n: int, k: int, count: int = 1) -> float:
+        """Seconds of `count` products (m × k)·(k × n) issued as one."""
+        return tiled_flops(m, n, k, self._units, count) / self.flops_per_second(m, n, k)
 
     def flops_per_second(self, m: int, n: int, k: int) -> float:
         brackets = [_bracket(axis, size) for axis, size in zip(self._axes, (m, n, k), strict=True)]

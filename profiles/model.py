@@ -131,6 +131,27 @@ class ModelSpec:
         return self.heads * (self.latent_attention.v_head_dim if self.latent_attention else self.head_dim)
 
     @property
+    def value_head_dim(self) -> int:
+        return self.latent_attention.v_head_dim if self.latent_attention else self.head_dim
+
+    @property
+    def rotary_share(self) -> float:
+        """The share of a query's head that RoPE turns."""
+        if self.latent_attention is not None:
+            return self.latent_attention.qk_rope_head_dim / self.head_dim
+        return self.rotary_fraction
+
+    def attended_share(self, sequence: int) -> float:
+        """Scores that attention needs, in those of the causal half s²/2, as the mean over the layers."""
+        if self.bidirectional:
+            return 2.0
+        if self.sliding_window is None or self.sliding_window.length >= sequence:
+            return 1.0
+        share = self.sliding_window.length / sequence
+        windowed = self.sliding_window.windowed_layers(self.layers) / self.layers
+        return 1.0 - windowed * (1.0 - share) ** 2
+
+    @property
     def ffn_matrices(self) -> int:
         return 3 if self.activation in GATED_ACTIVATIONS else 2
 
@@ -173,6 +194,14 @@ class ModelSpec:
         biases = sum(self.has_bias(name) for name in self.linear_shapes)
         return len(self.linear_shapes) + biases + 2 * (2 if self.norm == "layernorm" else 1)
 
+    def layer_tensors(self, kind: str) -> int:
+        """Parameter tensors of a layer of a kind that `segments` holds; experts lie stacked, one tensor a matrix."""
+        if kind == "dense":
+            return self.block_tensors
+        beside = len(self.linear_shapes) - len(self.attention_shapes)
+        shared = self.ffn_matrices if self.experts is not None and self.experts.shared else 0
+        return self.block_tensors - beside + self.ffn_matrices + 1 + shared
+
     @property
     def end_tensors(self) -> tuple[int, int]:
         """Parameter tensors of the embedding and of the head (of a tied matrix, one in each)."""
@@ -191,10 +220,14 @@ class ModelSpec:
     def _layer_parameters(self, shapes: dict[str, tuple[int, int]]) -> int:
         """Parameters of a layer with these linears: two norms, wherever they stand, and the attention's extras."""
         linears = sum(o * i + (o if self.has_bias(name) else 0) for name, (o, i) in shapes.items())
+        return linears + 2 * self.norm_parameters + self.attention_extra_parameters
+
+    @property
+    def attention_extra_parameters(self) -> int:
+        """Norms of queries, keys and latents, and sinks."""
         extras = 2 * self.head_dim if self.qk_norm else 0
         extras += self.heads if self.attention_sinks else 0
-        extras += self.latent_attention.norm_parameters if self.latent_attention else 0
-        return linears + 2 * self.norm_parameters + extras
+        return extras + (self.latent_attention.norm_parameters if self.latent_attention else 0)
 
     @property
     def embedding_parameters(self) -> int:

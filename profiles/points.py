@@ -27,11 +27,19 @@ EAGER_PASSES = {
     "swiglu": (5, 9),  # silu (2), product (3); two product gradients (6), silu gradient (3)
     "gelu": (2, 3),
     "gelu_tanh": (2, 3),
+    "norm_eager": (7, 18),  # square (2), mean (1), two products (2 and 2); each of them back, two sums of gradients
+    "rope_fused": (2, 2),
+    "swiglu_fused": (3, 5),  # read gate and up, write; read both and the gradient, write two
+    "softmax": (2, 3),  # scale, mask and softmax in one kernel; back: read output and gradient, write
+    "softmax_eager": (6, 7),  # scale (2), mask (2), softmax (2); softmax (3), mask (2), scale (2) back
+    "dropout": (2.5, 2.5),  # read, write, one byte of mask in 16 bits
+    "dropout_add": (3.5, 5.5),  # read two, write one and the mask; mask and scale (2.5), the branches meet (3)
     "residual": (3, 3),  # sum of two; the gradients of the two branches meet
     "copy": (2, 2),
     "cast": (1.5, 1.5),  # read one width, write the other
     "embedding": (2, 3),
     "cross_entropy": (6, 6),  # cast to fp32 (3), log-softmax (2), pick; and back
+    "cross_entropy_fused": (2, 2),  # read for maximum and sum; read and write the gradient in place
     "accumulate": (3, 0),  # gradient += new gradient
     "gradient_norm": (3, 0),  # read for the norm, read and write for the scaling
     "adamw": (7, 0),  # read weight, gradient and two moments, write three
@@ -100,9 +108,10 @@ class AttentionPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionModel:
-    """FLOP/s of a flash kernel on the causal half, where nothing was measured."""
+    """FLOP/s of a flash kernel on the causal half, where nothing was measured; `kernel` names an older generation."""
 
     dtype: str
+    kernel: str = ""
     forward_flops_per_second: float
     backward_flops_per_second: float
     source: str = ""
@@ -185,7 +194,7 @@ def read_point(kind: type, reader: Reader) -> Any:
             "bool": reader.boolean,
         }
         options: dict[str, Any] = {}
-        if field.name in ("spread", "source", "kv_heads", "causal", "backend", "stride", "uneven"):
+        if field.name in ("spread", "source", "kv_heads", "causal", "backend", "stride", "uneven", "kernel"):
             options["default"] = field.default
         if field.type == "int":
             options["minimum"] = _LEAST.get(field.name, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from planner.errors import InfeasibleError, NoPlanError, UnsupportedError
-from planner.layout import Layout, enumerate_layouts
+from planner.layout import Layout
 from planner.search import Question, check_supported, search, solve_layout, stages_of
 from planner.stage_ilp import RELATIVE_TOLERANCE
 from planner.step_cost import CostModel, StageCount

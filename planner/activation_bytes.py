@@ -1,0 +1,123 @@
+"""Bytes of activations that a layer keeps for its backward, by recompute mode (after arXiv 2205.05198, section 4).
+
+For s tokens, b sequences, width h, a heads in 16 bits the paper's layer without recomputation keeps
+sbh(34 + 5as/h): what each term is and who keeps it depends on the trainer's kernels, so each is written here once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from profiles.model import ModelSpec
+from profiles.points import DTYPE_BYTES
+from profiles.software import Software
+
+from .job import TrainingJob
+from .layout import Layout
+from .local_shapes import local_kv_width, local_linear_shape, local_tokens, outside_tokens, routed_tokens
+
+_MASK_BYTES = 1
+_FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class KeptBytes:
+    """Of one layer and microbatch: `none`, `selective` and `full` by mode; `weight` between the two halves of a
+    split backward; `transient` while its backward runs."""
+
+    none: float
+    selective: float
+    full: float
+    weight: float
+    transient: float
+
+
+class ActivationModel:
+    """Prices the activations of one model as one trainer keeps them."""
+
+    def __init__(self, model: ModelSpec, job: TrainingJob, software: Software, composite_norm: bool) -> None:
+        self._model, self._job, self._software = model, job, software
+        self.element_bytes = DTYPE_BYTES["bf16" if job.precision == "fp8" else job.precision]
+        self._composite_norm = composite_norm
+
+    def norm(self, layout: Layout) -> float:
+        """A norm keeps its input, and its output for the products after it.
+
+        DTensor gathers the output before it keeps it; Megatron keeps the share and gathers again (the paper's
+        section 4.2.2). torch's CPU rms_norm is made of several operations and keeps the normalised input besides.
+        """
+        outside = outside_tokens(layout, self._job.sequence)
+        inside = local_tokens(layout, self._job.sequence) if self._software.on_fsdp2 else outside
+        return self.element_bytes * self._model.hidden_size * (outside * (2 if self._composite_norm else 1) + inside)
+
+    def layer(self, layout: Layout, kind: str) -> KeptBytes:
+        model, software, e = self._model, self._software, self.element_bytes
+        tokens, outside = (f(layout, self._job.sequence) for f in (local_tokens, outside_tokens))
+        stream = e * outside * model.hidden_size
+        norms = 2 * self.norm(layout)
+        masks = 2 * _MASK_BYTES * outside * model.hidden_size if software.dropout else 0.0
+        heads = self._heads(layout, tokens)
+        scores = self._scores(layout)
+        feed_forward, transient = self._feed_forward(layout, kind, tokens, outside)
+        none = norms + masks + heads + scores + feed_forward
+        if software.selective_keeps_matmuls:
+            selective = min(none, stream + heads + self._products(layout, kind, tokens, outside))
+        else:
+            selective = none - scores  # Megatron: core attention runs again
+        products = self._products(layout, kind, tokens, outside)
+        weight = norms / 2 + feed_forward / 2 + e * tokens * model.attention_output_width / layout.tp + products
+        return KeptBytes(none, selective, stream, min(none, weight), transient)
+
+    def _heads(self, layout: Layout, tokens: float) -> float:
+        """Queries, keys, values and the heads' outputs; of latent attention the latents and their norms besides."""
+        model = self._model
+        width = (model.query_width + model.attention_output_width) / layout.tp
+        latent = model.latent_attention
+        if latent is None:
+            width += 2 * local_kv_width(model, layout.tp)
+        else:
+            width += model.heads * (latent.qk_head_dim + latent.v_head_dim) / layout.tp
+            width += 2 * latent.norm_parameters
+        return self.element_bytes * tokens * width
+
+    def _scores(self, layout: Layout) -> float:
+        """A chain of kernels keeps the softmax, and under dropout its mask and what it leaves; flash two rows."""
+        heads = layout.micro_batch * self._model.heads / layout.tp
+        rows = heads * self._job.sequence / layout.cp
+        if self._software.attention not in ("unfused", "fused_softmax"):
+            return _FP32_BYTES * rows if not self._software.on_fsdp2 else 0.0
+        each = self.element_bytes + ((self.element_bytes + _MASK_BYTES) if self._software.dropout else 0)
+        return rows * self._job.sequence * each
+
+    def _feed_forward(self, layout: Layout, kind: str, tokens: float, outside: float) -> tuple[float, float]:
+        """(kept, most at once in backward): what goes into the activation and what comes out of it."""
+        model, e = self._model, self.element_bytes
+        gated = model.ffn_matrices == 3
+        kept = (3 if self._software.activation == "fused" else 4) if gated else 2
+        passing = 3 if gated else 2  # gradients of product, gate and up at once
+        if kind == "dense":
+            width = tokens * model.ffn_hidden_size / layout.tp
+            return e * kept * width, e * passing * width
+        experts = model.experts
+        assert experts is not None
+        routed = routed_tokens(layout, model, self._job)
+        width = routed * experts.ffn_hidden_size / layout.etp + tokens * experts.shared_width / layout.tp
+        sorted_rows = (routed + outside * experts.top_k) * model.hidden_size  # sent to the experts, and come back
+        scores = 2 * _FP32_BYTES * outside * experts.number
+        return e * (kept * width + sorted_rows) + scores, e * passing * width
+
+    def _products(self, layout: Layout, kind: str, tokens: float, outside: float) -> float:
+        """Outputs of the products outside of attention: of the output projection, and of the feed-forward."""
+        model, e = self._model, self.element_bytes
+        outputs = float(model.hidden_size)
+        if kind == "dense":
+            names = [name for name in model.linear_shapes if name not in model.attention_shapes]
+            outputs += sum(local_linear_shape(model, name, layout.tp)[0] for name in names)
+            return e * tokens * outputs
+        experts = model.experts
+        assert experts is not None
+        routed = routed_tokens(layout, model, self._job)
+        up = model.ffn_matrices - 1
+        width = routed * (up * experts.ffn_hidden_size / layout.etp + model.hidden_size)
+        width += tokens * (up * experts.shared_width / layout.tp + (model.hidden_size if experts.shared else 0))
+        return e * (tokens * outputs + width) + _FP32_BYTES * outside * experts.number

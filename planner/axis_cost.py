@@ -1,0 +1,160 @@
+"""Seconds of what the axes inside a layer send: tp around its products, cp around its attention, ep around experts.
+
+Per microbatch, as (forward, backward, recomputation) of each part. tp and ep wait for their collectives; cp's ring
+passes keys and values on while the attention of the ones before runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from profiles.hardware import HardwareProfile
+from profiles.model import ModelSpec
+from profiles.points import DTYPE_BYTES
+from profiles.software import Software
+
+from .comm_cost import CommModel, Group
+from .compute_cost import ComputeCost
+from .job import TrainingJob
+from .layout import Layout
+from .local_shapes import local_kv_width, local_tokens, outside_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Seconds of one axis in the forward, the backward and each recomputation of a part."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    selective: float = 0.0
+    full: float = 0.0
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.selective + other.selective,
+            self.full + other.full,
+        )
+
+
+class AxisModel:
+    """Prices tp, cp and ep of one model as one trainer runs them."""
+
+    def __init__(
+        self, model: ModelSpec, hardware: HardwareProfile, comm: CommModel, job: TrainingJob, software: Software
+    ) -> None:
+        self._model, self._hardware, self._comm = model, hardware, comm
+        self._job, self._software = job, software
+        self._element_bytes = DTYPE_BYTES["bf16" if job.precision == "fp8" else job.precision]
+
+    # ---- tp --------------------------------------------------------------------------------------------
+
+    def _whole_bytes(self, layout: Layout) -> float:
+        return self._element_bytes * local_tokens(layout, self._job.sequence) * self._model.hidden_size
+
+    def _tp(self, operation: str, layout: Layout, size_bytes: float) -> float:
+        seconds = self._comm.collective_seconds(operation, Group(layout.tp, 1), size_bytes)
+        return seconds * self._hardware.correction("tp")
+
+    def block_tp(self, layout: Layout, compute: ComputeCost, kind: str) -> Passes:
+        """Attention and feed-forward each: all-reduce once a pass, or all-gather in and reduce-scatter out with SP.
+
+        In each the ranks meet after half of the block's compute and wait for the slowest.
+        Recomputation stops when it has all that backward needs, which the sum that ends the feed-forward is not
+        part of (torch's non-reentrant checkpoint; the counts are asserted in tests/distributed/test_collectives.py).
+        Routed experts take the sequence as it lies; only shared ones are cut over tp as a dense feed-forward is.
+        """
+        if layout.tp == 1:
+            return Passes()
+        wait = self._hardware.wait_seconds
+        there, back = wait(compute.forward.total / 2), wait(compute.backward.total / 2)
+        size, shared = self._whole_bytes(layout), self._model.experts is not None and bool(self._model.experts.shared)
+        halves = 2 if kind == "dense" or shared else 1
+        if not layout.sequence_parallel:
+            reduce = self._tp("all_reduce", layout, size)
+            again = (halves - 1) * (reduce + there)
+            return self._overlapped(Passes(halves * (reduce + there), halves * (reduce + back), 0.0, again), compute)
+        gather, scatter = (self._tp(operation, layout, size) for operation in ("all_gather", "reduce_scatter"))
+        # Megatron keeps the sequence's share of each input and gathers it again for the weights' gradient, behind
+        # the input's (arXiv 2205.05198, section 4.2.2).
+        again = halves * gather + (halves - 1) * (scatter + there)
+        selective = halves * gather if self._software.selective_keeps_matmuls else 0.0
+        one_way = halves * (gather + scatter)
+        return self._overlapped(Passes(one_way + halves * there, one_way + halves * back, selective, again), compute)
+
+    def _overlapped(self, passes: Passes, compute: ComputeCost) -> Passes:
+        """With tp overlap the pieces of a collective hide behind the product that they belong to."""
+        if not self._software.tp_overlap:
+            return passes
+        exposed = self._hardware.exposed_seconds
+        return Passes(
+            exposed(passes.forward, compute.forward.gemm),
+            exposed(passes.backward, compute.backward.gemm),
+            passes.selective,
+            exposed(passes.full, compute.forward.gemm),
+        )
+
+    def embedding_tp(self, layout: Layout) -> Passes:
+        """The vocabulary-parallel lookup is summed over tp; with SP its gradient is gathered."""
+        size = self._whole_bytes(layout)
+        if layout.sequence_parallel:
+            return Passes(self._tp("reduce_scatter", layout, size), self._tp("all_gather", layout, size))
+        return Passes(self._tp("all_reduce", layout, size))
+
+    def head_tp(self, layout: Layout) -> Passes:
+        """Input gathered (SP) or its gradient summed; three reductions of one number a token for the loss."""
+        size = self._whole_bytes(layout)
+        loss = 3 * self._tp("all_reduce", layout, 4.0 * local_tokens(layout, self._job.sequence))
+        if layout.sequence_parallel:
+            forward = self._tp("all_gather", layout, size)
+            return Passes(forward + loss, self._tp("reduce_scatter", layout, size))
+        return Passes(loss, self._tp("all_reduce", layout, size))
+
+    # ---- cp --------------------------------------------------------------------------------------------
+
+    def block_cp(self, layout: Layout, compute: ComputeCost) -> Passes:
+        """Ring: cp - 1 exchanges of keys and values (and of their gradients), each behind one step's attention.
+
+        All-to-all (arXiv 2309.14509): queries, keys, values in, outputs out, and their gradients back.
+        """
+        if layout.cp == 1:
+            return Passes()
+        model, group = self._model, Group(layout.cp, layout.tp)
+        tokens = self._element_bytes * local_tokens(layout, self._job.sequence)
+        keys_values = 2 * tokens * local_kv_width(model, layout.tp)
+        if model.latent_attention is not None:
+            keys_values = tokens * model.heads / layout.tp * (model.head_dim + model.value_head_dim)
+        if layout.cp_style == "ring":
+            steps = layout.cp - 1
+            there = self._comm.neighbour_seconds(group, keys_values)
+            back = self._comm.neighbour_seconds(group, 2 * keys_values)
+            behind = 1.0 / layout.cp
+            exposed = self._hardware.exposed_seconds
+            forward = steps * exposed(there, compute.forward.attention * behind)
+            return Passes(forward, steps * exposed(back, compute.backward.attention * behind), forward, forward)
+        queries = tokens * model.query_width / layout.tp
+        outputs = tokens * model.attention_output_width / layout.tp
+        forward = sum(self._comm.collective_seconds("all_to_all", group, s) for s in (queries, keys_values, outputs))
+        return Passes(forward, forward, forward, forward)
+
+    # ---- ep --------------------------------------------------------------------------------------------
+
+    def block_ep(self, layout: Layout) -> Passes:
+        """Tokens to their experts and back, two all-to-alls each way; with etp gathered and summed over it besides.
+
+        The rank whose experts are asked for most receives `expert_imbalance` times its share.
+        """
+        experts = self._model.experts
+        if experts is None or layout.ep * layout.etp == 1:
+            return Passes()
+        fullest = self._job.expert_capacity or self._job.expert_imbalance
+        rows = outside_tokens(layout, self._job.sequence) * experts.top_k * fullest
+        size = self._element_bytes * rows * self._model.hidden_size
+        each = self._comm.collective_seconds("all_to_all", Group(layout.ep, layout.etp), size)
+        one_way = 2 * each
+        if layout.etp > 1:
+            inner = Group(layout.etp, 1)
+            for operation in ("all_gather", "reduce_scatter"):
+                one_way += self._comm.collective_seconds(operation, inner, layout.etp * size)
+        return Passes(one_way, one_way, one_way if self._software.selective_keeps_matmuls else 0.0, one_way)

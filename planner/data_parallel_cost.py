@@ -1,0 +1,108 @@
+"""Seconds of data parallelism for one part of the model: weights gathered, gradients reduced, and what hides them.
+
+Dense weights are replicated over dp·cp ranks and sharded over dp_shard·cp of them; those of experts over edp. Under
+HSDP the shards' gradients are summed over the replicas after they have been reduced inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from profiles.hardware import HardwareProfile
+from profiles.points import DTYPE_BYTES
+from profiles.software import Software
+
+from .comm_cost import CommModel, Group
+from .compute_cost import ComputeModel
+from .layout import Layout
+from .part_seconds import NOTHING, Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class DataParallel:
+    """Exposed seconds of one part: per microbatch `forward` and `backward`, once a step `gather` and `reduce`."""
+
+    forward: Seconds = NOTHING
+    backward: Seconds = NOTHING
+    gather: Seconds = NOTHING
+    reduce: Seconds = NOTHING
+
+
+class DataParallelModel:
+    """Prices dp as one trainer runs it."""
+
+    def __init__(
+        self, hardware: HardwareProfile, comm: CommModel, compute: ComputeModel, precision: str, software: Software
+    ) -> None:
+        self._hardware, self._comm, self._compute, self._software = hardware, comm, compute, software
+        self._weight_bytes = DTYPE_BYTES["bf16" if precision == "fp8" else precision]
+        wide = software.on_fsdp2 or (software.gradients == "fp32" and precision != "fp16")
+        self._gradient_bytes = 4 if wide else self._weight_bytes
+
+    def price(
+        self, layout: Layout, dense: float, expert: float, forward: float, backward: float, *, root: bool = False
+    ) -> DataParallel:
+        """What a part of so many parameters adds, with so many seconds of compute to hide behind.
+
+        FSDP2 keeps embedding and head in the root group (`root`): gathered first and reduced last, they hide behind
+        nothing, and zero 3 keeps them gathered from forward to backward. torch's pipeline reduces once, after the
+        last action, behind nothing, and leaves weights gathered.
+        """
+        gathered, reduced = self._collectives(layout, dense, expert)
+        if gathered == reduced == 0.0:
+            return DataParallel()
+        torch_root, pipelined = root and self._software.on_fsdp2, layout.pp > 1 and self._software.on_torch_pipeline
+        exposed, zero = self._hardware.exposed_seconds, layout.zero
+        hides_gather = self._software.weight_gather == "overlapped" and not torch_root
+        hides_reduce = self._software.gradient_reduce == "overlapped" and not torch_root and not pipelined
+        first = Seconds(dp=exposed(gathered, forward if hides_gather else 0.0))
+        again = Seconds(dp=exposed(gathered, backward if self._software.weight_gather == "overlapped" else 0.0))
+        last = Seconds(dp=exposed(reduced, backward if hides_reduce else 0.0))
+        if zero == 0:
+            return DataParallel(reduce=last)
+        if zero == 1 or pipelined:
+            return DataParallel(gather=first, reduce=last)
+        if zero == 2:
+            return DataParallel(gather=first, backward=last)
+        return DataParallel(forward=first, backward=last if torch_root else last + again)
+
+    def _collectives(self, layout: Layout, dense: float, expert: float) -> tuple[float, float]:
+        groups = (
+            (dense, layout.dp * layout.cp, layout.shards, layout.tp),
+            (expert, layout.edp, layout.expert_shards, layout.ep * layout.etp),
+        )
+        gathered = reduced = 0.0
+        for parameters, ranks, shards, stride in groups:
+            if parameters and ranks > 1:
+                there, back = self._group(layout, parameters, ranks, shards, stride)
+                gathered, reduced = gathered + there, reduced + back
+        factor = self._hardware.correction("dp")
+        return gathered * factor, reduced * factor
+
+    def _group(self, layout: Layout, parameters: float, ranks: int, shards: int, stride: int) -> tuple[float, float]:
+        """Gathering weights and reducing gradients over one set of ranks, packing included.
+
+        As FSDP2 was measured to do it; where it was not, the collective and, for FSDP2, a copy of what is packed.
+        """
+        weights, gradients = self._weight_bytes * parameters, self._gradient_bytes * parameters
+        copy = self._compute.copy_seconds(parameters) if self._software.on_fsdp2 else 0.0
+        if layout.zero == 0:
+            whole = Group(ranks, stride)
+            reduced = self._measured("replicate_all_reduce", whole, gradients)
+            if reduced is None:
+                reduced = self._comm.collective_seconds("all_reduce", whole, gradients) + copy
+            return 0.0, reduced
+        inside = Group(shards, stride)
+        gathered = self._measured("fsdp_all_gather", inside, weights)
+        reduced = self._measured("fsdp_reduce_scatter", inside, gradients)
+        if gathered is None:
+            gathered = self._comm.collective_seconds("all_gather", inside, weights) + copy
+        if reduced is None:
+            reduced = self._comm.collective_seconds("reduce_scatter", inside, gradients) + copy
+        if ranks > shards:
+            across = Group(ranks // shards, stride * shards)
+            reduced += self._comm.collective_seconds("all_reduce", across, gradients / shards)
+        return gathered, reduced
+
+    def _measured(self, operation: str, group: Group, size_bytes: float) -> float | None:
+        return self._comm.fsdp_seconds(operation, group, size_bytes) if self._software.on_fsdp2 else None

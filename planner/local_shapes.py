@@ -1,0 +1,59 @@
+"""What one rank holds of a layer: tokens, heads, and the shape of each linear after tp, cp, ep and etp."""
+
+from __future__ import annotations
+
+from profiles.model import ModelSpec
+
+from .job import TrainingJob
+from .layout import Layout
+
+# Linears whose input is cut over tp; the others' output is, but for those of a latent, which every rank holds whole.
+ROW_WISE = ("wo", "w2")
+WHOLE = ("wq_a", "wkv_a")
+
+
+def local_tokens(layout: Layout, sequence: int) -> float:
+    """Tokens of one microbatch that a rank's products see."""
+    return layout.micro_batch * sequence / layout.cp
+
+
+def outside_tokens(layout: Layout, sequence: int) -> float:
+    """Tokens between the products cut by tp: all, or the rank's share with sequence parallelism."""
+    tokens = local_tokens(layout, sequence)
+    return tokens / layout.tp if layout.sequence_parallel else tokens
+
+
+def routed_tokens(layout: Layout, model: ModelSpec, job: TrainingJob) -> float:
+    """Rows that the experts of the busiest rank see of one microbatch.
+
+    The ep·etp ranks of an expert group send each of their tokens to top_k experts; balanced, each of the ep places
+    gets its share. `expert_imbalance` is what the fullest gets over that; a capacity pads or drops to its own.
+    """
+    assert model.experts is not None
+    each = outside_tokens(layout, job.sequence) * model.experts.top_k
+    return each * layout.etp * (job.expert_capacity or job.expert_imbalance)
+
+
+def local_kv_width(model: ModelSpec, tp: int) -> int:
+    """Key (or value) elements per token that a rank uses: its share, one head at least."""
+    return max(model.kv_width // tp, model.head_dim)
+
+
+def local_linear_shape(model: ModelSpec, name: str, tp: int) -> tuple[int, int]:
+    """(outputs, inputs) of a dense layer's linear on one tp rank.
+
+    With fewer key-value heads than tp every rank holds wk and wv whole.
+    """
+    outputs, inputs = model.linear_shapes[name]
+    if name in ROW_WISE:
+        return outputs, inputs // tp
+    if name in WHOLE or (name in ("wk", "wv") and model.kv_heads % tp):
+        return outputs, inputs
+    return outputs // tp, inputs
+
+
+def expert_linear_shapes(model: ModelSpec, etp: int) -> list[tuple[int, int]]:
+    """(outputs, inputs) of each matrix of one expert on one etp rank."""
+    assert model.experts is not None
+    width, hidden = model.experts.ffn_hidden_size // etp, model.hidden_size
+    return [(width, hidden)] * (model.ffn_matrices - 1) + [(hidden, width)]

@@ -1,0 +1,266 @@
+"""Every rule that forbids a layout, each with its reason in words with the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+
+from profiles.input_error import InputError
+from profiles.model import ModelSpec
+
+from .capabilities import CAPABILITIES, Capabilities, able_targets, missing_features
+from .job import TrainingJob
+from .layout import Layout
+from .schedule import SPLIT_BACKWARD, Pipeline, why_illegal
+
+
+@dataclass(frozen=True)
+class RuleContext:
+    """What a rule looks at besides the layout; `spans` are the devices that each tier of links joins."""
+
+    model: ModelSpec
+    job: TrainingJob
+    world_size: int
+    spans: tuple[int, ...] = ()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return CAPABILITIES[self.job.target]
+
+    @property
+    def executor(self) -> str:
+        """The target in the words of a reason."""
+        return {"meshwright": "the meshwright runtime", "megatron": "Megatron-LM"}.get(self.job.target, self.job.target)
+
+
+Rule = Callable[[Layout, RuleContext], str | None]
+
+# ---- degrees -------------------------------------------------------------------------------------------
+
+
+def _world(layout: Layout, context: RuleContext) -> str | None:
+    if layout.world_size == context.world_size:
+        return None
+    return (
+        f"tp·cp·pp·dp = {layout.tp}·{layout.cp}·{layout.pp}·{layout.dp} = {layout.world_size} "
+        f"and {context.world_size} devices: a layout uses every device once"
+    )
+
+
+def _heads(layout: Layout, context: RuleContext) -> str | None:
+    heads = context.model.heads
+    if heads % layout.tp:
+        return f"tp={layout.tp} does not divide {heads} attention heads"
+    return None
+
+
+def _kv_heads(layout: Layout, context: RuleContext) -> str | None:
+    kv = context.model.kv_heads
+    if kv % layout.tp and layout.tp % kv:
+        return f"tp={layout.tp} and {kv} key-value heads: neither divides the other"
+    return None
+
+
+def _ffn(layout: Layout, context: RuleContext) -> str | None:
+    ffn = context.model.ffn_hidden_size
+    if ffn % layout.tp:
+        return f"tp={layout.tp} does not divide ffn_hidden_size = {ffn}"
+    return None
+
+
+def _vocabulary(layout: Layout, context: RuleContext) -> str | None:
+    vocab = context.model.vocab_size
+    if -(-vocab // layout.tp) * (layout.tp - 1) >= vocab and not context.capabilities.vocabulary_padding:
+        return f"tp={layout.tp} leaves the last rank no row of a vocabulary of {vocab}"
+    return None
+
+
+def _positions(layout: Layout, context: RuleContext) -> str | None:
+    model, sequence = context.model, context.job.sequence
+    if model.positions == "learned" and sequence > model.max_positions:
+        return f"sequence of {sequence} tokens and {model.max_positions} learned positions"
+    return None
+
+
+def _context_parallel(layout: Layout, context: RuleContext) -> str | None:
+    styles = context.capabilities.cp_styles
+    if layout.cp == 1:
+        return f"cp_style={layout.cp_style} and cp=1" if layout.cp_style != "none" else None
+    if not styles:
+        return f"cp={layout.cp}: {context.executor} does not train with cp > 1 today"
+    if layout.cp_style not in styles:
+        return f"cp={layout.cp} with cp_style={layout.cp_style}: {context.executor} runs {' or '.join(styles)}"
+    if context.job.sequence % (2 * layout.cp):
+        return f"cp={layout.cp}: 2·cp = {2 * layout.cp} does not divide the sequence of {context.job.sequence} tokens"
+    if layout.cp_style == "all-to-all":
+        heads = gcd(context.model.heads, context.model.kv_heads) // layout.tp
+        if heads % layout.cp or not heads:
+            return f"cp={layout.cp} all-to-all does not divide the {heads} key-value heads of a tp rank"
+    return None
+
+
+def _experts(layout: Layout, context: RuleContext) -> str | None:
+    experts, able = context.model.experts, context.capabilities
+    ep, etp = layout.ep, layout.etp
+    if experts is None or not able.experts:
+        for axis, degree in (("ep", ep), ("etp", etp)):
+            if degree > 1:
+                why = "does not train" if not able.experts else "has no experts to train"
+                return f"{axis}={degree}: {context.executor} {why} with {axis} > 1" + ("" if able.experts else " today")
+        return None
+    if experts.number % ep:
+        return f"ep={ep} does not divide {experts.number} experts"
+    if etp not in ((1, layout.tp) if able.expert_tp else (1,)):
+        return f"etp={etp}: experts are cut over tp={layout.tp} or not at all"
+    if experts.ffn_hidden_size % etp:
+        return f"etp={etp} does not divide the experts' width of {experts.ffn_hidden_size}"
+    if experts.shared_width % layout.tp:
+        return f"tp={layout.tp} does not divide the shared experts' width of {experts.shared_width}"
+    ranks = layout.tp * layout.cp * layout.dp
+    if ranks % (ep * etp):
+        return f"ep·etp = {ep}·{etp} does not divide tp·cp·dp = {ranks} ranks of a pipeline stage"
+    if layout.zero and layout.dp_shard < layout.dp and layout.edp % (layout.dp // layout.dp_shard):
+        return f"edp={layout.edp} does not divide into the {layout.dp // layout.dp_shard} replicas of dp_shard"
+    if able.experts_need_sequence_parallel and layout.tp > 1 and not layout.sequence_parallel:
+        return f"experts with tp={layout.tp}: {context.executor} asks for sequence_parallel"
+    return None
+
+
+def _sequence_parallel(layout: Layout, context: RuleContext) -> str | None:
+    if not layout.sequence_parallel:
+        return None
+    if layout.tp == 1:
+        return "sequence_parallel splits the sequence over tp, and tp=1"
+    if context.job.sequence % (layout.tp * layout.cp):
+        axes, over = ("tp", layout.tp) if layout.cp == 1 else ("tp·cp", layout.tp * layout.cp)
+        return f"sequence_parallel: {axes}={over} does not divide the sequence of {context.job.sequence} tokens"
+    return None
+
+
+def _stages(layout: Layout, context: RuleContext) -> str | None:
+    layers = context.model.layers
+    if layout.stages > layers + 2:
+        chunks = f"pp={layout.pp}" + (f" with {layout.virtual_stages} chunks" if layout.virtual_stages > 1 else "")
+        return (
+            f"{chunks} and {layers} layers: every stage between the embedding's and the head's "
+            f"needs a layer, so pp is at most {layers + 2}"
+        )
+    return None
+
+
+# ---- knobs -----------------------------------------------------------------------------------------------
+
+
+def _batch(layout: Layout, context: RuleContext) -> str | None:
+    batch, share = context.job.global_batch, layout.micro_batch * layout.dp
+    if batch % share:
+        return f"global batch {batch} is not a multiple of micro_batch·dp = {layout.micro_batch}·{layout.dp} = {share}"
+    return None
+
+
+def _schedule(layout: Layout, context: RuleContext) -> str | None:
+    allowed = context.capabilities.schedules
+    if layout.schedule not in allowed:
+        return f"schedule={layout.schedule}: {context.executor} runs {', '.join(allowed)} today"
+    if layout.pp == 1:
+        if layout.schedule != "1f1b":
+            return f"schedule={layout.schedule} and pp=1: without a pipeline there is only 1f1b (accumulation)"
+        if layout.virtual_stages > 1:
+            return f"virtual_stages={layout.virtual_stages} and pp=1: chunks are of a pipeline"
+        return None
+    microbatches = layout.microbatches(context.job.global_batch)
+    if microbatches == 0:
+        return None  # the batch's own rule says so
+    return why_illegal(Pipeline(layout.schedule, layout.pp, layout.virtual_stages, microbatches))
+
+
+def _zero(layout: Layout, context: RuleContext) -> str | None:
+    able = context.capabilities
+    if layout.zero > 3:
+        return f"zero={layout.zero}: the levels are 0, 1, 2 and 3"
+    if layout.zero and layout.dp * layout.cp == 1:
+        return f"zero={layout.zero} shards state over dp, and dp=1"
+    if layout.zero not in (able.zero_with_pipeline if layout.pp > 1 else able.zero):
+        return f"zero={layout.zero}{' with pp > 1' if layout.pp > 1 else ''}: {able.zero_reason}"
+    return None
+
+
+def _dp_shard(layout: Layout, context: RuleContext) -> str | None:
+    able = context.capabilities
+    if layout.zero and able.hsdp and layout.dp_shard < layout.dp:
+        if layout.dp % layout.dp_shard:
+            return f"dp_shard={layout.dp_shard} does not divide dp={layout.dp}"
+        return None
+    wanted = layout.dp if layout.zero else 1
+    if layout.dp_shard != wanted:
+        reason = "shards over all of dp or not at all" + ("" if able.hsdp else " today")
+        return (
+            f"dp_shard={layout.dp_shard} with zero={layout.zero} and dp={layout.dp}: {context.executor} "
+            f"{reason}, so dp_shard={wanted}"
+        )
+    return None
+
+
+DEGREE_RULES: tuple[Rule, ...] = (
+    _world,
+    _context_parallel,
+    _heads,
+    _kv_heads,
+    _ffn,
+    _vocabulary,
+    _sequence_parallel,
+    _positions,
+    _stages,
+    _batch,
+)
+KNOB_RULES: tuple[Rule, ...] = (_schedule, _zero, _dp_shard, _experts)
+RULES = DEGREE_RULES + KNOB_RULES
+
+
+def violations(layout: Layout, context: RuleContext) -> tuple[str, ...]:
+    """The reasons that forbid the layout, in words with the numbers; empty when it is legal.
+
+    No layout is legal for a model with features that the target does not train.
+    """
+    reasons = [reason for rule in RULES if (reason := rule(layout, context)) is not None]
+    if missing := missing_features(context.model, context.job.target):
+        others = able_targets(context.model)
+        way_out = f"; {' and '.join(others)} can" if others else ""
+        lacks = f"{context.model.name}: {context.executor} does not train {', '.join(missing)} today{way_out}"
+        reasons.insert(0, lacks)
+    return tuple(reasons)
+
+
+def recompute_modes(layout: Layout, context: RuleContext) -> tuple[str, ...]:
+    """The modes that a block of this layout may have, the job's pin held."""
+    allowed = tuple(mode for mode in context.capabilities.recompute if why_no_recompute(mode, layout, context) is None)
+    pin = context.job.recompute_pin
+    return allowed if pin is None else tuple(mode for mode in allowed if mode == pin)
+
+
+def why_no_recompute(mode: str, layout: Layout, context: RuleContext) -> str | None:
+    """The reason why blocks of this layout cannot recompute so."""
+    allowed = context.capabilities.recompute
+    if mode not in allowed:
+        return f"recompute={mode}: {context.executor} recomputes {' or '.join(allowed)} today"
+    if mode != "none" and layout.schedule in SPLIT_BACKWARD:
+        return (
+            f"recompute={mode} with {layout.schedule}: torch 2.11 to 2.13 runs the recomputation of a split backward "
+            "several times over (full) or raises (selective)"
+        )
+    return None
+
+
+def require_legal(layout: Layout, recompute: str, context: RuleContext) -> None:
+    """Raise an InputError with every reason that forbids a layout which a person wrote."""
+    reasons = list(violations(layout, context))
+    if (reason := why_no_recompute(recompute, layout, context)) is not None:
+        reasons.append(reason)
+    if reasons:
+        raise InputError(
+            "the layout is not legal",
+            where="--layout",
+            expected=f"a layout that {context.model.name} can be trained in on {context.world_size} devices",
+            got="; ".join(reasons),
+        )

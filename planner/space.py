@@ -1,0 +1,154 @@
+"""The space: every legal layout of a question once, in groups that share their degrees.
+
+Within a group the pipeline's schedule, the sharding of the state and the experts' grid are chosen apart, so a group
+says how many layouts it holds without listing them, and a bound on all of them costs as much as one on one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from .capabilities import Capabilities
+from .job import TrainingJob
+from .layout import Layout
+from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, missing_features
+
+_OFF = {"sequence_parallel": False, "zero": 0}
+
+
+@dataclass(frozen=True)
+class LayoutGroup:
+    """Layouts of one set of degrees and micro batch; `base` has the plainest knobs.
+
+    `pipelines` are (schedule, virtual_stages), `states` (zero, dp_shard, ep, etp).
+    """
+
+    base: Layout
+    pipelines: tuple[tuple[str, int], ...]
+    states: tuple[tuple[int, int, int, int], ...]
+
+    def __len__(self) -> int:
+        return len(self.pipelines) * len(self.states)
+
+    def __iter__(self) -> Iterator[Layout]:
+        for (schedule, chunks), (zero, shard, ep, etp) in product(self.pipelines, self.states):
+            yield replace(
+                self.base, schedule=schedule, virtual_stages=chunks, zero=zero, dp_shard=shard, ep=ep, etp=etp
+            )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of `number`, ascending."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def enumerate_layouts(context: RuleContext) -> Iterator[Layout]:
+    """Every legal layout of the space once, pins and bans of the job held."""
+    for group in layout_groups(context):
+        yield from group
+
+
+def layout_groups(context: RuleContext) -> Iterator[LayoutGroup]:
+    """The space by groups. HSDP shards over the dp ranks that a tier of links joins, or over all of dp."""
+    if missing_features(context.model, context.job.target):
+        return
+    space = _Space(context)
+    for base in space.degrees():
+        pipelines, states = space.pipelines(base), space.states(base)
+        if pipelines and states:
+            yield LayoutGroup(base, pipelines, states)
+
+
+class _Space:
+    def __init__(self, context: RuleContext) -> None:
+        self._context = context
+        self._pipelines: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
+        self._states: dict[tuple[int, int, int, int, bool], tuple[tuple[int, int, int, int], ...]] = {}
+
+    @property
+    def _able(self) -> Capabilities:
+        return self._context.capabilities
+
+    @property
+    def _job(self) -> TrainingJob:
+        return self._context.job
+
+    def _held(self, key: str, value: object) -> bool:
+        """Whether the job's pins and bans allow the value."""
+        if key in self._job.pins and self._job.pins[key] != value:
+            return False
+        return key not in self._job.bans or value == _OFF.get(key, 1)
+
+    def degrees(self) -> Iterator[Layout]:
+        """Degrees, micro batch and sequence parallelism, each with the rules of degrees held."""
+        world, batch = self._context.world_size, self._job.global_batch
+        for tp in self._choices("tp", world):
+            for cp in self._choices("cp", world // tp) if self._able.cp_styles else [1]:
+                for pp in self._choices("pp", world // (tp * cp)):
+                    dp = world // (tp * cp * pp)
+                    if batch % dp or not self._held("dp", dp):
+                        continue
+                    for style, parallel in product(
+                        self._able.cp_styles if cp > 1 else ("none",), (False, True) if tp > 1 else (False,)
+                    ):
+                        yield from self._micro_batches(tp, cp, style, pp, dp, parallel)
+
+    def _micro_batches(self, tp: int, cp: int, style: str, pp: int, dp: int, parallel: bool) -> Iterator[Layout]:
+        if not self._held("sequence_parallel", parallel) or not self._held("cp_style", style):
+            return
+        base = Layout(tp=tp, cp=cp, cp_style=style, pp=pp, dp=dp, sequence_parallel=parallel)
+        if any(rule(base, self._context) for rule in DEGREE_RULES):
+            return
+        for micro_batch in divisors(self._job.global_batch // dp):
+            if self._held("micro_batch", micro_batch):
+                yield replace(base, micro_batch=micro_batch)
+
+    def _choices(self, key: str, most: int) -> list[int]:
+        return [degree for degree in divisors(most) if self._held(key, degree)]
+
+    def pipelines(self, base: Layout) -> tuple[tuple[str, int], ...]:
+        key = (base.pp, base.microbatches(self._job.global_batch))
+        if key not in self._pipelines:
+            layers = self._context.model.layers
+            found = []
+            for schedule in self._able.schedules if base.pp > 1 else ("1f1b",):
+                for chunks in range(1, (layers + 2) // base.pp + 1):
+                    layout = replace(base, schedule=schedule, virtual_stages=chunks)
+                    if not self._held("schedule", schedule) or not self._held("virtual_stages", chunks):
+                        continue
+                    if layout.stages <= layers + 2 and KNOB_RULES[0](layout, self._context) is None:
+                        found.append((schedule, chunks))
+            self._pipelines[key] = tuple(found)
+        return self._pipelines[key]
+
+    def states(self, base: Layout) -> tuple[tuple[int, int, int, int], ...]:
+        key = (base.tp, base.cp, base.pp, base.dp, base.sequence_parallel)
+        if key not in self._states:
+            found = []
+            for zero, shard in self._sharding(base):
+                for ep, etp in self._expert_grids(base):
+                    layout = replace(base, zero=zero, dp_shard=shard, ep=ep, etp=etp)
+                    if not any(rule(layout, self._context) for rule in KNOB_RULES[1:]):
+                        found.append((zero, shard, ep, etp))
+            self._states[key] = tuple(found)
+        return self._states[key]
+
+    def _sharding(self, base: Layout) -> list[tuple[int, int]]:
+        found = [(0, 1)] if self._held("zero", 0) and self._held("dp_shard", 1) else []
+        inner = {span // (base.tp * base.cp) for span in self._context.spans if span % (base.tp * base.cp) == 0}
+        shards = sorted({base.dp} | ({n for n in inner if 1 < n < base.dp} if self._able.hsdp else set()))
+        for zero in range(1, 4):
+            if self._held("zero", zero):
+                found += [(zero, shard) for shard in shards if self._held("dp_shard", shard)]
+        return found
+
+    def _expert_grids(self, base: Layout) -> list[tuple[int, int]]:
+        experts = self._context.model.experts
+        if experts is None or not self._able.experts:
+            return [(1, 1)]
+        grids = product(divisors(experts.number), sorted({1, base.tp}))
+        return [(ep, etp) for ep, etp in grids if self._held("ep", ep) and self._held("etp", etp)]
+
