@@ -17,7 +17,7 @@ from .hf_parts import (
     window_by_layer,
     window_of_all,
 )
-from .hf_rope import DEFAULT_THETA, read_rope
+from .hf_rope import DEFAULT_THETA, PartialRotation, read_rope
 from .model import ModelSpec
 from .store import Reader
 
@@ -179,13 +179,8 @@ def read_gpt_neox(reader: Reader, family: str, name: str) -> ModelSpec:
     refuse_uneven_heads(reader, "num_attention_heads", heads, hidden, "hidden_size")
     head_dim = hidden // heads
     max_positions = reader.integer("max_position_embeddings", minimum=1, default=2048)
-    rope = read_rope(
-        reader, max_positions, theta_key="rotary_emb_base", fraction_key="rotary_pct", default_fraction=0.25
-    )
-    if rope.fraction > 1.0 or (head_dim * rope.fraction) % 2:
-        key = "rope_parameters" if reader.anything("rope_parameters", default=None) else "rotary_pct"
-        expected = f"a share that is an even number of the {head_dim} elements of a head, since RoPE turns pairs"
-        raise reader.fail(key, expected, rope.fraction)
+    partial = PartialRotation(key="rotary_pct", default=0.25, head_dim=head_dim)
+    rope = read_rope(reader, max_positions, theta_key="rotary_emb_base", partial=partial)
     attention_bias = reader.boolean("attention_bias", default=True)
     return ModelSpec(
         name=name,

@@ -10,12 +10,22 @@ from .store import Reader
 
 DEFAULT_THETA = 10000.0  # RotaryEmbeddingConfigMixin.default_theta in transformers 5.23
 KINDS = ("default", "llama3", *STRETCHES)
+_PARTIAL = "partial_rotary_factor"
 
 # What a kind may hold beside the factor and the original positions; it turns the positions and shapes nothing.
 _NUMBERS = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
     "longrope": ("attention_factor",),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialRotation:
+    """How a family says which share of the `head_dim` elements of a head turns: `key` is its older name for it."""
+
+    key: str
+    default: float
+    head_dim: int
 
 
 @dataclass(frozen=True)
@@ -35,32 +45,25 @@ def read_rope(
     default_theta: float = DEFAULT_THETA,
     theta_key: str = "rope_theta",
     default_stretch: RopeStretch | None = None,
-    fraction_key: str | None = None,
-    default_fraction: float = 1.0,
+    partial: PartialRotation | None = None,
 ) -> Rope:
     """RoPE where transformers looks for it.
 
     Before transformers 5 the base stands at the top and the scaling in `rope_scaling`; since then both stand in
-    `rope_parameters`. A base inside the mapping outranks the one at the top. `fraction_key` is the family's older
-    name of partial_rotary_factor; a family without one turns whole heads.
+    `rope_parameters`. A base inside the mapping outranks the one at the top. A family without
+    `partial` turns whole heads.
     """
     theta = reader.number(theta_key, above=0, default=default_theta)
-    fraction = default_fraction
-    if fraction_key is None:
-        _refuse_partial_rotation(reader)
-    else:
-        fraction = reader.number(fraction_key, above=0, default=default_fraction)
     scaling, parameters = (reader.anything(key, default=None) for key in ("rope_scaling", "rope_parameters"))
     if scaling and parameters and scaling != parameters:
         raise reader.fail("rope_scaling", "the same as rope_parameters, which this file has too", scaling)
     if not (scaling or parameters):
-        return Rope(theta, fraction, stretch=default_stretch if parameters is None else None)
+        return Rope(
+            theta, _read_fraction(reader, None, partial), stretch=default_stretch if parameters is None else None
+        )
     rope = reader.child("rope_scaling" if scaling else "rope_parameters")
     theta = rope.number("rope_theta", above=0, default=theta)
-    if fraction_key is None:
-        _refuse_partial_rotation(rope)
-    else:
-        fraction = rope.number("partial_rotary_factor", above=0, default=fraction)
+    fraction = _read_fraction(reader, rope, partial)
     kind = rope.text("rope_type", choices=KINDS, default=rope.text("type", choices=KINDS, default="default"))
     llama3 = _read_llama3(rope, max_positions) if kind == "llama3" else None
     stretch = _read_stretch(rope, kind, max_positions) if kind in STRETCHES else None
@@ -105,7 +108,24 @@ def _read_stretch(rope: Reader, kind: str, max_positions: int) -> RopeStretch:
     return RopeStretch(kind=kind, factor=factor, original_max_positions=original)
 
 
+def _read_fraction(reader: Reader, rope: Reader | None, partial: PartialRotation | None) -> float:
+    """The share of a head that turns; the one in the mapping `rope` outranks the one at the top."""
+    if partial is None:
+        for place in (reader,) if rope is None else (reader, rope):
+            _refuse_partial_rotation(place)
+        return 1.0
+    place, key = reader, partial.key
+    if rope is not None and _PARTIAL in rope:
+        place, key = rope, _PARTIAL
+    fraction = place.number(key, above=0, default=partial.default)
+    if fraction > 1.0 or (partial.head_dim * fraction) % 2:
+        expected = (
+            f"a share that is an even number of the {partial.head_dim} elements of a head, since RoPE turns pairs"
+        )
+        raise place.fail(key, expected, fraction)
+    return fraction
+
+
 def _refuse_partial_rotation(reader: Reader) -> None:
-    key = "partial_rotary_factor"
-    if not is_null(reader, key) and reader.number(key, default=1.0) != 1.0:
-        raise reader.fail(key, "1: every element of a head is rotated here", reader.anything(key))
+    if not is_null(reader, _PARTIAL) and reader.number(_PARTIAL, default=1.0) != 1.0:
+        raise reader.fail(_PARTIAL, "1: every element of a head is rotated here", reader.anything(_PARTIAL))

@@ -18,6 +18,7 @@ from profiles.catalogue import resolve_model
 from profiles.hf_config import read_hf_config
 from profiles.input_error import InputError
 from profiles.model import ModelSpec, Segment
+from profiles.store import Reader
 
 CONFIGS = {
     "deepseek_v2": "DeepseekV2",
@@ -239,17 +240,14 @@ def test_a_small_config_as_transformers_reads_builds_and_writes_it(tmp_path: Pat
     if spec.experts is not None:
         blocks = [any("experts" in name for name, _ in block.named_modules()) for block in model.model.layers]
         assert blocks == [spec.experts.in_layer(i) for i in range(spec.layers)]
-    spec.check(_NO_READER)  # and it is a model that a plan file may hold
+    assert ModelSpec.from_dict(Reader(spec.to_dict(), source="plan.yaml")) == spec
 
 
-class _NoReader:
-    """Says that every key was written, and cannot fail."""
-
-    def __contains__(self, key: str) -> bool:
-        return True
-
-
-_NO_READER: Any = _NoReader()
+def test_a_share_of_a_head_in_the_mapping_outranks_the_one_beside_it(tmp_path: Path) -> None:
+    document = NEOX | {"rotary_pct": 0.3, "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 3.0}}
+    spec = read(tmp_path, document)
+    assert (spec.rotary_fraction, spec.rope_theta) == (0.5, 3.0)
+    assert (config_of(document).rope_parameters or {})["partial_rotary_factor"] == 0.5
 
 
 def test_every_second_layer_has_experts(tmp_path: Path) -> None:
@@ -421,6 +419,7 @@ ONLY = "nothing else is planned or trained here"
             "a share that is an even number of the 16 elements of a head, since RoPE turns pairs",
             "1.5",
         ),
+        (NEOX | {"rope_parameters": {"rope_theta": 3.0}, "rotary_pct": 2.0}, "rotary_pct", None, "2.0"),
         (NEOX | {"rotary_pct": 0}, "rotary_pct", "a finite number > 0", "0"),
         (MIXTRAL | {"num_local_experts": 1}, "num_local_experts", "a whole number >= 2", "1"),
         (MIXTRAL | {"num_experts": 5}, "num_experts", "the same as num_local_experts = 4, its other name", "5"),
