@@ -78,13 +78,17 @@ CAPABILITIES = {
 # What a model may have beyond a dense, causal pre-norm decoder (`ModelSpec.features`) -> the executors that train
 # it. Beside megatron stands the argument of Megatron-LM's own training scripts that switches it on.
 FEATURES: dict[str, tuple[str, ...]] = {
-    "experts": ("megatron",),  # --num-experts
+    "experts": ("megatron",),  # --num-experts, with all that the router may be: --moe-router-*, --moe-layer-freq
     "latent attention": ("megatron",),  # --multi-latent-attention
     "sliding-window attention": ("megatron",),  # --window-size, --window-attn-skip-freq
     "QK norm": ("megatron",),  # --qk-layernorm
     "attention sinks": ("megatron",),  # --softmax-type learnable
     "bidirectional attention": ("megatron",),  # pretrain_bert.py, as all that BERT has
     "ALiBi positions": (),
+    "YaRN positions": ("megatron",),  # --rope-type yarn, with latent attention; --position-embedding-type yarn
+    "linearly stretched positions": ("megatron",),  # --rotary-seq-len-interpolation-factor
+    "dynamically stretched positions": (),
+    "LongRoPE positions": (),
     "partial rotary positions": ("megatron",),  # --rotary-percent
     "parallel residuals": (),
     "post-norm layers": ("megatron",),  # --apply-residual-connection-post-layernorm

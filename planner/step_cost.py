@@ -55,17 +55,15 @@ class CostModel:
         compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
         overhead = self._compute.microbatch() * pace
         first, last = self._model.end_tensors
+        layers = {
+            kind: (self._layer(layout, compute[kind], kind, microbatches), memory.block(layout, kind))
+            for kind in {segment.kind for segment in self._model.segments}
+        }
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
             segments=tuple(
-                SegmentCosts(
-                    kind=segment.kind,
-                    layers=segment.count,
-                    seconds=self._layer(layout, compute[segment.kind], segment.kind, microbatches),
-                    memory=memory.block(layout, segment.kind),
-                )
-                for segment in self._model.segments
+                SegmentCosts(segment.kind, segment.count, *layers[segment.kind]) for segment in self._model.segments
             ),
             embedding=self._part(
                 layout,

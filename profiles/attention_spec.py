@@ -1,10 +1,19 @@
-"""Facts of an attention beyond its heads: RoPE's frequency scaling, latent projections, sliding windows."""
+"""Facts of an attention beyond its heads: RoPE's scaling and stretch, latent projections, sliding windows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from .store import Reader
+
+# Ways to stretch RoPE over more positions -> the feature of a model that uses one, in words for people. YaRN: arXiv
+# 2309.00071; linear: arXiv 2306.15595; dynamic: section 2.4 of the first; LongRoPE: arXiv 2402.13753.
+STRETCHES = {
+    "yarn": "YaRN positions",
+    "linear": "linearly stretched positions",
+    "dynamic": "dynamically stretched positions",
+    "longrope": "LongRoPE positions",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,30 @@ class RopeScaling:
                 scaling.high_frequency_factor,
             )
         return scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeStretch:
+    """A stretch of RoPE by `factor` in one of STRETCHES; `original_max_positions` None where it plays no part.
+
+    Kept so that no executor trains such a model as if it were not stretched. The constants by which it turns are
+    not recorded: they change neither parameters nor FLOPs, and nothing here computes with them.
+    """
+
+    kind: str
+    factor: float
+    original_max_positions: int | None = None
+
+    @classmethod
+    def from_dict(cls, reader: Reader) -> RopeStretch:
+        original = reader.anything("original_max_positions", default=None)
+        stretch = cls(
+            kind=reader.text("kind", choices=STRETCHES),
+            factor=reader.number("factor", above=0),
+            original_max_positions=None if original is None else reader.integer("original_max_positions", minimum=1),
+        )
+        reader.finish()
+        return stretch
 
 
 @dataclass(frozen=True, kw_only=True)

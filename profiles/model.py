@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .attention_spec import LatentAttention, RopeScaling, SlidingWindow
+from .attention_spec import STRETCHES, LatentAttention, RopeScaling, RopeStretch, SlidingWindow
 from .experts_spec import Experts
 from .store import Reader, load_document
 
@@ -63,6 +64,7 @@ class ModelSpec:
     mlp_bias: bool = False
     tied_embeddings: bool = False
     # What a layer may be besides.
+    rope_stretch: RopeStretch | None = None
     experts: Experts | None = None
     latent_attention: LatentAttention | None = None
     sliding_window: SlidingWindow | None = None
@@ -85,9 +87,10 @@ class ModelSpec:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """Runs of layers of one kind, in order: DeepSeek-V3 is 3 dense layers, then 58 with experts."""
-        dense = self.layers if self.experts is None else self.experts.dense_layers
-        runs = (Segment("dense", dense), Segment("experts", self.layers - dense))
-        return tuple(run for run in runs if run.count)
+        if self.experts is None:
+            return (Segment("dense", self.layers),)
+        runs = groupby(map(self.experts.in_layer, range(self.layers)))
+        return tuple(Segment("experts" if has else "dense", len(list(run))) for has, run in runs)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -100,6 +103,7 @@ class ModelSpec:
             "attention sinks": self.attention_sinks,
             "bidirectional attention": self.bidirectional,
             "ALiBi positions": self.positions == "alibi",
+            **{words: self._stretch == kind for kind, words in STRETCHES.items()},
             "partial rotary positions": self.rotary_fraction != 1.0,
             "parallel residuals": self.parallel_residual,
             "post-norm layers": self.norm_placement == "post",
@@ -114,6 +118,10 @@ class ModelSpec:
             "next-sentence head": self.next_sentence_head,
         }
         return tuple(feature for feature, has in used.items() if has)
+
+    @property
+    def _stretch(self) -> str | None:
+        return self.rope_stretch.kind if self.rope_stretch else None
 
     # ---- parameters: counts, exact --------------------------------------------------------------------
 
@@ -263,7 +271,7 @@ class ModelSpec:
             return self.parameters
         idle = self.experts.parameters(self.hidden_size, self.ffn_matrices)
         idle -= self.experts.active_parameters(self.hidden_size, self.ffn_matrices)
-        return self.parameters - (self.layers - self.experts.dense_layers) * idle
+        return self.parameters - self.experts.layers_of(self.layers) * idle
 
     # ---- FLOPs ------------------------------------------------------------------------------------------
 
@@ -305,7 +313,7 @@ class ModelSpec:
         hidden = reader.integer("hidden_size", minimum=1)
         experts = _part(reader, "experts", Experts.from_dict)
         latent = _part(reader, "latent_attention", LatentAttention.from_dict)
-        ffn = {"default": experts.ffn_hidden_size} if experts and not experts.dense_layers else {}
+        ffn = {"default": experts.ffn_hidden_size} if experts and experts.everywhere else {}
         spec = cls(
             name=reader.text("name"),
             family=reader.text("family", default="custom"),
@@ -327,6 +335,7 @@ class ModelSpec:
             attention_output_bias=reader.boolean("attention_output_bias", default=False),
             mlp_bias=reader.boolean("mlp_bias", default=False),
             tied_embeddings=reader.boolean("tied_embeddings", default=False),
+            rope_stretch=_part(reader, "rope_stretch", RopeStretch.from_dict),
             experts=experts,
             latent_attention=latent,
             sliding_window=_part(reader, "sliding_window", SlidingWindow.from_dict),
@@ -361,7 +370,10 @@ class ModelSpec:
         experts = self.experts
         if experts is not None and experts.dense_layers >= self.layers:
             raise reader.fail("experts.dense_layers", f"fewer than layers = {self.layers}", experts.dense_layers)
-        if experts is not None and not experts.dense_layers and self.ffn_hidden_size != experts.ffn_hidden_size:
+        if experts is not None and not experts.layers_of(self.layers):
+            expected = f"at most the {self.layers - experts.dense_layers} layers after the first dense ones"
+            raise reader.fail("experts.every", expected, experts.every)
+        if experts is not None and experts.everywhere and self.ffn_hidden_size != experts.ffn_hidden_size:
             expected = f"that of the experts, {experts.ffn_hidden_size}, since no layer is dense"
             raise reader.fail("ffn_hidden_size", expected, self.ffn_hidden_size)
 
@@ -382,6 +394,9 @@ class ModelSpec:
     def _check_positions(self, reader: Reader) -> None:
         if self.position_offset and self.positions != "learned":
             raise reader.fail("position_offset", f"0, since positions = {self.positions}", self.position_offset)
+        if self.rope_stretch is not None and (self.positions != "rope" or self.rope_scaling is not None):
+            other = f"positions = {self.positions}" if self.positions != "rope" else "there is a rope_scaling"
+            raise reader.fail("rope_stretch", f"none, since {other}", self.rope_stretch.kind)
         if self.positions != "rope":
             if self.rotary_fraction != 1.0:
                 raise reader.fail("rotary_fraction", f"1, since positions = {self.positions}", self.rotary_fraction)

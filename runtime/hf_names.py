@@ -46,7 +46,7 @@ _GPT2_PATTERN = re.compile(r"h\.(\d+)\.(.+)\.(weight|bias)")
 def from_hugging_face(
     family: str, tensors: Mapping[str, torch.Tensor], *, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(our name, tensor) for every parameter of a Hugging Face state dict of `family` llama, qwen2 or gpt2.
+    """(our name, tensor) for every parameter of a Hugging Face state dict of `family` llama, mistral, qwen2 or gpt2.
 
     With `tied` the head's own tensor, the embedding's again, is left out. Raises KeyError on a tensor that
     the family does not have.
@@ -59,7 +59,7 @@ def from_hugging_face(
 
 
 def _from_llama(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Llama, and Qwen2, which only adds biases."""
+    """Llama, Mistral, which has the same names, and Qwen2, which only adds biases."""
     if match := _LLAMA_PATTERN.fullmatch(name):
         block, module, kind = match.groups()
         yield f"blocks.{block}.{_LLAMA_BLOCK[module]}.{kind}", tensor

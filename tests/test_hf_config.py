@@ -40,6 +40,7 @@ LLAMA3_SCALES = {
     "original_max_position_embeddings": 8192,
 }
 LLAMA3_ROPE = {"rope_type": "llama3", **LLAMA3_SCALES}
+FAMILIES = "deepseek_v2, deepseek_v3, gpt2, gpt_neox, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
 
 
 def write(folder: Path, config: object) -> Path:
@@ -155,7 +156,8 @@ def test_qwen2_has_biases_on_qkv_alone_whatever_the_file_says(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours"), [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu")]
+    ("theirs", "ours"),
+    [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu"), ("relu", "relu")],
 )
 def test_gpt2_activations(tmp_path: Path, theirs: str, ours: str) -> None:
     config = {"model_type": "gpt2", "activation_function": theirs}
@@ -223,12 +225,12 @@ def test_original_positions_default_to_the_positions_of_the_model(tmp_path: Path
 
 
 def test_an_unknown_model_type_lists_what_is_read_and_the_near_match(tmp_path: Path) -> None:
-    assert refusal(tmp_path, {"model_type": "qwen3"}) == [
+    assert refusal(tmp_path, {"model_type": "qwem3"}) == [
         ("error", "model_type has a value that cannot be used"),
         ("where", "config.json: model_type"),
-        ("expected", "one of gpt2, llama, qwen2"),
-        ("got", "'qwen3'"),
-        ("try", "is 'qwen2' meant?"),
+        ("expected", f"one of {FAMILIES}"),
+        ("got", "'qwem3'"),
+        ("try", "is 'qwen3' meant?"),
     ]
 
 
@@ -236,14 +238,13 @@ def test_a_missing_model_type_is_named(tmp_path: Path) -> None:
     assert refusal(tmp_path, {"n_layer": 3}) == [
         ("error", "the key model_type is missing"),
         ("where", "config.json: top level"),
-        ("expected", "model_type: one of gpt2, llama, qwen2"),
+        ("expected", f"model_type: one of {FAMILIES}"),
         ("got", "keys n_layer"),
     ]
 
 
 GPT2 = {"model_type": "gpt2"}
 QWEN2 = {"model_type": "qwen2"}
-FULL_ATTENTION = "full attention in every layer: a sliding window is not planned or trained here"
 
 
 @pytest.mark.parametrize(
@@ -274,16 +275,16 @@ FULL_ATTENTION = "full attention in every layer: a sliding window is not planned
             "0.5",
         ),
         (
-            LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            LLAMA | {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}},
             "rope_scaling.rope_type",
-            "one of default, llama3",
-            "'yarn'",
+            "one of default, llama3, yarn, linear, dynamic, longrope",
+            "'proportional'",
         ),
         (
-            LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+            LLAMA | {"rope_scaling": {"type": "ntk", "factor": 4.0}},
             "rope_scaling.type",
-            "one of default, llama3",
-            "'linear'",
+            "one of default, llama3, yarn, linear, dynamic, longrope",
+            "'ntk'",
         ),
         (LLAMA | {"rope_parameters": ["llama3"]}, "rope_parameters", "a mapping of keys to values", "['llama3']"),
         (
@@ -298,15 +299,25 @@ FULL_ATTENTION = "full attention in every layer: a sliding window is not planned
             "the same as rope_parameters, which this file has too",
             "{'type': 'default'}",
         ),
-        (QWEN2 | {"use_sliding_window": True}, "use_sliding_window", FULL_ATTENTION, "True"),
-        (QWEN2 | {"layer_types": ["sliding_attention"]}, "layer_types", FULL_ATTENTION, "['sliding_attention']"),
+        (
+            QWEN2 | {"use_sliding_window": True},
+            "max_window_layers",
+            "0 or at least num_hidden_layers = 32: a window in the last layers alone is not planned here",
+            "28",
+        ),
+        (
+            QWEN2 | {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            "layer_types",
+            "full_attention in every layer, since there is no sliding window",
+            "['sliding_attention']",
+        ),
         (GPT2 | {"n_head": 5}, "n_head", "a divisor of n_embd = 768", "5"),
         (GPT2 | {"n_inner": -4}, "n_inner", "a whole number >= 1", "-4"),
         (
-            GPT2 | {"activation_function": "relu"},
+            GPT2 | {"activation_function": "tanh"},
             "activation_function",
-            "one of gelu_new, gelu_pytorch_tanh, gelu",
-            "'relu'",
+            "one of gelu_new, gelu_fast, gelu_pytorch_tanh, gelu, relu",
+            "'tanh'",
         ),
         (
             GPT2 | {"add_cross_attention": True},

@@ -120,7 +120,7 @@ def _mixtral(spec: ModelSpec) -> dict[str, Any]:
 def _qwen3_moe(spec: ModelSpec) -> dict[str, Any]:
     assert spec.experts is not None
     width = {"moe_intermediate_size": spec.experts.ffn_hidden_size}
-    return _rotary(spec) | width | _routed(spec, "num_experts")
+    return _rotary(spec) | width | {"decoder_sparse_step": spec.experts.every} | _routed(spec, "num_experts")
 
 
 def _gpt_oss(spec: ModelSpec) -> dict[str, Any]:
@@ -267,6 +267,29 @@ def test_the_chain_of_layers() -> None:
     assert spec.layer_parameters("dense") == spec.block_parameters
 
 
+def test_experts_in_every_second_layer_after_the_first_dense_ones() -> None:
+    experts = Experts(number=4, top_k=2, ffn_hidden_size=8, dense_layers=1, every=2)
+    spec = tiny_llama(layers=6, experts=experts)
+    assert [experts.in_layer(i) for i in range(6)] == [False, False, True, False, True, False]
+    assert spec.segments == (
+        *(Segment("dense", 2), Segment("experts", 1), Segment("dense", 1), Segment("experts", 1), Segment("dense", 1)),
+    )
+    chain = 4 * spec.layer_parameters("dense") + 2 * spec.layer_parameters("experts")
+    assert spec.parameters == spec.embedding_parameters + chain + spec.head_parameters
+    assert spec.parameters - spec.active_parameters == 2 * (4 - 2) * 3 * 32 * 8  # layers, idle experts, matrices
+
+
+def test_how_the_routers_differ() -> None:
+    parts = {name: resolve_model(name).experts for name in ACTIVE_PARAMETERS}
+    routers = {
+        name: (part.normalize_top_k, part.router_scale, part.groups, part.top_groups)
+        for name, part in parts.items()
+        if part is not None
+    }
+    plain = dict.fromkeys(ACTIVE_PARAMETERS, (True, 1.0, 1, 1))
+    assert routers == plain | {"deepseek-v2": (False, 16.0, 8, 3), "deepseek-v3": (True, 2.5, 8, 4)}
+
+
 def test_a_selection_bias_is_a_buffer_and_counts_nowhere() -> None:
     spec = replace(resolve_model("deepseek-v3"), layers=5)  # 3 of them dense
     with torch.device("meta"):
@@ -349,6 +372,11 @@ TINY = [
     tiny_llama(family="mistral", layers=2, sliding_window=SlidingWindow(length=64)),
     tiny_mixture(),
     tiny_mixture("qwen3_moe", qk_norm=True),
+    replace(
+        tiny_mixture("qwen3_moe", qk_norm=True, ffn_hidden_size=40),
+        layers=5,
+        experts=Experts(number=3, top_k=2, ffn_hidden_size=24, every=2),
+    ),
     tiny_deepseek("deepseek_v3"),
     tiny_deepseek("deepseek_v2"),
     tiny_deepseek("deepseek_v2", q_lora_rank=None),
@@ -412,13 +440,15 @@ def test_a_model_survives_a_plan_file(spec: ModelSpec) -> None:
 def test_a_file_from_before_these_keys_is_the_same_model() -> None:
     keys = [*tiny_llama().to_dict()]
     newer = keys[keys.index("tied_embeddings") + 1 :]
-    assert len(newer) == 15
+    assert len(newer) == 16
     old = {key: value for key, value in tiny_gpt2().to_dict().items() if key not in newer}
     assert ModelSpec.from_dict(Reader(old, source="m.yaml")) == tiny_gpt2()
 
 
 EXPERTS = {"number": 8, "top_k": 2, "ffn_hidden_size": 64}
 MLA = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+YARN = {"kind": "yarn", "factor": 4.0}
+LLAMA3 = {"factor": 8, "low_frequency_factor": 1, "high_frequency_factor": 4, "original_max_positions": 16}
 OWN_HEADS = {"kv_heads": 4, "latent_attention": MLA}
 
 
@@ -429,6 +459,43 @@ OWN_HEADS = {"kv_heads": 4, "latent_attention": MLA}
         ({"experts": EXPERTS | {"number": 1}}, "experts.number", "a whole number >= 2", "1"),
         ({"experts": EXPERTS | {"top_k": 9}}, "experts.top_k", "at most number = 8", "9"),
         ({"experts": EXPERTS | {"dense_layers": 4}}, "experts.dense_layers", "fewer than layers = 4", "4"),
+        ({"experts": EXPERTS | {"every": 0}}, "experts.every", "a whole number >= 1", "0"),
+        (
+            {"experts": EXPERTS | {"dense_layers": 1, "every": 4}},
+            "experts.every",
+            "at most the 3 layers after the first dense ones",
+            "4",
+        ),
+        ({"experts": EXPERTS | {"groups": 3}}, "experts.groups", "a divisor of number = 8", "3"),
+        ({"experts": EXPERTS | {"groups": 4, "top_groups": 5}}, "experts.top_groups", "at most groups = 4", "5"),
+        (
+            {"experts": EXPERTS | {"groups": 4, "top_k": 3}},
+            "experts.top_k",
+            "at most the 2 experts of top_groups = 1",
+            "3",
+        ),
+        ({"experts": EXPERTS | {"router_scale": 0}}, "experts.router_scale", "a finite number > 0", "0"),
+        ({"experts": EXPERTS | {"normalize_top_k": 1}}, "experts.normalize_top_k", "true or false", "1"),
+        (
+            {"rope_stretch": YARN | {"kind": "ntk"}},
+            "rope_stretch.kind",
+            "one of yarn, linear, dynamic, longrope",
+            "'ntk'",
+        ),
+        ({"rope_stretch": YARN | {"factor": 0}}, "rope_stretch.factor", "a finite number > 0", "0"),
+        (
+            {"rope_stretch": YARN | {"original_max_positions": 0}},
+            "rope_stretch.original_max_positions",
+            "a whole number >= 1",
+            "0",
+        ),
+        ({"rope_stretch": YARN, "positions": "learned"}, "rope_stretch", "none, since positions = learned", "'yarn'"),
+        (
+            {"rope_stretch": YARN, "rope_scaling": LLAMA3},
+            "rope_stretch",
+            "none, since there is a rope_scaling",
+            "'yarn'",
+        ),
         (
             {"experts": EXPERTS | {"shared_ffn_hidden_size": 4}},
             "experts.shared_ffn_hidden_size",
@@ -484,7 +551,10 @@ def test_an_unknown_key_of_a_part_is_named() -> None:
 
 
 def test_every_feature_has_its_row_in_the_table() -> None:
-    assert {feature for name in UNTRAINED for feature in resolve_model(name).features} == set(FEATURES)
+    stretches = {"linearly stretched positions", "dynamically stretched positions", "LongRoPE positions"}
+    used = {feature for name in UNTRAINED for feature in resolve_model(name).features}
+    assert used | stretches == set(FEATURES)  # of the catalogue's models no one uses these
+    assert not used & stretches
 
 
 def test_what_meshwright_trains_has_no_features() -> None:
@@ -500,7 +570,10 @@ def test_what_meshwright_trains_has_no_features() -> None:
 
 REFUSALS = {
     "mixtral-8x7b": ("meshwright cannot train experts yet", "Megatron-LM trains mixtral-8x7b"),
-    "deepseek-v3": ("meshwright cannot train experts and latent attention yet", "Megatron-LM trains deepseek-v3"),
+    "deepseek-v3": (
+        "meshwright cannot train experts, latent attention and YaRN positions yet",
+        "Megatron-LM trains deepseek-v3",
+    ),
     "bert-large": (
         "meshwright cannot train bidirectional attention, post-norm layers, token types, output transform, "
         "output bias and next-sentence head yet",

@@ -20,9 +20,10 @@ SCALING = RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_facto
 LLAMA = tiny_llama()
 LLAMA_SCALED = replace(LLAMA, name="tiny-llama-3.1", rope_scaling=SCALING, rope_theta=50.0)
 QWEN2 = tiny_llama(name="tiny-qwen2", family="qwen2", qkv_bias=True, tied_embeddings=True, rope_theta=1e6)
+MISTRAL = tiny_llama(name="tiny-mistral", family="mistral", rope_theta=1e6)  # of version 0.2 on: no window
 GPT2 = tiny_gpt2(max_positions=40)
 GELU = tiny_llama(name="tiny-gelu", activation="gelu", mlp_bias=True, head_dim=16)
-MODELS = {model.name: model for model in (LLAMA, LLAMA_SCALED, QWEN2, GPT2, GELU)}
+MODELS = {model.name: model for model in (LLAMA, LLAMA_SCALED, QWEN2, MISTRAL, GPT2, GELU)}
 
 
 def whole(model: ModelSpec) -> Stage:
@@ -69,7 +70,8 @@ def hugging_face(model: ModelSpec) -> Any:
                 "high_freq_factor": model.rope_scaling.high_frequency_factor,
                 "original_max_position_embeddings": model.rope_scaling.original_max_positions,
             }
-        kind = {"llama": "Llama", "qwen2": "Qwen2"}[model.family]
+        kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[model.family]
+        window = {"sliding_window": None} if model.family == "mistral" else {}
         config = getattr(transformers, f"{kind}Config")(
             vocab_size=model.vocab_size,
             hidden_size=model.hidden_size,
@@ -81,6 +83,7 @@ def hugging_face(model: ModelSpec) -> Any:
             rms_norm_eps=model.norm_epsilon,
             rope_parameters=rope,
             tie_word_embeddings=model.tied_embeddings,
+            **window,
         )
         built = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
@@ -100,7 +103,7 @@ def loaded(model: ModelSpec, tensors: dict[str, torch.Tensor]) -> Chunk:
     return chunk
 
 
-@pytest.mark.parametrize("model", [LLAMA, LLAMA_SCALED, QWEN2, GPT2], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [LLAMA, LLAMA_SCALED, QWEN2, MISTRAL, GPT2], ids=lambda model: model.name)
 def test_logits_equal_transformers(model: ModelSpec) -> None:
     theirs = hugging_face(model)
     ids = torch.randint(0, model.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,519 @@
+"""The families that read_hf_config knows, against transformers' config and model classes and the catalogue."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+from planner.layout import missing_features
+from profiles.attention_spec import RopeStretch, SlidingWindow
+from profiles.catalogue import resolve_model
+from profiles.hf_config import read_hf_config
+from profiles.input_error import InputError
+from profiles.model import ModelSpec, Segment
+from profiles.store import Reader
+
+CONFIGS = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "gpt2": "GPT2",
+    "gpt_neox": "GPTNeoX",
+    "gpt_oss": "GptOss",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
+
+YARN_40 = {"type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
+LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_4096 = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+
+# The catalogue's model -> what its released config.json says of the architecture, in that file's own keys.
+RELEASED: dict[str, dict[str, Any]] = {
+    "mistral-7b": {
+        **{"model_type": "mistral", "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000},
+        **_4096,
+        **{"max_position_embeddings": 32768, "rope_theta": 10000.0, "sliding_window": 4096},
+    },
+    "qwen3-8b": {
+        **{"model_type": "qwen3", "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936},
+        **{"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+        **{"max_position_embeddings": 40960, "rope_theta": 1000000, "rope_scaling": None, "attention_bias": False},
+        **{"use_sliding_window": False, "sliding_window": None, "max_window_layers": 36},
+    },
+    "gpt-neox-20b": {
+        **{"model_type": "gpt_neox", "hidden_act": "gelu_fast", "hidden_size": 6144, "intermediate_size": 24576},
+        **{"num_hidden_layers": 44, "num_attention_heads": 64, "vocab_size": 50432, "layer_norm_eps": 1e-05},
+        **{"max_position_embeddings": 2048, "rotary_emb_base": 10000, "rotary_pct": 0.25},
+    },
+    "mixtral-8x7b": {
+        **{"model_type": "mixtral", "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000},
+        **_4096,
+        **{"max_position_embeddings": 32768, "rope_theta": 1000000.0, "sliding_window": None},
+        **{"num_local_experts": 8, "num_experts_per_tok": 2},
+    },
+    "qwen3-30b-a3b": {
+        **{"model_type": "qwen3_moe", "intermediate_size": 6144, "num_hidden_layers": 48, "vocab_size": 151936},
+        **{"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
+        **{"max_position_embeddings": 40960, "rope_theta": 1000000.0, "rope_scaling": None, "sliding_window": None},
+        **{"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "norm_topk_prob": True},
+        **{"num_experts": 128, "num_experts_per_tok": 8, "use_sliding_window": False, "max_window_layers": 48},
+    },
+    "deepseek-v2": {
+        **{"model_type": "deepseek_v2", "hidden_size": 5120, "intermediate_size": 12288, "num_hidden_layers": 60},
+        **{"num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 102400, "rope_theta": 10000},
+        **LATENT,
+        **{"max_position_embeddings": 163840, "rope_scaling": YARN_40 | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+        **{"moe_layer_freq": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 1536, "norm_topk_prob": False},
+        **{"n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6, "scoring_func": "softmax"},
+        **{"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3, "routed_scaling_factor": 16.0},
+    },
+    "deepseek-v3": {
+        **{"model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61},
+        **{"num_attention_heads": 128, "num_key_value_heads": 128, "vocab_size": 129280, "rope_theta": 10000},
+        **LATENT,
+        **{"max_position_embeddings": 163840, "rope_scaling": YARN_40 | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+        **{"moe_layer_freq": 1, "first_k_dense_replace": 3, "moe_intermediate_size": 2048, "norm_topk_prob": True},
+        **{"n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "scoring_func": "sigmoid"},
+        **{"topk_method": "noaux_tc", "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5},
+        **{"num_nextn_predict_layers": 1},
+    },
+    "gpt-oss-120b": {
+        **{"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36},
+        **{"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201088},
+        **{"attention_bias": True, "max_position_embeddings": 131072, "rope_theta": 150000, "rms_norm_eps": 1e-05},
+        "rope_scaling": {
+            **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            "original_max_position_embeddings": 4096,
+        },
+        **{"num_local_experts": 128, "num_experts_per_tok": 4, "sliding_window": 128, "swiglu_limit": 7.0},
+        "layer_types": ["sliding_attention", "full_attention"] * 18,
+    },
+}
+
+
+def transformers_class(family: str, suffix: str) -> Any:
+    return getattr(transformers, CONFIGS[family] + suffix)
+
+
+def config_of(document: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' own config object of a config.json, which is left as it is."""
+    document = json.loads(json.dumps(document))
+    return transformers_class(document.pop("model_type"), "Config").from_dict(document)
+
+
+def meta_model(config: PreTrainedConfig) -> Any:
+    with torch.device("meta"):
+        return transformers_class(config.model_type, "ForCausalLM" if config.model_type != "gpt2" else "LMHeadModel")(
+            config
+        )
+
+
+def parameters_of(config: PreTrainedConfig) -> int:
+    return sum(parameter.numel() for parameter in meta_model(config).parameters())
+
+
+def read(folder: Path, document: dict[str, Any]) -> ModelSpec:
+    path = folder / "small.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return read_hf_config(path)
+
+
+def read_saved(folder: Path, config: PreTrainedConfig) -> ModelSpec:
+    """The spec of the config.json that transformers itself writes."""
+    config.save_pretrained(folder / "small")
+    return read_hf_config(folder / "small")
+
+
+# ---- released models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_config_is_the_catalogues_model_and_transformers(tmp_path: Path, name: str) -> None:
+    document = RELEASED[name]
+    spec, config = read(tmp_path, document), config_of(document)
+    assert replace(spec, name=name) == resolve_model(name)
+    assert read_saved(tmp_path, config) == spec
+    assert spec.parameters == parameters_of(config)
+
+
+def test_every_family_that_is_read_is_tested_here(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, {"model_type": "?"})
+    assert caught.value.expected == "one of " + ", ".join(CONFIGS)
+    assert {document["model_type"] for document in RELEASED.values()} == {*CONFIGS} - {"gpt2", "llama", "qwen2"}
+
+
+# ---- defaults --------------------------------------------------------------------------------------------
+
+TOP_K = {"deepseek_v2": {"num_experts_per_tok": 6}}  # it has no default that a model can be built with
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_missing_keys_take_the_defaults_of_transformers(tmp_path: Path, family: str) -> None:
+    """A file that says nothing is the file with every key that transformers writes."""
+    given = TOP_K.get(family, {})
+    config = transformers_class(family, "Config")(**given)
+    spec = read(tmp_path, {"model_type": family} | given)
+    assert spec == read_saved(tmp_path, config)
+    assert spec.parameters == parameters_of(config)
+
+
+def test_deepseek_v2_must_say_how_many_experts_a_token_takes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the key num_experts_per_tok is missing"):
+        read(tmp_path, {"model_type": "deepseek_v2"})
+
+
+# ---- variants --------------------------------------------------------------------------------------------
+
+SMALL = {
+    **{"hidden_size": 96, "intermediate_size": 200, "num_hidden_layers": 6, "num_attention_heads": 6},
+    **{"num_key_value_heads": 2, "vocab_size": 77, "max_position_embeddings": 128},
+}
+OWN_KEYS = SMALL | {"num_key_value_heads": 6}
+NEOX = {"model_type": "gpt_neox"} | {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
+MISTRAL = SMALL | {"model_type": "mistral"}
+QWEN2 = SMALL | {"model_type": "qwen2"}
+QWEN3 = SMALL | {"model_type": "qwen3"}
+MIXTRAL = SMALL | {"model_type": "mixtral", "num_local_experts": 4}
+QWEN3_MOE = SMALL | FEW | {"model_type": "qwen3_moe", "num_experts": 8}
+GPT_OSS = SMALL | {"model_type": "gpt_oss", "num_local_experts": 8, "num_experts_per_tok": 2}
+TINY_LATENT = {"q_lora_rank": 24, "kv_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 7}
+V2 = OWN_KEYS | FEW | TINY_LATENT | {"model_type": "deepseek_v2", "n_routed_experts": 16}
+V3 = OWN_KEYS | FEW | TINY_LATENT | {"model_type": "deepseek_v3", "n_routed_experts": 16}
+LIMITED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+LONG = {"rope_type": "longrope", "long_factor": [1.0] * 8, "short_factor": [1.0] * 8}
+SLIDE, ATTEND = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        MISTRAL,
+        MISTRAL | {"sliding_window": None, "tie_word_embeddings": True, "head_dim": 20},
+        QWEN2 | {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 32},
+        QWEN3,
+        QWEN3 | {"attention_bias": True, "head_dim": 40},
+        QWEN3 | {"use_sliding_window": True, "max_window_layers": 9},
+        NEOX,
+        NEOX | {"attention_bias": False, "use_parallel_residual": False, "rotary_pct": 1.0},
+        NEOX | {"hidden_act": "relu", "tie_word_embeddings": True, "rotary_emb_base": 500.0},
+        MIXTRAL | {"sliding_window": 32, "head_dim": 20},
+        QWEN3_MOE,
+        QWEN3_MOE | {"attention_bias": True, "norm_topk_prob": True, "head_dim": 20},
+        QWEN3_MOE | {"decoder_sparse_step": 2},
+        QWEN3_MOE | {"decoder_sparse_step": 4},
+        QWEN3_MOE | {"mlp_only_layers": [1, 0]},
+        QWEN3_MOE | {"mlp_only_layers": [0, 1, 2], "decoder_sparse_step": 2},
+        QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 32},
+        GPT_OSS,
+        GPT_OSS | {"attention_bias": False, "num_hidden_layers": 5},
+        GPT_OSS | {"layer_types": [ATTEND] * 6},
+        GPT_OSS | {"layer_types": [SLIDE, SLIDE, ATTEND] * 2, "sliding_window": 9},
+        V2,
+        V2 | {"first_k_dense_replace": 2, "q_lora_rank": None, "n_shared_experts": 1, "num_key_value_heads": None},
+        V2 | LIMITED | {"routed_scaling_factor": 16.0, "tie_word_embeddings": True},
+        V3,
+        V3 | {"first_k_dense_replace": 0, "n_group": 4, "topk_group": 1, "norm_topk_prob": False},
+        MISTRAL | {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 7.0}},
+        MISTRAL | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        QWEN3 | {"head_dim": 16, "rope_scaling": LONG | {"original_max_position_embeddings": 64}},
+        GPT_OSS | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    ],
+)
+def test_a_small_config_as_transformers_reads_builds_and_writes_it(tmp_path: Path, document: dict[str, Any]) -> None:
+    spec, config = read(tmp_path, document), config_of(document)
+    assert read_saved(tmp_path, config) == spec
+    model = meta_model(config)
+    assert spec.parameters == sum(parameter.numel() for parameter in model.parameters())
+    if spec.experts is not None:
+        blocks = [any("experts" in name for name, _ in block.named_modules()) for block in model.model.layers]
+        assert blocks == [spec.experts.in_layer(i) for i in range(spec.layers)]
+    assert ModelSpec.from_dict(Reader(spec.to_dict(), source="plan.yaml")) == spec
+
+
+def test_a_share_of_a_head_in_the_mapping_outranks_the_one_beside_it(tmp_path: Path) -> None:
+    document = NEOX | {"rotary_pct": 0.3, "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 3.0}}
+    spec = read(tmp_path, document)
+    assert (spec.rotary_fraction, spec.rope_theta) == (0.5, 3.0)
+    assert (config_of(document).rope_parameters or {})["partial_rotary_factor"] == 0.5
+
+
+def test_every_second_layer_has_experts(tmp_path: Path) -> None:
+    spec = read(tmp_path, QWEN3_MOE | {"decoder_sparse_step": 3, "num_hidden_layers": 7})
+    runs = (Segment("dense", 2), Segment("experts", 1), Segment("dense", 2), Segment("experts", 1), Segment("dense", 1))
+    assert spec.segments == runs
+    assert spec.ffn_hidden_size == 200
+    assert read(tmp_path, QWEN3_MOE).ffn_hidden_size == 40  # no layer is dense
+
+
+@pytest.mark.parametrize(
+    ("document", "window"),
+    [
+        (MISTRAL, SlidingWindow(length=4096)),
+        (MISTRAL | {"sliding_window": None}, None),
+        (MISTRAL | {"layer_types": [SLIDE] * 6}, SlidingWindow(length=4096)),
+        (MIXTRAL, None),
+        (MIXTRAL | {"sliding_window": 32}, SlidingWindow(length=32)),
+        (QWEN3 | {"sliding_window": 32}, None),
+        (QWEN3 | {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 6}, None),
+        (QWEN3 | {"use_sliding_window": True, "max_window_layers": 0}, SlidingWindow(length=4096)),
+        (
+            QWEN3 | {"use_sliding_window": True, "layer_types": [SLIDE, ATTEND] * 3},
+            SlidingWindow(length=4096, full_every=2),
+        ),
+        (QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 32}, SlidingWindow(length=32)),
+        (GPT_OSS, SlidingWindow(length=128, full_every=2)),
+        (GPT_OSS | {"layer_types": [SLIDE, SLIDE, ATTEND] * 2}, SlidingWindow(length=128, full_every=3)),
+        (GPT_OSS | {"layer_types": [ATTEND] * 6, "sliding_window": None}, None),
+    ],
+)
+def test_which_layers_have_the_window(tmp_path: Path, document: dict[str, Any], window: SlidingWindow | None) -> None:
+    assert read(tmp_path, document).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    ("rope", "stretch", "feature"),
+    [
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            RopeStretch(kind="yarn", factor=4.0, original_max_positions=32),
+            "YaRN positions",
+        ),
+        (
+            {"type": "yarn", "factor": None, "original_max_position_embeddings": 32, "attention_factor": None},
+            RopeStretch(kind="yarn", factor=4.0, original_max_positions=32),
+            "YaRN positions",
+        ),
+        (
+            {"rope_type": "yarn", "factor": 2.0},
+            RopeStretch(kind="yarn", factor=2.0, original_max_positions=128),
+            "YaRN positions",
+        ),
+        ({"type": "linear", "factor": 3.0}, RopeStretch(kind="linear", factor=3.0), "linearly stretched positions"),
+        (
+            {"type": "dynamic", "factor": 3.0},
+            RopeStretch(kind="dynamic", factor=3.0, original_max_positions=128),
+            "dynamically stretched positions",
+        ),
+        (
+            LONG | {"original_max_position_embeddings": 64},
+            RopeStretch(kind="longrope", factor=2.0, original_max_positions=64),
+            "LongRoPE positions",
+        ),
+        (
+            LONG | {"original_max_position_embeddings": 64, "factor": 3.0},
+            RopeStretch(kind="longrope", factor=3.0, original_max_positions=64),
+            "LongRoPE positions",
+        ),
+    ],
+)
+def test_a_stretch_is_read_named_and_changes_no_count(
+    tmp_path: Path, rope: dict[str, Any], stretch: RopeStretch, feature: str
+) -> None:
+    plain = SMALL | {"model_type": "llama"}
+    spec = read(tmp_path, plain | {"rope_scaling": rope})
+    assert spec.rope_stretch == stretch
+    assert missing_features(spec, "meshwright") == (feature,)
+    assert missing_features(spec, "megatron") == ((feature,) if stretch.kind in ("dynamic", "longrope") else ())
+    assert replace(spec, rope_stretch=None) == read(tmp_path, plain)
+    assert spec.step_flops(2, 64) == read(tmp_path, plain).step_flops(2, 64)
+
+
+def test_gpt_oss_without_a_word_on_rope_is_stretched_and_with_one_is_not(tmp_path: Path) -> None:
+    assert read(tmp_path, GPT_OSS).rope_stretch == RopeStretch(kind="yarn", factor=32.0, original_max_positions=4096)
+    for rope in ({}, {"rope_type": "default"}):
+        document = GPT_OSS | {"rope_parameters": rope}
+        assert read(tmp_path, document).rope_stretch is None
+        assert (config_of(document).rope_parameters or {})["rope_type"] == "default"
+
+
+def test_what_meshwright_does_not_train_is_named(tmp_path: Path) -> None:
+    missing = {name: missing_features(read(tmp_path, document), "meshwright") for name, document in RELEASED.items()}
+    assert missing == {
+        "mistral-7b": ("sliding-window attention",),
+        "qwen3-8b": ("QK norm",),
+        "gpt-neox-20b": ("partial rotary positions", "parallel residuals"),
+        "mixtral-8x7b": ("experts",),
+        "qwen3-30b-a3b": ("experts", "QK norm"),
+        "deepseek-v2": ("experts", "latent attention", "YaRN positions"),
+        "deepseek-v3": ("experts", "latent attention", "YaRN positions"),
+        "gpt-oss-120b": (
+            *("experts", "sliding-window attention", "attention sinks", "YaRN positions", "clamped SwiGLU"),
+        ),
+    }
+    assert missing_features(read(tmp_path, MISTRAL | {"sliding_window": None}), "meshwright") == ()
+
+
+# ---- what is refused -------------------------------------------------------------------------------------
+
+EACH = f"a list of 6 entries, each {ATTEND} or {SLIDE}"
+EVERY_NTH = "full attention in every n-th layer and a window in all others: nothing else is planned here"
+FIRST = "the first layers alone: dense ones after the first with experts are not planned here"
+ONLY = "nothing else is planned or trained here"
+
+
+@pytest.mark.parametrize(
+    ("document", "key", "expected", "got"),
+    [
+        (MISTRAL | {"sliding_window": 0}, "sliding_window", "a whole number >= 1", "0"),
+        (
+            MISTRAL | {"layer_types": [ATTEND] * 6},
+            "layer_types",
+            f"{SLIDE} in every layer, as sliding_window has it",
+            str([ATTEND] * 6),
+        ),
+        (MIXTRAL | {"layer_types": [ATTEND]}, "layer_types", EACH, str([ATTEND])),
+        (QWEN3 | {"head_dim": None, "hidden_size": 100}, "num_attention_heads", None, "6"),
+        (QWEN3 | {"head_dim": 15}, "head_dim", "an even number, since RoPE turns pairs", "15"),
+        (
+            QWEN3 | {"use_sliding_window": True, "max_window_layers": 2},
+            "max_window_layers",
+            "0 or at least num_hidden_layers = 6: a window in the last layers alone is not planned here",
+            "2",
+        ),
+        (
+            QWEN3 | {"use_sliding_window": True, "layer_types": [ATTEND, *[SLIDE] * 5]},
+            "layer_types",
+            EVERY_NTH,
+            None,
+        ),
+        (QWEN3 | {"layer_types": "all"}, "layer_types", EACH, "'all'"),
+        (QWEN3_MOE | {"layer_types": ["chunked_attention"] * 6}, "layer_types", EACH, None),
+        (GPT_OSS | {"layer_types": [SLIDE, SLIDE, ATTEND, SLIDE, ATTEND, ATTEND]}, "layer_types", EVERY_NTH, None),
+        (
+            GPT_OSS | {"sliding_window": None},
+            "layer_types",
+            f"{ATTEND} in every layer, since there is no sliding window",
+            None,
+        ),
+        (GPT_OSS | {"swiglu_limit": 5.0}, "swiglu_limit", f"7.0: {ONLY}", "5.0"),
+        (GPT_OSS | {"swiglu_alpha": 1.0}, "swiglu_alpha", f"1.702: {ONLY}", "1.0"),
+        (NEOX | {"hidden_size": 100}, "num_attention_heads", "a divisor of hidden_size = 100", "6"),
+        (
+            NEOX | {"hidden_act": "silu"},
+            "hidden_act",
+            "one of gelu_new, gelu_fast, gelu_pytorch_tanh, gelu, relu",
+            "'silu'",
+        ),
+        (
+            NEOX | {"rotary_pct": 0.3},
+            "rotary_pct",
+            "a share that is an even number of the 16 elements of a head, since RoPE turns pairs",
+            "0.3",
+        ),
+        (
+            NEOX | {"rope_parameters": {"partial_rotary_factor": 1.5}},
+            "rope_parameters.partial_rotary_factor",
+            "a share that is an even number of the 16 elements of a head, since RoPE turns pairs",
+            "1.5",
+        ),
+        (NEOX | {"rope_parameters": {"rope_theta": 3.0}, "rotary_pct": 2.0}, "rotary_pct", None, "2.0"),
+        (NEOX | {"rotary_pct": 0}, "rotary_pct", "a finite number > 0", "0"),
+        (MIXTRAL | {"num_local_experts": 1}, "num_local_experts", "a whole number >= 2", "1"),
+        (MIXTRAL | {"num_experts": 5}, "num_experts", "the same as num_local_experts = 4, its other name", "5"),
+        (
+            MIXTRAL | {"num_experts_per_tok": 5},
+            "num_experts_per_tok",
+            "at most the 4 experts that a token may choose from",
+            "5",
+        ),
+        (QWEN3_MOE | {"num_experts": 0}, "num_experts", "a whole number >= 2", "0"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step", "a whole number >= 1", "0"),
+        (QWEN3_MOE | {"decoder_sparse_step": 7}, "decoder_sparse_step", "at least one of 6 layers with experts", "7"),
+        (
+            QWEN3_MOE | {"mlp_only_layers": [0, 1, 2, 3, 4, 5]},
+            "mlp_only_layers",
+            "at least one of 6 layers with experts",
+            "[0, 1, 2, 3, 4, 5]",
+        ),
+        (QWEN3_MOE | {"mlp_only_layers": [5]}, "mlp_only_layers", FIRST, "[5]"),
+        (QWEN3_MOE | {"mlp_only_layers": [0, 3]}, "mlp_only_layers", FIRST, "[0, 3]"),
+        (QWEN3_MOE | {"mlp_only_layers": 3}, "mlp_only_layers", "a list of whole numbers", "3"),
+        (V2 | {"norm_topk_prob": True}, "norm_topk_prob", None, "True"),
+        (V2 | {"scoring_func": "sigmoid"}, "scoring_func", None, "'sigmoid'"),
+        (V2 | {"mlp_bias": True}, "mlp_bias", f"false: {ONLY}", "True"),
+        (V2 | {"topk_method": "noaux_tc"}, "topk_method", "one of greedy, group_limited_greedy", "'noaux_tc'"),
+        (V2 | LIMITED | {"n_group": 5}, "n_group", "a divisor of n_routed_experts = 16", "5"),
+        (V2 | LIMITED | {"topk_group": 5}, "topk_group", "at most n_group = 4", "5"),
+        (
+            V2 | LIMITED | {"topk_group": 1, "num_experts_per_tok": 5},
+            "num_experts_per_tok",
+            "at most the 4 experts that a token may choose from",
+            "5",
+        ),
+        (V2 | LIMITED | {"n_group": None}, "n_group", "a whole number >= 1", "None"),
+        (
+            V2 | {"attention_bias": True},
+            "attention_bias",
+            "false: a bias within latent attention is not planned here",
+            "True",
+        ),
+        (
+            V2 | {"moe_layer_freq": 2},
+            "moe_layer_freq",
+            "1: transformers has experts in all layers after the first dense ones",
+            "2",
+        ),
+        (V2 | {"qk_rope_head_dim": 5}, "qk_rope_head_dim", "an even number, since RoPE turns pairs", "5"),
+        (V3 | {"scoring_func": "softmax"}, "scoring_func", None, "'softmax'"),
+        (V3 | {"topk_method": "greedy"}, "topk_method", None, "'greedy'"),
+        (V3 | {"first_k_dense_replace": 6}, "first_k_dense_replace", "fewer than num_hidden_layers = 6", "6"),
+        (V3 | {"first_k_dense_replace": None}, "first_k_dense_replace", "a whole number >= 0", "None"),
+        (
+            V3 | {"num_key_value_heads": 2},
+            "num_key_value_heads",
+            "num_attention_heads = 6: each head has keys of its own in latent attention",
+            "2",
+        ),
+        (V3 | {"q_lora_rank": 0}, "q_lora_rank", "a whole number >= 1", "0"),
+        (V3 | {"v_head_dim": None}, "v_head_dim", "a whole number >= 1", "None"),
+        (V3 | {"routed_scaling_factor": 0}, "routed_scaling_factor", "a finite number > 0", "0"),
+        (V3 | {"hidden_act": "gelu"}, "hidden_act", "one of silu, swish", "'gelu'"),
+        (
+            MISTRAL | {"rope_scaling": LONG | {"long_factor": 2.0}},
+            "rope_scaling.long_factor",
+            "a list of numbers",
+            "2.0",
+        ),
+        (
+            MISTRAL | {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": "many"}},
+            "rope_scaling.beta_fast",
+            "a finite number",
+            "'many'",
+        ),
+        (
+            MISTRAL | {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}},
+            "rope_scaling.truncate",
+            "true or false",
+            "1",
+        ),
+        (MISTRAL | {"partial_rotary_factor": 0.5}, "partial_rotary_factor", None, "0.5"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_key(
+    tmp_path: Path, document: dict[str, Any], key: str, expected: str | None, got: str | None
+) -> None:
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, document)
+    assert caught.value.where == f"{tmp_path / 'small.json'}: {key}"
+    assert expected in (None, caught.value.expected)
+    assert got in (None, caught.value.got)
+
+
+def test_a_stretch_says_by_how_much_and_has_no_key_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the key rope_scaling\.factor is missing"):
+        read(tmp_path, MISTRAL | {"rope_scaling": {"type": "yarn"}})
+    with pytest.raises(InputError, match=r"unknown key rope_scaling\.beta_fast"):
+        read(tmp_path, MISTRAL | {"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 32}})
