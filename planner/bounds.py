@@ -1,7 +1,7 @@
 """Closed-form lower bounds of a layout: seconds that no assignment can beat, and whether any can fit.
 
 [Note: The bound]
-Every path of the schedule is at most the step (`schedule.known_paths`). For stage s with n blocks, x of them
+Every path of the schedule is at most the step (`simulation.known_paths`). For stage s with n blocks, x of them
 recomputed, two paths hold whatever the other stages do:
 
     round trip   W + (M-1)·b_s(n) + late_s·f_s(n) + M·x·rec + (2(p-1) + blocked_s)·send + o_s(n)
@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .schedule import blocked_sends, late_forwards
+from .simulation import blocked_sends, late_forwards
 from .step_cost import LayoutCosts, StageCount
 
 ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less

@@ -1,264 +1,213 @@
-"""Pipeline schedules as action lists, and their event simulation: seconds, in-flight microbatches, critical path.
+"""Pipeline schedules as action lists, which of them torch can run, and what is in flight in them.
 
 [Note: Action lists]
-A schedule is one list of actions per pipeline rank. An action is written as torch writes it: stage, F or B,
-microbatch, so `1F0` is the forward of microbatch 0 on stage 1. The same lists give the in-flight counts
-(forwards done minus backwards done) and, with the point-to-point operations that torch issues around each
-action, the simulation.
+A schedule is one list of actions per pipeline rank. An action is written as torch writes it: stage, kind,
+microbatch, so `1F0` is the forward of microbatch 0 on stage 1. Kinds: F forward, B whole backward, or the two
+halves of it, I for the gradient of the stage's input and W for those of its weights. The same lists give the
+in-flight counts and the simulation (`simulation.py`).
 
-[Note: Blocking point-to-point]
-torch's GPipe and 1F1B run on the host: a receive is posted and waited for just before the action that needs
-it; in 1F1B's steady state the send of one direction and the receive of the other are one batch and both are
-waited for. A transfer starts when both sides have posted it. The simulation does the same.
+[Note: In flight]
+A microbatch is in flight on a stage from its forward to its backward. Where the backward is split it gives up
+most at I, and what W still needs at W. A rank with several chunks peaks for different sums of its chunks at
+different times, so its in-flight is a set of vectors, and its activation bytes are the largest of the sums
+Σ_c full[c]·held[c] + weight_only[c]·kept[c] over them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from . import schedule_orders as orders
+from .schedule_orders import Action
+
+__all__ = ["SPLIT_BACKWARD", "Action", "InFlight", "Pipeline", "action_lists", "in_flight", "why_illegal"]
+
+# They run a backward in two halves; recomputation does not go with that on torch.
+SPLIT_BACKWARD = ("zb1p", "zbv", "dualpipev")
+_ONE_CHUNK, _V_SHAPED = ("gpipe", "1f1b"), ("zbv", "dualpipev")
+_IN_ROUNDS = ("interleaved-1f1b", "zb1p")
 
 
 @dataclass(frozen=True, slots=True)
-class Action:
-    """One forward (F) or backward (B) of a microbatch on a stage."""
+class Pipeline:
+    """What fixes the action lists. `schedule` is one of `layout.SCHEDULES`, `chunks` the layout's virtual_stages."""
 
-    stage: int
-    kind: str
-    microbatch: int
+    schedule: str
+    ranks: int
+    chunks: int
+    microbatches: int
 
-    def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{self.microbatch}"
+    @property
+    def stages(self) -> int:
+        return self.ranks * self.chunks
 
+    def rank_of(self, stage: int) -> int:
+        """Stages go round the ranks, or in a V down and back up: stages 0 1 2 3 lie on ranks 0 1 0 1, or 0 1 1 0."""
+        if self.schedule in _V_SHAPED and stage >= self.ranks:
+            return 2 * self.ranks - 1 - stage
+        return stage % self.ranks
 
-def action_lists(schedule: str, stages: int, microbatches: int) -> list[list[Action]]:
-    """The actions of each rank, in order, for `gpipe` or `1f1b`."""
-    return [
-        [Action(stage, kind, microbatch) for kind, microbatch in _order(schedule, stage, stages, microbatches)]
-        for stage in range(stages)
-    ]
-
-
-def _order(schedule: str, stage: int, stages: int, microbatches: int) -> list[tuple[str, int]]:
-    if schedule == "gpipe":
-        return [(kind, i) for kind in "FB" for i in range(microbatches)]
-    assert schedule == "1f1b", schedule
-    # min(M, p - s) warm-up forwards, then one backward and one forward in turn (arXiv 2104.04473, fig. 4).
-    warmup = min(microbatches, stages - stage)
-    order = [("F", i) for i in range(warmup)]
-    for i in range(microbatches):
-        order.append(("B", i))
-        if warmup + i < microbatches:
-            order.append(("F", warmup + i))
-    return order
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The rank's stages from its first chunk to its last."""
+        if self.schedule in _V_SHAPED:
+            return rank, 2 * self.ranks - 1 - rank
+        return tuple(range(rank, self.stages, self.ranks))
 
 
-def in_flight(schedule: str, stages: int, microbatches: int) -> list[int]:
-    """The most microbatches whose forward is done and backward is not, per stage, read off the lists."""
-    steps = {"F": 1, "B": -1}
-    return [
-        max(accumulate(steps[kind] for kind, _ in _order(schedule, stage, stages, microbatches)))
-        for stage in range(stages)
-    ]
+def why_illegal(pipeline: Pipeline) -> str | None:
+    """Why torch refuses the schedule with these numbers, or None."""
+    schedule, ranks, chunks, count = pipeline.schedule, pipeline.ranks, pipeline.chunks, pipeline.microbatches
+    if schedule in _ONE_CHUNK and chunks != 1:
+        return f"{schedule} runs one chunk a pipeline rank, and virtual_stages={chunks}"
+    if schedule in _V_SHAPED and chunks != 2:
+        return f"{schedule} runs exactly 2 chunks a pipeline rank, and virtual_stages={chunks}"
+    if schedule == "1f1b" and count < ranks:
+        return (
+            f"1f1b with {count} microbatches and pp={ranks}: torch runs it only with at least as many microbatches "
+            f"as stages"
+        )
+    if schedule == "dualpipev" and count < 2 * ranks:
+        return (
+            f"dualpipev with {count} microbatches and pp={ranks}: it needs at least as many microbatches as its "
+            f"{2 * ranks} stages"
+        )
+    rounds = max(1, count // ranks)
+    if schedule in _IN_ROUNDS and count % rounds:
+        return (
+            f"{schedule} with {count} microbatches and pp={ranks} runs in {rounds} rounds, and {rounds} does not "
+            f"divide {count}"
+        )
+    return None
 
 
-@dataclass(frozen=True)
-class StageSeconds:
-    """Durations on one stage. `gather` adds to its first forward; `reduce` follows its last action."""
-
-    forward: float
-    backward: float
-    gather: float = 0.0
-    reduce: float = 0.0
+def action_lists(pipeline: Pipeline) -> tuple[tuple[Action, ...], ...]:
+    """The actions of each rank, in order."""
+    return tuple(tuple(_order(pipeline, rank)) for rank in range(pipeline.ranks))
 
 
-@dataclass(frozen=True)
-class Path:
-    """How often each duration lies on one path through a schedule: seconds = counts · durations.
+def _order(pipeline: Pipeline, rank: int) -> list[Action]:
+    ranks, chunks, count = pipeline.ranks, pipeline.chunks, pipeline.microbatches
+    match pipeline.schedule:
+        case "gpipe":
+            return orders.gpipe(rank, count)
+        case "1f1b":
+            return orders.one_forward_one_backward(rank, ranks, count)
+        case "interleaved-1f1b":
+            return orders.interleaved(rank, ranks, chunks, count)
+        case "looped-bfs":
+            return orders.looped_bfs(rank, ranks, chunks, count)
+        case "zb1p":
+            return orders.zb1p(rank, ranks, chunks, count)
+        case "zbv":
+            return orders.zbv(rank, ranks, count)
+        case "dualpipev":
+            return orders.dualpipev(rank, ranks, count)
+    raise AssertionError(pipeline.schedule)
 
-    Linear in the durations, so any path is a lower bound on the makespan of every assignment.
+
+# ---- in flight -----------------------------------------------------------------------------------------------
+
+
+class InFlight(NamedTuple):
+    """Microbatches in flight on a rank at one moment, per chunk from its first: `full` between the start of F and
+    the end of I or B, `weight_only` from then to the end of W."""
+
+    full: tuple[int, ...]
+    weight_only: tuple[int, ...]
+
+
+def in_flight(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+    """Per rank, moments of its list such that no weighted sum (weights >= 0) is larger at any other moment.
+
+    Of moments on a straight line its two ends are enough, and none is given that another one exceeds throughout.
     """
-
-    forward: tuple[int, ...]
-    backward: tuple[int, ...]
-    gather: tuple[int, ...]
-    reduce: tuple[int, ...]
-    sends: int
-
-    def seconds(self, stages: Sequence[StageSeconds], send_seconds: float) -> float:
-        total = self.sends * send_seconds
-        for i, stage in enumerate(stages):
-            total += self.forward[i] * stage.forward + self.backward[i] * stage.backward
-            total += self.gather[i] * stage.gather + self.reduce[i] * stage.reduce
-        return total
+    return _in_flight(_shortest(pipeline))
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """Seconds from the first action to the last reduction, and the path that took so long."""
-
-    seconds: float
-    critical_path: Path
-
-
-# Operations of a rank's program: run an action, post a send, or wait (posting what is not posted yet).
-_RUN, _POST, _WAIT = 0, 1, 2
-
-
-def _program(schedule: str, stage: int, stages: int, microbatches: int) -> list[tuple[int, list[tuple[str, int, int]]]]:
-    """What torch's schedule does on this rank; a transfer is (direction, sending stage, microbatch)."""
-    first, last = stage == 0, stage == stages - 1
-
-    def receive(kind: str, microbatch: int) -> list[tuple[str, int, int]]:
-        if kind == "F":
-            return [] if first else [("F", stage - 1, microbatch)]
-        return [] if last else [("B", stage + 1, microbatch)]
-
-    def send(kind: str, microbatch: int) -> list[tuple[str, int, int]]:
-        missing = last if kind == "F" else first
-        return [] if missing else [(kind, stage, microbatch)]
-
-    order = _order(schedule, stage, stages, microbatches)
-    program: list[tuple[int, list[tuple[str, int, int]]]] = []
-    if schedule == "gpipe":
-        for kind in "FB":
-            for i in range(microbatches):
-                program.append((_WAIT, receive(kind, i)))
-                program.append((_RUN, [(kind, stage, i)]))
-                program.append((_POST, send(kind, i)))
-            program += [(_WAIT, send(kind, i)) for i in range(microbatches)]
-        return program
-    warmup = min(microbatches, stages - stage)
-    cooldown = 2 * microbatches - warmup  # position of the first backward that no forward follows
-    held: list[tuple[str, int, int]] = []
-    fired: list[tuple[str, int, int]] = []
-    for position, (kind, i) in enumerate(order):
-        program.append((_WAIT, held + receive(kind, i)))
-        program.append((_RUN, [(kind, stage, i)]))
-        held = send(kind, i)
-        if position < warmup or position > cooldown:
-            program.append((_WAIT, fired))  # warm-up and cool-down look after the send before
-        if position < warmup - 1 or position >= cooldown:
-            program.append((_POST, held))
-            held, fired = [], held
-    program.append((_WAIT, fired))
-    return program
+def _shortest(pipeline: Pipeline) -> Pipeline:
+    """The fewest microbatches with the same vectors: between warm-up and cool-down the lists repeat themselves."""
+    ranks, count = pipeline.ranks, pipeline.microbatches
+    if pipeline.schedule in _IN_ROUNDS:
+        size = orders.round_size(ranks, count)
+        return replace(pipeline, microbatches=size * min(count // size, 3))
+    if pipeline.schedule in _V_SHAPED:
+        return replace(pipeline, microbatches=min(count, 2 * ranks + 1))
+    return pipeline
 
 
-def simulate(schedule: str, durations: Sequence[StageSeconds], microbatches: int, send_seconds: float) -> Simulation:
-    """Play the schedule's programs against each other; a transfer starts when both sides have posted it.
+@lru_cache(maxsize=1024)
+def _in_flight(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+    ranks, chunks, count = pipeline.ranks, pipeline.chunks, pipeline.microbatches
+    if pipeline.schedule in ("gpipe", "looped-bfs"):
+        return ((InFlight((count,) * chunks, (0,) * chunks),),) * ranks
+    if pipeline.schedule == "1f1b":
+        return tuple((InFlight((min(count, ranks - rank),), (0,)),) for rank in range(ranks))
+    moments = _moments_in_rounds if pipeline.schedule in _IN_ROUNDS else _moments_of_list
+    return tuple(_largest(moments(pipeline, rank)) for rank in range(ranks))
 
-    Args:
-        durations: one per stage, in seconds.
-        send_seconds: one message between neighbouring stages.
+
+def _moments_of_list(pipeline: Pipeline, rank: int) -> Iterator[InFlight]:
+    """What is in flight while each backward of the rank's list runs; during a forward it is never more than then."""
+    chunk_of = {stage: chunk for chunk, stage in enumerate(pipeline.stages_of(rank))}
+    full, weight_only = [0] * pipeline.chunks, [0] * pipeline.chunks
+    for action in _order(pipeline, rank):
+        for part in action.parts or (action,):
+            chunk = chunk_of[part.stage]
+            if part.kind == orders.FORWARD:
+                full[chunk] += 1
+                continue
+            yield InFlight(tuple(full), tuple(weight_only))
+            full[chunk] -= part.kind != orders.WEIGHT
+            weight_only[chunk] += (part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)
+
+
+def _moments_in_rounds(pipeline: Pipeline, rank: int) -> Iterator[InFlight]:
+    """The same without the list, for interleaved 1F1B and ZB1P, where the vectors change direction.
+
+    After w warm-up forwards, step j runs forward w+j and backward j and, in ZB1P, the weights of backward j-r. Per
+    chunk, n forwards in order are a sum of ramps in n that bend at multiples of G, so the vectors are linear in j but
+    where j, j+1, j-r or w+1+j is such a multiple, forwards run out or weights start.
     """
-    stages = len(durations)
-    times: list[float] = [0.0]
-    previous: list[int] = [-1]
-    labels: list[tuple[str, int] | None] = [None]
+    ranks, chunks, count = pipeline.ranks, pipeline.chunks, pipeline.microbatches
+    split, size, total = pipeline.schedule == "zb1p", orders.round_size(ranks, count), chunks * count
+    warmup = orders.warmup_forwards(rank, ranks, chunks, count, per_hop=1 if split else 2)
 
-    def event(time: float, before: int, label: tuple[str, int] | None) -> int:
-        times.append(time)
-        previous.append(before)
-        labels.append(label)
-        return len(times) - 1
+    def forwards(n: int) -> list[int]:
+        rounds, rest = divmod(n, chunks * size)
+        return [rounds * size + min(max(rest - chunk * size, 0), size) for chunk in range(chunks)]
 
-    programs = [_program(schedule, stage, stages, microbatches) for stage in range(stages)]
-    position = [0] * stages
-    now = [0] * stages  # each rank's latest event
-    posted: dict[tuple[str, int, int], tuple[int, int]] = {}  # transfer -> (poster, event), one side so far
-    ended: dict[tuple[str, int, int], int] = {}
-    ready = list(range(stages))
+    def moment(forward: int, inputs: int, weights: int) -> InFlight:
+        started, freed, gone = forwards(forward), forwards(inputs)[::-1], forwards(weights)[::-1]
+        full = tuple(a - b for a, b in zip(started, freed, strict=True))
+        return InFlight(full, tuple(a - b for a, b in zip(freed, gone, strict=True)))
 
-    def post(stage: int, transfer: tuple[str, int, int]) -> None:
-        other = posted.get(transfer)
-        if other is None:
-            posted[transfer] = (stage, now[stage])
-        elif other[0] != stage and transfer not in ended:
-            later = max(other[1], now[stage], key=times.__getitem__)
-            ended[transfer] = event(times[later] + send_seconds, later, ("P", 0))
-            ready.append(other[0])
-
-    while ready:
-        stage = ready.pop()
-        program, duration = programs[stage], durations[stage]
-        while position[stage] < len(program):
-            operation, items = program[position[stage]]
-            if operation == _RUN:
-                kind, _, microbatch = items[0]
-                seconds = duration.forward if kind == "F" else duration.backward
-                if kind == "F" and microbatch == 0 and duration.gather > 0:
-                    now[stage] = event(times[now[stage]] + duration.gather, now[stage], ("G", stage))
-                now[stage] = event(times[now[stage]] + seconds, now[stage], (kind, stage))
+    lag = rank if split else 0
+    bends = {0, lag, total - 1, total - 1 - warmup}
+    for offset in (0, -1, lag, -1 - warmup):
+        bends.update(range(offset % size, total, size))
+    for j in sorted(bends):
+        if 0 <= j < total:
+            forward = min(warmup + 1 + j, total)
+            if split:
+                yield moment(forward, j, max(0, j - lag))
+                yield moment(forward, j + 1, max(0, j - lag))
             else:
-                for transfer in items:
-                    post(stage, transfer)
-                if operation == _WAIT:
-                    if any(transfer not in ended for transfer in items):
-                        break
-                    for transfer in items:
-                        if times[ended[transfer]] > times[now[stage]]:
-                            now[stage] = ended[transfer]
-            position[stage] += 1
-    assert all(position[s] == len(programs[s]) for s in range(stages)), "the schedule deadlocks"
-    ends = [event(times[now[s]] + durations[s].reduce, now[s], ("R", s)) for s in range(stages)]
-    last = max(ends, key=times.__getitem__)
-    return Simulation(times[last], _trace(last, previous, labels, stages))
+                yield moment(forward, j, j)
 
 
-def _trace(last: int, previous: list[int], labels: list[tuple[str, int] | None], stages: int) -> Path:
-    counts = {kind: [0] * stages for kind in "FBGR"}
-    sends = 0
-    at = last
-    while at >= 0:
-        label = labels[at]
-        if label is not None:
-            if label[0] == "P":
-                sends += 1
-            else:
-                counts[label[0]][label[1]] += 1
-        at = previous[at]
-    return Path(tuple(counts["F"]), tuple(counts["B"]), tuple(counts["G"]), tuple(counts["R"]), sends)
-
-
-def blocked_sends(schedule: str, stage: int, stages: int, microbatches: int) -> int:
-    """Sends that the stage itself waits for in 1F1B's steady state, after its first backward; GPipe: none.
-
-    Each steady forward follows a fused wait for the gradient just sent up, each steady backward one for the
-    activation just sent down.
-    """
-    if schedule == "gpipe":
-        return 0
-    steady = microbatches - min(microbatches, stages - stage)
-    return steady * ((stage > 0) + (stage < stages - 1))
-
-
-def late_forwards(schedule: str, stage: int, stages: int, microbatches: int) -> int:
-    """Forwards that a stage runs after microbatch 0 has come down to it and gone all the way round."""
-    return microbatches - (min(microbatches, stages - stage) if schedule == "1f1b" else 1)
-
-
-def known_paths(schedule: str, stages: int, microbatches: int) -> list[Path]:
-    """Paths that every simulation of the schedule contains, three a stage: where the cuts start.
-
-    Through stage s: the first forward comes down to s, s works M microbatches, the last backward goes up.
-    Round trip: microbatch 0 goes all the way down and up to s, s does what it had not done before, and the
-    last backward goes up. Own work: as the first, but ending in the reduction of s.
-    """
-    paths = []
-    first = tuple(1 if i == 0 else 0 for i in range(stages))
-    for s in range(stages):
-        at_s = tuple(1 if i == s else 0 for i in range(stages))
-        blocked = blocked_sends(schedule, s, stages, microbatches)
-        through = tuple(1 if i < s else microbatches if i == s else 0 for i in range(stages))
-        own = tuple(microbatches if i == s else 0 for i in range(stages))
-        late = late_forwards(schedule, s, stages, microbatches)
-        forward = tuple(1 + late * at for at in at_s)
-        backward = tuple(microbatches if at else 1 for at in at_s)
-        down = tuple(1 if i <= s else 0 for i in range(stages))
-        paths.append(Path(through, through, down, first, 2 * s + blocked))
-        # GPipe's later microbatches find the weights below s gathered already.
-        round_trip = (1,) * stages if schedule == "1f1b" else down
-        paths.append(Path(forward, backward, round_trip, first, 2 * (stages - 1) + blocked))
-        paths.append(Path(through, own, down, at_s, s + blocked))
-    return paths
+def _largest(moments: Iterable[InFlight]) -> tuple[InFlight, ...]:
+    found: list[InFlight] = []
+    for moment in dict.fromkeys(moments):
+        mine = moment.full + moment.weight_only
+        if any(all(a <= b for a, b in zip(mine, other.full + other.weight_only, strict=True)) for other in found):
+            continue
+        found = [
+            other
+            for other in found
+            if not all(a <= b for a, b in zip(other.full + other.weight_only, mine, strict=True))
+        ]
+        found.append(moment)
+    return tuple(found)

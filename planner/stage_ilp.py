@@ -21,7 +21,7 @@ Subject to
   (goal)       Z <= just below the best simulated step so far                 better_than
 
 A schedule with given durations is max-plus: its makespan is the longest of its paths, each linear in n. So
-start from `schedule.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its
+start from `simulation.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its
 critical path as a cut. Each cut is violated by the answer it came from, so no answer returns unless it is
 best, and the loop ends when the relaxation's bound meets the best simulated step.
 
@@ -37,7 +37,8 @@ from dataclasses import dataclass, field
 import pulp
 
 from .part_seconds import PartSeconds
-from .schedule import Path, known_paths
+from .schedule import Pipeline
+from .simulation import Path, known_paths
 from .step_cost import LayoutCosts, StageCount
 
 MODES = ("none", "full")
@@ -165,7 +166,7 @@ class _Program:
         """Counts of 1 on most stages are written through the sum over all, which keeps the row short."""
         length = pulp.LpAffineExpression(constant=path.sends * self.costs.send_seconds / self.scale)
         for phase in PATH_PHASES:
-            times = getattr(path, phase)
+            times = path.backward_input if phase == "backward" else getattr(path, phase)
             base = 1 if times.count(1) > times.count(0) else 0
             length += base * self.whole[phase]
             for s, number in enumerate(times):
@@ -250,7 +251,7 @@ def solve_stages(
     program.durations()
     program.optimizer_of_slowest()
     program.not_below_bound(bound_seconds)
-    for path in known_paths(costs.layout.schedule, costs.layout.pp, costs.microbatches):
+    for path in known_paths(Pipeline(costs.layout.schedule, costs.layout.pp, 1, costs.microbatches)):
         program.longer_than_path(path)
     if best is not None:
         program.longer_than_path(costs.simulate(best).critical_path)

@@ -22,7 +22,8 @@ from .job import TrainingJob
 from .layout import Layout
 from .memory_cost import MemoryBytes, MemoryModel, PartMemory
 from .part_seconds import PartSeconds, Seconds
-from .schedule import Simulation, StageSeconds, in_flight, simulate
+from .schedule import Pipeline, in_flight
+from .simulation import Simulation, StageSeconds, simulate
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ class LayoutCosts:
             durations.append(
                 StageSeconds(
                     forward=cost.forward.total,
-                    backward=cost.backward.total + cost.recompute.total,
+                    backward_input=cost.backward.total + cost.recompute.total,
+                    backward_weight=0.0,
                     gather=cost.gather.total,
                     reduce=cost.reduce.total,
                 )
@@ -111,7 +113,8 @@ class LayoutCosts:
 
     def simulate(self, counts: Sequence[StageCount]) -> Simulation:
         """The step up to the last gradient reduction."""
-        return simulate(self.layout.schedule, self.durations(counts), self.microbatches, self.send_seconds)
+        pipeline = Pipeline(self.layout.schedule, self.layout.pp, 1, self.microbatches)
+        return simulate(pipeline, self.durations(counts), self.send_seconds)
 
     def step(self, counts: Sequence[StageCount]) -> float:
         """Seconds of the optimizer step under this assignment: the one objective of planner and brute force."""
@@ -159,7 +162,6 @@ class CostModel:
         self._comm = CommModel(cluster, hardware)
         self._devices_per_node = cluster.devices_per_node
         self._memory = MemoryModel(model, hardware, job.precision)
-        self._in_flight_cache: dict[tuple[str, int, int], tuple[int, ...]] = {}
         self._compute_cache: dict[tuple[int, bool, int], tuple[ComputeCost, ComputeCost, ComputeCost]] = {}
 
     def price(self, layout: Layout) -> LayoutCosts:
@@ -197,10 +199,8 @@ class CostModel:
     # ---- what layouts share ------------------------------------------------------------------------------
 
     def _in_flight(self, layout: Layout, microbatches: int) -> tuple[int, ...]:
-        key = (layout.schedule, layout.pp, microbatches)
-        if key not in self._in_flight_cache:
-            self._in_flight_cache[key] = tuple(in_flight(*key))
-        return self._in_flight_cache[key]
+        pipeline = Pipeline(layout.schedule, layout.pp, 1, microbatches)
+        return tuple(moment.full[0] for (moment,) in in_flight(pipeline))
 
     def _fixed_memory(self, layout: Layout, microbatches: int) -> tuple[MemoryBytes, ...]:
         """The stages between the first and the last hold the same."""
