@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from planner.schedule import StageSeconds
+from planner.simulation import StageSeconds
 
 Transfer = tuple[str, int, int]
 Step = tuple[str, float | list[Transfer]]
@@ -25,7 +25,7 @@ def _gpipe(rank: int, ranks: int, microbatches: int, seconds: StageSeconds) -> I
             yield "wait", receive
             if kind == "F" and i == 0:
                 yield "run", seconds.gather
-            yield "run", seconds.forward if kind == "F" else seconds.backward
+            yield "run", seconds.forward if kind == "F" else seconds.backward_input + seconds.backward_weight
             send = [(kind, rank, i)] if 0 <= downstream < ranks else []
             yield "post", send
             sends += send
@@ -64,7 +64,7 @@ def _one_forward_one_backward(rank: int, ranks: int, microbatches: int, seconds:
     while True:
         yield "post", sends + backward_receive(backwards)
         yield "wait", sends + backward_receive(backwards)
-        yield "run", seconds.backward
+        yield "run", seconds.backward_input + seconds.backward_weight
         sends = backward_send(backwards)
         backwards += 1
         if forwards == microbatches:
@@ -79,7 +79,7 @@ def _one_forward_one_backward(rank: int, ranks: int, microbatches: int, seconds:
     while backwards < microbatches:
         yield "post", backward_receive(backwards)
         yield "wait", backward_receive(backwards)
-        yield "run", seconds.backward
+        yield "run", seconds.backward_input + seconds.backward_weight
         yield "wait", send_work
         send_work = backward_send(backwards)
         yield "post", send_work

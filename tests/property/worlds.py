@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from planner.layout import Layout
 from planner.memory_cost import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
-from planner.schedule import in_flight
+from planner.schedule import Pipeline, in_flight
 from planner.search import Question
 from planner.step_cost import LayoutCosts
 from profiles.hardware import HardwareProfile
@@ -182,6 +182,6 @@ def layout_costs(draw: st.DrawFn) -> LayoutCosts:
         embedding_memory=draw(part_memories()),
         head_memory=draw(part_memories()),
         fixed_memory=(MemoryBytes(context=draw(_sizes)),) * stages,
-        in_flight=tuple(in_flight(schedule, stages, microbatches)),
+        in_flight=tuple(moment.full[0] for (moment,) in in_flight(Pipeline(schedule, stages, 1, microbatches))),
         allocator_slack=draw(st.sampled_from((0.0, 0.1))),
     )
