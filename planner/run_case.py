@@ -1,4 +1,4 @@
-"""A published run as the planner's question and its answer: model, cluster, job, layout, layers of each chunk, software.
+"""A published run as a case of the planner: model, cluster, job, layout, layers of each chunk, software.
 
 [Note: What a row does not state]
 A blank is filled by a rule that is the same for all rows, and the case lists it under `assumptions`:
@@ -74,6 +74,17 @@ class RunCase:
     def hardware(self) -> str:
         """The hardware profile's name."""
         return self.cluster.hardware
+
+    @property
+    def layout_stated(self) -> bool:
+        """Whether the row says all that the layout needs: no blank that would make a difference to it."""
+        run, layout = self.run, self.layout
+        needed = [run.recompute, run.micro_batch]
+        needed += [run.vpp] if layout.pp > 1 else []
+        needed += [run.sp] if layout.tp > 1 else []
+        if layout.dp * layout.cp > 1 and run.zero_stage is None:
+            needed.append(run.dist_opt)
+        return None not in needed
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ def memory_gb(text: str) -> int | None:
 def cluster_of(run: PublishedRun, devices: int, catalogue: Catalogue) -> tuple[ClusterSpec, tuple[str, ...]]:
     """The cluster of a row's devices, and what of it the row did not state.
 
-    Tiers are those of the nearest cluster of the catalogue (device first, then links, then the faster network), with what their links
-    achieve of their nominal bandwidth applied to the row's nominal bandwidth; latencies stay.
+    Tiers are those of the nearest cluster of the catalogue (by device, then by links, then the faster network):
+    what its links achieve of their nominal bandwidth, of the row's nominal bandwidth; latencies stay.
 
     Raises:
         NoDeviceError: nothing for this GPU, or devices that do not fill their nodes.
