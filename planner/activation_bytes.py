@@ -47,7 +47,7 @@ class ActivationModel:
         section 4.2.2). torch's CPU rms_norm is made of several operations and keeps the normalised input besides.
         """
         outside = outside_tokens(layout, self._job.sequence)
-        inside = local_tokens(layout, self._job.sequence) if self._software.on_fsdp2 else outside
+        inside = local_tokens(layout, self._job.sequence) if self._software.on_fsdp else outside
         return self.element_bytes * self._model.hidden_size * (outside * (2 if self._composite_norm else 1) + inside)
 
     def layer(self, layout: Layout, kind: str) -> KeptBytes:
@@ -85,7 +85,7 @@ class ActivationModel:
         heads = layout.micro_batch * self._model.heads / layout.tp
         rows = heads * self._job.sequence / layout.cp
         if self._software.attention not in ("unfused", "fused_softmax"):
-            return _FP32_BYTES * rows if not self._software.on_fsdp2 else 0.0
+            return _FP32_BYTES * rows if not self._software.on_fsdp else 0.0
         each = self.element_bytes + ((self.element_bytes + _MASK_BYTES) if self._software.dropout else 0)
         return rows * self._job.sequence * each
 

@@ -123,7 +123,7 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
 
 def _kernels(hardware: HardwareProfile, record: RunRecord, count: Blocks) -> dict[str, float]:
     plan, stage = record.plan, record.stage
-    software = load_software(CAPABILITIES[plan.job.target].software)
+    software = load_software(CAPABILITIES[plan.job.target].software).software
     compute = ComputeModel(plan.model, hardware, plan.job, software)
     parts: list[tuple[ComputeCost, int, int]] = [(compute.block(plan.layout), count.total, count.full)]
     if stage == 0:

@@ -36,7 +36,7 @@ class DataParallelModel:
     ) -> None:
         self._hardware, self._comm, self._compute, self._software = hardware, comm, compute, software
         self._weight_bytes = DTYPE_BYTES["bf16" if precision == "fp8" else precision]
-        wide = software.on_fsdp2 or (software.gradients == "fp32" and precision != "fp16")
+        wide = software.on_fsdp or (software.gradients == "fp32" and precision != "fp16")
         self._gradient_bytes = 4 if wide else self._weight_bytes
 
     def price(
@@ -51,7 +51,7 @@ class DataParallelModel:
         gathered, reduced = self._collectives(layout, dense, expert)
         if gathered == reduced == 0.0:
             return DataParallel()
-        torch_root, pipelined = root and self._software.on_fsdp2, layout.pp > 1 and self._software.on_torch_pipeline
+        torch_root, pipelined = root and self._software.on_fsdp, layout.pp > 1 and self._software.on_torch_pipeline
         exposed, zero = self._hardware.exposed_seconds, layout.zero
         hides_gather = self._software.weight_gather == "overlapped" and not torch_root
         hides_reduce = self._software.gradient_reduce == "overlapped" and not torch_root and not pipelined
@@ -85,7 +85,7 @@ class DataParallelModel:
         As FSDP2 was measured to do it; where it was not, the collective and, for FSDP2, a copy of what is packed.
         """
         weights, gradients = self._weight_bytes * parameters, self._gradient_bytes * parameters
-        copy = self._compute.copy_seconds(parameters) if self._software.on_fsdp2 else 0.0
+        copy = self._compute.copy_seconds(parameters) if self._software.on_fsdp else 0.0
         if layout.zero == 0:
             whole = Group(ranks, stride)
             reduced = self._measured("replicate_all_reduce", whole, gradients)
@@ -105,4 +105,4 @@ class DataParallelModel:
         return gathered, reduced
 
     def _measured(self, operation: str, group: Group, size_bytes: float) -> float | None:
-        return self._comm.fsdp_seconds(operation, group, size_bytes) if self._software.on_fsdp2 else None
+        return self._comm.fsdp_seconds(operation, group, size_bytes) if self._software.on_fsdp else None

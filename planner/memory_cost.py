@@ -102,7 +102,7 @@ class MemoryModel:
     def _state(self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False) -> MemoryBytes:
         """Weights, gradients and AdamW moments of `parameters` (already cut by tp or by ep and etp)."""
         shards, ranks = (layout.expert_shards, layout.edp) if expert else (layout.shards, layout.dp * layout.cp)
-        if self._software.on_fsdp2:
+        if self._software.on_fsdp:
             return self._fsdp2_state(layout, parameters, shards, ranks > 1, root)
         return self._master_state(layout, parameters, shards)
 
@@ -160,7 +160,7 @@ class MemoryModel:
         state = self._state(layout, dense)
         if expert:
             state = state + self._state(layout, expert, expert=True)
-        gathers = layout.zero == 3 and (layout.pp == 1 or not self._software.on_fsdp2)
+        gathers = layout.zero == 3 and (layout.pp == 1 or not self._software.on_fsdp)
         in_use = 2 * self._element_bytes * (dense + expert) if gathers else 0.0
         passing = kept.transient + in_use
         return PartMemory(
@@ -188,7 +188,7 @@ class MemoryModel:
         logits = self._element_bytes * tokens * rows
         log_probabilities = _FP32_BYTES * tokens * rows
         gradients = log_probabilities + (logits if self._element_bytes != _FP32_BYTES else 0.0)
-        if self._software.on_fsdp2:
+        if self._software.on_fsdp:
             kept = logits + log_probabilities
         else:
             kept = log_probabilities if self._software.logits == "fp32" else logits

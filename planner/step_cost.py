@@ -38,7 +38,7 @@ class CostModel:
         job: TrainingJob,
         software: Software | None = None,
     ) -> None:
-        software = software or load_software(CAPABILITIES[job.target].software)
+        software = software or load_software(CAPABILITIES[job.target].software).software
         self._model, self._job, self._hardware, self._software = model, job, hardware, software
         self._devices_per_node = cluster.devices_per_node
         self._compute = ComputeModel(model, hardware, job, software)

@@ -1,12 +1,57 @@
-"""Software: placeholder, replaced by the catalogue's loader when merged."""
+"""Software: what a trainer of its year fuses, overlaps and keeps in which dtype; facts, each with its reason."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .catalogue import CATALOG
+from .store import Reader, load_document
+
+SCHEMA = "meshwright.software/v1"
+FOLDER = CATALOG / "software"
+EARLIEST_YEAR = 2017  # of the transformer (arXiv 1706.03762)
+
+# Every fact and the values it may have; None is yes or no. There is no number among them, so nothing to fit.
+FACTS: dict[str, tuple[str, ...] | None] = {
+    "attention": ("unfused", "fused_softmax", "flash", "flash2", "flash3"),
+    "norm": ("eager", "fused"),
+    "activation": ("eager", "fused"),
+    "dropout": None,
+    "residual": ("eager", "fused"),
+    "cross_entropy": ("eager", "fused"),
+    "logits": ("fp32", "compute"),
+    "optimizer": ("eager", "fused"),
+    "gradients": ("fp32", "compute"),
+    "accumulation": ("fused", "separate"),
+    "gradient_reduce": ("after_backward", "overlapped"),
+    "weight_gather": ("after_step", "overlapped"),
+    "tp_overlap": None,
+    "p2p": ("blocking", "overlapped"),
+    "scatter_gather": None,
+}
+# Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
+_FALLBACK_FAMILY = "megatron"
+_NAME_AND_YEAR = re.compile(r"(?P<family>.*?)-?(?P<year>20[0-9]{2})")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Software:
+    """A trainer of its year. `reasons` says of every fact why, or where it is known from.
+
+    `attention`: "unfused" (a chain of eager kernels), "fused_softmax" (scale, mask and softmax in one kernel, the
+    s × s scores in memory), or the FlashAttention generation whose speed it has. "fused" is one kernel where
+    "eager" is several: `activation` with its bias, `residual` bias + dropout + sum, `cross_entropy` all of the loss.
+    "compute" is the dtype of the GEMMs: `logits` as kept for the loss, `gradients` as accumulated and reduced.
+    `accumulation` "fused" happens inside the weight-gradient GEMM. `gradient_reduce` and `weight_gather` (of a
+    distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` whether tp's collectives
+    are split and run beside their GEMMs; `p2p` whether a pipeline stage computes while its messages are under way.
+    `scatter_gather`: stage boundaries are cut over tp and gathered on the other side (arXiv 2104.04473, section 4.1).
+    """
+
     name: str
     family: str
     year: int
@@ -25,26 +70,123 @@ class Software:
     tp_overlap: bool
     p2p: str
     scatter_gather: bool
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str]
+
+    # What follows from the family: how PyTorch's own parts and Megatron's differ.
 
     @property
-    def selective_keeps_matmuls(self) -> bool:
-        return self.family in ("meshwright", "torchtitan", "fsdp", "nanotron")
-
-    @property
-    def on_fsdp2(self) -> bool:
-        return self.family in ("meshwright", "torchtitan", "fsdp")
+    def on_fsdp(self) -> bool:
+        """State in fp32 shards, gathered in the compute dtype; else weights in that dtype beside a master copy."""
+        return self.family in ("meshwright", "torchtitan", "fsdp1")
 
     @property
     def on_torch_pipeline(self) -> bool:
+        """Pipelines by torch.distributed.pipelining."""
         return self.family in ("meshwright", "torchtitan")
 
+    @property
+    def selective_keeps_matmuls(self) -> bool:
+        """Selective recomputation keeps what GEMMs and attention give; else it runs the core attention again."""
+        return self.on_fsdp
 
-def load_software(name: str) -> Software:
-    base = dict(
-        name="meshwright", family="meshwright", year=2026, attention="flash2", norm="fused", activation="eager",
-        dropout=False, residual="eager", cross_entropy="eager", logits="fp32", optimizer="fused", gradients="fp32",
-        accumulation="separate", gradient_reduce="overlapped", weight_gather="overlapped", tp_overlap=False,
-        p2p="blocking", scatter_gather=False,
-    )
-    return Software(**base)
+    @classmethod
+    def from_dict(cls, reader: Reader) -> Software:
+        """Read the keys of a software from `reader`, all but `variants`."""
+        facts = {fact: _fact(reader, fact) for fact in FACTS}
+        why = reader.child("reasons")
+        reasons = {fact: why.text(fact) for fact in FACTS}
+        why.finish()
+        return cls(
+            name=reader.text("name"),
+            family=reader.text("family"),
+            year=reader.integer("year", minimum=EARLIEST_YEAR),
+            reasons=reasons,
+            **facts,
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Facts of a run that switched on what `word` names, which the notes about the run then say."""
+
+    word: str
+    facts: dict[str, str | bool]
+    reason: str
+
+
+@dataclass(frozen=True)
+class SoftwareEntry:
+    """A file of the catalogue: the software as it comes, and what switches change."""
+
+    software: Software
+    variants: tuple[Variant, ...] = ()
+
+    def as_run(self, notes: str) -> Software:
+        """The software with the switches that the notes about a run name."""
+        software, said = self.software, notes.lower()
+        for variant in self.variants:
+            if variant.word.lower() in said:
+                reasons = software.reasons | dict.fromkeys(variant.facts, variant.reason)
+                software = replace(software, reasons=reasons, **variant.facts)
+        return software
+
+
+def _fact(reader: Reader, fact: str) -> Any:
+    choices = FACTS[fact]
+    return reader.boolean(fact) if choices is None else reader.text(fact, choices=choices)
+
+
+def load_software(name: str) -> SoftwareEntry:
+    """The catalogue's entry of this name, which must be there (`list_software`)."""
+    reader = load_document(FOLDER / f"{name}.yaml", schema=SCHEMA, kind="software")
+    software = Software.from_dict(reader)
+    variants = []
+    switches = reader.child("variants", default={})
+    for word in switches:
+        switch = switches.child(word)
+        reason = switch.text("reason")
+        facts = {fact: _fact(switch, fact) for fact in FACTS if fact in switch}
+        switch.finish()
+        variants.append(Variant(word, facts, reason))
+    reader.finish()
+    return SoftwareEntry(software, tuple(variants))
+
+
+def list_software() -> list[str]:
+    """The names in the catalogue, in alphabetical order."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_all_software() -> dict[str, SoftwareEntry]:
+    """Every entry of the catalogue by its name; a caller that resolves many names loads it once."""
+    return {name: load_software(name) for name in list_software()}
+
+
+def resolve_software(name: str, entries: Mapping[str, SoftwareEntry], notes: str = "") -> tuple[Software, str]:
+    """The software of this name as a run with these notes had it, and a warning, "" where the catalogue has it.
+
+    `name` is FAMILY-YEAR. Otherwise the nearest family (most words in common, then the most alike name) and in it
+    the nearest year stand in; where no word is in common, megatron of the nearest year.
+    """
+    if name in entries:
+        return entries[name].as_run(notes), ""
+    near = _nearest(name, [entry.software for entry in entries.values()])
+    warning = f"software {name or '(not stated)'} is not in the catalogue: {near.name} stands in for it"
+    return entries[near.name].as_run(notes), warning
+
+
+def _nearest(name: str, known: list[Software]) -> Software:
+    found = _NAME_AND_YEAR.match(name)
+    family = (found["family"] if found else name).lower()
+    newest = max(software.year for software in known)
+    year = int(found["year"]) if found else newest
+
+    def likeness(other: str) -> tuple[int, float]:
+        words, others = set(re.findall(r"[a-z]+", family)), set(re.findall(r"[a-z]+", other))
+        return len(words & others), difflib.SequenceMatcher(None, family, other).ratio()
+
+    best = max({software.family for software in known}, key=lambda other: (likeness(other), other))
+    if likeness(best)[0] == 0:
+        best = _FALLBACK_FAMILY
+    years = [software for software in known if software.family == best]
+    return min(years, key=lambda software: (abs(software.year - year), software.year))
