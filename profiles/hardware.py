@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .interpolate import RateGrid, seconds_at, tiled_flops
+from .interpolate import RateGrid, seconds_at, tiled_seconds
 from .points import (
     DIRECTIONS,
     DTYPE_BYTES,
@@ -94,7 +94,15 @@ class HardwareProfile:
         if grid is not None:
             return grid.seconds(m, n, k, count) * self.correction("gemm")
         model = self._gemm_models[dtype]
-        compute = tiled_flops(m, n, k, model.units, count) / model.achievable_flops_per_second
+        compute = tiled_seconds(
+            m,
+            n,
+            k,
+            units=model.units,
+            flops_per_second=model.achievable_flops_per_second,
+            write_seconds=DTYPE_BYTES[dtype] / self.memory_bandwidth_bytes_per_second,
+            count=count,
+        )
         bytes_moved = DTYPE_BYTES[dtype] * (m * k + k * n + m * n) * count
         modelled = max(compute, bytes_moved / self.memory_bandwidth_bytes_per_second, self.launch_seconds)
         return modelled * self.correction("gemm")

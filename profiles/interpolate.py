@@ -44,6 +44,30 @@ def tiled_flops(m: int, n: int, k: int, units: int, count: int = 1) -> float:
     return min(spent)
 
 
+# What a tile costs beyond its inner products (filling the pipeline, writing the result), in times of writing the
+# result through the device's memory: fitted to the published efficiency of 183 GEMMs on an A100 PCIe by size
+# (benchmarks/gemm_model_fit.py); on other devices it is carried over.
+TILE_WRITES = 2.7
+
+
+def tiled_seconds(
+    m: int, n: int, k: int, *, units: int, flops_per_second: float, write_seconds: float, count: int = 1
+) -> float:
+    """Seconds of `count` products on a device of `units` multiprocessors, by the grid of tiles that takes least.
+
+    Every wave takes its inner products at `flops_per_second`, and TILE_WRITES times `write_seconds` (one element of
+    the result through memory) for each element. Without units nothing but the inner products counts.
+    """
+    if units == 0:
+        return tiled_flops(m, n, k, 0, count) / flops_per_second
+    each = 2.0 * k / flops_per_second + TILE_WRITES * write_seconds
+    least = float("inf")
+    for height, width in _TILES:
+        tiles = -(-m // height) * -(-n // width) * count
+        least = min(least, -(-tiles // units) * units * height * width * each)
+    return least
+
+
 class RateGrid:
     """FLOP/s over a grid of (m, n, k): trilinear in the logarithms, constant beyond the edges.
 
