@@ -84,10 +84,16 @@ class AxisModel:
         return self._overlapped(Passes(one_way + halves * there, one_way + halves * back, selective, again), compute)
 
     def _overlapped(self, passes: Passes, compute: ComputeCost) -> Passes:
-        """With tp overlap the pieces of a collective hide behind the product that they belong to."""
-        if not self._software.tp_overlap:
-            return passes
+        """With tp overlap the pieces of a collective hide behind the product that they belong to.
+
+        Without it, what the backward sends may still hide behind the weights' gradient, which waits for nothing.
+        """
         exposed = self._hardware.exposed_seconds
+        if not self._software.tp_overlap:
+            if not self._software.tp_backward_overlap:
+                return passes
+            backward = exposed(passes.backward, compute.backward_weight.gemm)
+            return Passes(passes.forward, backward, passes.selective, passes.full)
         return Passes(
             exposed(passes.forward, compute.forward.gemm),
             exposed(passes.backward, compute.backward.gemm),

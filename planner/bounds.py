@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from .layout_costs import Blocks, LayoutCosts, StageCount
 from .part_seconds import PartSeconds
-from .schedule import SPLIT_BACKWARD
+from .schedule import BLOCKING, SPLIT_BACKWARD
 from .simulation import blocked_sends, late_forwards
 
 ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less
@@ -47,7 +47,7 @@ class Bound:
 
 def lower_bound(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> Bound | None:
     """The bound above, or None when no assignment fits `limit_bytes`; `modes` are what a layer may recompute."""
-    simple = costs.layout.virtual_stages == 1 and costs.layout.schedule in ("gpipe", "1f1b")
+    simple = costs.layout.virtual_stages == 1 and costs.layout.schedule in BLOCKING
     if simple and len(costs.segments) == 1:
         return _bound_by_stages(costs, limit_bytes, modes)
     return _bound_by_ranks(costs, limit_bytes, modes)

@@ -25,14 +25,23 @@ from .local_shapes import (
 )
 
 
+# Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
+# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
+HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "checkpoint": (10, 0)}
+
+
 @dataclass(frozen=True, slots=True)
 class ComputeSeconds:
-    """Seconds of one pass, by what bounds it; passes add up."""
+    """Seconds of one pass, by what bounds it; passes add up.
+
+    `overhead` is what no kernel explains. `operations` are those that the host issues meanwhile.
+    """
 
     gemm: float = 0.0
     attention: float = 0.0
     memory: float = 0.0
     overhead: float = 0.0
+    operations: float = 0.0
 
     @property
     def total(self) -> float:
@@ -44,10 +53,19 @@ class ComputeSeconds:
             self.attention + other.attention,
             self.memory + other.memory,
             self.overhead + other.overhead,
+            self.operations + other.operations,
         )
 
     def __mul__(self, factor: float) -> ComputeSeconds:
-        return ComputeSeconds(self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor)
+        """Times as slow: the operations stay as many."""
+        return ComputeSeconds(
+            self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor, self.operations
+        )
+
+    def behind_host(self, seconds_each: float) -> ComputeSeconds:
+        """As long as the host takes to issue it, at least."""
+        late = max(0.0, self.operations * seconds_each - self.total)
+        return self if late == 0.0 else ComputeSeconds(self.gemm, self.attention, self.memory, self.overhead + late)
 
 
 NO_SECONDS = ComputeSeconds()
@@ -106,10 +124,11 @@ class ComputeModel:
         """
         rows = max(1, round(tokens))
         seconds, dtype = self._hardware.gemm_seconds, self._gemm_dtype
+        there, back = HOST_OPERATIONS["linear"]
         cost = ComputeCost(
-            ComputeSeconds(gemm=seconds("forward", dtype, rows, outputs, inputs, count)),
-            ComputeSeconds(gemm=seconds("input_grad", dtype, rows, inputs, outputs, count)),
-            ComputeSeconds(gemm=seconds("weight_grad", dtype, outputs, inputs, rows, count)),
+            ComputeSeconds(gemm=seconds("forward", dtype, rows, outputs, inputs, count), operations=there),
+            ComputeSeconds(gemm=seconds("input_grad", dtype, rows, inputs, outputs, count), operations=back / 2),
+            ComputeSeconds(gemm=seconds("weight_grad", dtype, outputs, inputs, rows, count), operations=back / 2),
         )
         if dtype == "fp8":
             cast = self._hardware.memory_seconds
@@ -118,10 +137,18 @@ class ComputeModel:
             cost = cost + ComputeCost(there, back, NO_SECONDS, there if self._keeps_matmuls else NO_SECONDS)
         return cost
 
+    def _biased(self, name: str, tokens: float, shape: tuple[int, int]) -> ComputeCost:
+        """A linear by its name: the gradient of a bias is a sum over the tokens besides."""
+        cost = self._linear(tokens, *shape)
+        if self._model.has_bias(name):
+            sums = self._hardware.memory_seconds("bias_gradient", self._dtype, tokens * shape[0], "backward")
+            cost = cost + ComputeCost(backward_weight=ComputeSeconds(memory=sums))
+        return cost
+
     def _memory(self, operation: str, elements: float) -> ComputeCost:
-        seconds = self._hardware.memory_seconds
-        forward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "forward"))
-        backward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "backward"))
+        seconds, (there, back) = self._hardware.memory_seconds, HOST_OPERATIONS["memory"]
+        forward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "forward"), operations=there)
+        backward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "backward"), operations=back)
         return ComputeCost(forward, backward, NO_SECONDS, forward if self._keeps_matmuls else NO_SECONDS)
 
     def _norm(self, elements: float) -> ComputeCost:
@@ -155,10 +182,10 @@ class ComputeModel:
         else:
             share = model.attended_share(sequence) / layout.cp
             shape = (self._dtype, layout.micro_batch, heads, sequence, dim, self._software.attention)
-            seconds = self._hardware.attention_seconds
+            seconds, (there, back) = self._hardware.attention_seconds, HOST_OPERATIONS["flash"]
             cost = ComputeCost(
-                ComputeSeconds(attention=seconds("forward", *shape) * share),
-                ComputeSeconds(attention=seconds("backward", *shape) * share),
+                ComputeSeconds(attention=seconds("forward", *shape) * share, operations=there),
+                ComputeSeconds(attention=seconds("backward", *shape) * share, operations=back),
             )
         if self._keeps_matmuls:
             return cost
@@ -166,16 +193,17 @@ class ComputeModel:
 
     def _chain_attention(self, matrices: int, sequence: int, dim: int) -> ComputeCost:
         """Two batched products forward and four backward around a softmax over s × s scores each."""
-        seconds, dtype, scores = self._hardware.gemm_seconds, self._dtype, float(matrices) * sequence**2
-        to_scores = seconds("forward", dtype, sequence, sequence, dim, matrices)
-        from_scores = seconds("forward", dtype, sequence, dim, sequence, matrices)
+        seconds, scores = self._hardware.batched_gemm_seconds, float(matrices) * sequence**2
+        to_scores = seconds(self._dtype, matrices, sequence, sequence, dim)
+        from_scores = seconds(self._dtype, matrices, sequence, dim, sequence)
         forward, backward = to_scores + from_scores, to_scores + 3 * from_scores
         between = self._memory("softmax" if self._software.attention == "fused_softmax" else "softmax_eager", scores)
         if self._software.dropout:
             between = between + self._memory("dropout", scores)
+        there, back = HOST_OPERATIONS["chain"]
         return ComputeCost(
-            ComputeSeconds(attention=forward + between.forward.memory),
-            ComputeSeconds(attention=backward + between.backward.memory),
+            ComputeSeconds(attention=forward + between.forward.memory, operations=there),
+            ComputeSeconds(attention=backward + between.backward.memory, operations=back),
         )
 
     # ---- parts of the model ----------------------------------------------------------------------------
@@ -185,9 +213,8 @@ class ComputeModel:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
         outside = outside_tokens(layout, self._job.sequence)
         hidden, query = outside * model.hidden_size, tokens * model.query_width / layout.tp
-        parts = [
-            self._linear(tokens, *local_linear_shape(model, name, layout.tp)) for name in model.attention_shapes
-        ]
+        shapes = {name: local_linear_shape(model, name, layout.tp) for name in model.linear_shapes}
+        parts = [self._biased(name, tokens, shapes[name]) for name in model.attention_shapes]
         parts += [self._norm(hidden), self._norm(hidden)]
         if model.qk_norm:
             parts.append(self._norm(query + tokens * local_kv_width(model, layout.tp)))
@@ -199,8 +226,7 @@ class ComputeModel:
         parts.append(self._attention(layout))
         parts.append(self._memory("copy", query))
         if kind == "dense":
-            names = [name for name in model.linear_shapes if name not in model.attention_shapes]
-            parts += [self._linear(tokens, *local_linear_shape(model, name, layout.tp)) for name in names]
+            parts += [self._biased(n, tokens, shape) for n, shape in shapes.items() if n not in model.attention_shapes]
             parts.append(self._activation(tokens * model.ffn_hidden_size / layout.tp))
         else:
             assert model.experts is not None
@@ -215,7 +241,20 @@ class ComputeModel:
             )
             shard = ComputeSeconds(overhead=cut)
             parts.append(ComputeCost(shard, shard))
-        return _total(parts)
+        return self._behind_host(_total(parts))
+
+    def _behind_host(self, cost: ComputeCost) -> ComputeCost:
+        """No pass is shorter than the host takes to issue it; the weights' gradient is issued with the input's."""
+        each = self._hardware.host_operation_seconds
+        if each == 0.0:
+            return cost
+        backward = cost.backward.behind_host(each).overhead - cost.backward.overhead
+        return ComputeCost(
+            cost.forward.behind_host(each),
+            cost.backward_input + ComputeSeconds(overhead=backward),
+            cost.backward_weight,
+            cost.selective.behind_host(each),
+        )
 
     def _experts(self, layout: Layout, experts: Experts, tokens: float, outside: float) -> list[ComputeCost]:
         """Router, sorting, the rank's experts on the tokens sent to them, the shared experts, and back."""

@@ -26,7 +26,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from .schedule import Action, Pipeline, action_lists
+from .schedule import BLOCKING, Action, Pipeline, action_lists
 from .schedule_orders import BACKWARD, FORWARD, INPUT, WEIGHT
 
 # What an event costs is a number: NOTHING, SEND, or COSTS·stage + one of these.
@@ -60,7 +60,7 @@ class EventGraph:
 
 def build_graph(pipeline: Pipeline) -> EventGraph:
     """The events of the pipeline, in O(actions)."""
-    if pipeline.schedule in ("gpipe", "1f1b"):
+    if pipeline.schedule in BLOCKING:
         return _blocking(pipeline)
     return _posted(pipeline)
 

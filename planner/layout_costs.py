@@ -206,7 +206,7 @@ class LayoutCosts:
             "tp": spent.tp,
             "cp": spent.cp,
             "ep": spent.ep,
-            "pp": sends,
+            "pp": sends + spent.pp,
             "bubble": waiting - sends,
             "dp_exposed": spent.dp,
             "optimizer": self.optimizer_seconds(counts) + self.step_seconds,

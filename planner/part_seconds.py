@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CAUSES = ("compute", "tp", "cp", "ep", "dp")
+CAUSES = ("compute", "tp", "cp", "ep", "dp", "pp")
 # Per microbatch the first five, per step the others.
 PHASES = (
     "forward",
@@ -27,10 +27,11 @@ class Seconds:
     cp: float = 0.0
     ep: float = 0.0
     dp: float = 0.0
+    pp: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.compute + self.tp + self.cp + self.ep + self.dp
+        return self.compute + self.tp + self.cp + self.ep + self.dp + self.pp
 
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(
@@ -39,11 +40,17 @@ class Seconds:
             self.cp + other.cp,
             self.ep + other.ep,
             self.dp + other.dp,
+            self.pp + other.pp,
         )
 
     def __mul__(self, factor: float) -> Seconds:
         return Seconds(
-            self.compute * factor, self.tp * factor, self.cp * factor, self.ep * factor, self.dp * factor
+            self.compute * factor,
+            self.tp * factor,
+            self.cp * factor,
+            self.ep * factor,
+            self.dp * factor,
+            self.pp * factor,
         )
 
 

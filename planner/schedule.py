@@ -23,11 +23,13 @@ from typing import NamedTuple
 from . import schedule_orders as orders
 from .schedule_orders import Action
 
-__all__ = ["SPLIT_BACKWARD", "Action", "InFlight", "Pipeline", "action_lists", "in_flight", "why_illegal"]
+__all__ = ["BLOCKING", "SPLIT_BACKWARD", "Action", "InFlight", "Pipeline", "action_lists", "in_flight", "why_illegal"]
 
 # They run a backward in two halves; recomputation does not go with that on torch.
 SPLIT_BACKWARD = ("zb1p", "zbv", "dualpipev")
-_ONE_CHUNK, _V_SHAPED = ("gpipe", "1f1b"), ("zbv", "dualpipev")
+# torch runs them with paired sends and receives that block the host ([Note: Blocking point-to-point]).
+BLOCKING = ("gpipe", "1f1b")
+_ONE_CHUNK, _V_SHAPED = BLOCKING, ("zbv", "dualpipev")
 _IN_ROUNDS = ("interleaved-1f1b", "zb1p")
 
 

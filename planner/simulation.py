@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from . import event_graph as events
 from .event_graph import EventGraph, GraphCache, work_steps
-from .schedule import Pipeline, action_lists
+from .schedule import BLOCKING, Pipeline, action_lists
 from .schedule_orders import BACKWARD, FORWARD, INPUT, WEIGHT
 
 _GRAPHS = GraphCache(most_events=3_000_000)  # 48 MB
@@ -166,7 +166,7 @@ def known_paths(pipeline: Pipeline) -> list[Path]:
     Round trip: the microbatch of r's first backward goes all the way down and up to r, r works off what is left of
     its list, and its last backward goes up. Own work: as the first, but to the end of r's list.
     """
-    if pipeline.schedule in ("gpipe", "1f1b"):
+    if pipeline.schedule in BLOCKING:
         return _blocking_paths(pipeline.schedule, pipeline.stages, pipeline.microbatches)
     return list(_listed_paths(pipeline))
 

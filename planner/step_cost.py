@@ -23,7 +23,7 @@ from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
 from .memory_cost import MemoryBytes, MemoryModel
 from .part_seconds import PartSeconds, Seconds
-from .schedule import in_flight
+from .schedule import BLOCKING, in_flight
 from .space import LayoutGroup
 
 
@@ -55,6 +55,11 @@ class CostModel:
         compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
         overhead = self._compute.microbatch() * pace
         first, last = self._model.end_tensors
+        send = self._send(layout)
+        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
+        software = self._software
+        alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
+        waits = 0.0 if alone else send
         layers = {
             kind: (self._layer(layout, compute[kind], kind, microbatches), memory.block(layout, kind))
             for kind in {segment.kind for segment in self._model.segments}
@@ -83,8 +88,10 @@ class CostModel:
                 last,
                 root=True,
             ),
-            microbatch=PartSeconds(Seconds(overhead.forward.total), Seconds(overhead.backward.total)),
-            send_seconds=self._send(layout),
+            microbatch=PartSeconds(
+                Seconds(overhead.forward.total, pp=waits), Seconds(overhead.backward.total, pp=waits)
+            ),
+            send_seconds=send,
             step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
             embedding_memory=memory.embedding(layout),
             head_memory=memory.head(layout),

@@ -27,6 +27,7 @@ EAGER_PASSES = {
     "swiglu": (5, 9),  # silu (2), product (3); two product gradients (6), silu gradient (3)
     "gelu": (2, 3),
     "gelu_tanh": (2, 3),
+    "bias_gradient": (0, 1),  # the sum over all tokens
     "norm_eager": (7, 18),  # square (2), mean (1), two products (2 and 2); each of them back, two sums of gradients
     "rope_fused": (2, 2),
     "swiglu_fused": (3, 5),  # read gate and up, write; read both and the gradient, write two

@@ -85,6 +85,12 @@ class Software:
         return self.family in ("meshwright", "torchtitan")
 
     @property
+    def tp_backward_overlap(self) -> bool:
+        """tp's collectives of the backward run beside the weight-gradient GEMM (arXiv 2205.05198, section 4.2.2, and
+        Megatron-LM from 2022: --no-async-tensor-model-parallel-allreduce switches it off)."""
+        return not self.on_fsdp and self.year >= 2022
+
+    @property
     def selective_keeps_matmuls(self) -> bool:
         """Selective recomputation keeps what GEMMs and attention give; else it runs the core attention again."""
         return self.on_fsdp
