@@ -121,12 +121,12 @@ class InFlight(NamedTuple):
     weight_only: tuple[int, ...]
 
 
-def in_flight(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+def in_flight(pipeline: Pipeline, part_of_full: bool = False) -> tuple[tuple[InFlight, ...], ...]:
     """Per rank, moments of its list such that no weighted sum (weights >= 0) is larger at any other moment.
 
-    Of moments on a straight line its two ends are enough, and none is given that another one exceeds throughout.
+    `part_of_full`: only sums that weigh a chunk's weight_only no more than its full, which takes far fewer moments.
     """
-    return _in_flight(_shortest(pipeline))
+    return _in_flight(_shortest(pipeline), part_of_full)
 
 
 def _shortest(pipeline: Pipeline) -> Pipeline:
@@ -141,14 +141,14 @@ def _shortest(pipeline: Pipeline) -> Pipeline:
 
 
 @lru_cache(maxsize=1024)
-def _in_flight(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+def _in_flight(pipeline: Pipeline, part_of_full: bool) -> tuple[tuple[InFlight, ...], ...]:
     ranks, chunks, count = pipeline.ranks, pipeline.chunks, pipeline.microbatches
     if pipeline.schedule in ("gpipe", "looped-bfs"):
         return ((InFlight((count,) * chunks, (0,) * chunks),),) * ranks
     if pipeline.schedule == "1f1b":
         return tuple((InFlight((min(count, ranks - rank),), (0,)),) for rank in range(ranks))
     moments = _moments_in_rounds if pipeline.schedule in _IN_ROUNDS else _moments_of_list
-    return tuple(_largest(moments(pipeline, rank)) for rank in range(ranks))
+    return tuple(_largest(moments(pipeline, rank), part_of_full) for rank in range(ranks))
 
 
 def _moments_of_list(pipeline: Pipeline, rank: int) -> Iterator[InFlight]:
@@ -200,16 +200,28 @@ def _moments_in_rounds(pipeline: Pipeline, rank: int) -> Iterator[InFlight]:
                 yield moment(forward, j, j)
 
 
-def _largest(moments: Iterable[InFlight]) -> tuple[InFlight, ...]:
-    found: list[InFlight] = []
-    for moment in dict.fromkeys(moments):
-        mine = moment.full + moment.weight_only
-        if any(all(a <= b for a, b in zip(mine, other.full + other.weight_only, strict=True)) for other in found):
-            continue
-        found = [
-            other
-            for other in found
-            if not all(a <= b for a, b in zip(other.full + other.weight_only, mine, strict=True))
-        ]
-        found.append(moment)
-    return tuple(found)
+def _largest(moments: Iterable[InFlight], part_of_full: bool) -> tuple[InFlight, ...]:
+    """The moments that matter: halfway between two others a sum is never the largest, nor below another throughout."""
+    points = [moment.full + moment.weight_only for moment in dict.fromkeys(moments)]
+    # The lists go on in patterns of up to six actions, so a straight run is found a few places before and after.
+    ends = [
+        point
+        for n, point in enumerate(points)
+        if not any(
+            all(a + b == 2 * c for a, b, c in zip(points[n - step], points[n + step], point, strict=True))
+            for step in range(1, min(6, n, len(points) - 1 - n) + 1)
+        )
+    ]
+    chunks = len(points[0]) // 2
+    found: list[tuple[tuple[int, ...], tuple[int, ...]]] = []  # (what is compared, point)
+    for point in ends:
+        full, weight_only = point[:chunks], point[chunks:]
+        mine = full + tuple(map(int.__add__, full, weight_only)) if part_of_full else point
+        if not any(_within(mine, other) for other, _ in found):
+            found = [each for each in found if not _within(each[0], mine)]
+            found.append((mine, point))
+    return tuple(InFlight(point[:chunks], point[chunks:]) for _, point in found)
+
+
+def _within(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(map(int.__le__, a, b))
