@@ -339,6 +339,22 @@ def _plan_to_train(
     return answer
 
 
+@app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")
+def validate(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="CSV of published runs, or a folder of our own.")],
+    as_json: Json = False,
+) -> None:
+    """Predict what was measured, and print how far off the predictions are."""
+    from planner.validate import validate as compare
+    from planner.validate_report import validation_report
+
+    validation = compare(runs)
+    if as_json:
+        _print_json(validation.to_dict())
+    else:
+        _show(validation_report(validation))
+
+
 # ---- running it ----------------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,7 @@ def outcome_of(run: PublishedRun, facts: RunFacts) -> Outcome:
         predicted_memory=prediction.allocated_bytes / run.memory_unit_bytes,
         layout_stated=case.layout_stated,
         ideal_seconds=_ideal_seconds(case, prediction.recompute, hardware),
+        mfu=_ideal_seconds(case, "none", hardware) / run.measured_seconds if run.measured_seconds else None,
         sweep=_sweep_name(run),
         layout=f"{case.layout.short()} vpp{case.layout.virtual_stages} {prediction.recompute}",
     )
