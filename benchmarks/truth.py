@@ -80,8 +80,8 @@ def reach_table(validation: Validation) -> Table:
         "mean",
         "median",
         "bias",
-        "null model",
-        "with memory",
+        "null",
+        "memory",
         "mean",
         "bias",
         "asked",
@@ -102,8 +102,8 @@ def sweep_line(validation: Validation) -> str:
     regrets = [s.regret for s in many]
     return (
         f"{len(many)} sweeps of {MANY_LAYOUTS} rows and more: regret {percent(statistics.median(regrets))} in the "
-        f"median (asked 1 %), {percent(max(regrets))} at worst (asked 5 %); of {len(wide)} whose spread is 20 % and more "
-        f"Spearman {min(wide):.3f} at least (asked 0.9), {statistics.median(wide):.3f} in the median"
+        f"median (asked 1 %), {percent(max(regrets))} at worst (asked 5 %); of {len(wide)} whose spread is 20 % "
+        f"and more Spearman {min(wide):.3f} at least (asked 0.9), {statistics.median(wide):.3f} in the median"
     )
 
 

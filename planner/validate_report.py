@@ -14,9 +14,8 @@ from .report import plain_table
 from .validate import Validation
 from .validate_scores import MANY_LAYOUTS, Outcome, Scores, Sweep, held_out
 
-_SCORE_COLUMNS = ("rows", "mean", "median", "bias", "null model", "with memory", "mean", "bias")
+_SCORE_COLUMNS = ("rows", "mean", "median", "bias", "null", "memory", "mean", "bias")
 _LOW_UTILISATION = 0.1
-_NAME_WIDTH = 64
 
 # Groups that are reported apart, beside everything: name -> whether a row is in it.
 GROUPS: dict[str, Callable[[Outcome], bool]] = {
@@ -95,11 +94,10 @@ def unscored_text(outcomes: Iterable[Outcome]) -> Text | None:
 
 def sources_table(validation: Validation) -> Table:
     """Scores of each source, in the file's order; H marks those held out."""
-    table = plain_table("\nerrors by source (H: held out)", "source", *_SCORE_COLUMNS)
+    table = _wrapping(plain_table("\nerrors by source (H: held out)", "source", *_SCORE_COLUMNS))
     for source in dict.fromkeys(o.source for o in validation.outcomes):
         rows = [o for o in validation.outcomes if o.source == source]
-        name = source if len(source) <= _NAME_WIDTH else source[: _NAME_WIDTH - 1] + "…"
-        table.add_row(("H " if held_out(source) else "") + name, *score_cells(validation.score(rows)))
+        table.add_row(("H " if held_out(source) else "") + source, *score_cells(validation.score(rows)))
     return table
 
 
@@ -135,17 +133,16 @@ def sweeps_table(sweeps: Sequence[Sweep]) -> RenderableType:
     parts: list[RenderableType] = []
     if many:
         title = f"\nsweeps of {MANY_LAYOUTS} layouts and more"
-        table = plain_table(title, "question", "layouts", "slowest is slower by", "Spearman", "regret")
+        table = _wrapping(plain_table(title, "question", "layouts", "spread", "Spearman", "regret"))
         for sweep in many:
-            name = sweep.name if len(sweep.name) <= 100 else "…" + sweep.name[-99:]
             rank = "" if sweep.spearman is None else f"{sweep.spearman:.3f}"
-            table.add_row(name, str(sweep.n), percent(sweep.spread), rank, percent(sweep.regret))
+            table.add_row(sweep.name, str(sweep.n), percent(sweep.spread), rank, percent(sweep.regret))
         parts.append(table)
     for these, words in ((many, f"{MANY_LAYOUTS} layouts and more"), (few, "fewer layouts")):
         if these:
             regrets = [sweep.regret for sweep in these]
             ranks = [sweep.spearman for sweep in these if sweep.spearman is not None]
-            text = f"{len(these)} sweeps of {words}: regret {percent(statistics.median(regrets))} in the median, "
+            text = f"{len(these)} sweep{'s' if len(these) > 1 else ''} of {words}: regret {percent(statistics.median(regrets))} in the median, "
             text += f"{percent(max(regrets))} at worst"
             if ranks:
                 text += f"; Spearman {statistics.median(ranks):.3f} in the median, {min(ranks):.3f} at worst"
@@ -164,6 +161,12 @@ def constants_text(validation: Validation) -> Text:
         f"The null model is the best constant fraction of peak for each of {len(validation.fractions)} GPUs, fitted to "
         "these very rows."
     )
+
+
+def _wrapping(table: Table) -> Table:
+    """The table with long names on several lines, so that no figure is cut."""
+    table.columns[0].no_wrap = False
+    return table
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------
