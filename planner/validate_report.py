@@ -32,7 +32,6 @@ GROUPS: dict[str, Callable[[Outcome], bool]] = {
 
 def validation_report(validation: Validation) -> RenderableType:
     """Everything, the summary last, where a terminal shows it."""
-    published = any(o.case is not None for o in validation.outcomes)
     parts: list[RenderableType] = [rows_table(validation.outcomes)]
     if skipped := skipped_table(validation.outcomes):
         parts.append(skipped)
@@ -43,7 +42,7 @@ def validation_report(validation: Validation) -> RenderableType:
     if found := validation.sweeps:
         parts.append(sweeps_table(found))
     parts.append(sources_table(validation))
-    if published:
+    if validation.published:
         parts += [groups_table(validation), constants_text(validation)]
     return Group(*parts)
 
@@ -55,7 +54,7 @@ def rows_table(outcomes: Sequence[Outcome]) -> Table:
     """A line a row: measured, predicted, error; memory likewise where it is stated; why it is not scored."""
     memory = any(o.measured_memory is not None for o in outcomes)
     columns = ["measured", "predicted", "error"] + (["memory", "predicted", "error"] if memory else []) + [""]
-    table = plain_table("rows, seconds a step" + (" and GB" if memory else ""), "id", *columns)
+    table = _wrapping(plain_table("rows, seconds a step" + (" and GB" if memory else ""), "id", *columns))
     table.columns[-1].justify = "left"
     table.columns[-1].no_wrap = False
     for o in outcomes:
@@ -71,7 +70,7 @@ def skipped_table(outcomes: Iterable[Outcome]) -> Table | None:
     reasons = Counter(o.skipped for o in outcomes if o.skipped)
     if not reasons:
         return None
-    table = plain_table("\nskipped", "reason", "rows")
+    table = _wrapping(plain_table("\nskipped", "reason", "rows"))
     for reason, rows in reasons.most_common():
         table.add_row(reason, str(rows))
     return table
@@ -94,10 +93,12 @@ def unscored_text(outcomes: Iterable[Outcome]) -> Text | None:
 
 def sources_table(validation: Validation) -> Table:
     """Scores of each source, in the file's order; H marks those held out."""
-    table = _wrapping(plain_table("\nerrors by source (H: held out)", "source", *_SCORE_COLUMNS))
+    title = "\nerrors by source" + (" (H: held out)" if validation.published else "")
+    table = _wrapping(plain_table(title, "source", *_SCORE_COLUMNS))
     for source in dict.fromkeys(o.source for o in validation.outcomes):
         rows = [o for o in validation.outcomes if o.source == source]
-        table.add_row(("H " if held_out(source) else "") + source, *score_cells(validation.score(rows)))
+        mark = "H " if validation.published and held_out(source) else ""
+        table.add_row(mark + source, *score_cells(validation.score(rows)))
     return table
 
 
@@ -142,8 +143,8 @@ def sweeps_table(sweeps: Sequence[Sweep]) -> RenderableType:
         if these:
             regrets = [sweep.regret for sweep in these]
             ranks = [sweep.spearman for sweep in these if sweep.spearman is not None]
-            text = f"{len(these)} sweep{'s' if len(these) > 1 else ''} of {words}: regret {percent(statistics.median(regrets))} in the median, "
-            text += f"{percent(max(regrets))} at worst"
+            text = f"{len(these)} sweep{'s' if len(these) > 1 else ''} of {words}: "
+            text += f"regret {percent(statistics.median(regrets))} in the median, {percent(max(regrets))} at worst"
             if ranks:
                 text += f"; Spearman {statistics.median(ranks):.3f} in the median, {min(ranks):.3f} at worst"
             parts.append(Text(("\n" if not parts else "") + text))
@@ -158,14 +159,13 @@ def constants_text(validation: Validation) -> Text:
         f"\n{len(validation.constants)} free constants in the whole model: nominal figures of {len(owners)} devices "
         f"and networks of the catalogue{most}; none is fitted to a row, and what trainers do is yes/no or one of a "
         "list. "
-        f"The null model is the best constant fraction of peak for each of {len(validation.fractions)} GPUs, fitted to "
-        "these very rows."
+        "The null model is the constant fraction of peak that fits these very rows best, one for each GPU."
     )
 
 
 def _wrapping(table: Table) -> Table:
     """The table with long names on several lines, so that no figure is cut."""
-    table.columns[0].no_wrap = False
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     return table
 
 
