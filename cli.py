@@ -250,7 +250,9 @@ def train(
     """Train as a plan says; without one, profile this machine, plan, and train a small model."""
     joins = "RANK" in os.environ  # one of the ranks that torchrun has started
     if joins and (run_dir is None or (plan_file is None and not resume)):
-        raise _torchrun_needs_files()
+        from runtime.run_folder import torchrun_needs_files
+
+        raise torchrun_needs_files()
     chosen = _plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence)
 
     from planner.record import RECORD_FILE
@@ -291,18 +293,6 @@ def train(
         _show(f"run folder: {folder}")
 
 
-def _torchrun_needs_files() -> Exception:
-    from profiles.input_error import InputError
-
-    return InputError(
-        "under torchrun all ranks must be told the same plan and run folder",
-        where="train",
-        expected="a plan file and --run-dir FOLDER",
-        got="the environment of torchrun (RANK) and not both of them",
-        hint="torchrun --nproc-per-node 2 cli.py train plan.yaml --run-dir runs/mine",
-    )
-
-
 def _plan_to_train(
     plan_file: Path | None, model: str | None, run_dir: Path | None, resume: bool, global_batch: int, sequence: int
 ) -> Plan:
@@ -337,6 +327,19 @@ def _plan_to_train(
     answer = search(question)
     _show(plan_report(answer, question.limit_bytes))
     return answer
+
+
+@app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")
+def validate(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="CSV of published runs, or a folder of our own.")],
+    as_json: Json = False,
+) -> None:
+    """Predict what was measured, and print how far off the predictions are."""
+    from planner.validate import validate as compare
+    from planner.validate_report import validation_report
+
+    found = compare(runs)
+    _print_json(found.to_dict()) if as_json else _show(validation_report(found))
 
 
 # ---- running it ----------------------------------------------------------------------------------------------

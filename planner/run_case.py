@@ -11,6 +11,7 @@ A blank is filled by a rule that is the same for all rows, and the case lists it
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -25,6 +26,7 @@ from profiles.software import Software, SoftwareEntry, load_all_software, resolv
 
 from .job import TrainingJob
 from .layout import Layout
+from .schedule import Pipeline, why_illegal
 
 # What notes call a schedule -> its name here. ZB-2p holds up to twice 1F1B's activations (arXiv 2401.10241,
 # section 3), which is no schedule of ours.
@@ -39,6 +41,7 @@ SCHEDULE_NAMES = {
     "zbv": "zbv",
     "dualpipev": "dualpipev",
 }
+_V_SHAPED = ("zbv", "dualpipev")
 _FIRST_YEAR_OF_SEQUENCE_PARALLELISM = 2022
 # Trainers that pad the vocabulary to a multiple of 128 tp (Megatron-LM's make_vocab_size_divisible_by, from memory).
 _PADDED_TO = 128
@@ -165,9 +168,13 @@ def _layout(run: PublishedRun, model: ModelSpec, software: Software, assumptions
     if run.global_batch % (micro_batch * dp):
         raise SkippedRunError(f"global_batch {run.global_batch} is no multiple of micro_batch·dp = {micro_batch * dp}")
     schedule, chunks = _schedule(run, pp, assumptions)
-    for axis, size, width in (("heads", model.heads, tp), ("layers", model.layers, None)):
-        if width is not None and size % width:
-            raise SkippedRunError(f"tp={width} does not divide {size} {axis}")
+    microbatches = run.global_batch // (micro_batch * dp)
+    # That torch's 1F1B wants as many microbatches as stages holds for no other trainer.
+    reason = None if schedule == "1f1b" else why_illegal(Pipeline(schedule, pp, chunks, microbatches))
+    if reason:
+        raise SkippedRunError(reason)
+    if model.heads % tp:
+        raise SkippedRunError(f"tp={tp} does not divide {model.heads} heads")
     if model.layers < pp * chunks - 2:
         raise SkippedRunError(f"{model.layers} layers do not fill {pp * chunks} stages")
     zero = _zero(run, dp * cp, assumptions)
@@ -195,7 +202,7 @@ def _schedule(run: PublishedRun, pp: int, assumptions: list[str]) -> tuple[str, 
     notes = run.notes.lower()
     chunks = run.vpp
     if "schedule=" in notes:
-        said = notes.partition("schedule=")[2].split(";")[0].split()[0]
+        said = re.split(r"[;,\s]", notes.partition("schedule=")[2], maxsplit=1)[0] or "(none)"
         if said not in SCHEDULE_NAMES:
             raise SkippedRunError(f"schedule {said}: none of ours")
         schedule = SCHEDULE_NAMES[said]
@@ -205,7 +212,13 @@ def _schedule(run: PublishedRun, pp: int, assumptions: list[str]) -> tuple[str, 
         schedule = "interleaved-1f1b" if (chunks or 1) > 1 else "1f1b"
     if chunks is None:
         assumptions.append("vpp 1")
-    return schedule, 2 if schedule in ("zbv", "dualpipev") else chunks or 1
+    if schedule in _V_SHAPED:
+        return schedule, 2
+    if schedule == "interleaved-1f1b" and (chunks or 1) == 1:
+        return "1f1b", 1
+    if schedule != "interleaved-1f1b" and (chunks or 1) > 1:
+        raise SkippedRunError(f"schedule {schedule} and vpp={chunks} contradict each other")
+    return schedule, chunks or 1
 
 
 def _zero(run: PublishedRun, copies: int, assumptions: list[str]) -> int:

@@ -21,13 +21,15 @@ from .validate_scores import Outcome, Scores, Sweep, null_fractions, score, swee
 class Validation:
     """All rows of what was read, and what the scores need besides. Scores and sweeps follow from them.
 
-    `constants` are the free constants that the predictions use; `fractions` the null model's, per GPU.
+    `constants` are the free constants that the predictions use; `fractions` the null model's, per GPU. `published`
+    is false where the rows are our own runs, which have neither, and no source held out.
     """
 
     outcomes: tuple[Outcome, ...]
     constants: tuple[str, ...]
     fractions: dict[str, float]
     warnings: tuple[str, ...]
+    published: bool = True
 
     @property
     def total(self) -> Scores:
@@ -82,7 +84,7 @@ def validate(path: Path) -> Validation:
         InputError: with file, line and column, or file and key path, of whatever cannot be read.
     """
     if path.is_dir():
-        return Validation(record_outcomes(path), (), {}, ())
+        return Validation(record_outcomes(path), (), {}, (), published=False)
     runs = load_published_runs(path)
     facts = load_run_facts()
     outcomes = tuple(outcome_of(run, facts) for run in runs)
@@ -121,6 +123,7 @@ def outcome_of(run: PublishedRun, facts: RunFacts) -> Outcome:
         predicted_memory=prediction.allocated_bytes / run.memory_unit_bytes,
         layout_stated=case.layout_stated,
         ideal_seconds=_ideal_seconds(case, prediction.recompute, hardware),
+        mfu=_ideal_seconds(case, "none", hardware) / run.measured_seconds if run.measured_seconds else None,
         sweep=_sweep_name(run),
         layout=f"{case.layout.short()} vpp{case.layout.virtual_stages} {prediction.recompute}",
     )

@@ -21,7 +21,8 @@ class Outcome:
     """One row: measured, predicted, or why it is not.
 
     `skipped` is "" where there is a prediction; `unfit` says why a row that has one is not scored. Memory in the
-    row's own unit. `ideal_seconds` is the step at the device's peak, what the null model takes a fraction of.
+    row's own unit. `ideal_seconds` is the step at the device's peak, what the null model takes a fraction of;
+    `mfu` the measured share of that peak without recomputation.
     `sweep` names the question that rows with other layouts answer too; `layout` tells them apart.
     """
 
@@ -37,6 +38,7 @@ class Outcome:
     derived: bool = False
     layout_stated: bool = True
     ideal_seconds: float | None = None
+    mfu: float | None = None
     sweep: str = ""
     layout: str = ""
     case: RunCase | None = None

@@ -213,7 +213,7 @@ def _rows(header: list[str], lines: Any, source: str) -> tuple[PublishedRun, ...
                 "a row is not as long as the header",
                 where=f"{source}: line {line}",
                 expected=f"{len(header)} cells",
-                got=f"{len(cells)}",
+                got=f"{len(cells)} cells",
                 hint="a comma inside a cell needs quotes around the cell",
             )
         values = {

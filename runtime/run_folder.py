@@ -22,6 +22,17 @@ def default_run_dir() -> Path:
     return Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
 
 
+def torchrun_needs_files() -> InputError:
+    """The error for ranks of torchrun's that would each choose a plan or a folder of their own."""
+    return InputError(
+        "under torchrun all ranks must be told the same plan and run folder",
+        where="train",
+        expected="a plan file and --run-dir FOLDER",
+        got="the environment of torchrun (RANK) and not both of them",
+        hint="torchrun --nproc-per-node 2 cli.py train plan.yaml --run-dir runs/mine",
+    )
+
+
 def prepare(run_dir: Path, plan: Plan, *, steps: int, resume: bool) -> None:
     """Write the plan and make metrics.jsonl end where training begins. By one process, before the ranks start.
 

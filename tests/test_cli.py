@@ -287,3 +287,35 @@ HEADER = """#                                                              out-o
 #       size         count      type   redop    root     time   algbw   busbw #wrong     time   algbw   busbw #wrong
 #        (B)    (elements)                               (us)  (GB/s)  (GB/s)            (us)  (GB/s)  (GB/s)
 """
+
+
+# ---- validate ---------------------------------------------------------------------------------------------------
+
+RUNS = Path(__file__).parent / "data" / "published_runs" / "small.csv"
+
+
+def test_validate_prints_one_document_or_a_report(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = run(capsys, monkeypatch, "validate", str(RUNS), "--json")
+    assert (code, err) == (0, "")
+    assert list(json.loads(out)) == ["rows", "summary", "sweeps"]
+    code, out, err = run(capsys, monkeypatch, "validate", str(RUNS))
+    assert (code, err) == (0, "")
+    assert "sc21_t1_76.1B" in out
+    assert "free constants in the whole model" in " ".join(out.split())
+
+
+def test_validate_names_what_it_cannot_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "runs.csv"
+    broken.write_text(RUNS.read_text().replace("A100-SXM-80GB,32,", "A100-SXM-80GB,thirty,", 1))
+    for path, texts in (
+        (broken, ["line 2, column num_gpus", "a whole number >= 1", "'thirty'"]),
+        (tmp_path / "run.csv", ["does not exist", "is", "runs.csv meant?"]),
+        (tmp_path, ["no finished run in"]),
+    ):
+        code, out, err = run(capsys, monkeypatch, "validate", str(path))
+        assert (code, out) == (2, "")
+        assert all(text in " ".join(err.split()) for text in texts), err
