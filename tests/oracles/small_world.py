@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from planner.job import TrainingJob
-from planner.search import Question
+from planner.question import Question
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
