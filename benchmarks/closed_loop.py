@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from planner.calibrate import predicted_parts
 from planner.job import TrainingJob
-from planner.layout import enumerate_layouts
 from planner.plan import Certificate, Plan, load, save
 from planner.question import Question
 from planner.record import RunRecord
 from planner.search import make_plan, solve_layout
+from planner.space import enumerate_layouts
 from profiles.catalogue import resolve_model
 from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware

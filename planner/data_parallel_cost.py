@@ -46,7 +46,7 @@ class DataParallelModel:
 
         FSDP2 keeps embedding and head in the root group (`root`): gathered first and reduced last, they hide behind
         nothing, and zero 3 keeps them gathered from forward to backward. torch's pipeline reduces once, after the
-        last action, behind nothing, and leaves weights gathered.
+        last action, behind nothing; under zero 3 it gathers layers again for each backward.
         """
         gathered, reduced = self._collectives(layout, dense, expert)
         if gathered == reduced == 0.0:
@@ -61,7 +61,8 @@ class DataParallelModel:
         if zero == 0:
             return DataParallel(reduce=last)
         if zero == 1 or pipelined:
-            return DataParallel(gather=first, reduce=last)
+            backward_gather = again if zero == 3 and not torch_root else NOTHING
+            return DataParallel(backward=backward_gather, gather=first, reduce=last)
         if zero == 2:
             return DataParallel(gather=first, backward=last)
         return DataParallel(forward=first, backward=last if torch_root else last + again)

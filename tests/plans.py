@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.job import TrainingJob
-from planner.layout import Layout, RuleContext, violations
+from planner.layout import Layout
 from planner.plan import TIME_PARTS, Certificate, Plan, Prediction, Stage
+from planner.rules import RuleContext, violations
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.model import ModelSpec
 

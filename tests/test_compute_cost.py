@@ -8,23 +8,29 @@ from typing import Any
 
 import pytest
 
-from planner.compute_cost import ComputeModel, ComputeSeconds, local_kv_width, local_linear_shape
+from planner.compute_cost import ComputeModel, ComputeSeconds
+from planner.job import TrainingJob
 from planner.layout import Layout
+from planner.local_shapes import local_kv_width, local_linear_shape
+from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import MemoryPoint
+from profiles.software import load_software
 from tests.oracles.small_world import small_hardware
 from tests.plans import tiny_gpt2, tiny_llama
 
 HARDWARE = small_hardware(units=1, launch_seconds=0.0)
 
 
+def compute_model(model: ModelSpec, hardware: HardwareProfile, precision: str, sequence: int = 16) -> ComputeModel:
+    job = TrainingJob(global_batch=8, sequence=sequence, precision=precision)
+    return ComputeModel(model, hardware, job, load_software("meshwright"))
+
+
 def price(model: ModelSpec, layout: Layout, sequence: int = 16, **changes: Any) -> dict[str, Any]:
-    compute = ComputeModel(model, small_hardware(units=1, **({"launch_seconds": 0.0} | changes)), "fp32")
-    return {
-        "block": compute.block(layout, sequence),
-        "embedding": compute.embedding(layout, sequence),
-        "head": compute.head(layout, sequence),
-    }
+    hardware = small_hardware(units=1, **({"launch_seconds": 0.0} | changes))
+    compute = compute_model(model, hardware, "fp32", sequence)
+    return {"block": compute.block(layout), "embedding": compute.embedding(layout), "head": compute.head(layout)}
 
 
 def test_passes_add_up_part_by_part() -> None:
@@ -130,20 +136,20 @@ def test_local_shapes_cover_each_linear(model: ModelSpec, tp: int) -> None:
 
 
 def test_state_is_priced_in_fp32_by_bytes() -> None:
-    compute = ComputeModel(tiny_llama(), HARDWARE, "bf16")
+    compute = compute_model(tiny_llama(), HARDWARE, "bf16")
     assert compute.accumulate_seconds(1e6) == pytest.approx(3 * 4e6 / 1e10)
     assert compute.copy_seconds(1e6) == pytest.approx(2 * 4e6 / 1e10)
     assert compute.optimizer_seconds(1e6, 9) == pytest.approx((3 + 7) * 4e6 / 1e10)
-    slow = ComputeModel(tiny_llama(), replace(HARDWARE, parameter_overhead_seconds=1e-4), "bf16")
+    slow = compute_model(tiny_llama(), replace(HARDWARE, parameter_overhead_seconds=1e-4), "bf16")
     assert slow.optimizer_seconds(1e6, 9) == pytest.approx((3 + 7) * 4e6 / 1e10 + 9e-4)
 
 
 def test_state_takes_the_measured_dtype_where_fp32_was_not_measured() -> None:
     point = MemoryPoint(dtype="bf16", operation="accumulate", direction="forward", elements=1000, seconds=1.0)
-    compute = ComputeModel(tiny_llama(), small_hardware(memory=(point,)), "bf16")
+    compute = compute_model(tiny_llama(), small_hardware(memory=(point,)), "bf16")
     assert compute.accumulate_seconds(3000) == pytest.approx(3.0)
 
 
 def test_a_microbatch_costs_its_overhead_each_way() -> None:
-    cost = ComputeModel(tiny_llama(), small_hardware(microbatch_overhead_seconds=0.5), "fp32").microbatch()
+    cost = compute_model(tiny_llama(), small_hardware(microbatch_overhead_seconds=0.5), "fp32").microbatch()
     assert (cost.forward.total, cost.backward.total) == (0.5, 0.5)

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.memory_cost import MemoryModel
 from planner.plan import Stage
 from profiles.catalogue import CATALOG, resolve_model
 from profiles.hardware import load_hardware
+from profiles.software import load_software
 from runtime.transformer import Chunk, build_chunk
 
 MICRO_BATCH, SEQUENCE = 2, 128
@@ -55,18 +57,19 @@ def test_a_block_keeps_what_the_model_says(name: str) -> None:
         torch.nn.init.normal_(parameter, std=0.02)
     # The CPU's rms_norm keeps one tensor more than the CUDA kernel.
     hardware = replace(load_hardware(CATALOG / "hardware" / "a100-sxm-80gb.yaml"), backend="gloo")
-    memory = MemoryModel(model, hardware, "fp32")
+    job = TrainingJob(global_batch=MICRO_BATCH, sequence=SEQUENCE, precision="fp32")
+    memory = MemoryModel(model, hardware, job, load_software("meshwright"))
     layout = Layout(micro_batch=MICRO_BATCH)
     x = torch.randn(MICRO_BATCH, SEQUENCE, model.hidden_size, requires_grad=True)
 
     kept = kept_bytes(chunk, lambda: chunk.blocks["0"](x))
-    assert memory.block(layout, SEQUENCE).held.total == pytest.approx(kept, rel=0.02)
+    assert memory.block(layout).held.total == pytest.approx(kept, rel=0.02)
 
     targets = torch.zeros(MICRO_BATCH * SEQUENCE, dtype=torch.int64)
     norm, head = chunk.norm, chunk.head
     assert norm is not None
     assert head is not None
-    held = memory.head(layout, SEQUENCE).held
+    held = memory.head(layout).held
     logits_bytes = 4.0 * MICRO_BATCH * SEQUENCE * model.vocab_size
     kept = kept_bytes(chunk, lambda: F.cross_entropy(head(norm(x)).flatten(0, 1), targets, reduction="sum"))
     # Autograd keeps the log-probabilities; the logits themselves are held by who returned them.

@@ -8,16 +8,30 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.memory_cost import MemoryBytes, MemoryModel
 from profiles.catalogue import list_catalogue, resolve_model
 from profiles.model import ModelSpec
+from profiles.software import load_software
 from tests.oracles.small_world import small_hardware
 from tests.plans import tiny_gpt2, tiny_llama
 
 
-def memory(model: ModelSpec | None = None, precision: str = "fp32", backend: str = "nccl") -> MemoryModel:
-    return MemoryModel(model or tiny_llama(), small_hardware(backend=backend), precision)
+def memory(
+    model: ModelSpec | None = None, precision: str = "fp32", backend: str = "nccl", sequence: int = 16
+) -> MemoryModel:
+    job = TrainingJob(global_batch=8, sequence=sequence, precision=precision)
+    return MemoryModel(model or tiny_llama(), small_hardware(backend=backend), job, load_software("meshwright"))
+
+
+def parameters_of(model: MemoryModel, part: str, layout: Layout) -> float:
+    """Parameters of one rank; a dense layer has none of experts."""
+    if part != "block":
+        return getattr(model, f"{part}_parameters")(layout)
+    dense, of_experts = model.block_parameters(layout)
+    assert of_experts == 0.0
+    return dense
 
 
 def sharded(zero: int, dp: int = 4, pp: int = 1) -> Layout:
@@ -55,9 +69,9 @@ def test_state_bytes_per_parameter(precision: str, zero: int, pp: int) -> None:
     model = memory(precision=precision)
     layout = sharded(zero, pp=pp)
     for part, parameters, table in (
-        (model.block(layout, 16), model.block_parameters(layout), STATE),
-        (model.embedding(layout, 16), model.embedding_parameters(layout), ROOT_STATE),
-        (model.head(layout, 16), model.head_parameters(layout), ROOT_STATE),
+        (model.block(layout), parameters_of(model, "block", layout), STATE),
+        (model.embedding(layout), model.embedding_parameters(layout), ROOT_STATE),
+        (model.head(layout), model.head_parameters(layout), ROOT_STATE),
     ):
         state, per = part.state, table[precision, zero, pp]
         assert (state.weights, state.gathered_weights, state.gradients, state.optimizer) == tuple(
@@ -69,7 +83,7 @@ def test_state_bytes_per_parameter(precision: str, zero: int, pp: int) -> None:
 def test_one_device_keeps_16_bytes_a_parameter_in_fp32_and_18_in_bf16() -> None:
     for precision, per in (("fp32", 16), ("bf16", 18)):
         model, layout = memory(precision=precision), Layout()
-        states = [part(layout, 16).state.total for part in (model.block, model.embedding, model.head)]
+        states = [part(layout).state.total for part in (model.block, model.embedding, model.head)]
         parameters = 4 * (states[0] / per) + (states[1] + states[2]) / per
         assert parameters == tiny_llama().parameters
 
@@ -78,13 +92,13 @@ def test_one_device_keeps_16_bytes_a_parameter_in_fp32_and_18_in_bf16() -> None:
 @pytest.mark.parametrize("dp", [2, 4, 64])
 def test_a_higher_zero_level_never_holds_more_and_more_ranks_never_do(precision: str, dp: int) -> None:
     model = memory(precision=precision)
-    totals = [model.block(sharded(zero, dp), 16).state.total for zero in range(4)]
+    totals = [model.block(sharded(zero, dp)).state.total for zero in range(4)]
     assert totals == sorted(totals, reverse=True)
     assert totals[2] > totals[3]
     for zero in (1, 2, 3):
-        assert model.block(sharded(zero, 2 * dp), 16).state.total < totals[zero]
+        assert model.block(sharded(zero, 2 * dp)).state.total < totals[zero]
         for part in ("weights", "optimizer"):
-            whole, share = (getattr(model.block(sharded(z, dp), 16).state, part) for z in (0, zero))
+            whole, share = (getattr(model.block(sharded(z, dp)).state, part) for z in (0, zero))
             assert share == pytest.approx(whole / dp)
 
 
@@ -95,7 +109,7 @@ def test_a_higher_zero_level_never_holds_more_and_more_ranks_never_do(precision:
 def test_one_rank_alone_holds_every_parameter(name: str) -> None:
     spec = resolve_model(name)
     model, layout = memory(spec), Layout()
-    parts = (model.embedding_parameters(layout), model.block_parameters(layout), model.head_parameters(layout))
+    parts = [parameters_of(model, part, layout) for part in ("embedding", "block", "head")]
     assert parts[0] + spec.layers * parts[1] + parts[2] == spec.parameters
 
 
@@ -111,14 +125,14 @@ def test_tp_ranks_together_hold_every_parameter(tp: int, kv_heads: int, vocab: i
     spec = make(heads=8, head_dim=4, kv_heads=kv_heads, vocab_size=vocab, tied_embeddings=tied)
     model = memory(spec)
     for part in ("block", "embedding", "head"):
-        share = getattr(model, f"{part}_parameters")(Layout(tp=tp))
-        whole = getattr(model, f"{part}_parameters")(Layout())
+        share = parameters_of(model, part, Layout(tp=tp))
+        whole = parameters_of(model, part, Layout())
         assert whole <= tp * share
         assert share <= whole
     # No rank holds less than its share of the matrices, and exactly it where everything divides.
     if not gpt2 and kv_heads >= tp and vocab % tp == 0:
         norms = 2 * spec.norm_parameters
-        assert tp * (model.block_parameters(Layout(tp=tp)) - norms) == spec.block_parameters - norms
+        assert tp * (parameters_of(model, "block", Layout(tp=tp)) - norms) == spec.block_parameters - norms
 
 
 def test_the_last_stage_holds_a_copy_of_a_tied_matrix() -> None:
@@ -134,7 +148,7 @@ def test_the_last_stage_holds_a_copy_of_a_tied_matrix() -> None:
 def test_a_llama_block_tensor_by_tensor() -> None:
     """fp32, 2 x 16 tokens of width 32, 4 heads of 8 over 2 key-value heads, SwiGLU of 64."""
     tokens = 32
-    block = memory().block(Layout(micro_batch=2), 16)
+    block = memory().block(Layout(micro_batch=2))
     elements = 2 * (32 + 32) + (32 + 32) + (16 + 16) + 4 * 64
     assert block.held == MemoryBytes(activations=4 * tokens * elements)
     assert block.held_recomputed == MemoryBytes(activations=4 * tokens * 32)
@@ -143,50 +157,49 @@ def test_a_llama_block_tensor_by_tensor() -> None:
 
 
 def test_a_gpt2_block_keeps_two_of_the_mlp() -> None:
-    block = memory(tiny_gpt2(), "bf16").block(Layout(), 16)
+    block = memory(tiny_gpt2(), "bf16").block(Layout())
     assert block.held.activations == 2 * 16 * (2 * (32 + 32) + 4 * 32 + 2 * 64)
     assert block.transient == 2 * 16 * 2 * 64
 
 
 def test_torchs_rms_norm_on_cpu_keeps_its_input_twice() -> None:
-    more = memory(backend="gloo").block(Layout(), 16).held.total - memory().block(Layout(), 16).held.total
+    more = memory(backend="gloo").block(Layout()).held.total - memory().block(Layout()).held.total
     assert more == 4 * 16 * 2 * 32
-    assert memory(tiny_gpt2(), backend="gloo").block(Layout(), 16) == memory(tiny_gpt2()).block(Layout(), 16)
+    assert memory(tiny_gpt2(), backend="gloo").block(Layout()) == memory(tiny_gpt2()).block(Layout())
 
 
 def test_tp_cuts_activations_and_sequence_parallelism_the_rest() -> None:
     tokens = 16
-    plain = memory().block(Layout(tp=4), 16)
+    plain = memory().block(Layout(tp=4))
     assert plain.held.activations == 4 * tokens * (2 * (32 + 32) + (32 + 32) / 4 + 2 * 8 + 4 * 64 / 4)
     assert plain.held_recomputed.activations == 4 * tokens * 32
-    cut = memory().block(Layout(tp=4, sequence_parallel=True), 16)
+    cut = memory().block(Layout(tp=4, sequence_parallel=True))
     assert plain.held.activations - cut.held.activations == 4 * tokens * 2 * 32 * 0.75
     assert cut.held_recomputed.activations == 4 * tokens * 32 / 4
 
 
 def test_the_head_keeps_its_logits_and_their_log_probabilities_in_fp32() -> None:
-    head = memory(precision="bf16").head(Layout(tp=2), 16)
+    head = memory(precision="bf16").head(Layout(tp=2))
     rows, tokens = 31, 16  # 61 over 2
     assert head.held.logits == (2 + 4) * tokens * rows
     assert head.held.activations == 2 * tokens * (32 + 32)
     assert head.transient == (4 + 2) * tokens * rows
-    fp32 = memory().head(Layout(tp=2), 16)
+    fp32 = memory().head(Layout(tp=2))
     assert (fp32.held.logits, fp32.transient) == (2 * 4 * tokens * rows, 4 * tokens * rows)
     assert head.held == head.held_recomputed
 
 
 def test_zero_3_gathers_a_block_at_a_time() -> None:
     model = memory(precision="bf16")
-    more = model.block(sharded(3), 16).transient - model.block(sharded(2), 16).transient
-    assert more == 2 * 2 * model.block_parameters(sharded(3))
-    assert model.block(sharded(3, pp=2), 16).transient == model.block(sharded(1, pp=2), 16).transient
+    more = model.block(sharded(3)).transient - model.block(sharded(2)).transient
+    assert more == 2 * 2 * parameters_of(model, "block", sharded(3))
+    assert model.block(sharded(3, pp=2)).transient == model.block(sharded(1, pp=2)).transient
 
 
 @pytest.mark.parametrize("part", ["block", "head"])
 def test_more_tokens_never_hold_less(part: str) -> None:
-    model = memory()
     for less, more in (((1, 16), (2, 16)), ((2, 16), (2, 20)), ((1, 1), (8, 64))):
-        a, b = (getattr(model, part)(Layout(micro_batch=batch), sequence) for batch, sequence in (less, more))
+        a, b = (getattr(memory(sequence=sequence), part)(Layout(micro_batch=batch)) for batch, sequence in (less, more))
         assert a.held.total < b.held.total
         assert a.transient < b.transient
         assert a.held_recomputed.total < b.held_recomputed.total
@@ -196,7 +209,7 @@ def test_more_tokens_never_hold_less(part: str) -> None:
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, sequence_parallel=True), sharded(3)])
 @pytest.mark.parametrize("model", [tiny_llama(), tiny_gpt2()], ids=["llama", "gpt2"])
 def test_recomputing_holds_less_and_needs_more_at_once(layout: Layout, model: ModelSpec) -> None:
-    block = memory(model).block(layout, 16)
+    block = memory(model).block(layout)
     assert block.held_recomputed.total < block.held.total
     assert block.transient_recomputed >= block.transient
 
@@ -207,13 +220,13 @@ def test_recomputing_holds_less_and_needs_more_at_once(layout: Layout, model: Mo
 def test_what_a_stage_holds_whatever_its_layers() -> None:
     model, layout = memory(precision="bf16"), Layout(tp=2, pp=3, dp=2, micro_batch=2)
     boundary = 2 * 2 * 16 * 32
-    assert model.boundary_bytes(layout, 16) == boundary
+    assert model.boundary_bytes(layout) == boundary
     for stage, directions in ((0, 1), (1, 2), (2, 1)):
-        fixed = model.fixed(layout, 16, stage, 5)
+        fixed = model.fixed(layout, stage, 5)
         assert fixed == MemoryBytes(pipeline_buffers=5 * directions * boundary, communicators=3 * 1e3, context=1e4)
-    assert model.boundary_bytes(replace(layout, sequence_parallel=True), 16) == boundary / 2
-    assert model.fixed(Layout(), 16, 0, 5) == MemoryBytes(context=1e4)
-    assert model.fixed(Layout(dp=2), 16, 0, 5) == MemoryBytes(communicators=1e3, context=1e4)
+    assert model.boundary_bytes(replace(layout, sequence_parallel=True)) == boundary / 2
+    assert model.fixed(Layout(), 0, 5) == MemoryBytes(context=1e4)
+    assert model.fixed(Layout(dp=2), 0, 5) == MemoryBytes(communicators=1e3, context=1e4)
 
 
 def test_the_allocator_loses_a_share_of_the_tensors_only() -> None:

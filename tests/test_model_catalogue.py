@@ -15,12 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import cli
+from planner.capabilities import FEATURES, missing_features
 from planner.errors import UnsupportedError
 from planner.job import TrainingJob
-from planner.layout import FEATURES, Layout, RuleContext, enumerate_layouts, missing_features, violations
+from planner.layout import Layout
 from planner.plan import Plan
 from planner.question import ask
+from planner.rules import RuleContext, violations
 from planner.search import check_supported, search
+from planner.space import enumerate_layouts
 from profiles.attention_spec import LatentAttention, RopeScaling, SlidingWindow
 from profiles.catalogue import list_catalogue, resolve_model
 from profiles.experts_spec import Experts
@@ -569,15 +572,12 @@ def test_what_meshwright_trains_has_no_features() -> None:
 
 
 REFUSALS = {
-    "mixtral-8x7b": ("meshwright cannot train experts yet", "Megatron-LM trains mixtral-8x7b"),
-    "deepseek-v3": (
-        "meshwright cannot train experts, latent attention and YaRN positions yet",
-        "Megatron-LM trains deepseek-v3",
-    ),
+    "mixtral-8x7b": ("meshwright cannot train experts yet", "megatron can: --target megatron"),
+    "deepseek-v3": ("meshwright cannot train experts, latent attention and YaRN positions yet", "megatron can: --target megatron"),
     "bert-large": (
         "meshwright cannot train bidirectional attention, post-norm layers, token types, output transform, "
         "output bias and next-sentence head yet",
-        "Megatron-LM trains bert-large",
+        "megatron can: --target megatron",
     ),
     "bloom-176b": (
         "meshwright cannot train ALiBi positions and embedding norm yet",
@@ -611,7 +611,7 @@ def test_the_command_line_refuses_it_with_exit_code_1(
 
 def test_no_layout_of_such_a_model_is_legal_and_no_plan_file_of_one_is_read() -> None:
     job = TrainingJob(global_batch=4, sequence=16)
-    reason = "tiny-llama: the meshwright runtime does not train QK norm today"
+    reason = "tiny-llama: the meshwright runtime does not train QK norm today; megatron can"
     spec = tiny_llama(qk_norm=True)
     assert violations(Layout(dp=2), RuleContext(spec, job, 2)) == (reason,)
     assert list(enumerate_layouts(RuleContext(spec, job, 2))) == []

@@ -1,19 +1,24 @@
 """Every layout and every assignment of a small question, priced one by one: what the planner's answer must equal.
 
-Nothing is bounded, pruned or solved here. Of the planner it takes the prices (`CostModel`) and the rules
-(`violations`); the loops over degrees and knobs, the splits of layers and the recomputed counts are its own.
+Nothing is bounded, pruned or solved here. Of the planner it takes the prices (`CostModel`), the simulation and the
+rules (`violations`, `why_no_recompute`); the loops over degrees and knobs, the splits of layers and the recomputed
+counts are its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from typing import Any
 
-from planner.layout import Layout, violations
-from planner.search import Question
-from planner.step_cost import CostModel, LayoutCosts, StageCount
+from planner.layout import CP_STYLES, RECOMPUTE_MODES, SCHEDULES, Layout
+from planner.layout_costs import Blocks, LayoutCosts, StageCount
+from planner.question import Question
+from planner.rules import violations, why_no_recompute
+from planner.simulation import StageSeconds, simulate
+from planner.step_cost import CostModel
 
 # Peaks this close to the limit fit: the rounding of a sum.
 ROUNDING = 1e-9
@@ -29,26 +34,58 @@ class Candidate:
     peak_bytes: float
 
 
+# ---- layouts ---------------------------------------------------------------------------------------------
+
+
 def all_layouts(question: Question) -> list[Layout]:
-    """The legal layouts, by trying every number from 1 to the world or the batch for every degree."""
-    world, batch = question.cluster.devices, question.job.global_batch
+    """The legal layouts, by trying every number for every degree and knob.
+
+    Where an axis has one rank its knob has only its plain value, and of HSDP's shards those are tried that
+    `is_shard_group` names; the rules judge the rest.
+    """
     legal = []
-    degrees = [d for d in product(range(1, world + 1), repeat=3) if d[0] * d[1] * d[2] == world]
-    knobs = product(range(4), range(1, batch + 1), ("gpipe", "1f1b"), (False, True))
-    for (tp, pp, dp), (zero, micro_batch, schedule, sequence_parallel) in product(degrees, list(knobs)):
-        layout = Layout(
-            tp=tp,
-            pp=pp,
-            dp=dp,
-            dp_shard=1 if zero == 0 else dp,
-            sequence_parallel=sequence_parallel,
-            zero=zero,
-            micro_batch=micro_batch,
-            schedule=schedule,
-        )
-        if not violations(layout, question.rules) and _as_pinned(layout, question.job.pins, question.job.bans):
-            legal.append(layout)
+    for layout in _degrees(question):
+        for knobs in product(_pipelines(layout, question), _states(layout, question), _expert_grids(layout, question)):
+            tried = Layout(**(vars(layout) | knobs[0] | knobs[1] | knobs[2]))
+            if _as_pinned(tried, question.job.pins, question.job.bans) and not violations(tried, question.rules):
+                legal.append(tried)
     return legal
+
+
+def _degrees(question: Question) -> Iterator[Layout]:
+    world, batch = question.cluster.devices, question.job.global_batch
+    numbers = range(1, world + 1)
+    for tp, cp, pp in product(numbers, repeat=3):
+        if world % (tp * cp * pp):
+            continue
+        dp = world // (tp * cp * pp)
+        micro_batches = [n for n in range(1, batch + 1) if batch % (n * dp) == 0]
+        for sp, style, n in product((False, True)[:tp], CP_STYLES[1:] if cp > 1 else ("none",), micro_batches):
+            yield Layout(tp=tp, cp=cp, cp_style=style, pp=pp, dp=dp, sequence_parallel=sp, micro_batch=n)
+
+
+def _pipelines(layout: Layout, question: Question) -> list[dict[str, Any]]:
+    chunks = range(1, (question.model.layers + 2) // layout.pp + 1) if layout.pp > 1 else (1,)
+    schedules = SCHEDULES if layout.pp > 1 else ("1f1b",)
+    return [{"schedule": schedule, "virtual_stages": n} for schedule, n in product(schedules, chunks)]
+
+
+def _states(layout: Layout, question: Question) -> list[dict[str, Any]]:
+    shards = [n for n in range(1, layout.dp + 1) if is_shard_group(n, layout, question)]
+    return [{"zero": 0, "dp_shard": 1}, *({"zero": z, "dp_shard": n} for z, n in product((1, 2, 3), shards))]
+
+
+def is_shard_group(number: int, layout: Layout, question: Question) -> bool:
+    """State is sharded over all of dp, or over the dp ranks that a tier of links joins."""
+    inside = [link.span for link in question.cluster.links]
+    return number == layout.dp or (number > 1 and number * layout.tp * layout.cp in inside)
+
+
+def _expert_grids(layout: Layout, question: Question) -> list[dict[str, Any]]:
+    experts = question.model.experts
+    if experts is None:
+        return [{}]
+    return [{"ep": ep, "etp": etp} for ep, etp in product(range(1, experts.number + 1), range(1, layout.tp + 1))]
 
 
 def _as_pinned(layout: Layout, pins: Mapping[str, Any], bans: tuple[str, ...]) -> bool:
@@ -56,6 +93,16 @@ def _as_pinned(layout: Layout, pins: Mapping[str, Any], bans: tuple[str, ...]) -
     return kept and not any(
         vars(layout)[key] > (key not in ("zero", "sequence_parallel")) for key in bans if key != "recompute"
     )
+
+
+def modes_of(layout: Layout, question: Question) -> tuple[str, ...]:
+    """The recompute modes that target, schedule and pin allow."""
+    pin = "none" if "recompute" in question.job.bans else question.job.pins.get("recompute")
+    legal = [mode for mode in RECOMPUTE_MODES if why_no_recompute(mode, layout, question.rules) is None]
+    return tuple(mode for mode in legal if pin in (None, mode))
+
+
+# ---- assignments -----------------------------------------------------------------------------------------
 
 
 def splits(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
@@ -66,32 +113,64 @@ def splits(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
             yield (*numbers, last)
 
 
-def assignments(layers: int, stages: int, recompute: str | None = None) -> Iterator[tuple[StageCount, ...]]:
-    """Every split with every count of recomputed blocks per stage."""
-    for split in splits(layers, stages):
-        least = [n if recompute == "full" else 0 for n in split]
-        most = [0 if recompute == "none" else n for n in split]
-        for full in product(*(range(low, high + 1) for low, high in zip(least, most, strict=True))):
-            yield tuple(StageCount(n - x, x) for n, x in zip(split, full, strict=True))
+def assignments(
+    segments: Sequence[int], stages: int, modes: Sequence[str] = ("none", "full")
+) -> Iterator[tuple[StageCount, ...]]:
+    """Every split of the chain of segments, with every count of each mode on every stage and segment."""
+    chain = [k for k, layers in enumerate(segments) for _ in range(layers)]
+    for split in splits(len(chain), stages):
+        held, first = [], 0
+        for number in split:
+            held.append(chain[first : first + number])
+            first += number
+        ways = [tuple(product(*(_blocks(stage.count(k), modes) for k in range(len(segments))))) for stage in held]
+        yield from product(*ways)
+
+
+def _blocks(layers: int, modes: Sequence[str]) -> list[Blocks]:
+    """Every way to give `layers` layers their modes."""
+    numbers = [n for n in product(range(layers + 1), repeat=len(modes)) if sum(n) == layers]
+    return [Blocks(**dict(zip(modes, each, strict=True))) for each in numbers]
+
+
+# ---- prices ----------------------------------------------------------------------------------------------
 
 
 def candidates(question: Question) -> dict[Layout, list[Candidate]]:
     """Every assignment of every legal layout, whatever the memory limit."""
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
-    return {layout: list(_priced(prices.price(layout), question)) for layout in all_layouts(question)}
+    layouts = all_layouts(question)
+    return {layout: list(priced(prices.price(layout), modes_of(layout, question))) for layout in layouts}
 
 
-def _priced(costs: LayoutCosts, question: Question) -> Iterator[Candidate]:
-    # A rank's bytes depend on its own blocks alone: one call prices the same count on every stage.
-    pairs = [(none, full) for none in range(costs.layers + 1) for full in range(costs.layers + 1 - none)]
-    table = {pair: [m.total for m in costs.memory([StageCount(*pair)] * costs.layout.pp)] for pair in pairs}
-    pin = question.job.pins.get("recompute", "none" if "recompute" in question.job.bans else None)
-    for counts in assignments(costs.layers, costs.layout.pp, pin):
-        peak = max(table[count.none, count.full][stage] for stage, count in enumerate(counts))
-        yield Candidate(costs.layout, counts, costs.step(counts), peak)
+def priced(costs: LayoutCosts, modes: Sequence[str]) -> Iterator[Candidate]:
+    """Every assignment of one layout. What a stage or a rank costs by itself is asked for once."""
+    layout, stages = costs.layout, range(costs.layout.stages)
+    stages_of = [layout.stages_of(rank) for rank in range(layout.pp)]
+    nothing = tuple(Blocks() for _ in costs.segments)
+
+    @cache
+    def alone(stage: int, count: StageCount) -> tuple[StageSeconds, float]:
+        counts = [nothing] * len(stages)
+        counts[stage] = count
+        return costs.durations(counts)[stage], costs.stage_seconds(stage, count).optimizer.total
+
+    @cache
+    def bytes_of(rank: int, own: tuple[StageCount, ...]) -> float:
+        counts = [nothing] * len(stages)
+        for stage, count in zip(stages_of[rank], own, strict=True):
+            counts[stage] = count
+        return costs.rank_memory(rank, counts).total
+
+    for counts in assignments([segment.layers for segment in costs.segments], len(stages), modes):
+        each = [alone(stage, count) for stage, count in enumerate(counts)]
+        seconds = simulate(costs.pipeline, [durations for durations, _ in each], costs.send_seconds).seconds
+        optimizer = max(sum(each[stage][1] for stage in held) for held in stages_of)
+        peak = max(bytes_of(rank, tuple(counts[stage] for stage in held)) for rank, held in enumerate(stages_of))
+        yield Candidate(layout, counts, seconds + optimizer + costs.step_seconds, peak)
 
 
-def fastest(priced: list[Candidate], limit_bytes: float) -> Candidate | None:
+def fastest(of_layouts: Sequence[Candidate], limit_bytes: float) -> Candidate | None:
     """The candidate with the least step among those that fit, or None."""
-    fitting = [c for c in priced if c.peak_bytes <= limit_bytes * (1 + ROUNDING)]
+    fitting = [c for c in of_layouts if c.peak_bytes <= limit_bytes * (1 + ROUNDING)]
     return min(fitting, key=lambda candidate: candidate.step_seconds, default=None)

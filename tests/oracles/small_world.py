@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from planner.job import TrainingJob
-from planner.search import Question
+from planner.layout import Layout
+from planner.layout_costs import Blocks, LayoutCosts, StageCount
+from planner.part_seconds import PartSeconds
+from planner.question import Question
+from planner.step_cost import CostModel
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
@@ -84,3 +88,23 @@ def small_question(
         hardware=hardware or small_hardware(),
         job=TrainingJob(**(fields | job)),
     )
+
+
+# ---- prices ----------------------------------------------------------------------------------------------
+
+
+def price(layout: Layout, question: Question | None = None, **hardware: Any) -> LayoutCosts:
+    """The layout's costs; of the small question on as many devices, its hardware changed, where none is given."""
+    question = question or small_question(devices=layout.world_size, hardware=small_hardware(**hardware))
+    return CostModel(question.model, question.cluster, question.hardware, question.job).price(layout)
+
+
+def block_of(costs: LayoutCosts) -> PartSeconds:
+    """The seconds of a layer, all layers being alike."""
+    (segment,) = costs.segments
+    return segment.seconds
+
+
+def counts(*pairs: tuple[int, int]) -> tuple[StageCount, ...]:
+    """(kept, recomputed in full) of each stage, all layers being alike."""
+    return tuple((Blocks(none=none, full=full),) for none, full in pairs)

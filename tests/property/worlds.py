@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
 from hypothesis import strategies as st
 
-from planner.layout import Layout
+from planner.layout import SCHEDULES, Layout
+from planner.layout_costs import LayoutCosts, SegmentCosts
 from planner.memory_cost import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
-from planner.schedule import Pipeline, in_flight
-from planner.search import Question
-from planner.step_cost import LayoutCosts
+from planner.question import Question
+from planner.schedule import SPLIT_BACKWARD, Pipeline, in_flight, why_illegal
+from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import DATA_PARALLEL, CollectivePoint, ContentionPoint, WaitPoint
-from tests.oracles.brute_force import all_layouts, assignments
+from tests.oracles.brute_force import all_layouts, assignments, modes_of
 from tests.oracles.small_world import small_cluster, small_hardware, small_question
 
 # Actions that brute force simulates for one question, about: a third of a second.
@@ -70,7 +72,9 @@ def measured_sizes(draw: st.DrawFn, operation: str, sizes: tuple[int, ...]) -> l
 def machines(draw: st.DrawFn) -> HardwareProfile:
     collectives = []
     if draw(st.integers(0, 3)) == 0:
-        for operation in draw(st.sets(st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "send_recv")))):
+        for operation in draw(
+            st.sets(st.sampled_from(("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send_recv")))
+        ):
             collectives += draw(measured_sizes(operation, (2,) if operation == "send_recv" else (2, 4)))
     if draw(st.integers(0, 3)) == 0:
         collectives += draw(measured_sizes(draw(st.sampled_from(DATA_PARALLEL)), (2, 3, 4)))
@@ -100,27 +104,52 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
     )
 
 
+@st.composite
+def with_experts(draw: st.DrawFn) -> ModelSpec:
+    """The first layer or none dense; some experts are shared by all tokens."""
+    model = draw(models())
+    layers, width = max(2, model.layers), draw(st.sampled_from((8, 24)))
+    dense = draw(st.integers(0, layers - 1))
+    number = draw(st.sampled_from((2, 4, 6)))
+    experts = Experts(
+        number=number,
+        top_k=draw(st.integers(1, number)),
+        ffn_hidden_size=width,
+        shared=draw(st.sampled_from((0, 1, 2))),
+        dense_layers=dense,
+        router_bias=draw(st.booleans()),
+        expert_bias=draw(st.booleans()),
+    )
+    return replace(model, layers=layers, experts=experts, ffn_hidden_size=model.ffn_hidden_size if dense else width)
+
+
 @cache
-def _actions_of(layers: int, stages: int) -> int:
-    return stages * sum(1 for _ in assignments(layers, stages))
+def _actions_of(segments: tuple[int, ...], stages: int, modes: tuple[str, ...]) -> int:
+    return stages * sum(1 for _ in assignments(segments, stages, modes))
 
 
 def actions(question: Question) -> int:
     """Actions that brute force simulates for the question."""
-    job = question.job
+    segments = tuple(segment.count for segment in question.model.segments)
     return sum(
-        2 * layout.microbatches(job.global_batch) * _actions_of(question.model.layers, layout.pp)
+        2
+        * layout.microbatches(question.job.global_batch)
+        * _actions_of(segments, layout.stages, modes_of(layout, question))
         for layout in all_layouts(question)
     )
 
 
 @st.composite
-def questions(draw: st.DrawFn) -> Question:
-    """A question without a memory limit that brute force answers in about a third of a second."""
+def questions(draw: st.DrawFn, target: str = "meshwright", most_actions: int = MOST_ACTIONS) -> Question:
+    """A question without a memory limit that brute force answers in about a third of a second.
+
+    What is too large gets fewer layers, a smaller batch or, for the targets with more to choose, pins.
+    """
     devices = draw(st.sampled_from((1, 2, 3, 4, 6, 8)))
     nodes = draw(st.sampled_from((1, 2))) if devices % 2 == 0 else 1
+    experts = target == "megatron" and draw(st.booleans())
     question = small_question(
-        draw(models()),
+        draw(with_experts() if experts else models()),
         hardware=draw(machines()),
         cluster=small_cluster(
             devices,
@@ -132,20 +161,42 @@ def questions(draw: st.DrawFn) -> Question:
         global_batch=draw(st.integers(1, 8)),
         sequence=draw(st.sampled_from((1, 4, 16, 24))),
         precision=draw(st.sampled_from(("fp32", "bf16"))),
+        target=target,
+        expert_imbalance=draw(st.sampled_from((1.0, 1.3))) if experts else 1.0,
+        expert_capacity=draw(st.sampled_from((None, 1.25))) if experts else None,
     )
-    while actions(question) > MOST_ACTIONS:
-        model, job = question.model, question.job
-        if model.layers > 2:
-            question = replace(question, model=replace(model, layers=model.layers - 1))
-        else:
-            question = replace(question, job=replace(job, global_batch=job.global_batch // 2))
+    keys = list(draw(st.permutations(_PINNED_FIRST))) if target != "meshwright" else []
+    while actions(question) > most_actions:
+        question = _smaller(draw, question, keys)
     return question
+
+
+_PINNED_FIRST = ("tp", "cp", "pp", "schedule", "virtual_stages", "zero", "micro_batch", "ep", "cp_style", "recompute")
+
+
+def _smaller(draw: st.DrawFn, question: Question, keys: list[str]) -> Question:
+    model, job = question.model, question.job
+    if keys:
+        key = keys.pop()
+        layout = draw(st.sampled_from(all_layouts(question)))
+        value = draw(st.sampled_from(modes_of(layout, question))) if key == "recompute" else vars(layout)[key]
+        return replace(question, job=replace(job, pins={**job.pins, key: value}))
+    dense = model.experts.dense_layers if model.experts else 0
+    if model.layers > max(2, dense + 1):
+        return replace(question, model=replace(model, layers=model.layers - 1))
+    if job.global_batch > 1:
+        free = {key: value for key, value in job.pins.items() if key != "micro_batch"}
+        return replace(question, job=replace(job, global_batch=job.global_batch // 2, pins=free))
+    assert model.experts is not None
+    fewer = replace(model.experts, dense_layers=max(1, dense - 1))
+    return replace(question, model=replace(model, layers=model.layers - 1, experts=fewer))
 
 
 # ---- costs that no model gives rise to ------------------------------------------------------------------
 
 _seconds = st.just(0.0) | st.floats(0.001, 10.0).map(lambda value: round(value, 3))
-_parts = st.builds(PartSeconds, *[st.builds(Seconds, compute=_seconds, tp=_seconds, dp=_seconds)] * 6)
+_causes = st.builds(Seconds, compute=_seconds, tp=_seconds, cp=_seconds, ep=_seconds, dp=_seconds)
+_parts = st.builds(PartSeconds, *[_causes] * 8)
 _sizes = st.floats(0.0, 100.0).map(lambda value: round(value, 1))
 
 
@@ -153,35 +204,60 @@ _sizes = st.floats(0.0, 100.0).map(lambda value: round(value, 1))
 def part_memories(draw: st.DrawFn) -> PartMemory:
     """Recomputing holds no more and needs no less at once, as `memory_cost` has it."""
     held, transient = draw(_sizes), draw(_sizes)
+    shares = [draw(st.floats(0, 1)) for _ in range(3)]
+    selective, full, weight = (round(held * share, 1) for share in (max(shares[:2]), min(shares[:2]), shares[2]))
+    more = sorted((draw(_sizes), draw(_sizes)))
     return PartMemory(
         MemoryBytes(weights=draw(_sizes)),
         MemoryBytes(activations=held),
-        MemoryBytes(activations=round(held * draw(st.floats(0, 1)), 1)),
+        MemoryBytes(activations=full),
         transient,
-        transient + draw(_sizes),
+        transient + more[1],
+        MemoryBytes(activations=selective),
+        transient + more[0],
+        MemoryBytes(activations=weight),
     )
 
 
 @st.composite
-def layout_costs(draw: st.DrawFn) -> LayoutCosts:
-    """Any seconds and bytes at all, on a pipeline of up to 4 stages and 5 layers."""
-    stages = draw(st.integers(1, 4))
-    schedule = draw(st.sampled_from(("gpipe", "1f1b")))
-    microbatches = draw(st.integers(stages if schedule == "1f1b" else 1, 6))
+def layout_costs(draw: st.DrawFn, schedules: Sequence[str] = ("gpipe", "1f1b"), segments: int = 1) -> LayoutCosts:
+    """Any seconds and bytes at all, on up to 4 pipeline ranks, 6 stages and 5 layers."""
+    ranks, schedule = draw(st.integers(1, 4)), draw(st.sampled_from(schedules))
+    if schedule not in ("gpipe", "1f1b"):
+        ranks = draw(st.integers(2, 3))
+    pipelines = [
+        Pipeline(schedule, ranks, chunks, microbatches)
+        for chunks in range(1, 6 // ranks + 1)
+        for microbatches in range(1, 7)
+    ]
+    pipeline = draw(st.sampled_from([each for each in pipelines if why_illegal(each) is None]))
+    layers = draw(st.integers(max(1, pipeline.stages - 2), 5))
+    cuts = sorted(draw(st.lists(st.integers(1, layers - 1), unique=True, max_size=segments - 1))) if layers > 1 else []
+    runs = [end - first for first, end in zip([0, *cuts], [*cuts, layers], strict=True)]
+    kinds = [(draw(_parts), draw(part_memories())) for _ in range(2)]
     return LayoutCosts(
-        layout=Layout(pp=stages, schedule=schedule),
-        microbatches=microbatches,
-        layers=draw(st.integers(max(1, stages - 2), 5)),
-        block=draw(_parts),
+        layout=Layout(pp=ranks, schedule=schedule, virtual_stages=pipeline.chunks),
+        microbatches=pipeline.microbatches,
+        segments=tuple(
+            SegmentCosts(("dense", "experts")[k % 2], number, *kinds[k % 2]) for k, number in enumerate(runs)
+        ),
         embedding=draw(_parts),
         head=draw(_parts),
-        microbatch=PartSeconds(forward=Seconds(draw(_seconds)), backward=Seconds(draw(_seconds))),
-        send_seconds=draw(_seconds) if stages > 1 else 0.0,
+        microbatch=PartSeconds(forward=Seconds(draw(_seconds)), backward_input=Seconds(draw(_seconds))),
+        send_seconds=draw(_seconds) if ranks > 1 else 0.0,
         step_seconds=draw(_seconds),
-        block_memory=draw(part_memories()),
         embedding_memory=draw(part_memories()),
         head_memory=draw(part_memories()),
-        fixed_memory=(MemoryBytes(context=draw(_sizes)),) * stages,
-        in_flight=tuple(moment.full[0] for (moment,) in in_flight(Pipeline(schedule, stages, 1, microbatches))),
+        fixed_memory=(MemoryBytes(context=draw(_sizes)),) * ranks,
+        in_flight=in_flight(pipeline),
         allocator_slack=draw(st.sampled_from((0.0, 0.1))),
     )
+
+
+@st.composite
+def any_layout_costs(draw: st.DrawFn) -> tuple[LayoutCosts, tuple[str, ...]]:
+    """Costs of any schedule and chain of segments, and what its layers may recompute."""
+    costs = draw(layout_costs(SCHEDULES, segments=3))
+    split = costs.layout.schedule in SPLIT_BACKWARD
+    modes = (("none",),) if split else (("none", "selective", "full"), ("none", "full"), ("selective",), ("full",))
+    return costs, draw(st.sampled_from(modes))

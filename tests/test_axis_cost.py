@@ -1,0 +1,42 @@
+"""What the axes inside a layer send: tp around its products."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from planner.comm_cost import CommModel, Group
+from planner.layout import Layout
+from planner.part_seconds import PHASES
+from tests.oracles.small_world import block_of, price, small_question
+
+
+def test_what_tp_sends() -> None:
+    layout = Layout(tp=4, micro_batch=2)
+    question = small_question(devices=4)
+    comm = CommModel(question.cluster, question.hardware)
+    hidden = 4.0 * 2 * 16 * 32
+    reduced = comm.collective_seconds("all_reduce", Group(4, 1), hidden)
+    loss = 3 * comm.collective_seconds("all_reduce", Group(4, 1), 4.0 * 2 * 16)
+    plain = price(layout)
+    assert block_of(plain).forward.tp == block_of(plain).backward.tp == pytest.approx(2 * reduced)
+    # The recomputation ends before the sum that ends the MLP.
+    assert block_of(plain).recompute_full.tp == pytest.approx(reduced)
+    assert (plain.embedding.forward.tp, plain.embedding.backward.tp) == (pytest.approx(reduced), 0.0)
+    assert (plain.head.forward.tp, plain.head.backward.tp) == (pytest.approx(loss), pytest.approx(reduced))
+    cut = price(replace(layout, sequence_parallel=True))
+    gather = comm.collective_seconds("all_gather", Group(4, 1), hidden)
+    scatter = comm.collective_seconds("reduce_scatter", Group(4, 1), hidden)
+    assert block_of(cut).forward.tp == block_of(cut).backward.tp == pytest.approx(2 * (gather + scatter))
+    assert block_of(cut).recompute_full.tp == pytest.approx(2 * gather + scatter)
+    assert (cut.embedding.forward.tp, cut.embedding.backward.tp) == (pytest.approx(scatter), pytest.approx(gather))
+    assert (cut.head.forward.tp, cut.head.backward.tp) == (pytest.approx(gather + loss), pytest.approx(scatter))
+
+
+def test_without_tp_and_dp_nothing_is_sent() -> None:
+    costs = price(Layout())
+    for part in (block_of(costs), costs.embedding, costs.head):
+        assert all(getattr(part, phase).tp == getattr(part, phase).dp == 0.0 for phase in PHASES)
+    assert costs.send_seconds == 0.0
+    assert costs.step_seconds == 0.0
