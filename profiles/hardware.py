@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .interpolate import RateGrid, seconds_at, tiled_flops
+from .interpolate import RateGrid, line_at, seconds_at, tiled_flops
 from .points import (
     DIRECTIONS,
     DTYPE_BYTES,
@@ -134,7 +134,7 @@ class HardwareProfile:
         points = self._collective_points.get((operation, ranks, stride))
         if points is None or (len(points) == 1 and bytes_total > 4 * points[0][0]):
             return None
-        return seconds_at(points, bytes_total)
+        return line_at(points, bytes_total)
 
     def only_collective_point(self, operation: str, ranks: int, stride: int) -> tuple[float, float] | None:
         """(bytes, seconds) of such a group where just one size was measured."""
