@@ -109,6 +109,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--seq", type=int, default=256)
     options.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     options.add_argument("--parts", action="store_true", help="predicted/measured ms of each part of every layout")
+    options.add_argument("--keep", type=Path, metavar="FOLDER", help="leave profiles, plans and measurements here")
     options.add_argument("--only", action="append", metavar="TEXT", help="layouts whose line has the text; repeatable")
     return options
 
@@ -144,7 +145,6 @@ def main() -> None:
     options.add_argument("--nproc", type=int, default=2, help="ranks")
     options.add_argument("--budget", type=float, help="seconds for each profile; default as its thoroughness")
     options.add_argument("--thoroughness", default="quick", choices=LEVELS, help="of each profile")
-    options.add_argument("--keep", type=Path, metavar="FOLDER", help="leave profiles, plans and measurements here")
     options.add_argument("--again", type=Path, metavar="FOLDER", help="price what --keep left there, measure nothing")
     arguments = options.parse_args()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

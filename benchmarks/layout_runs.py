@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from torch import multiprocessing as mp
 
 from planner.plan import Plan, load, save
 from profiles.hardware import HardwareProfile
@@ -140,6 +141,10 @@ class Turns:
         _wait_for(self._folder / f"done{self._taken}", self._check)
         self._taken += 1
 
+    def watch(self) -> None:
+        """Let them go on to the watched rounds and end."""
+        (self._folder / f"turn{self._taken}").touch()
+
 
 @contextmanager
 def ranks_of_this_machine(folder: Path, world_size: int, count: int, turns: int, rounds: int) -> Iterator[Turns]:
@@ -148,10 +153,16 @@ def ranks_of_this_machine(folder: Path, world_size: int, count: int, turns: int,
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = (world_size, port, str(folder), count, turns, rounds)
-    started = mp.start_processes(_spawned, args=arguments, nprocs=world_size, start_method="spawn", join=False)
-    assert started is not None
-    yield Turns(folder, lambda: (started.join(timeout=0), None)[1])
-    (folder / f"turn{turns}").touch()
+    started: Any = mp.start_processes(  # type: ignore[reportPrivateImportUsage]
+        _spawned, args=arguments, nprocs=world_size, start_method="spawn", join=False
+    )
+
+    def check() -> None:
+        started.join(timeout=0)  # raises what a rank has raised
+
+    work = Turns(folder, check)
+    yield work
+    work.watch()
     while not started.join():
         pass
 
