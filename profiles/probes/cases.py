@@ -109,7 +109,7 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     yield Case("stragglers", "overheads", QUICK, concurrency.measure_stragglers)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
     yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))
-    fsdp = {2**18: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**20: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
+    fsdp = {2**18: QUICK, 2**20: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
     if cuda:
         fsdp |= {2**28: QUICK, 2**29: FULL}
     for size, level in fsdp.items():
