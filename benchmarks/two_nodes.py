@@ -1,8 +1,9 @@
 """sudo python benchmarks/two_nodes.py [--rate 1gbit | --rate 100mbit | --delay-ms 5]: a plan for two nodes, tried.
 
 Two network namespaces with a shaped link stand for two nodes of two ranks each. Profiles them under torchrun (they
-must come out as two tiers), prices every legal layout of a small model, runs them all across the link, and prints
-predicted beside measured and the regret of the planner's choice. Needs root, iproute2, and /dev/net/tun for --delay-ms.
+must come out as two tiers), prices every legal layout of a small model, runs them all across the link, in turns with
+the profiler as closed_loop.py does, and prints predicted beside measured and the regret of the planner's choice. Needs
+root, iproute2, and /dev/net/tun for --delay-ms.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import closed_loop
+from layout_runs import Turns, read_cases, run_layouts, save_plans
 
-from profiles.cluster import load_cluster_file
-from profiles.hardware import load_hardware
+from profiles.cluster import ClusterSpec, load_cluster_file
+from profiles.hardware import HardwareProfile, load_hardware
 
 CLI = Path(__file__).parent.parent / "cli.py"
 RANKS_PER_NODE = 2
@@ -108,55 +110,77 @@ def relay_packets(delay_seconds: float, ready: Any) -> None:
                     break
 
 
-def on_both_nodes(names: list[str], command: list[str], port: int) -> None:
-    """Run a command under torchrun with RANKS_PER_NODE ranks in each namespace, to the end."""
-    started = []
-    for node, (space, name) in enumerate(zip(SPACES, names, strict=True)):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
-        torchrun += ["--nproc-per-node", str(RANKS_PER_NODE), "--master-addr", "10.77.0.1", "--master-port", str(port)]
-        environment = os.environ | {"GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1"}
-        output = None if node == 0 else subprocess.DEVNULL
-        line = ["ip", "netns", "exec", space, *torchrun, *command]
-        started.append(subprocess.Popen(line, env=environment, stdout=output))
-    try:
-        codes = [process.wait(timeout=_TIMEOUT_SECONDS) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0, 0], f"exit codes {codes} of {' '.join(command)}"
+class Ranks:
+    """A command under torchrun, RANKS_PER_NODE ranks of it in each namespace."""
+
+    def __init__(self, names: list[str], command: list[str], port: int) -> None:
+        self._command, self._started = command, []
+        for node, (space, name) in enumerate(zip(SPACES, names, strict=True)):
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)]
+            torchrun += ["--nproc-per-node", str(RANKS_PER_NODE), "--master-addr", "10.77.0.1"]
+            environment = os.environ | {"GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1"}
+            output = None if node == 0 else subprocess.DEVNULL
+            line = ["ip", "netns", "exec", space, *torchrun, "--master-port", str(port), *command]
+            self._started.append(subprocess.Popen(line, env=environment, stdout=output))
+
+    def check(self) -> None:
+        """Raise if some of them have failed."""
+        codes = [process.poll() for process in self._started]
+        assert not any(codes), f"exit codes {codes} of {' '.join(self._command)}"
+
+    def end(self) -> None:
+        """Wait for the end; kill what has not come to it in time."""
+        try:
+            for process in self._started:
+                process.wait(timeout=_TIMEOUT_SECONDS)
+            self.check()
+        finally:
+            for process in self._started:
+                process.kill()
 
 
 def main() -> None:
     options = closed_loop.parser(__doc__)
     options.add_argument("--rate", help="of the link, as tc writes it: 1gbit, 100mbit; default unshaped")
     options.add_argument("--delay-ms", type=float, default=0.0, help="each way")
-    options.add_argument("--ranks", nargs=3, metavar=("FOLDER", "COUNT", "ROUNDS"), help="for the ranks themselves")
-    options.set_defaults(model=None, global_batch=8, rounds=3)
+    options.add_argument("--ranks", nargs=4, metavar=("FOLDER", "COUNT", "TURNS", "ROUNDS"), help="for the ranks")
+    options.set_defaults(model=None, global_batch=8, turns=2, rounds=2)
     arguments = options.parse_args()
     if arguments.ranks:
-        folder, count, rounds = arguments.ranks
-        closed_loop.run_layouts(Path(folder), int(count), int(rounds))
+        folder, *numbers = arguments.ranks
+        run_layouts(Path(folder), *map(int, numbers))
         return
     arguments.model = arguments.model or ["demo"]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     print(f"{now}  {platform.node()}  {os.cpu_count()} cores  torch {torch.__version__}  {' '.join(sys.argv)}")
     with tempfile.TemporaryDirectory() as scratch, two_namespaces(arguments.rate, arguments.delay_ms) as names:
-        folder = Path(scratch)
-        written = folder / "hardware.yaml"
-        on_both_nodes(names, [str(CLI), "profile", "--quick", "-o", str(written)], 29611)
-        hardware, cluster = load_hardware(written), load_cluster_file(folder / "hardware.cluster.yaml")
+        folder = arguments.keep or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        profiles = [profiled(names, folder, 0)]
+        plans = closed_loop.plans_to_run(arguments, *profiles[0])
+        save_plans(plans, folder)
+        numbers = [str(n) for n in (len(plans), arguments.turns, arguments.rounds)]
+        ranks = Ranks(names, [__file__, "--ranks", str(folder), *numbers], 29611)
+        turns = Turns(folder, ranks.check)
+        for turn in range(arguments.turns):
+            turns.take()
+            profiles.append(profiled(names, folder, turn + 1))
+        turns.watch()
+        ranks.end()
+        hardware, cluster = closed_loop.merged(profiles)
         print(f"\n{cluster.nodes} nodes of {cluster.devices_per_node}")
         for link in cluster.links:
             bandwidth, latency = link.bandwidth_bytes_per_second, link.latency_seconds
             print(f"  {link.tier}: span {link.span}, {bandwidth / 1e6:,.1f} MB/s a rank, {latency * 1e3:.2f} ms a step")
-        for number, question in enumerate(closed_loop.questions(arguments, hardware, cluster)):
-            plans = closed_loop.chosen_plans(question, arguments)
-            closed_loop.save_plans(plans, folder)
-            body = [__file__, "--ranks", str(folder), str(len(plans)), str(arguments.rounds)]
-            on_both_nodes(names, body, 29613 + number)
-            cases = closed_loop.read_cases(plans, folder, 2 * RANKS_PER_NODE)
-            print(f"\n{question.model.name}, batch {arguments.global_batch} × {arguments.seq}")
-            closed_loop.show(cases, hardware, arguments.parts)
+        anew = [closed_loop.priced_anew(plan, hardware, cluster) for plan in plans]
+        closed_loop.report(read_cases(anew, folder, 2 * RANKS_PER_NODE), hardware, arguments)
+
+
+def profiled(names: list[str], folder: Path, number: int) -> tuple[HardwareProfile, ClusterSpec]:
+    """What the profiler finds under torchrun on both nodes."""
+    written = folder / f"profile{number}.yaml"
+    Ranks(names, [str(CLI), "profile", "--quick", "-o", str(written)], 29613 + number).end()
+    return load_hardware(written), load_cluster_file(written.with_suffix(".cluster.yaml"))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ A profile's points are never touched. `corrections` holds a factor for a part, b
 they are asked for: gemm, attention, memory (kernels, timed one by one in a few steps of the run), tp and dp (their
 collectives, likewise), optimizer. The factor is the median, over the runs, of measured over uncorrected seconds. Parts
 that a run hardly has are left alone, and so is everything that these do not explain: there is no factor for the step.
-What FSDP2 packs and unpacks a run books under memory and the profile's FSDP points under dp, and to time hundreds of
-small kernels one by one adds to each: the factors of memory and dp are to be read together.
+dp is all that FSDP2 does, its packing and its Python too, in the run as in the profile's points.
 """
 
 from __future__ import annotations

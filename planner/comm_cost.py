@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from profiles.alpha_beta import AlphaBeta
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
+from profiles.points import FSDP_COLLECTIVES
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,18 @@ class CommModel:
         )
 
     def fsdp_seconds(self, operation: str, group: Group, bytes_total: float) -> float | None:
-        """Seconds of gathering or reducing one module's parameters as FSDP2 does it, where that was measured."""
-        return self._measured(operation, group, bytes_total)
+        """Seconds of gathering or reducing one module's parameters as FSDP2 does it, where that was measured.
+
+        Where one size was (a slow link leaves no time for more), what FSDP2 took there beyond its collective comes
+        on top of the collective of this size.
+        """
+        only = self._hardware.only_collective_point(operation, group.size, group.stride)
+        if only is None or not self._points_hold(group):
+            return self._measured(operation, group, bytes_total)
+        size_bytes, seconds = only
+        collective = FSDP_COLLECTIVES[operation]
+        beyond = seconds - self.collective_seconds(collective, group, size_bytes)
+        return self.collective_seconds(collective, group, bytes_total) + max(0.0, beyond)
 
     def pair_sum_seconds(self, group: Group, size_bytes: float) -> float:
         """Seconds of an all-reduce between the first and the last rank of the group alone."""
@@ -59,9 +70,7 @@ class CommModel:
         measured = self._measured("all_reduce", ends, size_bytes)
         if measured is not None:
             return measured
-        return self._figures("all_reduce", Group(2, group.size * group.stride // 2)).seconds(
-            "all_reduce", 2, size_bytes
-        )
+        return self._figures("all_reduce", ends, group.size * group.stride).seconds("all_reduce", 2, size_bytes)
 
     def neighbour_seconds(self, group: Group, size_bytes: float) -> float:
         """Seconds of one step of a ring over the group: all send to the next and receive at once."""
@@ -89,19 +98,26 @@ class CommModel:
         return figures.seconds("send_recv", 2, size_bytes)
 
     def _measured(self, operation: str, group: Group, size_bytes: float) -> float | None:
-        if (group.size - 1) * group.stride >= self._widest_span:
+        if not self._points_hold(group):
             return None
         return self._hardware.collective_seconds(operation, group.size, size_bytes, group.stride)
 
-    def _figures(self, operation: str, group: Group) -> AlphaBeta:
-        """The tiers' figures for the group: latency of the widest it crosses, bandwidth of the tightest."""
+    def _points_hold(self, group: Group) -> bool:
+        return (group.size - 1) * group.stride < self._widest_span
+
+    def _figures(self, operation: str, group: Group, span: int = 0) -> AlphaBeta:
+        """The tiers' figures for the group: latency of the widest it crosses, bandwidth of the tightest.
+
+        `span` is how many neighbouring devices it lies among, where they are not size times stride.
+        """
         links = self._cluster.links
-        widest = links.index(self._cluster.link_within(group.size * group.stride))
+        span = span or group.size * group.stride
+        widest = links.index(self._cluster.link_within(span))
         bandwidths, below = [], 1
         for link in links[: widest + 1]:
             # `below` neighbours share each entry into this tier, and those of them in the group lend theirs.
             sharing = max(1, min(group.size, below // group.stride))
-            whole = group.size if group.size * group.stride <= link.span else 0
+            whole = group.size if span <= link.span else 0
             bandwidths.append(sharing * link.operation(operation, whole).bandwidth_bytes_per_second)
             below = link.span
         figures = links[widest].operation(operation, group.size).figures

@@ -232,6 +232,7 @@ class ComputeModel:
             assert model.experts is not None
             parts += self._experts(layout, model.experts, tokens, outside)
         parts += [self._residual(hidden), self._residual(hidden)]
+        parts.append(self._meeting_gradients(tokens))
         if layout.tp > 1:
             hardware = self._hardware
             cut = (
@@ -242,6 +243,17 @@ class ComputeModel:
             shard = ComputeSeconds(overhead=cut)
             parts.append(ComputeCost(shard, shard))
         return self._behind_host(_total(parts))
+
+    def _meeting_gradients(self, tokens: float) -> ComputeCost:
+        """wq, wk and wv have one input, w1 and w3 another: autograd adds up what each leaves of its gradient.
+
+        Trainers that join such weights into one have nothing to add.
+        """
+        if not self._software.separate_projections:
+            return ComputeCost()
+        sums = len({"wq", "wk", "wv", "w1", "w3"} & set(self._model.linear_shapes)) - 2
+        added = self._hardware.memory_seconds("residual", self._dtype, tokens * self._model.hidden_size)
+        return ComputeCost(backward_input=ComputeSeconds(memory=sums * added))
 
     def _behind_host(self, cost: ComputeCost) -> ComputeCost:
         """No pass is shorter than the host takes to issue it; the weights' gradient is issued with the input's."""

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .interpolate import RateGrid, seconds_at, tiled_flops, tiled_seconds
+from .interpolate import RateGrid, line_at, seconds_at, tiled_flops, tiled_seconds
 from .points import (
     DIRECTIONS,
     DTYPE_BYTES,
@@ -160,7 +160,12 @@ class HardwareProfile:
         points = self._collective_points.get((operation, ranks, stride))
         if points is None or (len(points) == 1 and bytes_total > 4 * points[0][0]):
             return None
-        return seconds_at(points, bytes_total)
+        return line_at(points, bytes_total)
+
+    def only_collective_point(self, operation: str, ranks: int, stride: int) -> tuple[float, float] | None:
+        """(bytes, seconds) of such a group where just one size was measured."""
+        points = self._collective_points.get((operation, ranks, stride), [])
+        return points[0] if len(points) == 1 else None
 
     def contention(self, active: float) -> float:
         """What a kernel takes with `active` ranks of a node computing, in times of what it takes with one."""
@@ -248,14 +253,18 @@ class HardwareProfile:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self), **{key: [_short(p) for p in getattr(self, key)] for key in _LISTS}}
+        return {
+            "schema": SCHEMA,
+            **asdict(self),
+            **{key: [_short(p) for p in getattr(self, key)] for key in POINT_LISTS},
+        }
 
     @classmethod
     def from_dict(cls, reader: Reader) -> HardwareProfile:
         peaks, corrections = reader.child("peak_flops_per_second"), reader.child("corrections", default={})
         optional: dict[str, Any] = {key: reader.number(key, minimum=0, default=0.0) for key in _OVERHEADS}
         optional |= {key: _number_or_null(reader, key) for key in _HOST_LINK}
-        for key, kind in _LISTS.items():
+        for key, kind in POINT_LISTS.items():
             optional[key] = tuple(read_point(kind, child) for child in reader.children(key, default=[]))
         profile = cls(
             name=reader.text("name"),
@@ -295,7 +304,7 @@ _OVERHEADS = (
 )
 _HOST_LINK = ("host_to_device_bytes_per_second", "device_to_host_bytes_per_second")
 # Lists of the file, in its order.
-_LISTS: dict[str, type] = {
+POINT_LISTS: dict[str, type] = {
     "gemm_models": GemmModel,
     "attention_models": AttentionModel,
     "contention_points": ContentionPoint,

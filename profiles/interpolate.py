@@ -1,4 +1,4 @@
-"""Interpolation between measured points: piecewise in log-log, and trilinear over a grid of GEMM shapes."""
+"""Interpolation between measured points: piecewise straight or in log-log, and trilinear over a grid of GEMM shapes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import product
+
+
+def line_at(points: Sequence[tuple[float, float]], size: float) -> float:
+    """Seconds for `size` bytes on the wire from (size, seconds) points sorted by size: as `seconds_at`, but straight
+    between points, since latency plus bytes over bandwidth is a straight line in the bytes."""
+    right = bisect_right([point[0] for point in points], size)
+    if right in (0, len(points)):
+        return seconds_at(points, size)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
 
 
 def seconds_at(points: Sequence[tuple[float, float]], size: float) -> float:

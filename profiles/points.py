@@ -17,6 +17,7 @@ DIRECTIONS = ("forward", "backward")
 # What FSDP2 does for the parameters of one module, its own packing and Python included. `bytes` is the whole of
 # them, unsharded: gathered before use; gradients reduced into shards; gradients summed where all is replicated.
 DATA_PARALLEL = ("fsdp_all_gather", "fsdp_reduce_scatter", "replicate_all_reduce")
+FSDP_COLLECTIVES: dict[str, str] = dict(zip(DATA_PARALLEL, ("all_gather", "reduce_scatter", "all_reduce"), strict=True))
 
 # Tensors that cross memory per element, (forward, backward), when each operation is one eager kernel:
 # a read or a write of one element each. Counted from what torch's CUDA kernels do.

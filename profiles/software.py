@@ -85,6 +85,11 @@ class Software:
         return self.family in ("meshwright", "torchtitan")
 
     @property
+    def separate_projections(self) -> bool:
+        """Queries, keys and values, and the gate, have weights of their own; else they are one matrix."""
+        return self.on_torch_pipeline
+
+    @property
     def tp_backward_overlap(self) -> bool:
         """tp's collectives of the backward run beside the weight-gradient GEMM (arXiv 2205.05198, section 4.2.2, and
         Megatron-LM from 2022: --no-async-tensor-model-parallel-allreduce switches it off)."""

@@ -26,7 +26,8 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_grouped_
 
 class OperationTimer(TorchDispatchMode):
     """Times each collective on its own, from issue to end, and books it on the mesh axis of its group; and each
-    kernel, booked as gemm, attention or memory (all others).
+    kernel, booked as gemm, attention or memory (all others). All that FSDP2 does is dp's: its packing and its Python
+    with its collectives, as the profiler measures them. It marks what it does for torch's profiler.
 
     To wait for each collective takes away overlap, so steps under this mode are not counted as step time. Sends
     and receives are let through: to wait for one before its partner is posted would deadlock.
@@ -37,28 +38,47 @@ class OperationTimer(TorchDispatchMode):
         self.clock = clock
         self.axis_of_group: dict[str, str] = {mesh.axis(axis).get_group().group_name: axis for axis in AXES}
         self.counts: dict[str, int] = {}
+        self._marks: list[bool] = []  # of the spans that are open: whether each is FSDP2's
+        self._entered: Any = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # DTensor unfolds first, and its collectives come back here as plain ops
         kwargs = kwargs or {}
+        if func.namespace == "profiler":
+            return self._mark(func, args, kwargs)
         axis = self._axis(func, args, kwargs)
         if axis is None and (func.namespace != "aten" or func.is_view):
             return func(*args, **kwargs)
         start = self.clock.point()
         output = func(*args, **kwargs)
         if axis is None:
-            self.clock.add(f"kernel_{kernel_kind(func.__name__)}", start)
+            if not any(self._marks):
+                self.clock.add(f"kernel_{kernel_kind(func.__name__)}", start)
             return output
         if func.namespace == "c10d":
             _wait_for_work(output)
         else:
             for tensor in output if isinstance(output, list | tuple) else (output,):
                 torch.ops._c10d_functional.wait_tensor(tensor)
-        self.clock.add(f"communication_{axis}", start)
+        if not any(self._marks):
+            self.clock.add(f"communication_{axis}", start)
         name = f"{axis}:{func.__name__.split('.')[0]}"
         self.counts[name] = self.counts.get(name, 0) + 1
         return output
+
+    def _mark(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """A span of torch's profiler begins or ends; the outermost of FSDP2's are booked whole."""
+        inside = any(self._marks)
+        if func.__name__.startswith("_record_function_enter"):
+            self._marks.append(str(args[0]).startswith("FSDP::"))
+            if any(self._marks) and not inside:
+                self._entered = self.clock.point()
+        elif self._marks:
+            self._marks.pop()
+            if inside and not any(self._marks):
+                self.clock.add("communication_dp", self._entered)
+        return func(*args, **kwargs)
 
     def _axis(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
         """The axis of a collective; None for every other op, and for the world's scalar all-reduce."""

@@ -156,6 +156,12 @@ def test_the_first_and_the_last_rank_sum_over_the_tier_that_joins_them() -> None
     assert comm.pair_sum_seconds(Group(8, 1), 200e6) == pytest.approx(40e-6 + 6e-6 + 1e-3, rel=1e-12)
     assert comm.pair_sum_seconds(Group(4, 2), 200e6) == pytest.approx(40e-6 + 6e-6 + 1e-3, rel=1e-12)
     assert comm.pair_sum_seconds(Group(16, 1), 20e6) == pytest.approx(20e-6 + 1e-3, rel=1e-12)
+    # Ranks 0 and 8 of 9 lie in two nodes of 8, ranks 0 and 2 of 3 in one of 3.
+    assert comm.pair_sum_seconds(Group(9, 1), 20e6) == pytest.approx(20e-6 + 1e-3, rel=1e-12)
+    node = LinkTier(tier="node", span=3, bandwidth_bytes_per_second=1e9, latency_seconds=0.0)
+    network = replace(node, tier="network", span=6, bandwidth_bytes_per_second=1e8)
+    comm = CommModel(replace(small_cluster(3), nodes=2, links=(node, network)), small_hardware())
+    assert comm.pair_sum_seconds(Group(3, 1), 1e9) == pytest.approx(1.0, rel=1e-12)
 
 
 # ---- what was measured -----------------------------------------------------------------------------------
@@ -202,6 +208,7 @@ def test_points_hold_for_groups_inside_a_node_here_and_where_they_were_measured(
         point("send_recv", 2, 1, 0.5),
         point("all_reduce", 2, 3, 0.5),
         point("fsdp_all_gather", 4, 1, 0.5),
+        point("fsdp_all_gather", 4, 1, 1.0, bytes=2000),
     )
     comm = measured(small_cluster(8, 2), *points, devices_per_node=devices_per_node)
     group = Group(4, 1)
@@ -247,11 +254,21 @@ def test_a_message_alone_on_a_shared_wire_has_all_of_it() -> None:
         assert measured(wire).send_seconds(group, 1e8) == pytest.approx(1 / share + 1e-4)
 
 
-def test_what_fsdp_does_has_no_formula() -> None:
-    comm = measured(small_cluster(4), point("fsdp_reduce_scatter", 2, 2, 0.5), point("reduce_scatter", 4, 1, 0.25))
+def test_what_fsdp_does_is_measured() -> None:
+    points = [point("fsdp_reduce_scatter", 2, 2, 0.5), point("fsdp_reduce_scatter", 2, 2, 1.5, bytes=3000)]
+    comm = measured(small_cluster(4), *points, point("reduce_scatter", 4, 1, 0.25))
     assert comm.fsdp_seconds("fsdp_reduce_scatter", Group(2, 2), 4000) == 2.0
     assert comm.fsdp_seconds("fsdp_reduce_scatter", Group(4, 1), 4000) is None
     assert comm.fsdp_seconds("fsdp_all_gather", Group(2, 2), 4000) is None
+
+
+def test_where_fsdp_was_measured_at_one_size_its_excess_comes_on_top_of_the_collective() -> None:
+    ring = [point("reduce_scatter", 2, 2, 0.25), point("reduce_scatter", 2, 2, 2.0, bytes=9000)]
+    comm = measured(small_cluster(4), point("fsdp_reduce_scatter", 2, 2, 0.5), *ring)
+    for size, expected in ((1000, 0.5), (9000, 2.25)):
+        assert comm.fsdp_seconds("fsdp_reduce_scatter", Group(2, 2), size) == pytest.approx(expected)
+    comm = measured(small_cluster(4), point("fsdp_reduce_scatter", 2, 2, 0.125), *ring)  # noise: not below the ring
+    assert comm.fsdp_seconds("fsdp_reduce_scatter", Group(2, 2), 9000) == pytest.approx(2.0)
 
 
 # ---- found wrong once ----------------------------------------------------------------------------------------

@@ -86,6 +86,7 @@ def test_an_unfinished_profile_is_gone_on_with(tmp_path: Path) -> None:
     again = Findings.of_profile(earlier, "cli.py profile --resume", 2)
     again.facts = FACTS
     assert again.done == found.done
+    assert again.skipped == {"too large": "out of memory"}
     assert len(again.done) == 6
     again.add_case("more", {"gemm": [gemm("forward", 4e-3)]}, "", 0.3)
     hardware = again.hardware()

@@ -259,8 +259,8 @@ def test_a_measured_collective_is_one_of_just_that_group() -> None:
     # One size alone: in proportion, but not for messages far larger.
     assert hardware.collective_seconds("send_recv", 2, 4000) == pytest.approx(8e-4)
     assert hardware.collective_seconds("send_recv", 2, 4001) is None
-    # 10 KB is half way, in the logarithms, between 1 KB in 100 us and 100 KB in 400 us; beyond, on their line.
-    assert hardware.collective_seconds("all_reduce", 2, 10000) == pytest.approx(2e-4)
+    # 10 KB lies on the straight line from 1 KB in 100 us to 100 KB in 400 us, as does what lies beyond.
+    assert hardware.collective_seconds("all_reduce", 2, 10000) == pytest.approx(1e-4 + 9 / 99 * 3e-4)
     assert hardware.collective_seconds("all_reduce", 2, 298000) == pytest.approx(10e-4)
     assert hardware.collective_seconds("all_reduce", 2, 10) == pytest.approx(1e-4)
     for operation, ranks, stride in (

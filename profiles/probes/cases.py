@@ -25,6 +25,8 @@ class Case:
 
     `level` is QUICK where no plan can do without it, DEFAULT where it makes plans truer, FULL for the rest.
     Cases of one `ladder` differ by their `size`, which their time rises with: it is known before it is spent.
+    `optional` is what needs a kernel that a device or a build of torch may lack: it is skipped there, while any other
+    case that fails, but for want of memory, shows a bug.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Case:
     measure: Callable[[Rank], Any]
     ladder: str = ""
     size: int = 0
+    optional: bool = False
 
 
 def all_cases(rank: Rank, groups: Groups, dtypes: tuple[str, ...]) -> list[Case]:
@@ -106,7 +109,7 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     yield Case("stragglers", "overheads", QUICK, concurrency.measure_stragglers)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
     yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))
-    fsdp = {2**18: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**20: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
+    fsdp = {2**18: QUICK, 2**20: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
     if cuda:
         fsdp |= {2**28: QUICK, 2**29: FULL}
     for size, level in fsdp.items():
@@ -153,7 +156,8 @@ def _attention(rank: Rank, dtype: str) -> Iterator[Case]:
         shape = (max(1, tokens // sequence), heads, sequence, head_dim)
         run = partial(_attend, dtype=dtype, shape=shape, **kind)
         words = " ".join(f"{key} {value}" for key, value in kind.items())
-        return Case(f"attention {dtype} {'×'.join(map(str, shape))} {words}".strip(), "attention", level, run)
+        name = f"attention {dtype} {'×'.join(map(str, shape))} {words}".strip()
+        return Case(name, "attention", level, run, optional=bool(kind))
 
     for (head_dim, level), sequences in ladder.items():
         for sequence in sequences:
@@ -216,12 +220,13 @@ def _gemm(rank: Rank, dtype: str) -> Iterator[Case]:
                     run = partial(
                         compute.measure_many_gemm, kind=kind, dtype=dtype, count=count, m=rows, n=width[0], k=width[1]
                     )
-                    yield Case(f"{kind} gemm {dtype} {count} of {rows}×{width[0]}×{width[1]}", "gemm", FULL, run)
+                    name = f"{kind} gemm {dtype} {count} of {rows}×{width[0]}×{width[1]}"
+                    yield Case(name, "gemm", FULL, run, optional=True)
 
 
 def _product(dtype: str, level: int, goes_to: str, operation: str, m: int, n: int, k: int) -> Case:
     run = partial(_multiply, goes_to=goes_to, dtype=dtype, operation=operation, m=m, n=n, k=k)
-    return Case(f"{goes_to} {dtype} {operation} {m}×{n}×{k}", "gemm", level, run)
+    return Case(f"{goes_to} {dtype} {operation} {m}×{n}×{k}", "gemm", level, run, optional=dtype == "fp8")
 
 
 def _multiply(rank: Rank, *, goes_to: str, **shape: Any) -> Any:

@@ -22,6 +22,7 @@ from .timing import Rank, time_alone, time_together
 Placement = tuple[int, int]
 
 BETWEEN_SECONDS = 1e-3  # of compute before each collective on CPUs; a block's linears take about as long
+GAP_SECONDS = 2e-2  # of quiet before each message on CPUs; a stage works so long on a small model's microbatch
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,17 @@ def measure_collective(
 
     As DTensor issues them, through functional collectives; on gloo an all-to-all is one only there (a
     redistribution from shard to shard is an all-gather).
+
+    A message from stage to stage comes after a microbatch's work, when a link that was shaped has saved up a burst and
+    the next message goes at full speed; and the schedule prices who waits for whom, so both sides start together.
     """
     n = placed.size
     elements = max(2 * n, size_bytes // 4 // (2 * n) * (2 * n))
     whole = torch.zeros(elements, device=rank.device)
     action = _action(rank, placed, operation, whole, uneven)
     rank.barrier()  # every rank has its buffers before any of them communicates
-    timing = time_together(rank, action, work_between(rank, BETWEEN_SECONDS))
+    alone = operation == "send_recv" and rank.device.type != "cuda"
+    timing = time_together(rank, action, _quiet(rank) if alone else work_between(rank, BETWEEN_SECONDS))
     seconds = timing.seconds / 2 if operation == "send_recv" else timing.seconds
     return CollectivePoint(
         operation=operation,
@@ -130,6 +135,14 @@ def work_between(rank: Rank, seconds: float) -> Callable[[], object] | None:
             torch.mm(a, b)
 
     return compute
+
+
+def _quiet(rank: Rank) -> Callable[[], object]:
+    def wait() -> None:
+        time.sleep(GAP_SECONDS)
+        rank.barrier()
+
+    return wait
 
 
 def measure_bandwidths(rank: Rank, size_bytes: int) -> list[list[float]]:

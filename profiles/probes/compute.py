@@ -1,8 +1,14 @@
-"""Probes of one device's compute: GEMM by shape, attention, and memory-bound operations by size."""
+"""Probes of one device's compute: GEMM by shape, attention, and memory-bound operations by size.
+
+[Note: Cold operands]
+Between two uses of a tensor training moves far more than a cache holds. So operands change from call to call until
+enough bytes have gone by; the same ones again and again would be found in the cache, at half the seconds on a CPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import cycle
 from typing import Any
@@ -19,8 +25,9 @@ TORCH_DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-_COLD_BYTES = 32e6  # operands change from call to call until so much has gone by: training finds them cold too
+_COLD_BYTES = 32e6  # [Note: Cold operands]
 _MOST_COPIES = 16
+Differentiable = tuple[Callable[[], torch.Tensor], tuple[torch.Tensor, ...]]  # an action and what it has gradients for
 
 
 def measure_gemm(rank: Rank, dtype: str, operation: str, m: int, n: int, k: int) -> GemmPoint:
@@ -120,8 +127,12 @@ def measure_attention(
     with _backend(backend):
         forward, backward = _forward_backward(
             rank,
-            lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=bool(kv_heads)),
-            (q, k, v),
+            [
+                (
+                    lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=bool(kv_heads)),
+                    (q, k, v),
+                )
+            ],
         )
     shape: dict[str, Any] = {"batch": batch, "heads": heads, "sequence": sequence, "head_dim": head_dim}
     kind: dict[str, Any] = {"dtype": dtype, "kv_heads": kv_heads, "causal": causal, "backend": backend}
@@ -186,64 +197,81 @@ def measure_memory(rank: Rank, dtype: str, operation: str, elements: int) -> lis
 
 
 def _time_update(rank: Rank, operation: str, elements: int) -> Timing:
-    """Updates of state run in fp32 whatever the precision of the compute."""
+    """Updates of state run in fp32 whatever the precision of the compute; cold, since each comes once a step."""
+    actions = cycle([_update(rank, operation, elements) for _ in range(_copies(16 * elements))])
+    return time_alone(rank, lambda: next(actions)())
+
+
+def _update(rank: Rank, operation: str, elements: int) -> Callable[[], object]:
+    """The update of a state of its own."""
     weight = torch.nn.Parameter(torch.randn(elements, device=rank.device))
-    weight.grad = torch.randn_like(weight)
+    gradient = weight.grad = torch.randn_like(weight)
     if operation == "adamw":
-        optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)
-        return time_alone(rank, optimizer.step)
-    fresh = torch.randn_like(weight)
-    gradient = weight.grad
+        return torch.optim.AdamW([weight], lr=1e-3, fused=True).step
     if operation == "accumulate":
-        return time_alone(rank, lambda: gradient.add_(fresh))
-    return time_alone(rank, lambda: (torch.linalg.vector_norm(gradient), gradient.mul_(1.0)))
+        fresh = torch.randn_like(weight)
+        return lambda: gradient.add_(fresh)
+    return lambda: (torch.linalg.vector_norm(gradient), gradient.mul_(1.0))
 
 
 def _time_differentiable(rank: Rank, dtype: str, operation: str, elements: int) -> tuple[Timing, Timing]:
+    """Timings of the operation forward and backward, on other operands from call to call ([Note: Cold operands])."""
+    copies = _copies(2 * TORCH_DTYPES[dtype].itemsize * elements)
+    timings = _forward_backward(rank, [_differentiable(rank, dtype, operation, elements) for _ in range(copies)])
+    # Back through a residual sum the gradients of both branches meet, which is the same sum. Of two leaves none meet.
+    return (timings[0], timings[0]) if operation == "residual" else timings
+
+
+def _differentiable(rank: Rank, dtype: str, operation: str, elements: int) -> Differentiable:
+    """The operation on operands of its own."""
     kind = TORCH_DTYPES[dtype]
     rows = max(1, elements // _WIDTH)
 
     def tensor(*shape: int) -> torch.Tensor:
         return _random(rank, kind, shape).requires_grad_()
 
-    x = tensor(rows, _WIDTH)
-    weight, bias = tensor(_WIDTH), tensor(_WIDTH)
-    other = tensor(rows, _WIDTH)
+    if operation in ("rope", "copy"):
+        heads = tensor(1, 4, rows, _WIDTH // 4)
+        cosine = torch.randn(rows, _WIDTH // 4, device=rank.device).to(kind)
+
+        def rope() -> torch.Tensor:
+            low, high = heads.chunk(2, dim=-1)
+            return heads * cosine + torch.cat((-high, low), dim=-1) * cosine
+
+        return (rope if operation == "rope" else lambda: heads.transpose(1, 2).reshape(1, rows, _WIDTH)), (heads,)
     tokens = torch.randint(0, _WIDTH, (rows,), device=rank.device)
-    heads = tensor(1, 4, rows, _WIDTH // 4)
-    cosine = torch.randn(rows, _WIDTH // 4, device=rank.device).to(kind)
-    table = tensor(_WIDTH, _WIDTH)
+    if operation == "embedding":
+        table = tensor(_WIDTH, _WIDTH)
+        return lambda: F.embedding(tokens, table), (table,)
+    x = tensor(rows, _WIDTH)
+    if operation in ("swiglu", "residual"):
+        other = tensor(rows, _WIDTH)
+        return (lambda: F.silu(x) * other) if operation == "swiglu" else (lambda: x + other), (x, other)
+    weight, bias = tensor(_WIDTH), tensor(_WIDTH)
     wider = torch.bfloat16 if kind == torch.float32 else torch.float32
-
-    def rope() -> torch.Tensor:
-        low, high = heads.chunk(2, dim=-1)
-        return heads * cosine + torch.cat((-high, low), dim=-1) * cosine
-
-    actions: dict[str, tuple[Callable[[], torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    actions: dict[str, Differentiable] = {
         "rmsnorm": (lambda: F.rms_norm(x, (_WIDTH,), weight, 1e-5), (x, weight)),
         "layernorm": (lambda: F.layer_norm(x, (_WIDTH,), weight, bias), (x, weight, bias)),
-        "rope": (rope, (heads,)),
-        "swiglu": (lambda: F.silu(x) * other, (x, other)),
         "gelu": (lambda: F.gelu(x), (x,)),
         "gelu_tanh": (lambda: F.gelu(x, approximate="tanh"), (x,)),
-        "residual": (lambda: x + other, (x, other)),
-        "copy": (lambda: heads.transpose(1, 2).reshape(1, rows, _WIDTH), (heads,)),
         "cast": (lambda: x.to(wider), (x,)),
-        "embedding": (lambda: F.embedding(tokens, table), (table,)),
         "cross_entropy": (lambda: F.cross_entropy(x.float(), tokens, reduction="sum"), (x,)),
     }
-    action, inputs = actions[operation]
-    return _forward_backward(rank, action, inputs)
+    return actions[operation]
 
 
-def _forward_backward(
-    rank: Rank, action: Callable[[], torch.Tensor], inputs: tuple[torch.Tensor, ...]
-) -> tuple[Timing, Timing]:
-    """Timings of `action` and of its backward."""
-    forward = time_alone(rank, action)
-    output = action()
-    gradient = torch.randn_like(output)
-    backward = time_alone(rank, lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True))
+def _forward_backward(rank: Rank, operands: Sequence[Differentiable]) -> tuple[Timing, Timing]:
+    """Timings of an action and of its backward, each on the next of the operands; as many outputs are kept, as
+    training keeps them for the backward pass."""
+    outputs: deque[torch.Tensor] = deque(maxlen=len(operands))
+    actions = cycle(action for action, _ in operands)
+    forward = time_alone(rank, lambda: outputs.append(next(actions)()))
+    graphs = []
+    for action, inputs in operands:
+        output = action()
+        graphs.append((output, inputs, torch.randn_like(output)))
+    turns = cycle(graphs)
+    backward = time_alone(rank, lambda: torch.autograd.grad(*next(turns), retain_graph=True))
     return forward, backward
 
 

@@ -78,7 +78,8 @@ class Findings:
         kept = profile.provenance.get("cases", {})
         figures = dict(kept.get("figures", {}))
         points = {name: list(getattr(profile, name)) for name in _POINT_OF if getattr(profile, name)}
-        return cls(command, ranks, points=points, figures=figures, done=list(kept.get("done", [])))
+        done, skipped = list(kept.get("done", [])), dict(kept.get("skipped", {}))
+        return cls(command, ranks, points=points, figures=figures, done=done, skipped=skipped)
 
     def add_case(self, name: str, found: dict[str, Any], skipped: str, pace: float) -> None:
         """Book one case: its points, or its figures, or why there are none; and the machine's pace before it."""

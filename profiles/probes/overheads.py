@@ -93,7 +93,7 @@ def measure_sharded_block(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
     shard = torch.randn(1, _TOKENS, _WIDTH, device=rank.device, requires_grad=True)
     plain, whole, cut = _block(rank), _sharded(_block(rank), mesh, Replicate()), _sharded(_block(rank), mesh, Shard(1))
     passes = _seconds_in_turn(
-        rank, [_pass_of(plain, x), _pass_of(whole, x), _pass_of(cut, shard)], max(8, round(rank.effort_seconds / 4e-3))
+        rank, [_pass_of(plain, x), _pass_of(whole, x), _pass_of(cut, shard)], max(24, round(rank.effort_seconds / 4e-3))
     )
 
     def small(operation: str) -> float:
@@ -203,7 +203,8 @@ def _passes_in_turn(rank: Rank, modules: tuple[nn.Module, ...], x: torch.Tensor)
     """(forward, backward) seconds of each module, means over ranks and turns, gradients dropped in between."""
     spans: list[list[tuple[float, float]]] = [[] for _ in modules]
     begun = time.perf_counter()
-    for turn in range(1 + max(6, min(40, round(rank.effort_seconds / 1e-2)))):
+    fewest = 6 if rank.shares_cores else 10
+    for turn in range(1 + max(fewest, min(40, round(rank.effort_seconds / 1e-2)))):
         if turn > 2 and rank.most(time.perf_counter() - begun) > _MOST_SECONDS:
             break
         for module, found in zip(modules, spans, strict=True):

@@ -1,12 +1,14 @@
-"""The parts of a step, from made-up spans."""
+"""The parts of a step, from made-up spans, and what is booked where."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
+from torch.profiler import record_function
 
-from runtime.measure import PARTS, StepMeter, busiest
+from runtime.measure import PARTS, OperationTimer, StepMeter, busiest
 
 
 class SpokenClock:
@@ -55,3 +57,47 @@ def test_without_a_pipeline_there_is_no_bubble() -> None:
 
 def test_the_busiest_rank() -> None:
     assert busiest([{"compute": 1.0}, {"compute": 2.0}, {"compute": 2.0}]) == 1
+
+
+class NamedSpans:
+    """Notes what is booked, in order."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.points = 0
+
+    def point(self) -> int:
+        self.points += 1
+        return self.points
+
+    def add(self, name: str, start: int) -> None:
+        self.names.append(f"{name} from {start}")
+
+
+class NoMesh:
+    """Every axis has a group, with its own name."""
+
+    group_name = "a group"
+
+    def axis(self, _axis: str) -> NoMesh:
+        return self
+
+    def get_group(self) -> NoMesh:
+        return self
+
+
+def test_all_that_fsdp_does_is_booked_once_and_as_dp() -> None:
+    clock: Any = NamedSpans()
+    mesh: Any = NoMesh()
+    x = torch.ones(4, 4)
+    with OperationTimer(mesh, clock):
+        x + x
+        with record_function("FSDP::pre_forward (0)"):
+            x + x
+            with record_function("FSDP::all_gather (0)"):
+                torch.mm(x, x)
+            with record_function("what it calls"):
+                x + x
+        with record_function("a person's own"):
+            torch.mm(x, x)
+    assert clock.names == ["kernel_memory from 1", "communication_dp from 2", "kernel_gemm from 6"]

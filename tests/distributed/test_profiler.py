@@ -108,6 +108,8 @@ def one_rank_out_of_memory() -> list[tuple[str, str]]:
     cases = [
         Case("too large", "gemm", QUICK, fails_on_rank_1),
         Case("at the end", "gemm", QUICK, lambda r: _after_the_last_agreement(r)),
+        Case("lacks a kernel", "gemm", QUICK, _without_kernel, optional=True),
+        Case("larger than the host", "gemm", QUICK, lambda r: {"x": torch.empty(1 << 50)}),
         Case("fits", "gemm", QUICK, works),
     ]
 
@@ -122,30 +124,50 @@ def one_rank_out_of_memory() -> list[tuple[str, str]]:
 def _after_the_last_agreement(rank: Rank) -> dict[str, float]:
     """Rank 0 fails where the others think that they are done."""
     if rank.rank == 0:
-        raise RuntimeError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory")
     return {}
+
+
+def _without_kernel(rank: Rank) -> dict[str, float]:
+    raise RuntimeError("no kernel here")
 
 
 def test_a_rank_that_cannot_measure_a_shape_stops_nobody() -> None:
     told = run_ranks(one_rank_out_of_memory, 3, timeout_seconds=30)
-    assert told[0] == [
+    larger = dict(told[0]).pop("larger than the host")
+    assert "can't allocate memory: you tried to allocate 4503599627370496 bytes" in larger
+    assert [pair for pair in told[0] if pair[1] != larger] == [
         ("too large", "another rank gave up"),
         ("at the end", "CUDA out of memory"),
+        ("lacks a kernel", "no kernel here"),
         ("fits", "{'fine_seconds': 1.0}"),
     ]
 
 
-def bug() -> str:
+def bug() -> list[str]:
+    """Of each: a mistake of ours, one that torch words like a limit of the device, and one that hides a name."""
     rank = this_rank()
-    try:
-        _measure(rank, [Case("bug", "gemm", QUICK, lambda r: 1 / 0)], Request(QUICK, time.time() + 9, ()), print)
-    except (ZeroDivisionError, CaseFailed) as error:
-        return type(error).__name__
-    return "nothing"
+    raised = []
+    for mistake in (
+        lambda r: 1 / 0,
+        lambda r: torch.empty(2).view(3),
+        lambda r: _raise(RuntimeError("only Tensors of floating point dtype can require memory")),
+        lambda r: r.no_such_thing,
+    ):
+        try:
+            _measure(rank, [Case("bug", "gemm", QUICK, mistake)], Request(QUICK, time.time() + 9, ()), print)
+            raised.append("nothing")
+        except (ZeroDivisionError, RuntimeError, AttributeError, CaseFailed) as error:
+            raised.append(type(error).__name__)
+    return raised
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def test_a_bug_in_a_probe_is_not_taken_for_a_shape_that_does_not_fit() -> None:
-    assert run_ranks(bug, 2) == ["ZeroDivisionError"] * 2
+    assert run_ranks(bug, 2) == [["ZeroDivisionError", "RuntimeError", "RuntimeError", "AttributeError"]] * 2
 
 
 # ---- the whole of it, as a person runs it ------------------------------------------------------------------------

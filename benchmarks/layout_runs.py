@@ -1,0 +1,196 @@
+"""Layouts run side by side: on the ranks a step of each in turn, on the other side what they have left in a folder.
+
+[Note: Turns]
+A machine that others share runs faster and slower by the minute, so what is predicted and what is measured must see
+the same minutes. The ranks build every layout once and then work in turns; between two of them they wait, and the
+machine is profiled. Turns are asked for and answered with empty files in a folder, which ranks in another network
+namespace see too.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing as mp
+
+from planner.plan import Plan, load, save
+from profiles.hardware import HardwareProfile
+from profiles.probes.pace import Pace
+from profiles.probes.timing import Rank
+from runtime.measure import StepMeter, busiest
+from runtime.process_group import process_group
+from runtime.step import TrainState, build_state, training_step
+
+WARM_UP_ROUNDS = 2
+WATCHED_ROUNDS = 1  # after the measured ones: every kernel and collective timed on its own
+_LOOK_SECONDS = 0.05  # between two looks for a file
+_PATIENCE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout: its plan, seconds of each measured step (slowest rank), and the busiest rank's parts."""
+
+    plan: Plan
+    seconds: list[float]
+    rank: int
+    parts: dict[str, float]
+    kernels: dict[str, float]
+    paces: list[float]
+
+    @property
+    def measured_seconds(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def error(self) -> float:
+        return self.plan.prediction.step_seconds / self.measured_seconds - 1.0
+
+    def slowness(self, hardware: HardwareProfile) -> float:
+        """Seconds of the reference work around these steps, in times of those while profiling."""
+        pace = hardware.provenance.get("pace")
+        return statistics.median(self.paces) / pace["median_seconds"] if pace else 1.0
+
+    def paced_error(self, hardware: HardwareProfile) -> float:
+        """The error had the machine kept the profile's pace."""
+        return (1.0 + self.error) * self.slowness(hardware) - 1.0
+
+
+# ---- on the ranks --------------------------------------------------------------------------------------------
+
+
+def run_layouts(folder: Path, count: int, turns: int, rounds: int) -> None:
+    """One rank, its place in the environment: build every layout, then in each turn `rounds` steps of each."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    seconds: list[list[float]] = [[] for _ in range(count)]
+    paces: list[list[float]] = [[] for _ in range(count)]
+    with process_group(world_size, _PATIENCE_SECONDS) as device:
+        shares = world_size > len(os.sched_getaffinity(0))
+        pace = Pace(Rank(rank, world_size, device, torch.distributed.group.WORLD, shares_cores=shares))
+        plans = [load(folder / f"{i}.yaml") for i in range(count)]
+        states = [build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1) for plan in plans]
+        last = WARM_UP_ROUNDS + turns * rounds
+        watched = tuple(last + 1 + i for i in range(WATCHED_ROUNDS))
+        meters = [
+            StepMeter(state.mesh, state.runner.clock, plan.layout.pp, last + WATCHED_ROUNDS, watched_steps=watched)
+            for plan, state in zip(plans, states, strict=True)
+        ]
+        for number in range(1, last + WATCHED_ROUNDS + 1):
+            turn, within = divmod(number - WARM_UP_ROUNDS - 1, rounds)
+            measured = WARM_UP_ROUNDS < number <= last
+            if number > WARM_UP_ROUNDS and within == 0 and rank == 0:
+                _wait_for(folder / f"turn{turn}", lambda: None)  # the watched rounds are the last turn
+            for i, (plan, state) in enumerate(zip(plans, states, strict=True)):
+                if measured:
+                    paces[i].append(pace.seconds())
+                torch.distributed.barrier()
+                started = time.perf_counter()
+                one_step(plan, state, meters[i], number)
+                if measured:
+                    seconds[i].append(time.perf_counter() - started)
+            if rank == 0:
+                print(f"round {number} of {last + WATCHED_ROUNDS}", file=sys.stderr, flush=True)
+                if measured and within == rounds - 1:
+                    (folder / f"done{turn}").touch()
+        tables = [(meter.table(meter.median_step()), meter.kernels()) for meter in meters]
+        torch.save({"seconds": seconds, "tables": tables, "paces": paces}, folder / f"rank{rank}.pt")
+
+
+def one_step(plan: Plan, state: TrainState, meter: StepMeter, number: int) -> None:
+    samples = plan.microbatches * plan.layout.micro_batch
+    ids = torch.randint(0, plan.model.vocab_size, (samples, plan.job.sequence + 1), device=state.device)
+    start = time.perf_counter()
+    result = training_step(
+        state,
+        ids[:, :-1].contiguous(),
+        ids[:, 1:].contiguous(),
+        learning_rate=1e-4,
+        clip_norm=1.0,
+        watch=meter.watch(number),
+    )
+    meter.end_step(
+        number,
+        step_seconds=time.perf_counter() - start,
+        optimizer=result.optimizer_seconds,
+        synchronise=result.synchronise_seconds,
+    )
+
+
+# ---- on the other side ---------------------------------------------------------------------------------------
+
+
+class Turns:
+    """The ranks' side of the folder as the one that has them started sees it."""
+
+    def __init__(self, folder: Path, check: Callable[[], None]) -> None:
+        self._folder, self._check, self._taken = folder, check, 0
+
+    def take(self) -> None:
+        """Let the ranks work for one turn; back when it is over. `check` raises if they are no more."""
+        (self._folder / f"turn{self._taken}").touch()
+        _wait_for(self._folder / f"done{self._taken}", self._check)
+        self._taken += 1
+
+    def watch(self) -> None:
+        """Let them go on to the watched rounds and end."""
+        (self._folder / f"turn{self._taken}").touch()
+
+
+@contextmanager
+def ranks_of_this_machine(folder: Path, world_size: int, count: int, turns: int, rounds: int) -> Iterator[Turns]:
+    """The ranks at work on the plans in the folder; at the end they have left there what they measured."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    arguments = (world_size, port, str(folder), count, turns, rounds)
+    started: Any = mp.start_processes(  # type: ignore[reportPrivateImportUsage]
+        _spawned, args=arguments, nprocs=world_size, start_method="spawn", join=False
+    )
+
+    def check() -> None:
+        started.join(timeout=0)  # raises what a rank has raised
+
+    work = Turns(folder, check)
+    yield work
+    work.watch()
+    while not started.join():
+        pass
+
+
+def _spawned(rank: int, world_size: int, port: int, folder: str, count: int, turns: int, rounds: int) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
+    run_layouts(Path(folder), count, turns, rounds)
+
+
+def _wait_for(file: Path, check: Callable[[], None]) -> None:
+    while not file.exists():
+        check()
+        time.sleep(_LOOK_SECONDS)
+
+
+def save_plans(plans: Sequence[Plan], folder: Path) -> None:
+    for i, plan in enumerate(plans):
+        save(plan, folder / f"{i}.yaml")
+
+
+def read_cases(plans: Sequence[Plan], folder: Path, world_size: int) -> list[Case]:
+    """What the ranks have left in the folder; the plans may have been priced anew since."""
+    ranks = [torch.load(folder / f"rank{r}.pt") for r in range(world_size)]
+    cases = []
+    for i, plan in enumerate(plans):
+        steps = [max(step) for step in zip(*(rank["seconds"][i] for rank in ranks), strict=True)]
+        busy = busiest([rank["tables"][i][0] for rank in ranks])
+        parts, kernels = ranks[busy]["tables"][i]
+        cases.append(Case(plan, steps, busy, parts, kernels, ranks[0]["paces"][i]))
+    return cases
