@@ -32,7 +32,7 @@ from layout_runs import Case, ranks_of_this_machine, read_cases, save_plans
 from scores import show, show_parts
 
 from planner.job import TrainingJob
-from planner.layout_costs import StageCount
+from planner.layout_costs import Blocks
 from planner.plan import Certificate, Plan, load
 from planner.question import Question
 from planner.search import Solved, make_plan, solve_layout
@@ -73,7 +73,7 @@ def plans_of(question: Question) -> list[Plan]:
 def priced_anew(plan: Plan, hardware: HardwareProfile, cluster: ClusterSpec) -> Plan:
     """The plan as it is, predicted from another profile."""
     costs = CostModel(plan.model, cluster, hardware, plan.job).price(plan.layout)
-    counts = tuple(StageCount(none=stage.recompute_none, full=stage.recompute_full) for stage in plan.stages)
+    counts = tuple((Blocks(none=stage.recompute_none, full=stage.recompute_full),) for stage in plan.stages)
     question = Question(plan.model, cluster, hardware, plan.job)
     return make_plan(question, Solved(costs, counts, costs.step(counts)), UNPROVEN)
 
