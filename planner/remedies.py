@@ -8,7 +8,8 @@ from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 
-from .bounds import fits, least_missing_bytes, lower_bound
+from .bounds import fits, lower_bound
+from .first_assignment import first_assignment, least_missing_bytes
 from .job import TrainingJob
 from .layout import Layout
 from .rules import RuleContext, recompute_modes, violations
@@ -61,8 +62,8 @@ def _first_that_fits(
     rules = RuleContext(model, job, cluster.devices)
     for layout in enumerate_layouts(rules):
         costs = prices.price(layout)
-        bound = lower_bound(costs, limit, recompute_modes(layout, rules))
-        if bound is not None and fits(costs, bound.counts, limit):
+        modes = recompute_modes(layout, rules)
+        if lower_bound(costs, limit, modes) is not None and fits(costs, first_assignment(costs, limit, modes), limit):
             return layout
     return None
 
