@@ -187,7 +187,7 @@ def _moments_in_rounds(pipeline: Pipeline, rank: int) -> Iterator[InFlight]:
         return InFlight(full, tuple(a - b for a, b in zip(freed, gone, strict=True)))
 
     lag = rank if split else 0
-    bends = {0, lag, total - 1, total - 1 - warmup}
+    bends = {0, total - 1, total - 1 - warmup}
     for offset in (0, -1, lag, -1 - warmup):
         bends.update(range(offset % size, total, size))
     for j in sorted(bends):
