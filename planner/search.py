@@ -73,6 +73,10 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             proven = min(proven, left[0][0])
             break
         least, _, item = heapq.heappop(left)
+        if isinstance(item, LayoutGroup) and len(item.pipelines) > 1:
+            for group in item.by_pipeline():
+                heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
+            continue
         if isinstance(item, LayoutGroup):
             for layout in item:
                 costs = prices.price(layout)

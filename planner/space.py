@@ -29,6 +29,11 @@ class LayoutGroup:
     pipelines: tuple[tuple[str, int], ...]
     states: tuple[tuple[int, int, int, int], ...]
 
+    def by_pipeline(self) -> Iterator[LayoutGroup]:
+        """The same layouts, a group for each schedule and number of chunks."""
+        for pipeline in self.pipelines:
+            yield replace(self, pipelines=(pipeline,))
+
     def __len__(self) -> int:
         return len(self.pipelines) * len(self.states)
 
