@@ -84,8 +84,8 @@ class StageLimits:
             )
             for mode in modes
         ]
-        self._options.sort()
-        # Modes that cost more and save nothing are never needed.
+        # Of modes that cost the same the one that keeps most comes first; those that save nothing are never needed.
+        self._options.sort(key=lambda option: (option[0], -option[1]))
         kept = [self._options[0]] if self._options else []
         for option in self._options[1:]:
             if option[1] < kept[-1][1]:
@@ -336,9 +336,39 @@ def _moved(count: StageCount, segment: int, cheap: str, dear: str, number: int) 
 
 
 def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[int, float]:
-    """(rank, bytes) missing on the tightest rank of a balanced assignment that recomputes all it may."""
-    dearest = sorted(modes, key=lambda mode: min(s.memory.held_by(mode).total for s in costs.segments))[:1]
-    counts = balanced_assignment(costs, limit_bytes, dearest or ("none",))
+    """(rank, bytes) missing on the tightest rank in the layout's best case, when nothing fits.
+
+    With one stage a rank and all layers alike it is the least: layers go one at a time to the rank that is left with
+    the most room, and a rank needs least with all its layers in one mode. Else it is that of a balanced assignment
+    that recomputes all it may.
+    """
+    if costs.layout.virtual_stages == 1 and len(costs.segments) == 1:
+        counts = _roomiest_assignment(costs, modes or ("none",))
+    else:
+        dearest = sorted(modes, key=lambda mode: min(s.memory.held_by(mode).total for s in costs.segments))[:1]
+        counts = balanced_assignment(costs, limit_bytes, dearest or ("none",))
     missing = [memory.total - limit_bytes for memory in costs.memory(counts)]
     worst = max(range(len(missing)), key=missing.__getitem__)
     return worst, missing[worst]
+
+
+def _roomiest_assignment(costs: LayoutCosts, modes: Sequence[str]) -> tuple[StageCount, ...]:
+    """The assignment whose fullest rank holds least: bytes of a rank rise with its layers."""
+    stages, nothing = costs.layout.pp, empty_counts(costs)
+
+    def least(stage: int, layers: int) -> tuple[float, StageCount]:
+        found = []
+        for mode in modes:
+            held: StageCount = (Blocks(**{mode: layers}),)
+            counts = [*nothing[:stage], held, *nothing[stage + 1 :]]
+            found.append((costs.rank_memory(stage, counts).total, held))
+        return min(found, key=lambda option: option[0])
+
+    numbers = [1 if 0 < stage < stages - 1 else 0 for stage in range(stages)]
+    heap = [(least(stage, numbers[stage] + 1)[0], stage) for stage in range(stages)]
+    heapq.heapify(heap)
+    for _ in range(costs.layers - sum(numbers)):
+        _, stage = heapq.heappop(heap)
+        numbers[stage] += 1
+        heapq.heappush(heap, (least(stage, numbers[stage] + 1)[0], stage))
+    return tuple(least(stage, layers)[1] for stage, layers in enumerate(numbers))

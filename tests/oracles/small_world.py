@@ -14,6 +14,7 @@ from profiles.cluster import ClusterSpec, LinkTier
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import AttentionModel, GemmModel
+from profiles.software import Software, load_software
 from tests.plans import tiny_llama
 
 
@@ -46,6 +47,11 @@ def small_hardware(*, flops: float = 1e11, units: int = 4, **changes: Any) -> Ha
         ),
     }
     return HardwareProfile(**(fields | changes))
+
+
+def our_software() -> Software:
+    """The facts of the runtime here."""
+    return load_software("meshwright")
 
 
 def small_cluster(
