@@ -9,6 +9,7 @@ from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, StageCount
 from planner.part_seconds import PartSeconds
 from planner.question import Question
+from planner.rules import RuleContext
 from planner.step_cost import CostModel
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.hardware import HardwareProfile
@@ -94,6 +95,13 @@ def small_question(
         hardware=hardware or small_hardware(),
         job=TrainingJob(**(fields | job)),
     )
+
+
+def rule_context(world: int = 8, model: ModelSpec | None = None, **job: Any) -> RuleContext:
+    """8 heads, 2 key-value heads, 4 layers, ffn 64, vocabulary 61; 8 sequences of 16 tokens."""
+    fields: dict[str, Any] = {"global_batch": 8, "sequence": 16}
+    model = model or tiny_llama(heads=8, head_dim=4)
+    return RuleContext(model, TrainingJob(**(fields | job)), world)
 
 
 # ---- prices ----------------------------------------------------------------------------------------------
