@@ -52,7 +52,8 @@ def small_hardware(*, flops: float = 1e11, units: int = 4, **changes: Any) -> Ha
 
 def our_software() -> Software:
     """The facts of the runtime here."""
-    return load_software("meshwright")
+    entry = load_software("meshwright")
+    return getattr(entry, "software", entry)
 
 
 def small_cluster(
