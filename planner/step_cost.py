@@ -170,9 +170,10 @@ class CostModel:
         dense, expert = parameters
         accumulate = self._compute.accumulate_seconds(dense + expert) * (microbatches - 1) / microbatches
         kept = dense / layout.shards + expert / layout.expert_shards
-        dp = self._dp.price(
-            layout, dense, expert, compute.forward.total, compute.backward.total + accumulate, root=root
-        )
+        # dp's collectives hide behind all that a pass lasts, what the other axes send included.
+        forward = compute.forward.total + sum(sent("forward").values())
+        backward = compute.backward.total + accumulate + sum(sent("backward").values())
+        dp = self._dp.price(layout, dense, expert, forward, backward, root=root)
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
             backward_input=Seconds(compute.backward_input.total, **sent("backward")) + dp.backward,
