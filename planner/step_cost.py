@@ -99,10 +99,10 @@ class CostModel:
         """Seconds that no layout of the group is below: all its microbatches' work shared evenly by the stages."""
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
-        least = float("inf")
+        pace, least = self._pace(layout, microbatches), float("inf")
         for ep, etp in {(state[2], state[3]) for state in group.states}:
             candidate = replace(layout, ep=ep, etp=etp)
-            compute, work = self._part_compute(candidate), 0.0
+            compute, work = {name: cost * pace for name, cost in self._part_compute(candidate).items()}, 0.0
             for segment in self._model.segments:
                 cost = compute[segment.kind]
                 passes = self._axis_passes(candidate, cost, segment.kind).values()
