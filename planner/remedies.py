@@ -11,6 +11,7 @@ from profiles.model import ModelSpec
 from .bounds import fits, least_missing_bytes, lower_bound
 from .job import TrainingJob
 from .layout import Layout
+from .question import Question
 from .rules import RuleContext, recompute_modes, violations
 from .space import enumerate_layouts
 from .step_cost import CostModel
@@ -22,7 +23,7 @@ def why_nothing_fits(
     model: ModelSpec, cluster: ClusterSpec, hardware: HardwareProfile, job: TrainingJob
 ) -> tuple[str, tuple[str, ...]]:
     """The sentence and its reasons: what is missing on which stage in the best case, and what would help."""
-    rules = RuleContext(model, job, cluster.devices)
+    rules = Question(model, cluster, hardware, job).rules
     limit = job.memory_limit_bytes or cluster.memory_bytes
     prices = CostModel(model, cluster, hardware, job)
     best: tuple[float, int, Layout] | None = None
@@ -58,7 +59,7 @@ def _first_that_fits(
     """Some layout with an assignment that fits, or None when none was found."""
     prices = CostModel(model, cluster, hardware, job)
     limit = job.memory_limit_bytes or cluster.memory_bytes
-    rules = RuleContext(model, job, cluster.devices)
+    rules = Question(model, cluster, hardware, job).rules
     for layout in enumerate_layouts(rules):
         costs = prices.price(layout)
         bound = lower_bound(costs, limit, recompute_modes(layout, rules))
