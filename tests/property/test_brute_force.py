@@ -17,7 +17,7 @@ from planner.errors import InfeasibleError
 from planner.layout import RECOMPUTE_MODES
 from planner.question import Question
 from planner.search import search
-from planner.space import enumerate_layouts
+from planner.space import enumerate_layouts, layout_groups
 from planner.stage_ilp import solve_stages
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import Candidate, candidates, fastest, modes_of
@@ -115,6 +115,9 @@ def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> N
         return
     limit = data.draw(memory_limits([candidate for of_layout in tried.values() for candidate in of_layout]))
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    for group in layout_groups(question.rules):
+        fastest_of_group = min(candidate.step_seconds for layout in group for candidate in tried[layout])
+        assert prices.least_work(group) <= fastest_of_group * (1 + 1e-12), group
     bounds = {}
     for layout, of_layout in tried.items():
         costs, best = prices.price(layout), fastest(of_layout, limit)
