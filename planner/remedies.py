@@ -12,7 +12,7 @@ from .bounds import fits, least_missing_bytes, lower_bound
 from .job import TrainingJob
 from .layout import Layout
 from .question import Question
-from .rules import RuleContext, recompute_modes, violations
+from .rules import RuleContext, recompute_modes, violations, why_no_recompute
 from .space import enumerate_layouts
 from .step_cost import CostModel
 
@@ -108,6 +108,9 @@ def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
         settings["dp_shard"] = settings["dp"] if settings.get("zero", 0) else 1
         plain = [Layout(**settings)]
     lines = [f"{layout.short()}: {reason}" for layout in plain for reason in violations(layout, rules)]
+    if (pin := rules.job.recompute_pin) is not None:
+        again = [(layout, why_no_recompute(pin, layout, rules)) for layout in plain]
+        lines += [f"{layout.short()}: {reason}" for layout, reason in again if reason is not None]
     if pins:
         lines.append("pinned: " + ", ".join(f"{key}={value}" for key, value in pins.items()))
     return tuple(lines)

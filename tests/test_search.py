@@ -272,3 +272,11 @@ def test_a_layout_is_priced_as_in_the_search() -> None:
     costs = CostModel(question.model, question.cluster, question.hardware, question.job).price(plan.layout)
     held = counts(*((stage.recompute_none, stage.recompute_full) for stage in plan.stages))
     assert costs.step(held) == plan.prediction.step_seconds
+
+
+def test_a_pinned_recomputation_that_the_pinned_schedule_cannot_run_is_no_lack_of_memory() -> None:
+    pins = {"recompute": "selective", "schedule": "zbv", "pp": 4}
+    what, lines = refused(small_question(devices=4, target="torchtitan", pins=pins))
+    assert what == "no legal layout of tiny-llama on 4 devices"
+    assert any("recompute=selective with zbv: torch" in line for line in lines)
+    assert lines[-1] == "pinned: recompute=selective, schedule=zbv, pp=4"

@@ -16,7 +16,7 @@ from planner.layout_costs import LayoutCosts, StageCount
 from planner.question import Question
 from planner.stage_ilp import RELATIVE_TOLERANCE, Solution, solve_stages
 from tests.oracles import small_world
-from tests.oracles.brute_force import assignments
+from tests.oracles.brute_force import assignments, fastest, priced
 from tests.oracles.small_world import counts, small_cluster, small_hardware, small_question
 from tests.plans import tiny_gpt2, tiny_llama
 from tests.property.worlds import any_layout_costs, layout_costs
@@ -39,13 +39,13 @@ def every_of(costs: LayoutCosts, modes: tuple[str, ...] = FREE) -> list[tuple[St
 
 
 def best_of(costs: LayoutCosts, limit: float, modes: tuple[str, ...] = FREE) -> float:
-    every = every_of(costs, modes)
-    return min((costs.step(chosen) for chosen in every if fits(costs, chosen, limit)), default=math.inf)
+    best = fastest(list(priced(costs, modes)), limit)
+    return best.step_seconds if best is not None else math.inf
 
 
 def needs(costs: LayoutCosts, modes: tuple[str, ...] = FREE) -> list[float]:
     """Bytes of the fullest rank of every assignment, ascending."""
-    return sorted({max(memory.total for memory in costs.memory(chosen)) for chosen in every_of(costs, modes)})
+    return sorted({candidate.peak_bytes for candidate in priced(costs, modes)})
 
 
 # ---- exact -----------------------------------------------------------------------------------------------
@@ -79,8 +79,8 @@ def test_any_figures_at_all(costs: LayoutCosts, modes: tuple[str, ...], data: st
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(any_layout_costs(), st.data())
-def test_any_figures_of_any_schedule(priced: tuple[LayoutCosts, tuple[str, ...]], data: st.DataObject) -> None:
-    check_any_figures(*priced, data)
+def test_any_figures_of_any_schedule(costs_and_modes: tuple[LayoutCosts, tuple[str, ...]], data: st.DataObject) -> None:
+    check_any_figures(*costs_and_modes, data)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
