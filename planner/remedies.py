@@ -12,7 +12,8 @@ from .bounds import fits, lower_bound
 from .first_assignment import first_assignment, least_missing_bytes
 from .job import TrainingJob
 from .layout import Layout
-from .rules import RuleContext, recompute_modes, violations
+from .question import Question
+from .rules import RuleContext, recompute_modes, violations, why_no_recompute
 from .space import enumerate_layouts
 from .step_cost import CostModel
 
@@ -23,7 +24,7 @@ def why_nothing_fits(
     model: ModelSpec, cluster: ClusterSpec, hardware: HardwareProfile, job: TrainingJob
 ) -> tuple[str, tuple[str, ...]]:
     """The sentence and its reasons: what is missing on which stage in the best case, and what would help."""
-    rules = RuleContext(model, job, cluster.devices)
+    rules = Question(model, cluster, hardware, job).rules
     limit = job.memory_limit_bytes or cluster.memory_bytes
     prices = CostModel(model, cluster, hardware, job)
     best: tuple[float, int, Layout] | None = None
@@ -59,7 +60,7 @@ def _first_that_fits(
     """Some layout with an assignment that fits, or None when none was found."""
     prices = CostModel(model, cluster, hardware, job)
     limit = job.memory_limit_bytes or cluster.memory_bytes
-    rules = RuleContext(model, job, cluster.devices)
+    rules = Question(model, cluster, hardware, job).rules
     for layout in enumerate_layouts(rules):
         costs = prices.price(layout)
         modes = recompute_modes(layout, rules)
@@ -108,6 +109,9 @@ def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
         settings["dp_shard"] = settings["dp"] if settings.get("zero", 0) else 1
         plain = [Layout(**settings)]
     lines = [f"{layout.short()}: {reason}" for layout in plain for reason in violations(layout, rules)]
+    if (pin := rules.job.recompute_pin) is not None:
+        again = [(layout, why_no_recompute(pin, layout, rules)) for layout in plain]
+        lines += [f"{layout.short()}: {reason}" for layout, reason in again if reason is not None]
     if pins:
         lines.append("pinned: " + ", ".join(f"{key}={value}" for key, value in pins.items()))
     return tuple(lines)

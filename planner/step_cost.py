@@ -117,10 +117,10 @@ class CostModel:
         microbatches = layout.microbatches(self._job.global_batch)
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
-        least = float("inf")
+        pace, least = self._pace(layout, microbatches), float("inf")
         for ep, etp in {(state[2], state[3]) for state in group.states}:
             candidate = replace(layout, ep=ep, etp=etp)
-            compute = self._part_compute(candidate)
+            compute = {name: cost * pace for name, cost in self._part_compute(candidate).items()}
             forward = backward = weight = 0.0
             parts = [(segment.kind, segment.count) for segment in self._model.segments]
             for kind, number in [*parts, ("embedding", 1), ("head", 1)]:
@@ -192,9 +192,10 @@ class CostModel:
         dense, expert = parameters
         accumulate = self._compute.accumulate_seconds(dense + expert) * (microbatches - 1) / microbatches
         kept = dense / layout.shards + expert / layout.expert_shards
-        dp = self._dp.price(
-            layout, dense, expert, compute.forward.total, compute.backward.total + accumulate, root=root
-        )
+        # dp's collectives hide behind all that a pass lasts, what the other axes send included.
+        forward = compute.forward.total + sum(sent("forward").values())
+        backward = compute.backward.total + accumulate + sum(sent("backward").values())
+        dp = self._dp.price(layout, dense, expert, forward, backward, root=root)
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
             backward_input=Seconds(compute.backward_input.total, **sent("backward")) + dp.backward,

@@ -15,8 +15,8 @@ from planner.memory_cost import MemoryModel
 from planner.plan import Stage
 from profiles.catalogue import CATALOG, resolve_model
 from profiles.hardware import load_hardware
-from profiles.software import load_software
 from runtime.transformer import Chunk, build_chunk
+from tests.oracles.small_world import our_software
 
 MICRO_BATCH, SEQUENCE = 2, 128
 
@@ -58,7 +58,7 @@ def test_a_block_keeps_what_the_model_says(name: str) -> None:
     # The CPU's rms_norm keeps one tensor more than the CUDA kernel.
     hardware = replace(load_hardware(CATALOG / "hardware" / "a100-sxm-80gb.yaml"), backend="gloo")
     job = TrainingJob(global_batch=MICRO_BATCH, sequence=SEQUENCE, precision="fp32")
-    memory = MemoryModel(model, hardware, job, load_software("meshwright"))
+    memory = MemoryModel(model, hardware, job, our_software())
     layout = Layout(micro_batch=MICRO_BATCH)
     x = torch.randn(MICRO_BATCH, SEQUENCE, model.hidden_size, requires_grad=True)
 

@@ -13,8 +13,7 @@ from planner.layout import Layout
 from planner.memory_cost import MemoryBytes, MemoryModel
 from profiles.catalogue import list_catalogue, resolve_model
 from profiles.model import ModelSpec
-from profiles.software import load_software
-from tests.oracles.small_world import small_hardware
+from tests.oracles.small_world import our_software, small_hardware
 from tests.plans import tiny_gpt2, tiny_llama
 
 
@@ -22,7 +21,7 @@ def memory(
     model: ModelSpec | None = None, precision: str = "fp32", backend: str = "nccl", sequence: int = 16
 ) -> MemoryModel:
     job = TrainingJob(global_batch=8, sequence=sequence, precision=precision)
-    return MemoryModel(model or tiny_llama(), small_hardware(backend=backend), job, load_software("meshwright"))
+    return MemoryModel(model or tiny_llama(), small_hardware(backend=backend), job, our_software())
 
 
 def parameters_of(model: MemoryModel, part: str, layout: Layout) -> float:
