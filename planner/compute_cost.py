@@ -98,7 +98,8 @@ class ComputeModel:
         parts.append(self._memory(model.activation, tokens * model.ffn_hidden_size / layout.tp))
         parts += [self._memory("residual", hidden), self._memory("residual", hidden)]
         # wq, wk and wv have one input, w1 and w3 another: autograd adds up what each leaves of its gradient.
-        sums = len({"wq", "wk", "wv", "w1", "w3"} & set(model.linear_shapes)) - 2
+        sharing = ({"wq", "wk", "wv"}, {"w1", "w3"})
+        sums = sum(max(0, len(names & set(model.linear_shapes)) - 1) for names in sharing)
         added = self._hardware.memory_seconds("residual", self._dtype, tokens * model.hidden_size)
         parts.append(ComputeCost(ComputeSeconds(), ComputeSeconds(memory=sums * added)))
         if layout.tp > 1:
