@@ -15,7 +15,7 @@ from .collectives import BETWEEN_SECONDS, PlacedGroup
 from .timing import Rank, time_alone, trimmed_mean
 
 _CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
-_CONTENTION_TURNS = 9
+_CONTENTION_TURNS = {False: 9, True: 3}
 WAIT_SECONDS = (BETWEEN_SECONDS, 5e-3, 2e-2, 8e-2)  # of work between two meetings; a block's, a stage's, a step's
 
 
@@ -86,7 +86,9 @@ def measure_contention(rank: Rank) -> list[ContentionPoint]:
     product = _product(rank)
     counts = sorted({1, *(2**i for i in range(1, 10) if 2**i < rank.world_size), rank.world_size})
     found: dict[int, list[float]] = {active: [] for active in counts}
-    for _ in range(_CONTENTION_TURNS):  # in turn, since a machine's pace changes by more than what is looked for
+    # In turn, since a machine's pace changes by more than what is looked for; ranks that share cores do not start at
+    # quite the same time, so theirs are fewer and longer.
+    for _ in range(_CONTENTION_TURNS[rank.shares_cores]):
         for active, seconds in found.items():
             rank.barrier()
             own = time_alone(_silent(rank), product).seconds if rank.rank < active else 0.0
@@ -101,7 +103,8 @@ def measure_contention(rank: Rank) -> list[ContentionPoint]:
 
 def _silent(rank: Rank) -> Rank:
     """The same rank, timing for itself: the others are not asked to join."""
-    return Rank(rank.rank, rank.world_size, rank.device, None, rank.effort_seconds / 2, rank.shares_cores)
+    effort = rank.effort_seconds * (2.0 if rank.shares_cores else 0.5)
+    return Rank(rank.rank, rank.world_size, rank.device, None, effort, rank.shares_cores)
 
 
 def measure_stragglers(rank: Rank) -> dict[str, Any]:
