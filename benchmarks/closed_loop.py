@@ -28,8 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from layout_runs import Case, ranks_of_this_machine, read_cases, save_plans
 from scores import show, show_parts
+from side_by_side import Case, ranks_of_this_machine, read_cases, save_plans
 
 from planner.job import TrainingJob
 from planner.layout import enumerate_layouts

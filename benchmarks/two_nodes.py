@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import closed_loop
-from layout_runs import Turns, read_cases, run_layouts, save_plans
+from side_by_side import Turns, read_cases, run_layouts, save_plans
 
 from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware
