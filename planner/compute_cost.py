@@ -24,7 +24,6 @@ from .local_shapes import (
     routed_tokens,
 )
 
-
 # Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
 # included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
 HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "checkpoint": (10, 0)}
@@ -308,7 +307,10 @@ class ComputeModel:
         loss = "cross_entropy_fused" if self._software.cross_entropy == "fused" else "cross_entropy"
         parts = [self._norm(outside * model.hidden_size)]
         if model.output_transform:
-            parts += [self._linear(tokens, model.hidden_size, model.hidden_size), self._norm(tokens * model.hidden_size)]
+            parts += [
+                self._linear(tokens, model.hidden_size, model.hidden_size),
+                self._norm(tokens * model.hidden_size),
+            ]
         parts += [self._linear(tokens, rows, model.hidden_size), self._memory(loss, tokens * rows)]
         return _total(parts)
 

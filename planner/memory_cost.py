@@ -14,7 +14,6 @@ from functools import cached_property
 
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import DTYPE_BYTES
 from profiles.software import Software
 
 from .activation_bytes import ActivationModel
@@ -255,7 +254,9 @@ class MemoryModel:
         assert experts is not None
         total += experts.number * (model.hidden_size + (1 if experts.router_bias else 0))
         total += model.ffn_matrices * model.hidden_size * experts.shared_width / layout.tp
-        own = sum(outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp))
+        own = sum(
+            outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp)
+        )
         return total, own * experts.number / layout.ep
 
     def embedding_parameters(self, layout: Layout) -> float:

@@ -12,8 +12,8 @@ from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
 from .job import PRECISIONS, TARGETS, TrainingJob
-from .rules import RuleContext
 from .parse import parse_bytes, parse_pins
+from .rules import RuleContext
 
 
 @dataclass(frozen=True)

@@ -157,4 +157,3 @@ class _Space:
             return [(1, 1)]
         grids = product(divisors(experts.number), sorted({1, base.tp}))
         return [(ep, etp) for ep, etp in grids if self._held("ep", ep) and self._held("etp", etp)]
-

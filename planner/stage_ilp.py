@@ -292,7 +292,9 @@ def solve_stages(
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
         return Solution(best, best_seconds, min(bound, best_seconds), solved)
-    program = _Program(costs, limit_bytes, scale=bound_seconds, modes=tuple(modes), goal_seconds=min(best_seconds, cutoff_seconds))
+    program = _Program(
+        costs, limit_bytes, scale=bound_seconds, modes=tuple(modes), goal_seconds=min(best_seconds, cutoff_seconds)
+    )
     program.every_layer_once()
     program.no_empty_stage()
     program.segments_in_order()

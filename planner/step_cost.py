@@ -27,9 +27,7 @@ from .schedule import BLOCKING, SPLIT_BACKWARD, in_flight
 from .space import LayoutGroup
 
 # Segments, embedding and head with their bytes, and what a microbatch costs besides.
-_Parts = tuple[
-    tuple[SegmentCosts, ...], tuple[PartSeconds, PartMemory], tuple[PartSeconds, PartMemory], ComputeCost
-]
+_Parts = tuple[tuple[SegmentCosts, ...], tuple[PartSeconds, PartMemory], tuple[PartSeconds, PartMemory], ComputeCost]
 _MOST_PARTS = 256
 
 
