@@ -46,6 +46,7 @@ def ask(
     target: str = "meshwright",
     pins: Sequence[str] = (),
     bans: Sequence[str] = (),
+    expert_imbalance: float = 1.0,
 ) -> Question:
     """The question that the words ask; an InputError names the flag that cannot be understood.
 
@@ -67,6 +68,7 @@ def ask(
         memory_limit_bytes=parse_bytes(memory_limit, "--memory-limit") if memory_limit else None,
         pins=pinned,
         bans=banned,
+        expert_imbalance=expert_imbalance,
     )
     return Question(resolve_model(model), spec, hardware, job)
 
