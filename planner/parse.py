@@ -79,15 +79,17 @@ def parse_pin(text: str, flag: str) -> tuple[str, Any]:
     return key, tuple(parse_setting(f"{key}={each.strip()}", flag, PINNABLE)[1] for each in value.split("|"))
 
 
-def parse_pins(pins: Sequence[str], bans: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def parse_pins(
+    pins: Sequence[str], bans: Sequence[str], flag: str = "--pin"
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """`--pin` and `--ban` values; the same key twice, or pinned and banned, is a contradiction."""
     found: dict[str, Any] = {}
     for text in pins:
-        key, value = parse_pin(text, "--pin")
+        key, value = parse_pin(text, flag)
         if found.get(key, value) != value:
             raise InputError(
                 f"{key} is pinned twice",
-                where="--pin",
+                where=flag,
                 expected="one value, several as 2|4, or a range as 2..8",
                 got=f"{pin_text(found[key])} and {pin_text(value)}",
             )

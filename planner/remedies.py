@@ -52,34 +52,40 @@ class Remedy:
 
 
 def why_nothing_fits(question: Question, solve: Solve) -> tuple[str, tuple[str, ...], tuple[dict[str, Any], ...]]:
-    """The sentence, its reasons and the remedies: what is missing on which stage in the best case, and what would help."""
+    """The sentence, its reasons and the remedies: what is missing on which stage in the best case, and what helps."""
+    missing, reasons = what_forbids(question)
+    where = f"{question.model.name} on {question.cluster.devices} devices"
+    if missing is None:
+        return f"no legal layout of {where}", reasons, ()
+    lines = list(reasons)
+    found = tuple(remedies(question, question.limit_bytes + missing, solve))
+    if found:
+        lines += ["what would make it fit, one change at a time:", *(remedy.line() for remedy in found)]
+    return f"nothing fits: {where}", tuple(lines), tuple(remedy.to_dict() for remedy in found)
+
+
+def what_forbids(question: Question) -> tuple[float | None, tuple[str, ...]]:
+    """Of a question that has no plan: the bytes that the closest layout misses, None where none is legal; and in words."""
     rules, limit = question.rules, question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     best: tuple[float, int, Layout] | None = None
     legal = 0
     for layout in enumerate_layouts(rules):
         legal += 1
-        stage, missing = least_missing_bytes(prices.price(layout), limit, recompute_modes(layout, rules))
+        rank, missing = least_missing_bytes(prices.price(layout), limit, recompute_modes(layout, rules))
         if best is None or missing < best[0]:
-            best = (missing, stage, layout)
-    where = f"{question.model.name} on {question.cluster.devices} devices"
+            best = (missing, rank, layout)
     if best is None:
-        return f"no legal layout of {where}", _why_none_legal(rules), ()
-    missing, stage, layout = best
+        return None, _why_none_legal(rules)
+    missing, rank, layout = best
     modes = question.job.recompute_modes
     how = {("none",): "without recomputation", ("full",): "all recomputed"}.get(modes, "recomputing at will")
-    lines = [
-        f"the closest of {legal} layouts is {layout.short()}: {how}, stage {stage} misses "
-        f"{_gib(missing)} of {_gib(limit)} per device",
-    ]
-    found = tuple(remedies(question, limit + missing, solve))
-    if found:
-        lines += ["what would make it fit, one change at a time:", *(remedy.line() for remedy in found)]
-    return f"nothing fits: {where}", tuple(lines), tuple(remedy.to_dict() for remedy in found)
+    closest = f"the closest of {legal} layouts is {layout.short()}" if legal > 1 else layout.short()
+    return missing, (f"{closest}: {how}, stage {rank} misses {_gib(missing)} of {_gib(limit)} per device",)
 
 
 def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.3f} MiB"
 
 
 def remedies(question: Question, enough_bytes: float, solve: Solve) -> Iterator[Remedy]:
@@ -87,9 +93,8 @@ def remedies(question: Question, enough_bytes: float, solve: Solve) -> Iterator[
     job = question.job
     if job.memory_limit_bytes is not None:
         yield from _tried("without --memory-limit", _with_job(question, memory_limit_bytes=None), solve)
-    else:
-        more = _with_job(question, memory_limit_bytes=enough_bytes * (1 + 1e-9))
-        yield from _tried(f"{_gib(enough_bytes)} of memory per device", more, solve)
+    more = _with_job(question, memory_limit_bytes=enough_bytes * (1 + 1e-9))
+    yield from _tried(f"{_gib(enough_bytes)} of memory per device", more, solve)
     for key, pin in job.pins.items():
         free = {k: v for k, v in job.pins.items() if k != key}
         yield from _tried(f"without --pin {key}={pin_text(pin)}", _with_job(question, pins=free), solve)
