@@ -125,7 +125,9 @@ def assumptions(question: Question) -> tuple[str, ...]:
     ]
     figures = nominal_figures(question)
     kind = str(hardware.provenance.get("kind", "stated"))
-    said.append(f"{hardware.name} is {kind}" + (f"; nominal in it and its links: {', '.join(figures)}" if figures else ""))
+    said.append(
+        f"{hardware.name} is {kind}" + (f"; nominal in it and its links: {', '.join(figures)}" if figures else "")
+    )
     return tuple(said)
 
 

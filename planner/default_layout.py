@@ -13,7 +13,9 @@ from .rules import recompute_modes, violations
 from .space import divisors
 from .step_cost import CostModel
 
-IN_WORDS = "the widest tp in a node, the fewest pp that fit, dp the rest, mb1, zero 1, 1f1b, as little recompute as fits"
+IN_WORDS = (
+    "the widest tp in a node, the fewest pp that fit, dp the rest, mb1, zero 1, 1f1b, as little recompute as fits"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,10 +92,9 @@ class Explanation:
     rivals: tuple[Rival, ...]
     helps: tuple[Help, ...]
     faster: Rival | None = None
-    against: Rival | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        document: dict[str, Any] = {
+        return {
             "layout": self.plan.layout.to_dict(),
             "prediction": self.prediction.to_dict(),
             "stated_seconds": self.stated_seconds,
@@ -104,9 +103,6 @@ class Explanation:
             "helps": [each.to_dict() for each in self.helps],
             "faster": self.faster.to_dict() if self.faster else None,
         }
-        if self.against is not None:
-            document["against"] = self.against.to_dict()
-        return document
 
 
 class _Budget:
@@ -135,7 +131,9 @@ def explain(question: Question, plan: Plan, time_limit_seconds: float = 120.0) -
     for axis, values in axes:
         rivals.append(
             known.first_with(axis, getattr(plan.layout, axis))
-            or _rival(f"{axis} ≠ {_text(getattr(plan.layout, axis))}", _pinned(question, axis, values), prediction, budget)
+            or _rival(
+                f"{axis} ≠ {_text(getattr(plan.layout, axis))}", _pinned(question, axis, values), prediction, budget
+            )
         )
     rivals += _recompute_rivals(question, plan, prediction, budget)
     now = prediction.step_seconds / question.job.tokens
@@ -165,8 +163,8 @@ def explain(question: Question, plan: Plan, time_limit_seconds: float = 120.0) -
     )
 
 
-def compare(question: Question, plan: Plan, text: str, time_limit_seconds: float = 60.0) -> Rival:
-    """The best layout with the settings that a person wrote, as `tp=4,pp=8`, beside the plan.
+def compare(question: Question, plan: Plan, text: str, time_limit_seconds: float = 60.0) -> tuple[Prediction, Rival]:
+    """The plan as priced today, and the best layout with the settings that a person wrote, as `tp=4,pp=8`.
 
     Keys left out are chosen best; the job's own pins and bans hold for them.
     """
@@ -177,7 +175,7 @@ def compare(question: Question, plan: Plan, text: str, time_limit_seconds: float
     kept = {key: pin for key, pin in job.pins.items() if key not in pins}
     wanted = replace(job, pins={**kept, **pins}, bans=tuple(key for key in job.bans if key not in pins))
     prediction = predict(question, _as_planned(question, plan))
-    return _rival(text, replace(question, job=wanted), prediction, _Budget(time_limit_seconds, 1))
+    return prediction, _rival(text, replace(question, job=wanted), prediction, _Budget(time_limit_seconds, 1))
 
 
 def _as_planned(question: Question, plan: Plan) -> Solved:

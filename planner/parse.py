@@ -79,9 +79,7 @@ def parse_pin(text: str, flag: str) -> tuple[str, Any]:
     return key, tuple(parse_setting(f"{key}={each.strip()}", flag, PINNABLE)[1] for each in value.split("|"))
 
 
-def parse_pins(
-    pins: Sequence[str], bans: Sequence[str], flag: str = "--pin"
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def parse_pins(pins: Sequence[str], bans: Sequence[str], flag: str = "--pin") -> tuple[dict[str, Any], tuple[str, ...]]:
     """`--pin` and `--ban` values; the same key twice, or pinned and banned, is a contradiction."""
     found: dict[str, Any] = {}
     for text in pins:
@@ -99,7 +97,9 @@ def parse_pins(
             allowed = ", ".join(BANNABLE)
             raise InputError(f"{ban!r} cannot be banned", where="--ban", expected=f"one of {allowed}", got=ban)
         if ban in found:
-            raise InputError(f"{ban} is both pinned and banned", where="--pin and --ban", got=f"{ban}={pin_text(found[ban])}")
+            raise InputError(
+                f"{ban} is both pinned and banned", where="--pin and --ban", got=f"{ban}={pin_text(found[ban])}"
+            )
     return found, tuple(bans)
 
 

@@ -17,8 +17,11 @@ from .stage_table import stage_table
 PART_NAMES = {"dp_exposed": "dp exposed"}
 
 
-def plan_report(plan: Plan, found: Answer) -> RenderableType:
-    """The layout, its gain, its figures, stages, breakdown, the proof, the runners-up, the assumptions."""
+def plan_report(plan: Plan, found: Answer, idle: int = 0) -> RenderableType:
+    """The layout, its gain, its figures, stages, breakdown, the proof, the runners-up, the assumptions.
+
+    `idle` devices of the cluster are left alone because that is faster.
+    """
     head = Text()
     head.append(f"{plan.model.name}", style="bold")
     head.append(
@@ -27,6 +30,8 @@ def plan_report(plan: Plan, found: Answer) -> RenderableType:
     )
     head.append(plan.layout.short(), style="bold green")
     head.append(f", {plan.microbatches} microbatch{'es' if plan.microbatches > 1 else ''}")
+    if idle:
+        head.append(f"; {idle} devices more would stay idle: with them no plan is faster")
     limit = found.question.limit_bytes
     parts: list[RenderableType] = [head, *_about(found, limit), certificate_text(plan.certificate)]
     if plan.alternatives:

@@ -12,6 +12,7 @@ from profiles.input_error import InputError
 
 from .errors import NoPlanError
 
+
 def seconds_text(seconds: float) -> str:
     """Three significant figures in s or ms."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -17,7 +17,10 @@ def relaxed_questions(question: Question) -> list[tuple[str, Question]]:
     """(the change in words, the question with it); everything else stays as it is."""
     job, percent = question.job, f"+{MORE - 1:.0%}"
     found = [
-        (f"device memory {percent}", replace(question, job=replace(job, memory_limit_bytes=MORE * question.limit_bytes))),
+        (
+            f"device memory {percent}",
+            replace(question, job=replace(job, memory_limit_bytes=MORE * question.limit_bytes)),
+        ),
         (f"compute {percent}", replace(question, hardware=faster_compute(question.hardware))),
     ]
     found += [
@@ -54,9 +57,7 @@ def _wider(link: LinkTier) -> LinkTier:
     operations = tuple(
         replace(each, bandwidth_bytes_per_second=MORE * each.bandwidth_bytes_per_second) for each in link.operations
     )
-    return replace(
-        link, bandwidth_bytes_per_second=MORE * link.bandwidth_bytes_per_second, operations=operations
-    )
+    return replace(link, bandwidth_bytes_per_second=MORE * link.bandwidth_bytes_per_second, operations=operations)
 
 
 def wider_points(hardware: HardwareProfile, cluster: ClusterSpec, index: int) -> HardwareProfile:

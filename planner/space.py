@@ -15,6 +15,7 @@ from .job import TrainingJob
 from .layout import Layout
 from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, missing_features
 
+
 @dataclass(frozen=True)
 class LayoutGroup:
     """Layouts of one set of degrees and micro batch; `base` has the plainest knobs.
@@ -146,4 +147,3 @@ class _Space:
             return [(1, 1)]
         grids = product(divisors(experts.number), sorted({1, base.tp}))
         return [(ep, etp) for ep, etp in grids if self._held("ep", ep) and self._held("etp", etp)]
-

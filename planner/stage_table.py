@@ -92,9 +92,7 @@ def _rows(found: Answer) -> list[_Row]:
     for rank, items in enumerate(found.prediction.memory_bytes):
         own = sorted(i for i, stage in enumerate(found.stages) if stage.rank == rank)
         stages = [found.stages[i] for i in own]
-        row = _Row(
-            rank, rank, _layers(stages), _recompute(stages), items, sum(found.stage_seconds[i] for i in own)
-        )
+        row = _Row(rank, rank, _layers(stages), _recompute(stages), items, sum(found.stage_seconds[i] for i in own))
         if rows and _shown(rows[-1]) == _shown(row):
             row = _Row(rows[-1].first, *list(vars(row).values())[1:])
             rows.pop()
