@@ -1,4 +1,4 @@
-"""Answer: all that a report says of one layout, as values: stage seconds, the default beside it, hours, cost, assumptions."""
+"""Answer: what a report says of one layout, as values: stage seconds, the default, GPU-hours, cost, assumptions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from profiles.model import ModelSpec
 
 from .default_layout import DefaultLayout, default_layout
-from .layout import LAYOUT_KEYS, Layout
+from .layout import LAYOUT_KEYS, RECOMPUTE_MODES, Layout
 from .layout_costs import Blocks, LayoutCosts, StageCount
 from .plan import Prediction, Stage
 from .question import Question
@@ -74,7 +74,7 @@ def counts_of(model: ModelSpec, stages: Sequence[Stage]) -> tuple[StageCount, ..
     kinds = [k for k, segment in enumerate(model.segments) for _ in range(segment.count)]
     counts = []
     for stage in stages:
-        held = [dict.fromkeys(("none", "selective", "full"), 0) for _ in model.segments]
+        held: list[dict[str, int]] = [dict.fromkeys(RECOMPUTE_MODES, 0) for _ in model.segments]
         for block in range(stage.first, stage.end):
             held[kinds[block]][stage.recompute_mode(block)] += 1
         counts.append(tuple(Blocks(**modes) for modes in held))

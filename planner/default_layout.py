@@ -13,14 +13,12 @@ from .rules import recompute_modes, violations
 from .space import divisors
 from .step_cost import CostModel
 
-IN_WORDS = (
-    "the widest tp in a node, the fewest pp that fit, dp the rest, mb1, zero 1, 1f1b, as little recompute as fits"
-)
+IN_WORDS = "tp = the node, the least pp that fits, dp the rest, mb1, zero 1, 1f1b, as little recompute as fits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DefaultLayout:
-    """The default with its step and peak; `missing_bytes` is above 0 where no pp makes it fit, then it is the closest."""
+    """The default with its step and peak; where no pp makes it fit the closest, and `missing_bytes` is above 0."""
 
     layout: Layout
     counts: tuple[StageCount, ...]

@@ -76,7 +76,7 @@ def default_text(found: Answer) -> Text:
     if f"{gain:.2f}" == "1.00":
         return Text(f"as fast as the default a person would write: {step}")
     way, times = ("faster", gain) if gain > 1 else ("slower", 1 / gain)
-    return Text(f"{times:.2f} × {way} than the default a person would write: {step}")
+    return Text(f"{times:.2f}× {way} than the default a person would write: {step}")
 
 
 def figures(found: Answer, limit_bytes: float) -> Text:

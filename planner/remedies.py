@@ -65,7 +65,7 @@ def why_nothing_fits(question: Question, solve: Solve) -> tuple[str, tuple[str, 
 
 
 def what_forbids(question: Question) -> tuple[float | None, tuple[str, ...]]:
-    """Of a question that has no plan: the bytes that the closest layout misses, None where none is legal; and in words."""
+    """Of a question without a plan: the bytes that the closest layout misses (None: none is legal), and the words."""
     rules, limit = question.rules, question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     best: tuple[float, int, Layout] | None = None
@@ -78,8 +78,8 @@ def what_forbids(question: Question) -> tuple[float | None, tuple[str, ...]]:
     if best is None:
         return None, _why_none_legal(rules)
     missing, rank, layout = best
-    modes = question.job.recompute_modes
-    how = {("none",): "without recomputation", ("full",): "all recomputed"}.get(modes, "recomputing at will")
+    modes = "|".join(question.job.recompute_modes)
+    how = {"none": "without recomputation", "full": "all recomputed"}.get(modes, "recomputing at will")
     closest = f"the closest of {legal} layouts is {layout.short()}" if legal > 1 else layout.short()
     return missing, (f"{closest}: {how}, stage {rank} misses {_gib(missing)} of {_gib(limit)} per device",)
 

@@ -26,6 +26,8 @@ _MEMORY_NAMES = {
 }
 # Bytes below this share of the limit everywhere get no column of their own.
 _SMALLEST_SHARE = 0.001
+# So many causes have a column; the rest of them are summed.
+_MOST_ITEMS = 7
 # Above so many rows only the ends and the fullest are shown.
 _MOST_ROWS, _ROWS_AT_END = 12, 4
 
@@ -53,7 +55,10 @@ class _Row:
 def stage_table(found: Answer, limit_bytes: float) -> Table:
     """A row a pipeline rank with its chunks; equal neighbours share a row, of very many the middle is left out."""
     memory = found.prediction.memory_bytes
-    names = [name for name in memory[0] if any(items[name] > _SMALLEST_SHARE * limit_bytes for items in memory)]
+    sizes = {name: max(items[name] for items in memory) for name in memory[0]}
+    told = [name for name, size in sizes.items() if size > _SMALLEST_SHARE * limit_bytes]
+    largest = sorted(told, key=lambda name: -sizes[name])[:_MOST_ITEMS]
+    names = [name for name in told if name in largest]
     unit, scale = ("GiB", 2**30) if found.prediction.peak_memory_bytes >= 2**31 else ("MiB", 2**20)
     chunks = f", {found.layout.virtual_stages} chunks a rank" if found.layout.virtual_stages > 1 else ""
     table = plain_table(
@@ -62,6 +67,7 @@ def stage_table(found: Answer, limit_bytes: float) -> Table:
         "layers",
         "recompute",
         *(_MEMORY_NAMES.get(name, name) for name in names),
+        *(["other"] if len(told) > len(names) else []),
         "total",
         "works",
     )
@@ -81,6 +87,7 @@ def stage_table(found: Answer, limit_bytes: float) -> Table:
             row.layers,
             row.recompute,
             *(f"{row.items[name] / scale:,.2f}" for name in names),
+            *([f"{sum(row.items[n] for n in told if n not in names) / scale:,.2f}"] if len(told) > len(names) else []),
             Text(f"{row.total / scale:,.2f}", style="red" if row.total > limit_bytes * (1 + 1e-9) else ""),
             seconds_text(row.seconds),
         )
@@ -115,4 +122,4 @@ def _layers(stages: Sequence[Stage]) -> str:
 
 def _recompute(stages: Sequence[Stage]) -> str:
     counts = {mode: sum(getattr(stage, f"recompute_{mode}") for stage in stages) for mode in RECOMPUTE_MODES[1:]}
-    return " ".join(f"{number} {mode}" for mode, number in counts.items() if number) or "none"
+    return " + ".join(f"{number} {mode}" for mode, number in counts.items() if number) or "none"
