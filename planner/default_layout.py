@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .bounds import balanced_assignment, fits
+from .bounds import fits
+from .first_assignment import first_assignment
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
 from .question import Question
@@ -53,7 +54,7 @@ def default_layout(question: Question) -> DefaultLayout | None:
 
 def _priced(costs: LayoutCosts, question: Question) -> DefaultLayout:
     limit = question.limit_bytes
-    counts = balanced_assignment(costs, limit, recompute_modes(costs.layout, question.rules))
+    counts = first_assignment(costs, limit, recompute_modes(costs.layout, question.rules))
     peak = max(memory.total for memory in costs.memory(counts))
     return DefaultLayout(
         layout=costs.layout,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import cached_property
 
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
@@ -18,7 +19,7 @@ from profiles.software import Software
 
 from .activation_bytes import ActivationModel
 from .job import TrainingJob
-from .layout import Layout
+from .layout import RECOMPUTE_MODES, Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, local_tokens, outside_tokens
 
 _FP32_BYTES = 4
@@ -64,6 +65,15 @@ NO_BYTES = MemoryBytes()
 
 
 @dataclass(frozen=True)
+class PartTotals:
+    """A part's bytes without what they are for."""
+
+    state: float
+    held: dict[str, float]
+    held_weight: float
+
+
+@dataclass(frozen=True)
 class PartMemory:
     """What one part of the model (a layer, the embedding, the head) adds to its rank.
 
@@ -80,6 +90,14 @@ class PartMemory:
     held_selective: MemoryBytes = NO_BYTES
     transient_selective: float = 0.0
     held_weight: MemoryBytes = NO_BYTES
+
+    @cached_property
+    def totals(self) -> PartTotals:
+        return PartTotals(
+            state=self.state.total,
+            held={mode: self.held_by(mode).total for mode in RECOMPUTE_MODES},
+            held_weight=self.held_weight.total,
+        )
 
     def held_by(self, mode: str) -> MemoryBytes:
         return {"none": self.held, "selective": self.held_selective, "full": self.held_recomputed}[mode]

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .bounds import fits, least_missing_bytes, lower_bound
+from .bounds import fits, lower_bound
+from .first_assignment import first_assignment, least_missing_bytes
 from .layout import Layout
 from .pins import pin_text, plainest
 from .plan import Plan
@@ -143,11 +144,11 @@ def _tried(change: str, question: Question, solve: Solve) -> Iterator[Remedy]:
 
 def _something_fits(question: Question) -> bool:
     """Whether the first good assignment of some layout fits."""
+    limit = question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     for layout in enumerate_layouts(question.rules):
-        costs = prices.price(layout)
-        bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, question.rules))
-        if bound is not None and fits(costs, bound.counts, question.limit_bytes):
+        costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
+        if lower_bound(costs, limit, modes) is not None and fits(costs, first_assignment(costs, limit, modes), limit):
             return True
     return False
 

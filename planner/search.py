@@ -15,9 +15,10 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import Bound, fits, lower_bound
+from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
+from .first_assignment import first_assignment
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
@@ -65,7 +66,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
     ties = count()
-    left: list[tuple[float, int, LayoutGroup | tuple[Bound, LayoutCosts]]] = [
+    left: list[tuple[float, int, LayoutGroup | LayoutCosts]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
@@ -83,21 +84,23 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         if isinstance(item, LayoutGroup):
             for layout in item:
                 costs = prices.price(layout)
-                bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, rules))
+                bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, rules), cutoff)
                 if bound is None:
                     pruned_memory += 1
                 else:
-                    heapq.heappush(left, (max(least, bound.seconds), next(ties), (bound, costs)))
+                    heapq.heappush(left, (max(least, bound), next(ties), costs))
             continue
-        bound, costs = item
-        start = bound.counts if fits(costs, bound.counts, question.limit_bytes) else None
+        costs, modes = item, recompute_modes(item.layout, rules)
+        start = first_assignment(costs, question.limit_bytes, modes)
+        if not fits(costs, start, question.limit_bytes):
+            start = None
         solution = solve_stages(
             costs,
             question.limit_bytes,
-            bound_seconds=bound.seconds,
+            bound_seconds=least,
             cutoff_seconds=cutoff,
             start=start,
-            modes=recompute_modes(costs.layout, rules),
+            modes=modes,
             deadline=deadline if best or start is not None else float("inf"),
         )
         ilps += solution.ilps_solved
@@ -166,9 +169,10 @@ def solve_layout(question: Question, layout: Layout, recompute: str | None) -> t
         bound = lower_bound(costs, limit, modes)
         if bound is None:
             continue
-        finite = limit if limit != float("inf") else 1e3 * max(m.total for m in costs.memory(bound.counts))
-        start = bound.counts if fits(costs, bound.counts, finite) else None
-        solution = solve_stages(costs, finite, bound_seconds=bound.seconds, start=start, modes=modes)
+        first = first_assignment(costs, limit, modes)
+        finite = limit if limit != float("inf") else 1e3 * max(m.total for m in costs.memory(first))
+        start = first if fits(costs, first, finite) else None
+        solution = solve_stages(costs, finite, bound_seconds=bound, start=start, modes=modes)
         if solution.counts is not None:
             return Solved(costs, solution.counts, solution.step_seconds), limit != float("inf")
     raise AssertionError("an assignment without a memory limit always exists")

@@ -104,7 +104,7 @@ def sources_table(validation: Validation) -> Table:
 
 def groups_table(validation: Validation) -> Table:
     """Scores of all rows and of each group of them."""
-    table = plain_table("\nerrors in all", "rows that count", *_SCORE_COLUMNS)
+    table = _wrapping(plain_table("\nerrors in all", "rows that count", *_SCORE_COLUMNS))
     for name, has in GROUPS.items():
         table.add_row(name, *score_cells(validation.score([o for o in validation.outcomes if has(o)])))
     return table

@@ -260,6 +260,10 @@ def test_nodes_of_another_width_and_devices_of_another_memory(tmp_path: Path, fa
     narrow = case(tmp_path, facts, gpus_per_node="4").cluster
     assert [link.span for link in narrow.links] == [4, 8]
     assert narrow.nodes == 2
+    # What a switch does for just eight devices says nothing of four.
+    switched = {"gpu": "H100-SXM-80GB", "precision": "bf16"}
+    assert any(o.ranks == 8 for o in case(tmp_path, facts, **switched).cluster.links[0].operations)
+    assert not any(o.ranks for o in case(tmp_path, facts, **switched, gpus_per_node="4").cluster.links[0].operations)
     part = case(tmp_path, facts, num_gpus="4", dp="1").cluster
     assert (part.nodes, part.devices, len(part.links)) == (1, 4, 1)
     larger = case(tmp_path, facts, gpu="H100-96GB HBM2e", precision="bf16").cluster

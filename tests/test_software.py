@@ -92,6 +92,7 @@ def test_switches_that_the_notes_name_change_facts_and_their_reasons() -> None:
     assert (compiled.norm, compiled.tp_overlap) == ("fused", False)
     assert (split.norm, split.tp_overlap) == ("fused", True)
     assert split.reasons["tp_overlap"] != plain.reasons["tp_overlap"]
+    assert set(split.reasons) == set(FACTS)
     assert warning == ""
 
 

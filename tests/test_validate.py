@@ -107,6 +107,19 @@ def test_recomputation_that_is_not_stated_is_the_least_that_fits(tmp_path: Path)
         assert predict(tight, hardware).recompute == mode
 
 
+def test_the_null_model_knows_of_recomputation(tmp_path: Path) -> None:
+    """At peak: 24 layers of 12 h² and 4 s h a token, three times forward's FLOPs and one more for what recomputes."""
+    cells = [{"recompute": mode} for mode in ("none", "selective", "full")]
+    plain, selective, full = validate(write_runs(tmp_path / "runs.csv", *cells)).outcomes
+    tokens, h, s, rate = 32 * 1024, 2048, 1024, 8 * 312e12
+    layers, attention, head = 24 * 24.0 * h * h, 24 * 4.0 * s * h, 2.0 * 51200 * h
+    forward = tokens * (layers + attention + head) / rate
+    assert plain.ideal_seconds == pytest.approx(3 * forward)
+    assert selective.ideal_seconds == pytest.approx(3 * forward + tokens * attention / rate)
+    assert full.ideal_seconds == pytest.approx(3 * forward + tokens * (layers + attention) / rate)
+    assert full.mfu == plain.mfu == pytest.approx(3 * forward / 1.5)
+
+
 def test_warnings_name_what_stands_in(tmp_path: Path) -> None:
     path = write_runs(tmp_path / "runs.csv", {"software": "ours-2022"}, {"software": "ours-2022"}, {})
     assert validate(path).warnings == ("software ours-2022 is not in the catalogue: megatron-2021 stands in for it",)
