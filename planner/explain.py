@@ -14,11 +14,12 @@ from typing import Any
 from profiles.input_error import InputError
 
 from .answer import counts_of
-from .layout import LAYOUT_KEYS, SCHEDULES, Layout
+from .errors import InfeasibleError
+from .layout import SCHEDULES, Layout
 from .parse import parse_pins
 from .plan import Plan, Prediction
 from .question import Question
-from .remedies import what_forbids
+from .remedies import what_forbids, why_nothing_fits
 from .search import Solved, best_plan, predict, solve_layout
 from .sensitivity import relaxed_questions
 from .space import divisors
@@ -118,14 +119,19 @@ class _Budget:
 
 
 def explain(question: Question, plan: Plan, time_limit_seconds: float = 120.0) -> Explanation:
-    """Why the plan is as it is; about ten searches."""
+    """Why the plan is as it is; about ten searches.
+
+    Raises:
+        InfeasibleError: nothing fits, the plan neither.
+    """
     solved = _as_planned(question, plan)
     prediction = predict(question, solved)
     axes = list(_axes(question, plan.layout))
     helps = relaxed_questions(question)
     budget = _Budget(time_limit_seconds, 2 + len(axes) // 2 + len(helps))
     ranked = budget.solve(question, _RANKED)
-    assert ranked is not None, "the plan's layout is in the space and fits"
+    if ranked is None:  # the plan was edited, or the profile has changed
+        raise InfeasibleError(*why_nothing_fits(question, best_plan))
     known = _Ranked(question, prediction, ranked)
     rivals = []
     for axis, values in axes:
@@ -313,6 +319,3 @@ class _Ranked:
             return None
         other = "another layout" if best.layout != layout else "the same layout with other stages"
         return _beside(other, best.layout, best.prediction, self._base, best.certificate.gap)
-
-
-assert set(AXES) <= set(LAYOUT_KEYS)

@@ -111,6 +111,7 @@ def parts_text(more_seconds: Mapping[str, float], step: float) -> str:
     """The parts that differ most, as `+1.2 s bubble, -0.3 s tp`."""
     largest = sorted(more_seconds.items(), key=lambda item: -abs(item[1]))
     told = [(part, seconds) for part, seconds in largest if abs(seconds) > _SMALLEST_SHARE * step][:_PARTS_TOLD]
+    told.sort(key=lambda item: item[1] < 0)  # what costs before what it saves
     words = [f"{'+' if s > 0 else '−'}{seconds_text(abs(s))} {PART_NAMES.get(part, part)}" for part, s in told]
     return ", ".join(words) or "next to nothing"
 

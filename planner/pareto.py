@@ -41,11 +41,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """Points from the most devices (or memory) down; `ended` is the first question that has no plan."""
+    """Points from the most devices (or bytes) down; `ended` is the first number that has no plan."""
 
     kind: str
     points: tuple[Point, ...]
-    ended: str | None
+    ended: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return {"pareto": self.kind, "points": [point.to_dict() for point in self.points], "ended": self.ended}
@@ -66,15 +66,16 @@ def front(question: Question, kind: str, time_limit_seconds: float) -> Front:
     return Front(kind, tuple(_marked(points, kind)), ended)
 
 
-def _by_devices(question: Question, limit: float) -> tuple[list[Point], str | None]:
+def _by_devices(question: Question, limit: float) -> tuple[list[Point], float | None]:
     """Nodes halved down to one, then the devices of that node; until two sizes in a row have no plan."""
-    points, missed, ended = [], 0, None
+    points: list[Point] = []
+    missed, ended = 0, None
     for devices in _halved(question):
         cut = on_devices(question, devices)
         plan = best_plan(cut, 1, limit)
         if plan is None:
             missed += 1
-            ended = ended or f"{devices} devices"
+            ended = ended or devices
             if missed == 2:
                 break
             continue
@@ -83,7 +84,7 @@ def _by_devices(question: Question, limit: float) -> tuple[list[Point], str | No
     return points, ended
 
 
-def _by_memory(question: Question, limit: float) -> tuple[list[Point], str | None]:
+def _by_memory(question: Question, limit: float) -> tuple[list[Point], float | None]:
     """Each limit is a tenth below the one before, or what the best plan did not need."""
     points: list[Point] = []
     now = question.limit_bytes
@@ -91,7 +92,7 @@ def _by_memory(question: Question, limit: float) -> tuple[list[Point], str | Non
         cut = replace(question, job=replace(question.job, memory_limit_bytes=now))
         plan = best_plan(cut, 1, limit)
         if plan is None:
-            return points, f"{now / 2**30:.2f} GiB"
+            return points, now
         points.append(_point(cut, plan))
         now = _STEP_DOWN * min(now, plan.prediction.peak_memory_bytes)
     return points, None

@@ -37,8 +37,11 @@ def front_report(found: Front) -> RenderableType:
             bytes_text(point.peak_memory_bytes),
             layout,
         )
-    ended = [Text(f"no plan on {found.ended}" if by_devices else f"no plan under {found.ended}")] if found.ended else []
-    return Group(table, *ended, Text(), _plot(found))
+    parts: list[RenderableType] = [table]
+    if found.ended is not None:
+        where = f"on {found.ended:.0f} devices" if by_devices else f"under {bytes_text(found.ended)}"
+        parts.append(Text(f"no plan {where}"))
+    return Group(*parts, Text(), _plot(found))
 
 
 def _plot(found: Front) -> RenderableType:
