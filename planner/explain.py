@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from profiles.cluster import ClusterSpec, LinkTier
 from profiles.input_error import InputError
 
 from .answer import counts_of
+from .comm_cost import Group
 from .errors import InfeasibleError
 from .layout import SCHEDULES, Layout
 from .parse import parse_pins
@@ -198,9 +200,9 @@ def _binding(question: Question, layout: Layout, prediction: Prediction) -> Bind
     totals = [sum(items.values()) for items in prediction.memory_bytes]
     rank = max(range(len(totals)), key=totals.__getitem__)
     links: dict[str, dict[str, float]] = {}
-    for part, span in _spans(layout).items():
+    for part, (operation, group) in _groups(layout).items():
         if seconds := prediction.breakdown_seconds[part]:
-            links.setdefault(question.cluster.link_within(span).tier, {})[part] = seconds
+            links.setdefault(tightest_link(question.cluster, operation, group).tier, {})[part] = seconds
     most = max(links, key=lambda tier: sum(links[tier].values()), default=None)
     parts = links[most] if most is not None else {}
     return Binding(
@@ -216,16 +218,33 @@ def _binding(question: Question, layout: Layout, prediction: Prediction) -> Bind
     )
 
 
-def _spans(layout: Layout) -> dict[str, int]:
-    """How many neighbouring devices a group of each axis lies among ([Note: Where a group lies])."""
-    in_stage = layout.tp * layout.cp * layout.dp
+def _groups(layout: Layout) -> dict[str, tuple[str, Group]]:
+    """The collective and the group of each axis whose seconds are a part of the step."""
+    tp, cp, dp = layout.tp, layout.cp, layout.dp
     return {
-        "tp": layout.tp,
-        "cp": layout.tp * layout.cp,
-        "ep": layout.etp * layout.ep,
-        "pp": layout.world_size,
-        "dp_exposed": in_stage,
+        "tp": ("all_reduce" if not layout.sequence_parallel else "all_gather", Group(tp, 1)),
+        "cp": ("send_recv" if layout.cp_style == "ring" else "all_to_all", Group(cp, tp)),
+        "ep": ("all_to_all", Group(layout.ep, layout.etp)),
+        "pp": ("send_recv", Group(layout.pp, tp * cp * dp)),
+        "dp_exposed": ("reduce_scatter" if layout.zero else "all_reduce", Group(dp, tp * cp)),
     }
+
+
+def tightest_link(cluster: ClusterSpec, operation: str, group: Group) -> LinkTier:
+    """The tier that bounds the group's bandwidth ([Note: Where a group lies]), the widest of equals."""
+    span = group.size * group.stride
+    if operation == "send_recv":  # a message crosses one tier, the slowest pair's the widest
+        return cluster.link_within(span)
+    widest = cluster.links.index(cluster.link_within(span))
+    tightest, least, below = cluster.links[widest], float("inf"), 1
+    for link in cluster.links[: widest + 1]:
+        sharing = max(1, min(group.size, below // group.stride))
+        whole = group.size if span <= link.span else 0
+        bandwidth = sharing * link.operation(operation, whole).bandwidth_bytes_per_second
+        if bandwidth <= least:
+            tightest, least = link, bandwidth
+        below = link.span
+    return tightest
 
 
 # ---- runners-up --------------------------------------------------------------------------------------------

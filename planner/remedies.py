@@ -48,7 +48,7 @@ class Remedy:
     def line(self) -> str:
         seconds = self.plan.prediction.step_seconds
         step = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-        cost = f"step {step}, {1e9 * self.seconds_per_token:.3g} ns a token"
+        cost = f"step {step}, {1e6 * self.seconds_per_token:.3g} µs a token"
         return f"  {self.change}, for example {self.plan.layout.short()}: {cost}"
 
 
@@ -164,6 +164,8 @@ def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
         settings.setdefault("cp_style", "none" if settings.get("cp", 1) == 1 else "ring")
         plain = [Layout(**settings)]
     lines = [f"{layout.short()}: {reason}" for layout in plain for reason in violations(layout, rules)]
+    if world % others:
+        lines = [f"tp·cp·pp = {others} does not divide {world} devices"]
     if pins:
         lines.append("pinned: " + ", ".join(f"{key}={pin_text(pin)}" for key, pin in rules.job.pins.items()))
     if rules.job.bans:
