@@ -1,4 +1,4 @@
-"""What `plan` and `estimate` say beyond the plan: default, stage seconds, cost, what differs, assumptions; golden text."""
+"""What `plan` and `estimate` say beyond the plan: default, stage seconds, cost, differences, assumptions; golden."""
 
 from __future__ import annotations
 

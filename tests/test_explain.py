@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from planner.errors import InfeasibleError
 from planner.comm_cost import Group
+from planner.errors import InfeasibleError
 from planner.explain import compare, explain, tightest_link
 from planner.explain_report import against_report, explain_report, parts_text
 from planner.layout import Layout
@@ -36,7 +36,7 @@ def test_the_fullest_rank_and_its_bytes() -> None:
 @pytest.mark.parametrize(
     ("layout", "link", "parts"),
     [
-        (Layout(tp=2, dp=2), "node", {"tp"}),
+        (Layout(tp=2, dp=2), "node", {"tp", "dp_exposed"}),  # a ring over nodes leaves each by its own link
         (Layout(dp=4, dp_shard=4, zero=3), "network", {"dp_exposed"}),
         (Layout(tp=4), "network", {"tp"}),
         (Layout(pp=4), "network", {"pp"}),
@@ -139,7 +139,9 @@ def test_what_is_relaxed() -> None:
     assert wider.links[0] == cluster.links[0]
     assert wider.links[1].bandwidth_bytes_per_second == pytest.approx(1.1e8)
     assert wider.links[1].latency_seconds == cluster.links[1].latency_seconds
-    changed = dict(relaxed_questions(Question(PLAN.model, cluster, hardware, replace(PLAN.job, memory_limit_bytes=None))))
+    changed = dict(
+        relaxed_questions(Question(PLAN.model, cluster, hardware, replace(PLAN.job, memory_limit_bytes=None)))
+    )
     assert changed["device memory +10%"].limit_bytes == pytest.approx(1.1e9)
     assert changed["global batch 16"].job.global_batch == 16
 
