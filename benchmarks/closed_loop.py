@@ -64,7 +64,7 @@ def plans_of(question: Question) -> list[Plan]:
     """A plan for each legal layout that fits, with the best assignment of its layers."""
     plans = []
     for layout in enumerate_layouts(question.rules):
-        solved, fits = solve_layout(question, layout, question.job.recompute_pin)
+        solved, fits = solve_layout(question, layout, question.job.pins.get("recompute"))
         if fits:
             plans.append(make_plan(question, solved, UNPROVEN))
     return plans

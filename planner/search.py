@@ -53,6 +53,14 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
         UnsupportedError: the target cannot train this job in any layout.
         InfeasibleError: no layout is legal, or none fits; the lines say what is missing and what would help.
     """
+    plan = best_plan(question, top, time_limit_seconds)
+    if plan is None:
+        raise InfeasibleError(*why_nothing_fits(question, best_plan))
+    return plan
+
+
+def best_plan(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan | None:
+    """As `search`; None where no layout is legal or none fits."""
     started = time.monotonic()
     deadline = started + time_limit_seconds
     check_supported(question)
@@ -107,7 +115,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             best.append(Solved(costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
     if not best:
-        raise InfeasibleError(*why_nothing_fits(question.model, question.cluster, question.hardware, question.job))
+        return None
     pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     certificate = _certificate(
         best[0].step_seconds, proven, legal, pruned_memory, pruned_bound, ilps, time.monotonic() - started
@@ -124,9 +132,9 @@ def check_supported(question: Question) -> None:
             f"the {job.target} runtime does not train in {job.precision} today",
             (f"it trains in {' and '.join(capabilities.precisions)}: --precision {capabilities.precisions[-1]}",),
         )
-    if job.recompute_pin not in (None, *capabilities.recompute):
+    if not set(job.recompute_modes) & set(capabilities.recompute):
         raise UnsupportedError(
-            f"the {job.target} runtime does not recompute {job.recompute_pin} today",
+            f"the {job.target} runtime does not recompute {_listed(job.recompute_modes)} today",
             (f"it recomputes {' or '.join(capabilities.recompute)}",),
         )
     if not question.hardware.supports(job.precision):

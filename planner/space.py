@@ -15,8 +15,6 @@ from .job import TrainingJob
 from .layout import Layout
 from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, missing_features, recompute_modes
 
-_OFF = {"sequence_parallel": False, "zero": 0}
-
 
 @dataclass(frozen=True)
 class LayoutGroup:
@@ -83,9 +81,7 @@ class _Space:
 
     def _held(self, key: str, value: object) -> bool:
         """Whether the job's pins and bans allow the value."""
-        if key in self._job.pins and self._job.pins[key] != value:
-            return False
-        return key not in self._job.bans or value == _OFF.get(key, 1)
+        return self._job.allows(key, value)
 
     def degrees(self) -> Iterator[Layout]:
         """Degrees, micro batch and sequence parallelism, each with the rules of degrees held."""
