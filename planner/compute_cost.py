@@ -113,37 +113,60 @@ class ComputeModel:
         self._gemm_dtype = job.precision
         self._dtype = "bf16" if job.precision == "fp8" else job.precision
         self._keeps_matmuls = software.selective_keeps_matmuls
+        master = not software.on_fsdp and job.precision in ("bf16", "fp16", "fp8")
+        self._master_casts = (1 + (software.gradients == "compute")) if master else 0
 
     # ---- kernels ---------------------------------------------------------------------------------------
 
-    def _linear(self, tokens: float, outputs: int, inputs: int, count: int = 1) -> ComputeCost:
+    def _linear(
+        self, tokens: float, outputs: int, inputs: int, count: int = 1, dtype: str = "", again: bool = False
+    ) -> ComputeCost:
         """y = x·Wᵀ: one product forward, two backward (Narayanan et al., arXiv 2104.04473, appendix).
 
         `count` products of `tokens` each run as one where they are those of experts. In fp8 inputs and output
-        gradients are cast first.
+        gradients are cast first. `again`: selective recomputation runs it a second time.
         """
         rows = max(1, round(tokens))
-        seconds, dtype = self._hardware.gemm_seconds, self._gemm_dtype
+        seconds, dtype = self._hardware.gemm_seconds, dtype or self._gemm_dtype
         there, back = HOST_OPERATIONS["linear"]
         cost = ComputeCost(
             ComputeSeconds(gemm=seconds("forward", dtype, rows, outputs, inputs, count), operations=there),
             ComputeSeconds(gemm=seconds("input_grad", dtype, rows, inputs, outputs, count), operations=back / 2),
             ComputeSeconds(gemm=seconds("weight_grad", dtype, outputs, inputs, rows, count), operations=back / 2),
         )
+        if again:
+            cost = ComputeCost(cost.forward, cost.backward_input, cost.backward_weight, cost.forward)
         if dtype == "fp8":
-            cast = self._hardware.memory_seconds
-            there = ComputeSeconds(memory=cast("cast", self._dtype, count * rows * inputs))
-            back = ComputeSeconds(memory=cast("cast", self._dtype, count * rows * outputs))
+            cast, operation = self._hardware.memory_seconds, f"cast_{self._software.fp8_scaling}"
+            there = ComputeSeconds(memory=cast(operation, self._dtype, count * rows * inputs))
+            back = ComputeSeconds(memory=cast(operation, self._dtype, count * rows * outputs, "backward"))
             cost = cost + ComputeCost(there, back, NO_SECONDS, there if self._keeps_matmuls else NO_SECONDS)
         return cost
 
     def _biased(self, name: str, tokens: float, shape: tuple[int, int]) -> ComputeCost:
         """A linear by its name: the gradient of a bias is a sum over the tokens besides."""
-        cost = self._linear(tokens, *shape)
+        cost = self._linear(tokens, *shape, again=name in self._again)
         if self._model.has_bias(name):
-            sums = self._hardware.memory_seconds("bias_gradient", self._dtype, tokens * shape[0], "backward")
-            cost = cost + ComputeCost(backward_weight=ComputeSeconds(memory=sums))
+            seconds, outputs = self._hardware.memory_seconds, tokens * shape[0]
+            cost = cost + ComputeCost(
+                backward_weight=ComputeSeconds(memory=seconds("bias_gradient", self._dtype, outputs, "backward"))
+            )
+            alone = self._software.linear_bias
+            if alone == "separate" or (alone == "following" and name in ("wq", "wk", "wv")):
+                cost = cost + ComputeCost(ComputeSeconds(memory=seconds("bias", self._dtype, outputs)))
         return cost
+
+    @property
+    def _again(self) -> tuple[str, ...]:
+        """Linears of a layer that selective recomputation runs again: every second one in their order.
+
+        Of fp8, where the policy does not know the products, all. Recomputation stops before the last one's output,
+        which no backward needs.
+        """
+        if self._software.selective != "keep_half_matmuls":
+            return ()
+        names = tuple(self._model.linear_shapes)
+        return names[:-1] if self._gemm_dtype == "fp8" else names[1:-1:2]
 
     def _memory(self, operation: str, elements: float) -> ComputeCost:
         seconds, (there, back) = self._hardware.memory_seconds, HOST_OPERATIONS["memory"]
@@ -188,8 +211,30 @@ class ComputeModel:
                 ComputeSeconds(attention=seconds("backward", *shape) * share, operations=back),
             )
         if self._keeps_matmuls:
-            return cost
+            return cost + self._repeated_heads(layout)
         return ComputeCost(cost.forward, cost.backward_input, cost.backward_weight, cost.forward)
+
+    def _repeated_heads(self, layout: Layout) -> ComputeCost:
+        """Copies of keys and values for every query head, and the sums of their gradients."""
+        model = self._model
+        if self._software.grouped_heads == "native" or model.kv_heads == model.heads:
+            return ComputeCost()
+        return self._memory("copy", 2 * local_tokens(layout, self._job.sequence) * model.query_width / layout.tp)
+
+    def _heads(self, layout: Layout) -> ComputeCost:
+        """What brings queries, keys and values into the form that attention takes, and its outputs back.
+
+        Batched products of four-dimensional views want copies of all three (torch.matmul); where the three come of
+        one matrix, their gradients are joined.
+        """
+        query = local_tokens(layout, self._job.sequence) * self._model.query_width / layout.tp
+        cost = self._memory("copy", query)
+        if self._software.attention == "unfused":
+            cost = cost + self._memory("copy", 3 * query)
+        if self._software.attention in ("unfused", "fused_softmax"):
+            joined = self._hardware.memory_seconds("copy", self._dtype, 3 * query, "backward")
+            cost = cost + ComputeCost(backward_input=ComputeSeconds(memory=joined))
+        return cost
 
     def _chain_attention(self, matrices: int, sequence: int, dim: int) -> ComputeCost:
         """Two batched products forward and four backward around a softmax over s × s scores each."""
@@ -223,8 +268,7 @@ class ComputeModel:
         if model.positions == "rope":
             parts.append(self._rope(query * model.rotary_share))
             parts.append(self._rope(tokens * local_kv_width(model, layout.tp) * model.rotary_share))
-        parts.append(self._attention(layout))
-        parts.append(self._memory("copy", query))
+        parts += [self._attention(layout), self._heads(layout)]
         if kind == "dense":
             parts += [self._biased(n, tokens, shape) for n, shape in shapes.items() if n not in model.attention_shapes]
             parts.append(self._activation(tokens * model.ffn_hidden_size / layout.tp))
@@ -304,11 +348,14 @@ class ComputeModel:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
         outside = outside_tokens(layout, self._job.sequence)
         rows = -(-model.vocab_size // layout.tp)
-        loss = "cross_entropy_fused" if self._software.cross_entropy == "fused" else "cross_entropy"
+        loss = {"eager": "cross_entropy"}.get(self._software.cross_entropy, f"cross_entropy_{self._software.cross_entropy}")
         parts = [self._norm(outside * model.hidden_size)]
         if model.output_transform:
             parts += [self._linear(tokens, model.hidden_size, model.hidden_size), self._norm(tokens * model.hidden_size)]
-        parts += [self._linear(tokens, rows, model.hidden_size), self._memory(loss, tokens * rows)]
+        # Trainers in fp8 keep the last product as it was.
+        parts += [self._linear(tokens, rows, model.hidden_size, dtype=self._dtype), self._memory(loss, tokens * rows)]
+        if self._software.loss_metrics:  # cross-entropy and perplexity
+            parts += [self._memory("loss_metric", tokens * rows)] * 2
         return _total(parts)
 
     def microbatch(self) -> ComputeCost:
@@ -327,8 +374,11 @@ class ComputeModel:
     def optimizer_seconds(self, parameters: float, tensors: int) -> float:
         """Norm, clipping and AdamW over the parameters whose state this rank holds, in `tensors` tensors."""
         norm = self._hardware.memory_seconds("gradient_norm", self._state_dtype, parameters)
-        update = self._hardware.memory_seconds("adamw", self._state_dtype, parameters)
-        return norm + update + tensors * self._hardware.parameter_overhead_seconds
+        adamw = "adamw_eager" if self._software.optimizer == "eager" else "adamw"
+        update = self._hardware.memory_seconds(adamw, self._state_dtype, parameters)
+        casts = self._master_casts and self._hardware.memory_seconds("cast", self._state_dtype, parameters)
+        casts *= self._master_casts  # 16-bit gradients to the master copy's width, and its weights back
+        return norm + update + casts + tensors * self._hardware.parameter_overhead_seconds
 
     def copy_seconds(self, parameters: float) -> float:
         """Reading and writing each parameter once: FSDP2 packs and unpacks its flat buffers so."""
