@@ -6,13 +6,12 @@ are facts of the software ([Note: Facts of a trainer] in profiles/software.py); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.software import Software
 
+from .compute_seconds import HOST_OPERATIONS, NO_SECONDS, ComputeCost, ComputeSeconds
 from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import (
@@ -23,83 +22,6 @@ from .local_shapes import (
     outside_tokens,
     routed_tokens,
 )
-
-
-# Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
-# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
-HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "checkpoint": (10, 0)}
-
-
-@dataclass(frozen=True, slots=True)
-class ComputeSeconds:
-    """Seconds of one pass, by what bounds it; passes add up.
-
-    `overhead` is what no kernel explains. `operations` are those that the host issues meanwhile.
-    """
-
-    gemm: float = 0.0
-    attention: float = 0.0
-    memory: float = 0.0
-    overhead: float = 0.0
-    operations: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.gemm + self.attention + self.memory + self.overhead
-
-    def __add__(self, other: ComputeSeconds) -> ComputeSeconds:
-        return ComputeSeconds(
-            self.gemm + other.gemm,
-            self.attention + other.attention,
-            self.memory + other.memory,
-            self.overhead + other.overhead,
-            self.operations + other.operations,
-        )
-
-    def __mul__(self, factor: float) -> ComputeSeconds:
-        """Times as slow: the operations stay as many."""
-        return ComputeSeconds(
-            self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor, self.operations
-        )
-
-    def behind_host(self, seconds_each: float) -> ComputeSeconds:
-        """As long as the host takes to issue it, at least."""
-        late = max(0.0, self.operations * seconds_each - self.total)
-        return self if late == 0.0 else ComputeSeconds(self.gemm, self.attention, self.memory, self.overhead + late)
-
-
-NO_SECONDS = ComputeSeconds()
-
-
-@dataclass(frozen=True, slots=True)
-class ComputeCost:
-    """One microbatch through one part of the model on one rank.
-
-    A backward is that of the input, then that of the weights; `selective` is what selective recomputation runs
-    again, full recomputation runs the whole forward again.
-    """
-
-    forward: ComputeSeconds = NO_SECONDS
-    backward_input: ComputeSeconds = NO_SECONDS
-    backward_weight: ComputeSeconds = NO_SECONDS
-    selective: ComputeSeconds = NO_SECONDS
-
-    @property
-    def backward(self) -> ComputeSeconds:
-        return self.backward_input + self.backward_weight
-
-    def __add__(self, other: ComputeCost) -> ComputeCost:
-        return ComputeCost(
-            self.forward + other.forward,
-            self.backward_input + other.backward_input,
-            self.backward_weight + other.backward_weight,
-            self.selective + other.selective,
-        )
-
-    def __mul__(self, factor: float) -> ComputeCost:
-        return ComputeCost(
-            self.forward * factor, self.backward_input * factor, self.backward_weight * factor, self.selective * factor
-        )
 
 
 class ComputeModel:
@@ -152,7 +74,7 @@ class ComputeModel:
                 backward_weight=ComputeSeconds(memory=seconds("bias_gradient", self._dtype, outputs, "backward"))
             )
             alone = self._software.linear_bias
-            if alone == "separate" or (alone == "following" and name in ("wq", "wk", "wv")):
+            if alone == "separate" or (alone == "following" and name == "wq"):
                 cost = cost + ComputeCost(ComputeSeconds(memory=seconds("bias", self._dtype, outputs)))
         return cost
 
@@ -258,8 +180,8 @@ class ComputeModel:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
         outside = outside_tokens(layout, self._job.sequence)
         hidden, query = outside * model.hidden_size, tokens * model.query_width / layout.tp
-        shapes = {name: local_linear_shape(model, name, layout.tp) for name in model.linear_shapes}
-        parts = [self._biased(name, tokens, shapes[name]) for name in model.attention_shapes]
+        shapes = self._products(layout)
+        parts = [self._biased(name, tokens, shapes[name]) for name in shapes if name in model.attention_shapes]
         parts += [self._norm(hidden), self._norm(hidden)]
         if model.qk_norm:
             parts.append(self._norm(query + tokens * local_kv_width(model, layout.tp)))
@@ -287,6 +209,20 @@ class ComputeModel:
             shard = ComputeSeconds(overhead=cut)
             parts.append(ComputeCost(shard, shard))
         return self._behind_host(_total(parts))
+
+    def _products(self, layout: Layout) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each product of a dense layer on one rank.
+
+        Where the weights of queries, keys and values are one matrix, and those of gate and input, so is the product.
+        """
+        shapes = {name: local_linear_shape(self._model, name, layout.tp) for name in self._model.linear_shapes}
+        if not self._software.separate_projections:
+            for first, *others in (("wq", "wk", "wv"), ("w1", "w3")):
+                if first in shapes:
+                    outputs, inputs = shapes[first]
+                    joined = outputs + sum(shapes.pop(name)[0] for name in others if name in shapes)
+                    shapes[first] = joined, inputs
+        return shapes
 
     def _meeting_gradients(self, tokens: float) -> ComputeCost:
         """wq, wk and wv have one input, w1 and w3 another: autograd adds up what each leaves of its gradient.
