@@ -9,6 +9,7 @@ from __future__ import annotations
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
+from profiles.points import DIRECTIONS, ELEMENTWISE, SCALAR_SLOWDOWN
 from profiles.software import Software
 
 from .compute_seconds import HOST_OPERATIONS, NO_SECONDS, ComputeCost, ComputeSeconds
@@ -75,7 +76,7 @@ class ComputeModel:
             )
             alone = self._software.linear_bias
             if alone == "separate" or (alone == "following" and name == "wq"):
-                cost = cost + ComputeCost(ComputeSeconds(memory=seconds("bias", self._dtype, outputs)))
+                cost = cost + ComputeCost(self._memory("bias", outputs).forward)
         return cost
 
     @property
@@ -91,9 +92,14 @@ class ComputeModel:
         return names[:-1] if self._gemm_dtype == "fp8" else names[1:-1:2]
 
     def _memory(self, operation: str, elements: float) -> ComputeCost:
-        seconds, (there, back) = self._hardware.memory_seconds, HOST_OPERATIONS["memory"]
-        forward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "forward"), operations=there)
-        backward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "backward"), operations=back)
+        (there, back), slow = HOST_OPERATIONS["memory"], 1.0
+        if self._software.elementwise == "scalar" and operation in ELEMENTWISE and self._dtype != "fp32":
+            slow = SCALAR_SLOWDOWN
+        forward, backward = (
+            slow * self._hardware.memory_seconds(operation, self._dtype, elements, way) for way in DIRECTIONS
+        )
+        forward = ComputeSeconds(memory=forward, operations=there)
+        backward = ComputeSeconds(memory=backward, operations=back)
         return ComputeCost(forward, backward, NO_SECONDS, forward if self._keeps_matmuls else NO_SECONDS)
 
     def _norm(self, elements: float) -> ComputeCost:
@@ -164,7 +170,9 @@ class ComputeModel:
         to_scores = seconds(self._dtype, matrices, sequence, sequence, dim)
         from_scores = seconds(self._dtype, matrices, sequence, dim, sequence)
         forward, backward = to_scores + from_scores, to_scores + 3 * from_scores
-        between = self._memory("softmax" if self._software.attention == "fused_softmax" else "softmax_eager", scores)
+        between = self._memory("softmax", scores)
+        if self._software.attention == "unfused":
+            between = between + self._memory("scale_mask", scores)
         if self._software.dropout:
             between = between + self._memory("dropout", scores)
         there, back = HOST_OPERATIONS["chain"]

@@ -37,7 +37,7 @@ EAGER_PASSES = {
     "rope_fused": (2, 2),
     "swiglu_fused": (3, 5),  # read gate and up, write; read both and the gradient, write two
     "softmax": (2, 3),  # scale, mask and softmax in one kernel; back: read output and gradient, write
-    "softmax_eager": (6, 7),  # scale (2), mask (2), softmax (2); softmax (3), mask (2), scale (2) back
+    "scale_mask": (6, 4),  # scale (2), product with the mask (2), difference (2); product and scale back
     "dropout": (2.5, 2.5),  # read, write, one byte of mask in 16 bits
     "dropout_add": (3.5, 5.5),  # read two, write one and the mask; mask and scale (2.5), the branches meet (3)
     "residual": (3, 3),  # sum of two; the gradients of the two branches meet
@@ -58,6 +58,11 @@ EAGER_PASSES = {
     # Decay (2), both moments scaled and added to (2, 3, 2, 3), root, sum and quotient (2, 2, 2), step (4).
     "adamw_eager": (22, 0),
 }
+
+# Times as long as their bytes say that torch's elementwise kernels take in 16 bits where they move one element at a
+# time, until torch 1.5 (pytorch/pytorch#31975): published, 80 % of the time in 32 bits (pytorch/pytorch#22612, 2019).
+SCALAR_SLOWDOWN = 1.6
+ELEMENTWISE = ("scale_mask", "gelu", "gelu_tanh", "dropout", "residual", "copy", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "selective": ("core_attention", "keep_matmuls", "keep_half_matmuls"),
     "loss_metrics": None,
     "fp8_scaling": ("delayed", "dynamic"),
+    "elementwise": ("scalar", "vectorized"),
 }
 # Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
 _FALLBACK_FAMILY = "megatron"
@@ -62,6 +63,7 @@ class Software:
     head. `selective` recomputation runs the core attention again, or all but the products and the attention, or
     but every second product. `loss_metrics`: cross-entropy and perplexity are taken of the logits besides the loss.
     `fp8_scaling` "dynamic" looks for the largest element of a tensor before it casts it.
+    `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Software:
     selective: str
     loss_metrics: bool
     fp8_scaling: str
+    elementwise: str
     reasons: dict[str, str]
 
     # What follows from the family: how PyTorch's own parts and Megatron's differ.
