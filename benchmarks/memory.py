@@ -6,15 +6,24 @@ out of the prediction, since a dry run has none of them. A process a layout; not
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.distributed.memory_cases import CASES, Compared, compare
+from tests.distributed.memory_cases import CASES, Compared, compare, in_child
 
-PARTS = "weights gradients optimizer gathered_weights activations logits pipeline_buffers transient inputs".split()
+PARTS = [
+    "weights",
+    "gradients",
+    "optimizer",
+    "gathered_weights",
+    "activations",
+    "logits",
+    "pipeline_buffers",
+    "transient",
+    "inputs",
+]
 MIB = 2**20
 
 
@@ -28,9 +37,9 @@ def show(name: str, compared: Compared) -> None:
 
 def main(names: list[str]) -> None:
     print(f"{'layout':<42}{'predicted':>9}{'measured':>10}{'error':>9}   MiB")
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for name in names or CASES:
-            show(name, pool.apply(compare, (CASES[name],)))
+    chosen = names or list(CASES)
+    for name in chosen:
+        show(name, in_child(compare, [CASES[name]])[0])
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ _FORWARD_ORDER = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 @dataclass(frozen=True)
 class KeptBytes:
     """Of one layer and microbatch: `none`, `selective` and `full` by mode; `weight` between the two halves of a
-    split backward; `transient` while its backward runs."""
+    split backward; `heads` what goes into attention and comes out; `transient` while its backward runs."""
 
     none: float
     selective: float
     full: float
     weight: float
+    heads: float
     transient: float
 
 
@@ -69,7 +70,7 @@ class ActivationModel:
             selective = none - scores  # Megatron: core attention runs again
         products = self._products(layout, kind, tokens, outside)
         weight = norms / 2 + feed_forward / 2 + e * tokens * model.attention_output_width / layout.tp + products
-        return KeptBytes(none, selective, stream, min(none, weight), transient)
+        return KeptBytes(none, selective, stream, min(none, weight), heads, transient)
 
     def _heads(self, layout: Layout, tokens: float) -> float:
         """Queries, keys, values and the heads' outputs; of latent attention the latents and their norms besides."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import DTYPE_BYTES
 from profiles.software import Software
 
 from .activation_bytes import ActivationModel, KeptBytes
@@ -114,9 +113,8 @@ class MemoryModel:
         the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
         unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
         `PipelineStage.backward_maybe_with_nosync`). Unsharded sums are freed group by group as they are reduced, when
-        activations are gone, so their shards do not count besides. Embedding and head (`root`) are FSDP2's root group:
-        gathered from forward to backward and reduced last, and what went into that reduction is kept until the next
-        (`reduce_scatter_state`). Gradients that only appear as activations go are in `_late_gradients`.
+        activations are gone, so their shards do not count besides. Embedding and head (`root`) are FSDP2's root group,
+        gathered from forward to backward. Gradients that only appear as activations go are in `_late_gradients`.
         """
         weights = _FP32_BYTES * parameters / shards
         optimizer = _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
@@ -124,8 +122,6 @@ class MemoryModel:
         stays = wrapped and (layout.zero < 3 or layout.pp > 1 or root)
         gathered = self._element_bytes * parameters if stays else 0.0
         gradients = 0.0 if self._gradients_come_late(layout) else self._gradient_bytes(layout, parameters, shards)
-        if root and layout.zero >= 2 and layout.pp == 1 and layout.microbatches(self._job.global_batch) > 1:
-            gradients += _FP32_BYTES * parameters
         return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
 
     def _gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
@@ -205,10 +201,11 @@ class MemoryModel:
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it. Where each microbatch's gradients
         are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
-        `reduce_scatter_state`), but that layer's activations are gone. At the end of the backward this layer's are
-        gone too, and its gradients are there in the compute precision. Where they are reduced after the last
-        microbatch, input and output of one layer's reduction come on top of all sums, when all is gone that an even
-        share of the layers gathers and holds.
+        `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
+        before reduced last, the root group. At the end of the backward this layer's activations are gone too, and its
+        gradients are there in the compute precision, as the head's are all the time. Where gradients are reduced after
+        the last microbatch, input and output of one layer's reduction come on top of all sums, when all is gone that
+        an even share of the layers gathers and holds.
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
@@ -219,8 +216,9 @@ class MemoryModel:
             return start
         reduced = _FP32_BYTES * parameters
         if self._reduces_each_microbatch(layout):
-            end = gathered + element * parameters + reduced - 2 * held
-            return max(start, start + reduced - held, end)
+            end = kept.heads + gathered + element * parameters - held
+            before = max(self._root_reduction(layout), reduced - held)
+            return max(start, end) + before + element * self._head_matrix(layout)
         share = max(1, self._model.layers // layout.pp)
         return max(start, reduced * (1 + 1 / layout.shards) - share * (element * parameters + held))
 
@@ -231,7 +229,8 @@ class MemoryModel:
     def head(self, layout: Layout) -> PartMemory:
         """Last norm, and the logits: as computed, and as log-probabilities in fp32; their gradients on the way back.
 
-        The logits as computed live as long as the training loop names them, through the backward. A fused cross-entropy keeps the logits alone, in their own precision; Megatron's the fp32 softmax alone.
+        The logits as computed live as long as the training loop names them, through the backward. A fused cross-entropy
+        keeps the logits alone, in their own precision; Megatron's the fp32 softmax alone.
         """
         tokens = local_tokens(layout, self._job.sequence)
         rows = -(-self._model.vocab_size // layout.tp)
@@ -248,9 +247,17 @@ class MemoryModel:
         norm = self._activations.norm(layout)
         share = self._head_held_share(layout)
         held = MemoryBytes(activations=share * norm, logits=stays + share * (kept - stays))
-        passing = (1 - share) * (norm + kept - stays) + gradients
+        passing = (norm + kept - stays if share < 1 else 0.0) + gradients + self._root_reduction(layout)
         state = self._state(layout, self.head_parameters(layout), root=True)
         return PartMemory(state, held, held, passing, passing, held, passing, held)
+
+    def _root_reduction(self, layout: Layout) -> float:
+        """What went into FSDP2's last reduction of the microbatch before, that of embedding and head, in fp32."""
+        if not self._software.on_fsdp or layout.microbatches(self._job.global_batch) == 1:
+            return 0.0
+        if not self._reduces_each_microbatch(layout):
+            return 0.0
+        return _FP32_BYTES * (self.embedding_parameters(layout) + self.head_parameters(layout))
 
     def _head_held_share(self, layout: Layout) -> float:
         """Of what the head keeps for its backward, how much counts as held by each microbatch in flight.
@@ -311,7 +318,9 @@ class MemoryModel:
         assert experts is not None
         total += experts.number * (model.hidden_size + (1 if experts.router_bias else 0))
         total += model.ffn_matrices * model.hidden_size * experts.shared_width / layout.tp
-        own = sum(outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp))
+        own = sum(
+            outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp)
+        )
         return total, own * experts.number / layout.ep
 
     def embedding_parameters(self, layout: Layout) -> float:
@@ -322,9 +331,11 @@ class MemoryModel:
 
     def head_parameters(self, layout: Layout) -> float:
         """A tied matrix lies in the embedding, but the last stage of a pipeline holds a copy of it."""
-        model = self._model
-        matrix = -(-model.vocab_size // layout.tp) * model.hidden_size
+        model, matrix = self._model, self._head_matrix(layout)
         if model.tied_embeddings:
             beside = model.head_parameters
             return beside + (matrix if layout.pp > 1 else 0)
         return matrix + model.head_parameters - model.vocab_size * model.hidden_size
+
+    def _head_matrix(self, layout: Layout) -> int:
+        return -(-self._model.vocab_size // layout.tp) * self._model.hidden_size

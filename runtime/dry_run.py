@@ -1,4 +1,4 @@
-"""One rank of a plan's whole world in one process: its optimizer steps without numbers, and what they hold in memory."""
+"""One rank of a plan's whole world in one process: optimizer steps without numbers, and what they hold in memory."""
 
 from __future__ import annotations
 

@@ -63,8 +63,10 @@ class LiveBytes(TorchDispatchMode):
 
     def book(self, tensor: torch.Tensor | None, purpose: str) -> None:
         """Say what a live tensor's storage is for. One that no op has returned is none of ours."""
+        if tensor is None:
+            return
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if local is not None and (serial := self._serial_of.get(local.untyped_storage()._cdata)) is not None:
+        if (serial := self._serial_of.get(local.untyped_storage()._cdata)) is not None:
             self._purposes[serial] = purpose
 
     @contextmanager

@@ -1,8 +1,10 @@
-"""Layouts whose memory is predicted and measured, for test_memory.py and benchmarks/memory.py."""
+"""Layouts whose memory is predicted and measured, each in a process of its own."""
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.layout_costs import Blocks
+from planner.plan import Plan
 from planner.step_cost import CostModel
 from profiles.model import ModelSpec
-from runtime.dry_run import dry_run
+from runtime.dry_run import DryRun, dry_run
 from tests.oracles.small_world import small_hardware
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 
@@ -21,6 +24,9 @@ from tests.plans import make_plan, tiny_gpt2, tiny_llama
 _SIZE: dict[str, Any] = {"hidden_size": 256, "heads": 8, "head_dim": 32, "vocab_size": 1024, "max_positions": 256}
 LLAMA = tiny_llama(kv_heads=4, ffn_hidden_size=704, **_SIZE)
 GPT2 = tiny_gpt2(kv_heads=8, ffn_hidden_size=1024, **_SIZE)
+
+
+_NO_TENSORS = ("context", "communicators", "allocator_slack")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +85,7 @@ CASES = {
     "gpt2 bf16, one rank": _case(GPT2, "bf16", micro_batch=4),
     "llama fp32 tp2 sp": _case(LLAMA, "fp32", tp=2, sequence_parallel=True, micro_batch=4),
     "llama fp32 tp4": _case(LLAMA, "fp32", tp=4, micro_batch=4),
-    "gpt2 bf16 tp2 sp recompute 2 of 4": _case(
-        GPT2, "bf16", tp=2, sequence_parallel=True, micro_batch=8, recompute=2
-    ),
+    "gpt2 bf16 tp2 sp recompute 2 of 4": _case(GPT2, "bf16", tp=2, sequence_parallel=True, micro_batch=8, recompute=2),
     "llama bf16 dp4 zero0": _case(LLAMA, "bf16", dp=4, micro_batch=2),
     "llama bf16 dp4 zero1": _case(LLAMA, "bf16", dp=4, zero=1, micro_batch=2),
     "llama bf16 dp4 zero2": _case(LLAMA, "bf16", dp=4, zero=2, micro_batch=2),
@@ -102,17 +106,32 @@ CASES = {
 }
 
 
-def compare(case: MemoryCase) -> Compared:
-    """Predict and run a case. In a process of its own: torch remembers process groups."""
-    warnings.simplefilter("ignore")  # torch's own, of the fake group
-    torch.set_num_threads(1)
-    layout = case.layout
+def in_child(function: Callable[..., Any], cases: Iterable[MemoryCase]) -> list[Any]:
+    """`function` of each case, in a forked process of its own: torch remembers process groups."""
+    with multiprocessing.get_context("fork").Pool(1, initializer=_quiet, maxtasksperchild=1) as pool:
+        return pool.map(function, cases, chunksize=1)
+
+
+def plan_of(case: MemoryCase) -> Plan:
     job = TrainingJob(global_batch=case.global_batch, sequence=case.sequence, precision=case.precision)
-    plan = make_plan(case.model, layout, job, recompute=case.recompute)
-    costs = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), job).price(layout)
+    return make_plan(case.model, case.layout, job, recompute=case.recompute)
+
+
+def run(case: MemoryCase, *, fake: bool = True) -> DryRun:
+    """The case's rank, in this process, which must run no other."""
+    return dry_run(plan_of(case), case.pipeline_rank * case.layout.dp * case.layout.tp, fake=fake)
+
+
+def compare(case: MemoryCase) -> Compared:
+    """Predict and run a case in this process, which must run no other."""
+    plan = plan_of(case)
+    costs = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job).price(case.layout)
     counts = [(Blocks(none=stage.recompute_none, full=stage.recompute_full),) for stage in plan.stages]
     items = costs.rank_memory(case.pipeline_rank, counts).items()
-    left_out = ("context", "communicators", "allocator_slack")
-    predicted = {part: size for part, size in items.items() if part not in left_out}
-    measured = dry_run(plan, case.pipeline_rank * layout.dp * layout.tp)
-    return Compared(predicted, measured.parts)
+    predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
+    return Compared(predicted, run(case).parts)
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")  # torch's own, of the fake group
+    torch.set_num_threads(1)
