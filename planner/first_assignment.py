@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .layout import RECOMPUTE_MODES
 from .layout_costs import Blocks, LayoutCosts, StageCount
@@ -47,7 +48,7 @@ def _recompute_until_it_fits(
     costs: LayoutCosts, rank: int, counts: list[StageCount], limit_bytes: float, modes: Sequence[str]
 ) -> None:
     """Layer by layer to the next dearer mode, on the rank's own stages, until its bytes fit or all are at the last."""
-    for cheap, dear in zip(modes, modes[1:], strict=False):
+    for cheap, dear in pairwise(modes):
         for stage in costs.layout.stages_of(rank):
             for k in range(len(costs.segments)):
                 original = counts[stage]

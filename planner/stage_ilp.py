@@ -167,7 +167,7 @@ class _Program:
         costs, slack, nothing = self.costs, 1.0 + self.costs.allocator_slack, empty_counts(self.costs)
         transient = self.transient_in_use()
         for q in range(costs.layout.pp):
-            ends = [part for part in costs.rank_parts(q, nothing)]
+            ends = costs.rank_parts(q, nothing)
             fixed = costs.fixed_memory[q]
             kept = fixed.context + fixed.communicators + slack * (fixed.total - fixed.context - fixed.communicators)
             kept += slack * sum(part.state.total for _, part, _, _ in ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_the_front_by_memory_ends_where_nothing_fits() -> None:
     limits = [point.limit_bytes for point in found.points]
     steps = [point.step_seconds for point in found.points]
     assert limits[0] == 5.2e5
-    assert all(lower <= 0.9 * higher + 1e-6 for higher, lower in zip(limits, limits[1:], strict=False))
+    assert all(lower <= 0.9 * higher + 1e-6 for higher, lower in pairwise(limits))
     assert steps == sorted(steps)
     assert all(point.peak_memory_bytes <= point.limit_bytes * (1 + 1e-9) for point in found.points)
     assert found.ended is not None
