@@ -96,8 +96,8 @@ def test_every_memory_limit_from_least_to_roomy(schedule: str, position: float) 
 
 
 def test_the_expensive_ends_get_fewer_blocks() -> None:
-    """A vocabulary whose head costs about as much as two blocks."""
-    costs = price(Layout(pp=3), small_question(tiny_llama(layers=6, vocab_size=600), devices=3))
+    """A vocabulary whose head costs more than a block."""
+    costs = price(Layout(pp=3), small_question(tiny_llama(layers=6, vocab_size=1800), devices=3))
     solution = solve(costs, 1e9)
     assert solution.counts is not None
     blocks = [held.total for (held,) in solution.counts]
