@@ -348,7 +348,7 @@ def test_explain_and_against_answer_in_words_and_in_json(
     against = json.loads(out)["against"]
     assert code == 0
     assert (against["layout"]["tp"], against["layout"]["pp"]) == (2, 4)
-    code, out, _ = run(capsys, monkeypatch, "explain", str(plan_file), "--against", "tp=8")
+    code, out, _ = run(capsys, monkeypatch, "explain", str(plan_file), "--against", "tp=8,pp=1")
     assert code == 0
     assert "tp=8 does not divide 12 attention heads" in out
 
@@ -375,7 +375,7 @@ def test_ranges_of_pins_are_kept_in_the_plan(
     from planner.plan import load
 
     assert load(path).job.pins == {"pp": (2, 4), "micro_batch": range(1, 3)}
-    assert load(path).to_dict() == document
+    assert json.loads(json.dumps(load(path).to_dict())) == document
 
 
 def test_a_price_is_said_and_what_does_not_fit_has_remedies(

@@ -139,9 +139,8 @@ def test_what_is_relaxed() -> None:
     assert wider.links[0] == cluster.links[0]
     assert wider.links[1].bandwidth_bytes_per_second == pytest.approx(1.1e8)
     assert wider.links[1].latency_seconds == cluster.links[1].latency_seconds
-    changed = dict(
-        relaxed_questions(Question(PLAN.model, cluster, hardware, replace(PLAN.job, memory_limit_bytes=None)))
-    )
+    job = replace(PLAN.job, memory_limit_bytes=None)
+    changed = dict(relaxed_questions(Question(PLAN.model, cluster, hardware, job)))
     assert changed["device memory +10%"].limit_bytes == pytest.approx(1.1e9)
     assert changed["global batch 16"].job.global_batch == 16
 
