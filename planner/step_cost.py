@@ -173,10 +173,18 @@ class CostModel:
             return {axis: getattr(passes, way) for axis, passes in axes.items()}
 
         dense, expert = parameters
-        accumulate = self._compute.accumulate_seconds(dense + expert) * (microbatches - 1) / microbatches
+        accumulate = self._compute.accumulate_seconds(dense + expert)
+        if not self._software.adds_first_gradient:
+            accumulate *= (microbatches - 1) / microbatches
         kept = dense / layout.shards + expert / layout.expert_shards
         dp = self._dp.price(
-            layout, dense, expert, compute.forward.total, compute.backward.total + accumulate, root=root
+            layout,
+            dense,
+            expert,
+            compute.forward.total,
+            compute.backward.total + accumulate,
+            tensors=self._software.joined_tensors(tensors, root),
+            root=root,
         )
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
