@@ -48,9 +48,7 @@ def work(model: ModelSpec, sequences: int) -> float:
 def step_seconds(model: ModelSpec, layout: Layout) -> float:
     """One step as Megatron-LM of 2019 runs it, every layer recomputed."""
     cluster = resolve_cluster(f"dgx-2:{-(-layout.world_size // 16)}").with_devices(layout.world_size)
-    job = TrainingJob(
-        global_batch=MICRO_BATCH * layout.dp, sequence=SEQUENCE, precision="fp16", target="megatron"
-    )
+    job = TrainingJob(global_batch=MICRO_BATCH * layout.dp, sequence=SEQUENCE, precision="fp16", target="megatron")
     hardware = load_hardware(resolve_hardware_path(cluster.hardware))
     costs = CostModel(model, cluster, hardware, job, load_software("megatron-2019").software).price(layout)
     return sum(costs.breakdown(assignment(costs.segments, (model.layers,), "full")).values())

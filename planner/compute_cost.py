@@ -292,10 +292,15 @@ class ComputeModel:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
         outside = outside_tokens(layout, self._job.sequence)
         rows = -(-model.vocab_size // layout.tp)
-        loss = {"eager": "cross_entropy"}.get(self._software.cross_entropy, f"cross_entropy_{self._software.cross_entropy}")
+        loss = {"eager": "cross_entropy"}.get(
+            self._software.cross_entropy, f"cross_entropy_{self._software.cross_entropy}"
+        )
         parts = [self._norm(outside * model.hidden_size)]
         if model.output_transform:
-            parts += [self._linear(tokens, model.hidden_size, model.hidden_size), self._norm(tokens * model.hidden_size)]
+            parts += [
+                self._linear(tokens, model.hidden_size, model.hidden_size),
+                self._norm(tokens * model.hidden_size),
+            ]
         # Trainers in fp8 keep the last product as it was.
         parts += [self._linear(tokens, rows, model.hidden_size, dtype=self._dtype), self._memory(loss, tokens * rows)]
         if self._software.loss_metrics:  # cross-entropy and perplexity
