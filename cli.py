@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from planner.plan import Plan
+    from planner.errors import NoPlanError
+    from planner.planning import PlanAnswer
 
 app = typer.Typer(
     name="meshwright",
@@ -53,6 +54,11 @@ MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", help="Bytes per device to stay under, as 76GiB; default its memory.")
 ]
 Target = Annotated[str, typer.Option("--target", help="Executor to plan for: meshwright, megatron or torchtitan.")]
+Price = Annotated[float | None, typer.Option("--price", min=0.0, help="Dollars per GPU-hour: says what tokens cost.")]
+Imbalance = Annotated[
+    float,
+    typer.Option("--expert-imbalance", min=1.0, help="Tokens of the fullest expert rank over its even share."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
 
 
@@ -72,11 +78,20 @@ def _print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=2) + "\n")
 
 
+def _answer(answer: PlanAnswer, as_json: bool) -> None:
+    _print_json(answer.document) if as_json else _show(answer.report())
+
+
+def _command() -> str:
+    return " ".join(["cli.py", *sys.argv[1:]])
+
+
 # ---- verbs -----------------------------------------------------------------------------------------------------
 
 
 @app.command(
-    epilog="Example: cli.py plan --model llama3-8b --cluster dgx-h100:4 --global-batch 512 --seq 8192 -o plan.yaml"
+    epilog="Examples: cli.py plan --model llama3-8b --cluster dgx-h100:4 --global-batch 512 --seq 8192 -o plan.yaml | "
+    "… --pin 'pp=2|4' --ban cp --top 5 --price 2.5 | … --pareto devices"
 )
 def plan(
     model: Model,
@@ -84,21 +99,27 @@ def plan(
     global_batch: GlobalBatch,
     sequence: SequenceLength,
     devices: Devices = None,
-    pin: Annotated[list[str] | None, typer.Option("--pin", help="Fix a degree or knob, as tp=8; repeatable.")] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option("--pin", help="Hold a degree or knob: tp=8, pp=2|4, tp=4..16; repeatable.")
+    ] = None,
     ban: Annotated[list[str] | None, typer.Option("--ban", help="Keep an axis at 1, as pp; repeatable.")] = None,
     precision: Precision = None,
     memory_limit: MemoryLimit = None,
     target: Target = "meshwright",
     top: Annotated[int, typer.Option("--top", min=1, help="How many of the best layouts to list.")] = 1,
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds after which to settle.")] = 60.0,
+    price: Price = None,
+    expert_imbalance: Imbalance = 1.0,
+    allow_idle: Annotated[bool, typer.Option("--allow-idle", help="Leave nodes idle where that is faster.")] = False,
+    pareto: Annotated[
+        str | None, typer.Option("--pareto", help="devices or memory: the best step against less of it, as a plot.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan here, as YAML.")] = None,
     as_json: Json = False,
 ) -> None:
     """Find the fastest layout that fits, with proof."""
-    from planner.plan import save
+    from planner.planning import make
     from planner.question import ask
-    from planner.report import plan_report
-    from planner.search import search
 
     question = ask(
         model,
@@ -111,15 +132,19 @@ def plan(
         target=target,
         pins=pin or (),
         bans=ban or (),
+        expert_imbalance=expert_imbalance,
     )
-    answer = search(question, top, time_limit)
-    if output is not None:
-        save(answer, output)
-    if as_json:
-        _print_json(answer.to_dict())
-        return
-    _show(plan_report(answer, question.limit_bytes))
-    if output is not None:
+    answer = make(
+        question,
+        top=top,
+        time_limit_seconds=time_limit,
+        price=price,
+        allow_idle=allow_idle,
+        pareto=pareto,
+        output=output,
+    )
+    _answer(answer, as_json)
+    if output is not None and not as_json:
         _show(f"\nplan written to {output}; train it with: cli.py train {output}")
 
 
@@ -137,14 +162,13 @@ def estimate(
     precision: Precision = None,
     memory_limit: MemoryLimit = None,
     target: Target = "meshwright",
+    price: Price = None,
+    expert_imbalance: Imbalance = 1.0,
     as_json: Json = False,
 ) -> None:
     """Price your own layout: does it fit, and how fast is it?"""
-    from planner.parse import parse_layout
+    from planner.planning import estimate as price_layout
     from planner.question import ask
-    from planner.report import estimate_report
-    from planner.rules import require_legal
-    from planner.search import check_supported, predict, solve_layout, stages_of
 
     question = ask(
         model,
@@ -155,23 +179,25 @@ def estimate(
         precision=precision,
         memory_limit=memory_limit,
         target=target,
+        expert_imbalance=expert_imbalance,
     )
-    check_supported(question)
-    wanted, recompute = parse_layout(layout, question.cluster.devices)
-    require_legal(wanted, recompute, question.rules)
-    solved, fits = solve_layout(question, wanted, recompute)
-    prediction, stages = predict(question, solved), stages_of(wanted, solved.counts)
-    if as_json:
-        _print_json(
-            {
-                "layout": wanted.to_dict(),
-                "fits": fits,
-                "prediction": prediction.to_dict(),
-                "stages": [stage.to_dict() for stage in stages],
-            }
-        )
-        return
-    _show(estimate_report(question.model, wanted, stages, prediction, question.limit_bytes, fits))
+    _answer(price_layout(question, layout, price), as_json)
+
+
+@app.command(
+    epilog="Examples: cli.py explain plan.yaml | cli.py explain plan.yaml --against tp=4,pp=8 "
+    "(keys left out are chosen best)"
+)
+def explain(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.YAML", help="A plan that `plan -o` has written.")],
+    against: Annotated[str | None, typer.Option("--against", help="Settings to lay beside it, as tp=4,pp=8.")] = None,
+    time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds for all that is solved.")] = 120.0,
+    as_json: Json = False,
+) -> None:
+    """Say why this plan: what binds, what comes next on each axis, what would help."""
+    from planner.planning import explain_plan
+
+    _answer(explain_plan(plan_file, against, time_limit), as_json)
 
 
 @app.command(
@@ -202,7 +228,7 @@ def profile(
     from planner.profiling import ProfileOrder, carry_out
 
     order = ProfileOrder(
-        command=" ".join(["cli.py", *sys.argv[1:]]),
+        command=_command(),
         nproc=nproc,
         output=output,
         quick=quick,
@@ -253,8 +279,8 @@ def train(
         from runtime.run_folder import torchrun_needs_files
 
         raise torchrun_needs_files()
-    chosen = _plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence)
 
+    from planner.planning import PlanAnswer, plan_to_train
     from planner.record import RECORD_FILE
     from planner.report import record_report
     from profiles.catalogue import resolve_hardware_path
@@ -265,6 +291,11 @@ def train(
     from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
 
+    found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, _command())
+    if isinstance(found, PlanAnswer):
+        _show(found.report())
+    chosen = found.plan if isinstance(found, PlanAnswer) else found
+    assert chosen is not None
     folder = run_dir or default_run_dir()
     hardware = load_hardware(resolve_hardware_path(chosen.cluster.hardware))
     options = TrainOptions(
@@ -291,42 +322,6 @@ def train(
     if record.exists() and os.environ.get("RANK", "0") == "0":
         _show(record_report(parse_yaml(read_text(record, "record"), str(record))))
         _show(f"run folder: {folder}")
-
-
-def _plan_to_train(
-    plan_file: Path | None, model: str | None, run_dir: Path | None, resume: bool, global_batch: int, sequence: int
-) -> Plan:
-    """The plan in the file, of the run that is resumed, or a new one for this machine."""
-    from planner.plan import load
-    from planner.question import ask
-    from planner.report import plan_report
-    from planner.search import search
-    from profiles.catalogue import resolve_model
-    from profiles.input_error import InputError
-    from profiles.probes.session import measure
-
-    if plan_file is None and resume:
-        if run_dir is None:
-            raise InputError(
-                "nothing to resume", where="--resume", expected="--run-dir FOLDER of the run", got="no --run-dir"
-            )
-        plan_file = run_dir / "plan.yaml"
-    if plan_file is not None:
-        found = load(plan_file)
-        if model is not None and resolve_model(model) != found.model:
-            raise InputError(
-                "the plan is for another model",
-                where=f"{plan_file}: model",
-                expected=f"{model}, as --model says",
-                got=found.model.name,
-                hint="plan again with this --model, or leave --model out",
-            )
-        return found
-    measure(None, "quick", None, " ".join(["cli.py", *sys.argv[1:]]))
-    question = ask(model or "demo", "local", global_batch, sequence)
-    answer = search(question)
-    _show(plan_report(answer, question.limit_bytes))
-    return answer
 
 
 @app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")
@@ -382,12 +377,17 @@ def _explain(error: Exception) -> int:
     if isinstance(error, NoPlanError):
         _show(no_plan_report(error), error=True)
         if as_json:
-            _print_json({"error": {"error": error.what, "reasons": list(error.lines)}})
+            _print_json(_no_plan(error))
         return 1
     if type(error).__name__ == "RunFailed":
         sys.stderr.write(f"{error}\n")
         return 1
     raise error
+
+
+def _no_plan(error: NoPlanError) -> dict[str, Any]:
+    said: dict[str, Any] = {"error": error.what, "reasons": list(error.lines)}
+    return {"error": said | ({"remedies": list(error.remedies)} if error.remedies else {})}
 
 
 def _say_interrupted(error: BaseException | None) -> None:

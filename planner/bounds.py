@@ -1,61 +1,45 @@
 """Closed-form lower bounds of a layout: seconds that no assignment can beat, and whether any can fit.
 
 [Note: The bound]
-Every path of the schedule is at most the step (`simulation.known_paths`). Two kinds of bound come of it.
+Every path of the schedule is at most the step (`simulation.known_paths`). Let rank r hold n layers that recompute for R
+seconds in all, f and b its forward and backward of one microbatch, o its optimizer. Whatever the others do,
 
-*One segment, GPipe or 1F1B.* For stage s with n layers that recompute for R seconds, two paths hold whatever
-the other stages do:
+    own work     head_r + M·(f(n) + b(n) + R) + reduce_r(n) + o_r(n)
+    and back     head_r + M·(f(n) + b(n) + R) + tail_r + o_r(n)
 
-    round trip   W + (M-1)·b_s(n) + late_s·f_s(n) + M·R + (2(p-1) + blocked_s)·send + o_s(n)
-    own work     e_f·[s>0] + M·(f_s(n) + b_s(n)) + M·R + (s + blocked_s)·send + reduce_s(n) + o_s(n)
+head_r is the forwards above its first stage, tail_r, where the backward is whole, the backwards up from it, each of
+those stages with a layer at least. Of GPipe and 1F1B, with a stage a rank and layers of one kind, more is known:
+
+    round trip   W + (M-1)·b(n) + late_s·f(n) + M·R + (2(p-1) + blocked_s)·send + o_s(n)
 
 W is one microbatch through the whole model without recomputation and with the first gathers of weights
-(GPipe: of stage s alone), late_s the forwards that stage s runs after its first backward, blocked_s the
-sends it waits for, o_s its optimizer. Memory gives the least R for each n. The larger of the two, c_s(n),
-rises with n, so the least possible maximum over the stages with Σ n = layers is found by giving one layer at
-a time to the stage where it costs least: exact for this relaxation, and the split it ends with is a good
-first assignment.
+(GPipe: of stage s alone), late_s the forwards that stage s runs after its first backward, blocked_s the sends it waits
+for. Memory gives the least R for each n. The largest, c_r(n), rises with n, so the least possible maximum over the
+ranks with Σ n = layers is found by giving one layer at a time to the rank where it costs least: exact for this
+relaxation.
 
-*Chunks, several segments, split backward.* Rank r cannot start before the stages above its first have run a
-forward, each with a layer at least, nor (where the backward is whole) end before they have run a backward; between
-it works M microbatches on all it holds. The work of all ranks is the model's, so the least maximum is that of water
-poured over the ranks' heads and tails; recomputation counts only where every layer must.
+Of any schedule too: one microbatch all the way, and M - 1 backwards more on the stage that has most.
+
+Where layers are of several kinds, those of the commonest are dealt out so, the others left out; and all work poured
+over the ranks' heads and tails as water, without recomputation, is a second bound.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from .layout_costs import Blocks, LayoutCosts, StageCount
-from .part_seconds import PartSeconds
-from .schedule import BLOCKING, SPLIT_BACKWARD
+from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
+from .schedule import BLOCKING, SPLIT_BACKWARD, least_in_flight
 from .simulation import blocked_sends, late_forwards
 
 ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less
 
 
-@dataclass(frozen=True)
-class Bound:
-    """No assignment of the layout is faster than `seconds`; `counts` is a good first assignment."""
-
-    seconds: float
-    counts: tuple[StageCount, ...]
-
-
-def lower_bound(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> Bound | None:
-    """The bound above, or None when no assignment fits `limit_bytes`; `modes` are what a layer may recompute."""
-    simple = costs.layout.virtual_stages == 1 and costs.layout.schedule in BLOCKING
-    if simple and len(costs.segments) == 1:
-        return _bound_by_stages(costs, limit_bytes, modes)
-    return _bound_by_ranks(costs, limit_bytes, modes)
-
-
 def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
     """Whether every rank stays within the limit, up to the rounding of a sum."""
-    return all(memory.total <= limit_bytes * (1 + ROUNDING) for memory in costs.memory(counts))
+    return all(costs.rank_bytes(rank, counts) <= limit_bytes * (1 + ROUNDING) for rank in range(costs.layout.pp))
 
 
 def empty_counts(costs: LayoutCosts) -> list[StageCount]:
@@ -63,179 +47,226 @@ def empty_counts(costs: LayoutCosts) -> list[StageCount]:
     return [tuple(Blocks() for _ in costs.segments)] * costs.layout.stages
 
 
-# ---- one segment, one stage a rank -----------------------------------------------------------------------
+def lower_bound(
+    costs: LayoutCosts, limit_bytes: float, modes: Sequence[str], enough_seconds: float = math.inf
+) -> float | None:
+    """Seconds that no assignment of the layout is below, None when none fits `limit_bytes`.
+
+    `modes` are what a layer may recompute. Above `enough_seconds` the bound need not be the best one known.
+    """
+    if not modes:
+        return None
+    commonest = max(costs.segments, key=lambda segment: segment.layers)
+    simple = costs.layout.schedule in BLOCKING and len(costs.segments) == 1
+    heads, tails = _heads_and_tails(costs)
+    cost = _round_trip(costs, commonest) if simple else _around(costs, commonest, heads, tails)
+    dealt = _deal(costs, commonest, limit_bytes, modes, cost, enough_seconds)
+    if dealt is None:
+        return None
+    poured = 0.0 if simple else _poured(costs, modes, heads, tails)
+    return max(dealt, poured, _one_stage(costs, modes)) + costs.step_seconds
 
 
-class StageLimits:
-    """What one stage allows: the least seconds that its layers must spend on recomputation to fit."""
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+class RankLimits:
+    """What one rank allows: the least seconds that its layers must spend on recomputation to fit."""
 
     def __init__(
-        self, costs: LayoutCosts, rank: int, empty_bytes: float, limit_bytes: float, modes: Sequence[str]
+        self, costs: LayoutCosts, segment: SegmentCosts, flight: int, free_bytes: float, modes: Sequence[str]
     ) -> None:
-        slack = 1.0 + costs.allocator_slack
-        segment, flight = costs.segments[0], costs.in_flight[rank][0].full[0]
-        # A sum that rounds to a hair above the limit fits, here as in `fits`.
-        self._free = limit_bytes * (1 + ROUNDING) - empty_bytes
-        self._options = [
-            (
-                segment.seconds.recompute(mode).total,
-                slack * (segment.memory.state.total + segment.memory.held_by(mode).total * flight),
-                mode,
-            )
+        slack, totals = 1.0 + costs.allocator_slack, segment.memory.totals
+        self._free = free_bytes
+        options = sorted(
+            (segment.seconds.recompute(mode).total, slack * (totals.state + flight * totals.held[mode]))
             for mode in modes
-        ]
-        self._options.sort()
+        )
         # Modes that cost more and save nothing are never needed.
-        kept = [self._options[0]] if self._options else []
-        for option in self._options[1:]:
-            if option[1] < kept[-1][1]:
-                kept.append(option)
-        self._options = kept
+        self._options = options[:1]
+        for option in options[1:]:
+            if option[1] < self._options[-1][1]:
+                self._options.append(option)
 
-    def least(self, layers: int) -> tuple[Blocks, float] | None:
-        """(modes, seconds) of `layers` layers: seconds that no fitting choice is below; None when none fits."""
-        if not self._options:
+    def least_recompute(self, layers: int) -> float | None:
+        """Seconds a microbatch that no fitting choice of modes is below; None when no choice fits."""
+        if self._free < 0:
             return None
-        cheap_seconds, cheap_bytes, cheap = self._options[0]
-        missing = layers * cheap_bytes - self._free
+        if layers == 0:
+            return 0.0
+        base_seconds, base_bytes = self._options[0]
+        missing = layers * base_bytes - self._free
         if missing <= 0:
-            return Blocks(**{cheap: layers}), layers * cheap_seconds
-        best: tuple[Blocks, float] | None = None
-        for seconds, size, mode in self._options[1:]:
-            # Of each dearer mode alone so many that the rest may stay cheap.
-            needed = math.ceil(missing / (cheap_bytes - size))
-            if needed <= layers:
-                spent = needed * seconds + (layers - needed) * cheap_seconds
-                if best is None or spent < best[1]:
-                    best = (Blocks(**{cheap: layers - needed, mode: needed}), spent)
-        if best is None:
-            return self._mixed(layers)
-        if len(self._options) > 2:
-            return best[0], min(best[1], self._relaxed(layers, missing))
-        return best
-
-    def _mixed(self, layers: int) -> tuple[Blocks, float] | None:
-        """Where a dearer mode alone does not save enough: the two dearest mixed."""
-        if len(self._options) < 2:
-            return None
-        (first_seconds, first_bytes, first), (last_seconds, last_bytes, last) = self._options[-2:]
-        missing = layers * first_bytes - self._free
-        needed = max(0, math.ceil(missing / (first_bytes - last_bytes)))
-        if needed > layers:
-            return None
-        modes = {first: layers - needed, last: needed}
-        relaxed = self._relaxed(layers, layers * self._options[0][1] - self._free)
-        return Blocks(**modes), min(needed * last_seconds + (layers - needed) * first_seconds, relaxed)
-
-    def _relaxed(self, layers: int, missing: float) -> float:
-        """The least seconds with fractions of layers: along the lower hull of (bytes saved, seconds)."""
-        base_seconds, base_bytes, _ = self._options[0]
-        points = [(base_bytes - size, seconds - base_seconds) for seconds, size, _ in self._options]
-        each = missing / layers if layers else 0.0
-        least = float("inf")
+            return layers * base_seconds
+        if len(self._options) == 2:
+            seconds, size = self._options[1]
+            needed = math.ceil(missing / (base_bytes - size))
+            return None if needed > layers else needed * seconds + (layers - needed) * base_seconds
+        # Fractions of layers, along the lower hull of (bytes saved, seconds).
+        each, least = missing / layers, math.inf
+        points = [(base_bytes - size, seconds - base_seconds) for seconds, size in self._options]
         for saved, spent in points:
             for more, dearer in points:
-                if saved <= each <= more and more > saved:
+                if saved < each <= more:
                     least = min(least, spent + (each - saved) / (more - saved) * (dearer - spent))
-        return layers * (base_seconds + least)
+        return None if least == math.inf else layers * (base_seconds + least)
 
 
-def _bound_by_stages(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> Bound | None:
-    stages, layers, count = costs.layout.pp, costs.layers, costs.microbatches
-    layer = costs.segments[0].seconds
-    ends = [costs.microbatch] * stages  # the stages between first and last are alike
-    ends[0], ends[-1] = costs.ends_seconds(0), costs.ends_seconds(stages - 1)
+# ---- dealing out layers of one kind --------------------------------------------------------------------------
+
+# (rank, layers, seconds of recomputation a microbatch) -> seconds of the step at least
+RankCost = Callable[[int, int, float], float]
+
+
+def _deal(
+    costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str], cost: RankCost, enough: float
+) -> float | None:
+    """The least possible maximum over the ranks, or None when the layers of the segment do not fit.
+
+    Once it is above `enough` it may be given as it is.
+    """
+    layout, alone = costs.layout, len(costs.segments) == 1
+    flights, nothing = least_in_flight(costs.pipeline), empty_counts(costs)
+    # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
+    # the limit fits, here as in `fits`.
+    used = {rank: costs.rank_bytes(rank, nothing) for rank in {0, min(1, layout.pp - 1), layout.pp - 1}}
+    middle = used[min(1, layout.pp - 1)]
+    limits = [
+        RankLimits(costs, segment, flights[rank], limit_bytes * (1 + ROUNDING) - used.get(rank, middle), modes)
+        for rank in range(layout.pp)
+    ]
+    heap: list[tuple[float, int]] = []
+    counts, most = [0] * layout.pp, 0.0
+
+    def offer(rank: int) -> None:
+        again = limits[rank].least_recompute(counts[rank] + 1)
+        if again is not None:
+            heapq.heappush(heap, (cost(rank, counts[rank] + 1, again), rank))
+
+    for rank in range(layout.pp):
+        # Stages between the first and the last are never empty; of other segments they may hold those.
+        inner = sum(0 < stage < layout.stages - 1 for stage in layout.stages_of(rank))
+        counts[rank] = inner if alone else 0
+        again = limits[rank].least_recompute(counts[rank])
+        if again is None:
+            return None
+        most = max(most, cost(rank, counts[rank], again))
+        offer(rank)
+    given = sum(counts)
+    if given > segment.layers:
+        return None
+    while given < segment.layers:
+        if not heap:
+            return None
+        seconds, rank = heapq.heappop(heap)
+        most = max(most, seconds)
+        if most > enough:
+            break
+        counts[rank] += 1
+        given += 1
+        offer(rank)
+    return most
+
+
+def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
+    """Of GPipe and 1F1B with layers of one kind."""
+    stages, count, layer = costs.layout.pp, costs.microbatches, segment.seconds
+    ends = costs.stage_ends
     forward, backward = layer.forward.total, layer.backward.total
-    whole = sum(e.forward.total + e.backward.total for e in ends) + layers * (forward + backward)
-    gathers = sum(e.gather.total for e in ends) + layers * layer.gather.total
-    nothing = empty_counts(costs)
-    edges = {r: costs.rank_memory(r, nothing).total for r in {0, min(1, stages - 1), stages - 1}}
-    middle = edges[min(1, stages - 1)]
-    limits = [StageLimits(costs, r, edges.get(r, middle), limit_bytes, modes) for r in range(stages)]
+    whole = sum(e.forward.total + e.backward.total for e in ends) + segment.layers * (forward + backward)
+    gathers = sum(e.gather.total for e in ends) + segment.layers * layer.gather.total
     schedule, send = costs.layout.schedule, costs.send_seconds
     late = [late_forwards(schedule, s, stages, count) for s in range(stages)]
     blocked = [send * blocked_sends(schedule, s, stages, count) for s in range(stages)]
     first_forward = ends[0].forward.total
 
-    def cost(stage: int, blocks: int, recompute_seconds: float) -> float:
+    def cost(stage: int, layers: int, again: float) -> float:
         end = ends[stage]
-        f = end.forward.total + blocks * forward
-        b = end.backward.total + blocks * backward
-        update = end.optimizer.total + blocks * layer.optimizer.total
-        gather = end.gather.total + blocks * layer.gather.total
+        f = end.forward.total + layers * forward
+        b = end.backward.total + layers * backward
+        update = end.optimizer.total + layers * layer.optimizer.total
+        gather = end.gather.total + layers * layer.gather.total
         trip = whole + (gathers if schedule == "1f1b" else gather)
         trip += (count - 1) * b + late[stage] * f + 2 * (stages - 1) * send + ends[0].reduce.total
-        own = count * (f + b) + end.reduce.total + blocks * layer.reduce.total
+        own = count * (f + b) + end.reduce.total + layers * layer.reduce.total
         own += gather
         own += first_forward + stage * send if stage else 0.0
-        return max(trip, own) + blocked[stage] + count * recompute_seconds + update
+        return max(trip, own) + blocked[stage] + count * again + update
 
-    counts = [0] * stages
-    chosen = [Blocks()] * stages
-    heap: list[tuple[float, int, Blocks]] = []
-
-    def offer(stage: int) -> None:
-        found = limits[stage].least(counts[stage] + 1)
-        if found is not None:
-            seconds = cost(stage, counts[stage] + 1, found[1])
-            heapq.heappush(heap, (seconds, stage, found[0]))
-
-    most, given = 0.0, 0
-    for stage in range(stages):
-        needed = 1 if 0 < stage < stages - 1 else 0
-        found = limits[stage].least(needed)
-        if found is None:
-            return None
-        counts[stage], chosen[stage] = needed, found[0]
-        given += needed
-        most = max(most, cost(stage, needed, found[1]))
-        offer(stage)
-    if given > layers:
-        return None
-    while given < layers:
-        if not heap:
-            return None
-        seconds, stage, blocks = heapq.heappop(heap)
-        most = max(most, seconds)
-        counts[stage] += 1
-        chosen[stage] = blocks
-        given += 1
-        offer(stage)
-    return Bound(most + costs.step_seconds, tuple((blocks,) for blocks in chosen))
+    return cost
 
 
-# ---- any pipeline ----------------------------------------------------------------------------------------
+def _around(costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], tails: Sequence[float]) -> RankCost:
+    """Of any schedule: what passes before and after a rank's own work."""
+    layout, count, layer = costs.layout, costs.microbatches, segment.seconds
+    first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
+    plain = layout.virtual_stages * count * (bare.forward.total + bare.backward.total)
+    own, reduce, update = [plain] * layout.pp, [0.0] * layout.pp, [0.0] * layout.pp
+    for end, rank in ((first, 0), (last, costs.pipeline.rank_of(layout.stages - 1))):
+        own[rank] += count * (end.forward.total + end.backward.total - bare.forward.total - bare.backward.total)
+        own[rank] += end.gather.total
+        reduce[rank] += end.reduce.total
+        update[rank] += end.optimizer.total
+    if layout.stages == 1:  # one stage is both ends, and its seconds hold both
+        own, reduce, update = [plain + (own[0] - plain) / 2], [reduce[0] / 2], [update[0] / 2]
+    each = count * (layer.forward.total + layer.backward.total) + layer.gather.total
+    reduce_each, update_each = layer.reduce.total, layer.optimizer.total
+
+    def cost(rank: int, layers: int, again: float) -> float:
+        after = max(tails[rank], reduce[rank] + layers * reduce_each)
+        return heads[rank] + own[rank] + layers * each + count * again + after + update[rank] + layers * update_each
+
+    return cost
 
 
-def _bound_by_ranks(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> Bound | None:
-    layout, count = costs.layout, costs.microbatches
-    if not modes or not _room_for_all(costs, limit_bytes, modes):
-        return None
-    whole = sum((costs.ends_seconds(s) for s in range(layout.stages)), PartSeconds())
-    for segment in costs.segments:
-        whole = whole + segment.seconds * segment.layers
-    least = {mode: min(s.seconds.recompute(mode).total for s in costs.segments) for mode in modes}
-    again = costs.layers * min(least.values())
-    work = count * (whole.forward.total + whole.backward.total + again) + whole.gather.total
-    heads, tails = _heads_and_tails(costs)
-    seconds = max(
-        _least_maximum([head + tail for head, tail in zip(heads, tails, strict=True)], work),
-        _least_maximum(heads, work + whole.reduce.total),
-    )
-    seconds += whole.optimizer.total / layout.pp + costs.step_seconds
-    return Bound(seconds, balanced_assignment(costs, limit_bytes, modes))
+# ---- heads, tails and water ----------------------------------------------------------------------------------
 
 
 def _heads_and_tails(costs: LayoutCosts) -> tuple[list[float], list[float]]:
     """What passes before and after rank r works: the forwards down to its first stage, the backwards up from it."""
     each = min(s.seconds.forward.total for s in costs.segments) + costs.microbatch.forward.total
     back = min(s.seconds.backward.total for s in costs.segments) + costs.microbatch.backward.total
-    first, send = costs.ends_seconds(0), costs.send_seconds
+    first, send = costs.stage_ends[0], costs.send_seconds
     ranks = range(1, costs.layout.pp)
     heads = [0.0] + [first.forward.total + (rank - 1) * each + rank * send for rank in ranks]
     if costs.layout.schedule in SPLIT_BACKWARD:
         return heads, [0.0] * len(heads)
     return heads, [0.0] + [first.backward.total + (rank - 1) * back + rank * send for rank in ranks]
+
+
+def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:
+    layout, count = costs.layout, costs.microbatches
+    bare = costs.microbatch.forward.total + costs.microbatch.backward.total
+    each, reduce, update, work = layout.stages * bare, 0.0, 0.0, 0.0
+    again = [min(segment.seconds.recompute(mode).total for mode in modes) for segment in costs.segments]
+    parts = [(costs.embedding, 1, 0.0), (costs.head, 1, 0.0)]
+    parts += [(s.seconds, s.layers, more) for s, more in zip(costs.segments, again, strict=True)]
+    for seconds, number, more in parts:
+        each += number * (seconds.forward.total + seconds.backward.total + more)
+        work += number * seconds.gather.total
+        reduce += number * seconds.reduce.total
+        update += number * seconds.optimizer.total
+    work += count * each
+    around = [head + tail for head, tail in zip(heads, tails, strict=True)]
+    return max(_least_maximum(around, work), _least_maximum(heads, work + reduce)) + update / layout.pp
+
+
+def _one_stage(costs: LayoutCosts, modes: Sequence[str]) -> float:
+    """One microbatch all the way, and on some stage the backwards of all the others.
+
+    A stage runs its M backwards one after the other, between the first microbatch's way down and back to it and the
+    last one's way up; some stage has at least its share of the whole.
+    """
+    split = costs.layout.schedule in SPLIT_BACKWARD
+    bare, stages = costs.microbatch, costs.layout.stages
+    forward, backward = stages * bare.forward.total, stages * bare.backward_input.total
+    backward += 0.0 if split else stages * bare.backward_weight.total
+    parts = [(costs.embedding, 1, 0.0), (costs.head, 1, 0.0)]
+    parts += [(s.seconds, s.layers, min(s.seconds.recompute(mode).total for mode in modes)) for s in costs.segments]
+    for seconds, number, again in parts:
+        forward += number * seconds.forward.total
+        backward += number * (again + (seconds.backward_input.total if split else seconds.backward.total))
+    return forward + backward + (costs.microbatches - 1) * backward / stages
 
 
 def _least_maximum(heights: Sequence[float], volume: float) -> float:
@@ -248,97 +279,3 @@ def _least_maximum(heights: Sequence[float], volume: float) -> float:
         if number == len(floors) or level <= floors[number]:
             return max(level, floors[-1])
     raise AssertionError("there is a rank")
-
-
-def _room_for_all(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> bool:
-    """Necessary for any assignment: every rank holds its ends, and together they have room for all layers."""
-    slack, nothing = 1.0 + costs.allocator_slack, empty_counts(costs)
-    room = 0
-    for rank in range(costs.layout.pp):
-        free = limit_bytes * (1 + ROUNDING) - costs.rank_memory(rank, nothing).total
-        if free < 0:
-            return False
-        flight = max(min(vector.full) for vector in costs.in_flight[rank])
-        least = min(
-            slack * (s.memory.state.total + flight * s.memory.held_by(mode).total)
-            for s in costs.segments
-            for mode in modes
-        )
-        room += math.floor(free / least) if least > 0 else costs.layers
-    return room >= costs.layers
-
-
-def balanced_assignment(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[StageCount, ...]:
-    """Layers dealt out so that all stages work equally long; each rank recomputes as little as fits, if it can fit."""
-    stages = costs.layout.stages
-    chain = [k for k, segment in enumerate(costs.segments) for _ in range(segment.layers)]
-    each = [s.seconds.forward.total + s.seconds.backward.total for s in costs.segments]
-    ends = [costs.ends_seconds(s).forward.total + costs.ends_seconds(s).backward.total for s in range(stages)]
-    cuts = _even_cuts([each[k] for k in chain], ends)
-    held = [[chain[a:b].count(k) for k in range(len(each))] for a, b in cuts]
-    ordered = sorted(modes, key=lambda mode: max(s.seconds.recompute(mode).total for s in costs.segments))
-    counts = [tuple(Blocks(**{ordered[0]: n}) for n in stage) for stage in held]
-    for rank in range(costs.layout.pp):
-        _recompute_until_it_fits(costs, rank, counts, limit_bytes, ordered)
-    return tuple(counts)
-
-
-def _even_cuts(work: Sequence[float], ends: Sequence[float]) -> list[tuple[int, int]]:
-    """[first, end) of each stage: each takes layers until it has its share of what is left, one at least inside."""
-    cuts, first, left = [], 0, sum(work) + sum(ends)
-    for stage, end in enumerate(ends):
-        remaining = len(ends) - stage
-        share, taken, last = left / remaining, end, first
-        needed_later = max(0, remaining - 2) if stage < len(ends) - 1 else 0
-        inner = 0 < stage < len(ends) - 1
-        while last < len(work) - needed_later:
-            if remaining > 1 and taken + work[last] / 2 > share and not (inner and last == first):
-                break
-            taken += work[last]
-            last += 1
-        cuts.append((first, last))
-        left -= taken
-        first = last
-    return cuts
-
-
-def _recompute_until_it_fits(
-    costs: LayoutCosts, rank: int, counts: list[StageCount], limit_bytes: float, modes: Sequence[str]
-) -> None:
-    """Layer by layer to the next dearer mode, on the rank's own stages, until its bytes fit or all are at the last."""
-    for cheap, dear in zip(modes, modes[1:], strict=False):
-        for stage in costs.layout.stages_of(rank):
-            for k in range(len(costs.segments)):
-                high = counts[stage][k].of(cheap)
-                if not high or costs.rank_memory(rank, counts).total <= limit_bytes:
-                    continue
-                original = counts[stage]
-                low = 0
-                moved = _moved(original, k, cheap, dear, high)
-                counts[stage] = moved
-                if costs.rank_memory(rank, counts).total > limit_bytes:
-                    continue  # all of them, and then those of the next stage
-                while high - low > 1:  # the least that fits, by halving
-                    middle = (low + high) // 2
-                    counts[stage] = _moved(original, k, cheap, dear, middle)
-                    if costs.rank_memory(rank, counts).total <= limit_bytes:
-                        high = middle
-                    else:
-                        low = middle
-                counts[stage] = _moved(original, k, cheap, dear, high)
-
-
-def _moved(count: StageCount, segment: int, cheap: str, dear: str, number: int) -> StageCount:
-    blocks = {mode: count[segment].of(mode) for mode in ("none", "selective", "full")}
-    blocks[cheap] -= number
-    blocks[dear] += number
-    return (*count[:segment], Blocks(**blocks), *count[segment + 1 :])
-
-
-def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[int, float]:
-    """(rank, bytes) missing on the tightest rank of a balanced assignment that recomputes all it may."""
-    dearest = sorted(modes, key=lambda mode: min(s.memory.held_by(mode).total for s in costs.segments))[:1]
-    counts = balanced_assignment(costs, limit_bytes, dearest or ("none",))
-    missing = [memory.total - limit_bytes for memory in costs.memory(counts)]
-    worst = max(range(len(missing)), key=missing.__getitem__)
-    return worst, missing[worst]

@@ -239,7 +239,8 @@ class ComputeModel:
         """
         if not self._software.separate_projections:
             return ComputeCost()
-        sums = len({"wq", "wk", "wv", "w1", "w3"} & set(self._model.linear_shapes)) - 2
+        sharing = ({"wq", "wk", "wv"}, {"w1", "w3"})
+        sums = sum(max(0, len(names & set(self._model.linear_shapes)) - 1) for names in sharing)
         added = self._hardware.memory_seconds("residual", self._dtype, tokens * self._model.hidden_size)
         return ComputeCost(backward_input=ComputeSeconds(memory=sums * added))
 

@@ -7,21 +7,26 @@ from typing import Any
 
 from profiles.store import Reader
 
+from .layout import LAYOUT_KEYS, RECOMPUTE_MODES
+from .pins import allows, pin_from_plain, plain_pin
+
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 TARGETS = ("meshwright", "megatron", "torchtitan")
 OPTIMIZERS = ("adamw",)
 
-# Layout keys a user may pin or ban.
-PINNABLE = ("tp", "pp", "dp", "sequence_parallel", "zero", "micro_batch", "schedule", "recompute")
-BANNABLE = ("tp", "pp", "dp", "sequence_parallel", "zero", "recompute")
+# What a user may pin (any key of a layout) or ban (what has a plain value to stay at: 1, 0, off, none).
+PINNABLE = (*LAYOUT_KEYS, "recompute")
+BANNABLE = tuple(key for key in PINNABLE if key not in ("micro_batch", "schedule"))
+BANNED_VALUES = {"sequence_parallel": False, "zero": 0, "cp_style": "none", "recompute": "none"}  # of the others 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
     """One optimizer step's work: `global_batch` sequences of `sequence` tokens.
 
-    `pins` maps a layout key to the one value allowed; `bans` names axes that must stay at 1 (or off).
-    `memory_limit_bytes` replaces the device's memory when it is not None.
+    `pins` maps a layout key to what is allowed for it (`planner.pins`); `bans` names axes that must stay at 1 (or
+    off). `memory_limit_bytes` replaces the device's memory when it is not None. `expert_imbalance` is how many times
+    its even share the fullest expert rank gets; a capacity drops or pads instead.
     """
 
     global_batch: int
@@ -39,10 +44,16 @@ class TrainingJob:
     def tokens(self) -> int:
         return self.global_batch * self.sequence
 
+    def allows(self, key: str, value: object) -> bool:
+        """Whether pins and bans leave the layout key (or `recompute`) this value."""
+        if key in self.pins and not allows(self.pins[key], value):
+            return False
+        return key not in self.bans or value == BANNED_VALUES.get(key, 1)
+
     @property
-    def recompute_pin(self) -> str | None:
-        """The one recompute mode allowed for every block, if the user fixed it."""
-        return "none" if "recompute" in self.bans else self.pins.get("recompute")
+    def recompute_modes(self) -> tuple[str, ...]:
+        """The recompute modes that pins and bans leave."""
+        return tuple(mode for mode in RECOMPUTE_MODES if self.allows("recompute", mode))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -52,13 +63,16 @@ class TrainingJob:
             "optimizer": self.optimizer,
             "target": self.target,
             "memory_limit_bytes": self.memory_limit_bytes,
-            "pins": dict(self.pins),
+            "pins": {key: plain_pin(pin) for key, pin in self.pins.items()},
             "bans": list(self.bans),
+            "expert_imbalance": self.expert_imbalance,
+            "expert_capacity": self.expert_capacity,
         }
 
     @classmethod
     def from_dict(cls, reader: Reader) -> TrainingJob:
         limit = reader.anything("memory_limit_bytes", default=None)
+        capacity = reader.anything("expert_capacity", default=None)
         bans = reader.anything("bans", default=[])
         if not isinstance(bans, list) or not all(isinstance(ban, str) for ban in bans):
             raise reader.fail("bans", "a list of layout keys", bans)
@@ -75,8 +89,10 @@ class TrainingJob:
             optimizer=reader.text("optimizer", choices=OPTIMIZERS, default="adamw"),
             target=reader.text("target", choices=TARGETS, default="meshwright"),
             memory_limit_bytes=reader.number("memory_limit_bytes", above=0) if limit is not None else None,
-            pins=dict(pins),
+            pins={key: pin_from_plain(pin) for key, pin in pins.items()},
             bans=tuple(bans),
+            expert_imbalance=reader.number("expert_imbalance", minimum=1, default=1.0),
+            expert_capacity=reader.number("expert_capacity", above=0) if capacity is not None else None,
         )
         reader.finish()
         return job

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .layout import RECOMPUTE_MODES, Layout
 from .memory_cost import MemoryBytes, PartMemory
@@ -109,6 +110,14 @@ class LayoutCosts:
             total = total + self.head
         return total
 
+    @cached_property
+    def stage_ends(self) -> tuple[PartSeconds, ...]:
+        """`ends_seconds` of every stage; those between the first and the last are alike."""
+        stages = self.layout.stages
+        if stages == 1:
+            return (self.ends_seconds(0),)
+        return (self.ends_seconds(0), *[self.microbatch] * (stages - 2), self.ends_seconds(stages - 1))
+
     # ---- one rank --------------------------------------------------------------------------------------
 
     def rank_parts(self, rank: int, counts: Sequence[StageCount]) -> list[tuple[int, PartMemory, int, str]]:
@@ -144,6 +153,21 @@ class LayoutCosts:
     def memory(self, counts: Sequence[StageCount]) -> list[MemoryBytes]:
         """Itemised peak bytes of each pipeline rank."""
         return [self.rank_memory(rank, counts) for rank in range(self.layout.pp)]
+
+    def rank_bytes(self, rank: int, counts: Sequence[StageCount]) -> float:
+        """The total of `rank_memory`, much sooner."""
+        fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
+        parts = self.rank_parts(rank, counts)
+        held = [0.0] * len(self.in_flight[rank])
+        for chunk, part, number, mode in parts:
+            totals = part.totals
+            kept += totals.state * number
+            transient = max(transient, part.transient_by(mode))
+            each, weight = number * totals.held[mode], number * totals.held_weight
+            for i, vector in enumerate(self.in_flight[rank]):
+                held[i] += each * vector.full[chunk] + weight * vector.weight_only[chunk]
+        beside = fixed.context + fixed.communicators
+        return beside + (1.0 + self.allocator_slack) * (fixed.total - beside + kept + max(held) + transient)
 
     # ---- an assignment ---------------------------------------------------------------------------------
 

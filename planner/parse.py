@@ -10,10 +10,11 @@ from typing import Any
 from profiles.input_error import InputError
 
 from .job import BANNABLE, PINNABLE
-from .layout import LAYOUT_KEYS, RECOMPUTE_MODES, SCHEDULES, Layout
+from .layout import CP_STYLES, LAYOUT_KEYS, RECOMPUTE_MODES, SCHEDULES, Layout
+from .pins import RANGE, pin_text
 
 _INTEGER_KEYS = ("tp", "cp", "pp", "dp", "dp_shard", "ep", "etp", "zero", "micro_batch", "virtual_stages")
-_WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE_MODES, "cp_style": ("none", "ring", "all-to-all")}
+_WORDS = {"schedule": SCHEDULES, "recompute": RECOMPUTE_MODES, "cp_style": CP_STYLES}
 _UNITS = {
     "": 1,
     "B": 1,
@@ -65,14 +66,30 @@ def _value(key: str, value: str, flag: str) -> Any:
     return value
 
 
-def parse_pins(pins: Sequence[str], bans: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def parse_pin(text: str, flag: str) -> tuple[str, Any]:
+    """`tp=8` as ("tp", 8), `pp=2|4` as ("pp", (2, 4)), `tp=4..16` as ("tp", range(4, 17))."""
+    key, _, value = (part.strip() for part in text.partition("="))
+    if key in _INTEGER_KEYS and (match := RANGE.fullmatch(value)):
+        low, high = (parse_setting(f"{key}={end}", flag, PINNABLE)[1] for end in match.groups())
+        if low > high:
+            raise InputError(f"{key} cannot be {value!r}", where=flag, expected="LEAST..MOST", got=value)
+        return key, range(low, high + 1)
+    if "|" not in value:
+        return parse_setting(text, flag, PINNABLE)
+    return key, tuple(parse_setting(f"{key}={each.strip()}", flag, PINNABLE)[1] for each in value.split("|"))
+
+
+def parse_pins(pins: Sequence[str], bans: Sequence[str], flag: str = "--pin") -> tuple[dict[str, Any], tuple[str, ...]]:
     """`--pin` and `--ban` values; the same key twice, or pinned and banned, is a contradiction."""
     found: dict[str, Any] = {}
     for text in pins:
-        key, value = parse_setting(text, "--pin", PINNABLE)
+        key, value = parse_pin(text, flag)
         if found.get(key, value) != value:
             raise InputError(
-                f"{key} is pinned twice", where="--pin", expected="one value", got=f"{found[key]} and {value}"
+                f"{key} is pinned twice",
+                where=flag,
+                expected="one value, several as 2|4, or a range as 2..8",
+                got=f"{pin_text(found[key])} and {pin_text(value)}",
             )
         found[key] = value
     for ban in bans:
@@ -80,7 +97,9 @@ def parse_pins(pins: Sequence[str], bans: Sequence[str]) -> tuple[dict[str, Any]
             allowed = ", ".join(BANNABLE)
             raise InputError(f"{ban!r} cannot be banned", where="--ban", expected=f"one of {allowed}", got=ban)
         if ban in found:
-            raise InputError(f"{ban} is both pinned and banned", where="--pin and --ban", got=f"{ban}={found[ban]}")
+            raise InputError(
+                f"{ban} is both pinned and banned", where="--pin and --ban", got=f"{ban}={pin_text(found[ban])}"
+            )
     return found, tuple(bans)
 
 

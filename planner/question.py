@@ -12,8 +12,9 @@ from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
 from .job import PRECISIONS, TARGETS, TrainingJob
-from .rules import RuleContext
 from .parse import parse_bytes, parse_pins
+from .plan import Plan
+from .rules import RuleContext
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def ask(
     target: str = "meshwright",
     pins: Sequence[str] = (),
     bans: Sequence[str] = (),
+    expert_imbalance: float = 1.0,
 ) -> Question:
     """The question that the words ask; an InputError names the flag that cannot be understood.
 
@@ -67,8 +69,15 @@ def ask(
         memory_limit_bytes=parse_bytes(memory_limit, "--memory-limit") if memory_limit else None,
         pins=pinned,
         bans=banned,
+        expert_imbalance=expert_imbalance,
     )
     return Question(resolve_model(model), spec, hardware, job)
+
+
+def question_of(plan: Plan) -> Question:
+    """The question that the plan answers, with the hardware profile as it is today."""
+    hardware = load_hardware(resolve_hardware_path(plan.cluster.hardware))
+    return Question(plan.model, plan.cluster, hardware, plan.job)
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:

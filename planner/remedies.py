@@ -1,112 +1,176 @@
-"""Why nothing fits, and what would: each remedy is found by trying it, never guessed."""
+"""Why nothing fits, and what would: one constraint relaxed at a time and the relaxed question solved, never guessed."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from profiles.cluster import ClusterSpec
-from profiles.hardware import HardwareProfile
-from profiles.model import ModelSpec
-
-from .bounds import fits, least_missing_bytes, lower_bound
-from .job import TrainingJob
+from .bounds import fits, lower_bound
+from .first_assignment import first_assignment, least_missing_bytes
 from .layout import Layout
-from .rules import RuleContext, recompute_modes, violations
+from .pins import pin_text, plainest
+from .plan import Plan
+from .question import Question
+from .rules import RuleContext, recompute_modes, violations, why_no_recompute
 from .space import enumerate_layouts
 from .step_cost import CostModel
 
 _MOST_DOUBLINGS = 10
+_SECONDS_EACH = 10.0  # that one remedy may be improved for, once there is something that fits
+_SHORTEST_SEQUENCE = 128
+# The plan of a question with a time limit, None where nothing fits: `search.best_plan`.
+Solve = Callable[[Question, int, float], Plan | None]
 
 
-def why_nothing_fits(
-    model: ModelSpec, cluster: ClusterSpec, hardware: HardwareProfile, job: TrainingJob
-) -> tuple[str, tuple[str, ...]]:
-    """The sentence and its reasons: what is missing on which stage in the best case, and what would help."""
-    rules = RuleContext(model, job, cluster.devices)
-    limit = job.memory_limit_bytes or cluster.memory_bytes
-    prices = CostModel(model, cluster, hardware, job)
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """One change that makes something fit, and the best plan then (to within the gap of its certificate)."""
+
+    change: str
+    plan: Plan
+
+    @property
+    def seconds_per_token(self) -> float:
+        return self.plan.prediction.step_seconds / self.plan.job.tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "change": self.change,
+            "layout": self.plan.layout.to_dict(),
+            "devices": self.plan.cluster.devices,
+            "step_seconds": self.plan.prediction.step_seconds,
+            "seconds_per_token": self.seconds_per_token,
+            "peak_memory_bytes": self.plan.prediction.peak_memory_bytes,
+            "gap": self.plan.certificate.gap,
+        }
+
+    def line(self) -> str:
+        seconds = self.plan.prediction.step_seconds
+        step = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+        cost = f"step {step}, {1e6 * self.seconds_per_token:.3g} µs a token"
+        return f"  {self.change}, for example {self.plan.layout.short()}: {cost}"
+
+
+def why_nothing_fits(question: Question, solve: Solve) -> tuple[str, tuple[str, ...], tuple[dict[str, Any], ...]]:
+    """The sentence, its reasons and the remedies: what is missing on which stage in the best case, and what helps."""
+    missing, reasons = what_forbids(question)
+    where = f"{question.model.name} on {question.cluster.devices} devices"
+    if missing is None:
+        return f"no legal layout of {where}", reasons, ()
+    lines = list(reasons)
+    found = tuple(remedies(question, question.limit_bytes + missing, solve))
+    if found:
+        lines += ["what would make it fit, one change at a time:", *(remedy.line() for remedy in found)]
+    return f"nothing fits: {where}", tuple(lines), tuple(remedy.to_dict() for remedy in found)
+
+
+def what_forbids(question: Question) -> tuple[float | None, tuple[str, ...]]:
+    """Of a question without a plan: the bytes that the closest layout misses (None: none is legal), and the words."""
+    rules, limit = question.rules, question.limit_bytes
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     best: tuple[float, int, Layout] | None = None
     legal = 0
     for layout in enumerate_layouts(rules):
         legal += 1
-        stage, missing = least_missing_bytes(prices.price(layout), limit, recompute_modes(layout, rules))
+        rank, missing = least_missing_bytes(prices.price(layout), limit, recompute_modes(layout, rules))
         if best is None or missing < best[0]:
-            best = (missing, stage, layout)
+            best = (missing, rank, layout)
     if best is None:
-        return f"no legal layout of {model.name} on {cluster.devices} devices", _why_none_legal(rules)
-    missing, stage, layout = best
-    how = {"none": "without recomputation", "full": "all recomputed"}.get(
-        job.recompute_pin or "", "recomputing at will"
-    )
-    lines = [
-        f"the closest of {legal} layouts is {layout.short()}: {how}, stage {stage} misses "
-        f"{_gib(missing)} of {_gib(limit)} per device",
-        "what would make it fit:",
-        f"  {_gib(limit + missing)} of memory per device",
-    ]
-    lines += _without_constraints(model, cluster, hardware, job) + _with_more_devices(model, cluster, hardware, job)
-    return f"nothing fits: {model.name} on {cluster.devices} devices", tuple(lines)
+        return None, _why_none_legal(rules)
+    missing, rank, layout = best
+    modes = "|".join(question.job.recompute_modes)
+    how = {"none": "without recomputation", "full": "all recomputed"}.get(modes, "recomputing at will")
+    closest = f"the closest of {legal} layouts is {layout.short()}" if legal > 1 else layout.short()
+    return missing, (f"{closest}: {how}, stage {rank} misses {_gib(missing)} of {_gib(limit)} per device",)
 
 
 def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.2f} GiB"
+    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.3f} MiB"
 
 
-def _first_that_fits(
-    model: ModelSpec, cluster: ClusterSpec, hardware: HardwareProfile, job: TrainingJob
-) -> Layout | None:
-    """Some layout with an assignment that fits, or None when none was found."""
-    prices = CostModel(model, cluster, hardware, job)
-    limit = job.memory_limit_bytes or cluster.memory_bytes
-    rules = RuleContext(model, job, cluster.devices)
-    for layout in enumerate_layouts(rules):
-        costs = prices.price(layout)
-        bound = lower_bound(costs, limit, recompute_modes(layout, rules))
-        if bound is not None and fits(costs, bound.counts, limit):
-            return layout
-    return None
-
-
-def _without_constraints(
-    model: ModelSpec, cluster: ClusterSpec, hardware: HardwareProfile, job: TrainingJob
-) -> list[str]:
-    """Each pin, ban and limit of the user's taken away alone."""
-    freed = [(f"--pin {key}", replace(job, pins={k: v for k, v in job.pins.items() if k != key})) for key in job.pins]
-    freed += [(f"--ban {key}", replace(job, bans=tuple(k for k in job.bans if k != key))) for key in job.bans]
+def remedies(question: Question, enough_bytes: float, solve: Solve) -> Iterator[Remedy]:
+    """Memory, each pin, ban and limit of the user's, the sequence and the devices, each changed alone."""
+    job = question.job
     if job.memory_limit_bytes is not None:
-        freed.append(("--memory-limit", replace(job, memory_limit_bytes=None)))
-    return [
-        f"  without {flag}, for example {layout.short()}"
-        for flag, relaxed in freed
-        if (layout := _first_that_fits(model, cluster, hardware, relaxed)) is not None
-    ]
+        yield from _tried("without --memory-limit", _with_job(question, memory_limit_bytes=None), solve)
+    more = _with_job(question, memory_limit_bytes=enough_bytes * (1 + 1e-9))
+    yield from _tried(f"{_gib(enough_bytes)} of memory per device", more, solve)
+    for key, pin in job.pins.items():
+        free = {k: v for k, v in job.pins.items() if k != key}
+        yield from _tried(f"without --pin {key}={pin_text(pin)}", _with_job(question, pins=free), solve)
+    for key in job.bans:
+        free = tuple(k for k in job.bans if k != key)
+        yield from _tried(f"without --ban {key}", _with_job(question, bans=free), solve)
+    yield from _first(_shorter(question), solve)
+    yield from _first(_larger(question), solve)
 
 
-def _with_more_devices(
-    model: ModelSpec, cluster: ClusterSpec, hardware: HardwareProfile, job: TrainingJob
-) -> list[str]:
-    """The cluster doubled until something fits, as far as its widest link reaches."""
+def _with_job(question: Question, **changes: Any) -> Question:
+    return replace(question, job=replace(question.job, **changes))
+
+
+def _shorter(question: Question) -> Iterator[tuple[str, Question]]:
+    """The sequence halved, and halved again; the batch has as many more sequences, so that a step has its tokens."""
+    job, halvings = question.job, 1
+    while job.sequence % 2**halvings == 0 and job.sequence >> halvings >= _SHORTEST_SEQUENCE:
+        shorter = job.sequence >> halvings
+        changed = _with_job(question, sequence=shorter, global_batch=job.global_batch << halvings)
+        yield f"sequences of {shorter} tokens, {changed.job.global_batch} a step", changed
+        halvings += 1
+
+
+def _larger(question: Question) -> Iterator[tuple[str, Question]]:
+    """The nodes doubled until something fits, as far as the widest link reaches."""
     for doublings in range(1, _MOST_DOUBLINGS + 1):
-        larger = replace(cluster, nodes=cluster.nodes * 2**doublings)
-        if larger.devices > cluster.links[-1].span:
-            break
-        layout = _first_that_fits(model, larger, hardware, job)
-        if layout is not None:
-            return [f"  {larger.devices} devices, for example {layout.short()}"]
-    return []
+        larger = replace(question.cluster, nodes=question.cluster.nodes * 2**doublings)
+        if larger.devices > larger.links[-1].span:
+            return
+        yield f"{larger.devices} devices", replace(question, cluster=larger)
+
+
+def _first(changes: Iterator[tuple[str, Question]], solve: Solve) -> Iterator[Remedy]:
+    for change, question in changes:
+        if _something_fits(question):
+            yield from _tried(change, question, solve)
+            return
+
+
+def _tried(change: str, question: Question, solve: Solve) -> Iterator[Remedy]:
+    """The remedy if it is one. What plainly fits nowhere is not searched at length."""
+    if _something_fits(question) and (plan := solve(question, 1, _SECONDS_EACH)) is not None:
+        yield Remedy(change=change, plan=plan)
+
+
+def _something_fits(question: Question) -> bool:
+    """Whether the first good assignment of some layout fits."""
+    limit = question.limit_bytes
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    for layout in enumerate_layouts(question.rules):
+        costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
+        if lower_bound(costs, limit, modes) is not None and fits(costs, first_assignment(costs, limit, modes), limit):
+            return True
+    return False
 
 
 def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
     """The rules that forbid the plainest layouts, and the pinned one, so that the user sees which number to change."""
-    world, pins = rules.world_size, rules.job.pins
+    world, pins = rules.world_size, {key: plainest(pin) for key, pin in rules.job.pins.items()}
     plain = [Layout(dp=world), Layout(pp=world), Layout(tp=world)]
-    others = pins.get("tp", 1) * pins.get("pp", 1)
+    others = pins.get("tp", 1) * pins.get("cp", 1) * pins.get("pp", 1)
     if pins and world % others == 0:
-        fixed = {key: value for key, value in pins.items() if key != "recompute"}
-        settings = {"dp": world // others, **fixed}
-        settings["dp_shard"] = settings["dp"] if settings.get("zero", 0) else 1
+        settings = {"dp": world // others, **{key: value for key, value in pins.items() if key != "recompute"}}
+        settings.setdefault("dp_shard", settings["dp"] if settings.get("zero", 0) else 1)
+        settings.setdefault("cp_style", "none" if settings.get("cp", 1) == 1 else "ring")
         plain = [Layout(**settings)]
     lines = [f"{layout.short()}: {reason}" for layout in plain for reason in violations(layout, rules)]
+    if "recompute" in pins:
+        again = [(layout, why_no_recompute(pins["recompute"], layout, rules)) for layout in plain]
+        lines += [f"{layout.short()}: {reason}" for layout, reason in again if reason is not None]
+    if world % others:
+        lines = [f"tp·cp·pp = {others} does not divide {world} devices"]
     if pins:
-        lines.append("pinned: " + ", ".join(f"{key}={value}" for key, value in pins.items()))
+        lines.append("pinned: " + ", ".join(f"{key}={pin_text(pin)}" for key, pin in rules.job.pins.items()))
+    if rules.job.bans:
+        lines.append("banned: " + ", ".join(rules.job.bans))
     return tuple(lines)

@@ -144,7 +144,7 @@ def _stages(layout: Layout, context: RuleContext) -> str | None:
         chunks = f"pp={layout.pp}" + (f" with {layout.virtual_stages} chunks" if layout.virtual_stages > 1 else "")
         return (
             f"{chunks} and {layers} layers: every stage between the embedding's and the head's "
-            f"needs a layer, so pp is at most {layers + 2}"
+            f"needs a layer, so pp is at most {(layers + 2) // layout.virtual_stages}"
         )
     return None
 
@@ -235,8 +235,7 @@ def violations(layout: Layout, context: RuleContext) -> tuple[str, ...]:
 def recompute_modes(layout: Layout, context: RuleContext) -> tuple[str, ...]:
     """The modes that a block of this layout may have, the job's pin held."""
     allowed = tuple(mode for mode in context.capabilities.recompute if why_no_recompute(mode, layout, context) is None)
-    pin = context.job.recompute_pin
-    return allowed if pin is None else tuple(mode for mode in allowed if mode == pin)
+    return tuple(mode for mode in allowed if context.job.allows("recompute", mode))
 
 
 def why_no_recompute(mode: str, layout: Layout, context: RuleContext) -> str | None:

@@ -23,7 +23,17 @@ from typing import NamedTuple
 from . import schedule_orders as orders
 from .schedule_orders import Action
 
-__all__ = ["BLOCKING", "SPLIT_BACKWARD", "Action", "InFlight", "Pipeline", "action_lists", "in_flight", "why_illegal"]
+__all__ = [
+    "BLOCKING",
+    "SPLIT_BACKWARD",
+    "Action",
+    "InFlight",
+    "Pipeline",
+    "action_lists",
+    "in_flight",
+    "least_in_flight",
+    "why_illegal",
+]
 
 # They run a backward in two halves; recomputation does not go with that on torch.
 SPLIT_BACKWARD = ("zb1p", "zbv", "dualpipev")
@@ -187,7 +197,7 @@ def _moments_in_rounds(pipeline: Pipeline, rank: int) -> Iterator[InFlight]:
         return InFlight(full, tuple(a - b for a, b in zip(freed, gone, strict=True)))
 
     lag = rank if split else 0
-    bends = {0, lag, total - 1, total - 1 - warmup}
+    bends = {0, total - 1, total - 1 - warmup}
     for offset in (0, -1, lag, -1 - warmup):
         bends.update(range(offset % size, total, size))
     for j in sorted(bends):
@@ -225,3 +235,9 @@ def _largest(moments: Iterable[InFlight], part_of_full: bool) -> tuple[InFlight,
 
 def _within(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(map(int.__le__, a, b))
+
+
+@lru_cache(maxsize=4096)
+def least_in_flight(pipeline: Pipeline) -> tuple[int, ...]:
+    """Per rank, microbatches that any layer holds at the rank's worst moment, in whichever chunk it lies."""
+    return tuple(max(min(moment.full) for moment in moments) for moments in in_flight(pipeline))

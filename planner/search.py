@@ -15,9 +15,10 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import Bound, fits, lower_bound
+from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
+from .first_assignment import first_assignment
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
@@ -52,12 +53,20 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
         UnsupportedError: the target cannot train this job in any layout.
         InfeasibleError: no layout is legal, or none fits; the lines say what is missing and what would help.
     """
+    plan = best_plan(question, top, time_limit_seconds)
+    if plan is None:
+        raise InfeasibleError(*why_nothing_fits(question, best_plan))
+    return plan
+
+
+def best_plan(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan | None:
+    """As `search`; None where no layout is legal or none fits."""
     started = time.monotonic()
     deadline = started + time_limit_seconds
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
     ties = count()
-    left: list[tuple[float, int, LayoutGroup | tuple[Bound, LayoutCosts]]] = [
+    left: list[tuple[float, int, LayoutGroup | LayoutCosts]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
@@ -72,24 +81,30 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             proven = min(proven, left[0][0])
             break
         least, _, item = heapq.heappop(left)
+        if isinstance(item, LayoutGroup) and len(item.pipelines) > 1:
+            for group in item.by_pipeline():
+                heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
+            continue
         if isinstance(item, LayoutGroup):
             for layout in item:
                 costs = prices.price(layout)
-                bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, rules))
+                bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, rules), cutoff)
                 if bound is None:
                     pruned_memory += 1
                 else:
-                    heapq.heappush(left, (max(least, bound.seconds), next(ties), (bound, costs)))
+                    heapq.heappush(left, (max(least, bound), next(ties), costs))
             continue
-        bound, costs = item
-        start = bound.counts if fits(costs, bound.counts, question.limit_bytes) else None
+        costs, modes = item, recompute_modes(item.layout, rules)
+        start = first_assignment(costs, question.limit_bytes, modes)
+        if not fits(costs, start, question.limit_bytes):
+            start = None
         solution = solve_stages(
             costs,
             question.limit_bytes,
-            bound_seconds=bound.seconds,
+            bound_seconds=least,
             cutoff_seconds=cutoff,
             start=start,
-            modes=recompute_modes(costs.layout, rules),
+            modes=modes,
             deadline=deadline if best or start is not None else float("inf"),
         )
         ilps += solution.ilps_solved
@@ -100,7 +115,7 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
             best.append(Solved(costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
     if not best:
-        raise InfeasibleError(*why_nothing_fits(question.model, question.cluster, question.hardware, question.job))
+        return None
     pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     certificate = _certificate(
         best[0].step_seconds, proven, legal, pruned_memory, pruned_bound, ilps, time.monotonic() - started
@@ -117,9 +132,9 @@ def check_supported(question: Question) -> None:
             f"the {job.target} runtime does not train in {job.precision} today",
             (f"it trains in {' and '.join(capabilities.precisions)}: --precision {capabilities.precisions[-1]}",),
         )
-    if job.recompute_pin not in (None, *capabilities.recompute):
+    if not set(job.recompute_modes) & set(capabilities.recompute):
         raise UnsupportedError(
-            f"the {job.target} runtime does not recompute {job.recompute_pin} today",
+            f"the {job.target} runtime does not recompute {_listed(job.recompute_modes)} today",
             (f"it recomputes {' or '.join(capabilities.recompute)}",),
         )
     if not question.hardware.supports(job.precision):
@@ -158,9 +173,10 @@ def solve_layout(question: Question, layout: Layout, recompute: str | None) -> t
         bound = lower_bound(costs, limit, modes)
         if bound is None:
             continue
-        finite = limit if limit != float("inf") else 1e3 * max(m.total for m in costs.memory(bound.counts))
-        start = bound.counts if fits(costs, bound.counts, finite) else None
-        solution = solve_stages(costs, finite, bound_seconds=bound.seconds, start=start, modes=modes)
+        first = first_assignment(costs, limit, modes)
+        finite = limit if limit != float("inf") else 1e3 * max(m.total for m in costs.memory(first))
+        start = first if fits(costs, first, finite) else None
+        solution = solve_stages(costs, finite, bound_seconds=bound, start=start, modes=modes)
         if solution.counts is not None:
             return Solved(costs, solution.counts, solution.step_seconds), limit != float("inf")
     raise AssertionError("an assignment without a memory limit always exists")

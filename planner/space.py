@@ -13,9 +13,7 @@ from itertools import product
 from .capabilities import Capabilities
 from .job import TrainingJob
 from .layout import Layout
-from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, missing_features
-
-_OFF = {"sequence_parallel": False, "zero": 0}
+from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, missing_features, recompute_modes
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,11 @@ class LayoutGroup:
     base: Layout
     pipelines: tuple[tuple[str, int], ...]
     states: tuple[tuple[int, int, int, int], ...]
+
+    def by_pipeline(self) -> Iterator[LayoutGroup]:
+        """The same layouts, a group for each schedule and number of chunks."""
+        for pipeline in self.pipelines:
+            yield replace(self, pipelines=(pipeline,))
 
     def __len__(self) -> int:
         return len(self.pipelines) * len(self.states)
@@ -78,9 +81,7 @@ class _Space:
 
     def _held(self, key: str, value: object) -> bool:
         """Whether the job's pins and bans allow the value."""
-        if key in self._job.pins and self._job.pins[key] != value:
-            return False
-        return key not in self._job.bans or value == _OFF.get(key, 1)
+        return self._job.allows(key, value)
 
     def degrees(self) -> Iterator[Layout]:
         """Degrees, micro batch and sequence parallelism, each with the rules of degrees held."""
@@ -119,7 +120,8 @@ class _Space:
                     layout = replace(base, schedule=schedule, virtual_stages=chunks)
                     if not self._held("schedule", schedule) or not self._held("virtual_stages", chunks):
                         continue
-                    if layout.stages <= layers + 2 and KNOB_RULES[0](layout, self._context) is None:
+                    legal = layout.stages <= layers + 2 and KNOB_RULES[0](layout, self._context) is None
+                    if legal and recompute_modes(layout, self._context):
                         found.append((schedule, chunks))
             self._pipelines[key] = tuple(found)
         return self._pipelines[key]
@@ -151,4 +153,3 @@ class _Space:
             return [(1, 1)]
         grids = product(divisors(experts.number), sorted({1, base.tp}))
         return [(ep, etp) for ep, etp in grids if self._held("ep", ep) and self._held("etp", etp)]
-

@@ -21,10 +21,14 @@ from .data_parallel_cost import DataParallelModel
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
-from .memory_cost import MemoryBytes, MemoryModel
+from .memory_cost import MemoryBytes, MemoryModel, PartMemory
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, in_flight
+from .schedule import BLOCKING, SPLIT_BACKWARD, in_flight
 from .space import LayoutGroup
+
+# Segments, embedding and head with their bytes, and what a microbatch costs besides.
+_Parts = tuple[tuple[SegmentCosts, ...], tuple[PartSeconds, PartMemory], tuple[PartSeconds, PartMemory], ComputeCost]
+_MOST_PARTS = 256
 
 
 class CostModel:
@@ -46,76 +50,87 @@ class CostModel:
         self._axes = AxisModel(model, hardware, self._comm, job, software)
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
         self._memory = MemoryModel(model, hardware, job, software)
+        self._part_cache: dict[Layout, _Parts] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
     def price(self, layout: Layout) -> LayoutCosts:
         """Every number of the layout."""
-        microbatches, memory = layout.microbatches(self._job.global_batch), self._memory
-        pace = self._pace(layout, microbatches)
-        compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
-        overhead = self._compute.microbatch() * pace
-        first, last = self._model.end_tensors
-        send = self._send(layout)
+        microbatches = layout.microbatches(self._job.global_batch)
+        segments, embedding, head, overhead = self._parts(layout, microbatches)
+        send, software = self._send(layout), self._software
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
-        software = self._software
         alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
         waits = 0.0 if alone else send
-        layers = {
-            kind: (self._layer(layout, compute[kind], kind, microbatches), memory.block(layout, kind))
-            for kind in {segment.kind for segment in self._model.segments}
-        }
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
-            segments=tuple(
-                SegmentCosts(segment.kind, segment.count, *layers[segment.kind]) for segment in self._model.segments
-            ),
-            embedding=self._part(
-                layout,
-                compute["embedding"],
-                {"tp": self._axes.embedding_tp(layout)},
-                (memory.embedding_parameters(layout), 0.0),
-                microbatches,
-                first,
-                root=True,
-            ),
-            head=self._part(
-                layout,
-                compute["head"],
-                {"tp": self._axes.head_tp(layout)},
-                (memory.head_parameters(layout), 0.0),
-                microbatches,
-                last,
-                root=True,
-            ),
+            segments=segments,
+            embedding=embedding[0],
+            head=head[0],
             microbatch=PartSeconds(
                 Seconds(overhead.forward.total, pp=waits), Seconds(overhead.backward.total, pp=waits)
             ),
             send_seconds=send,
             step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
-            embedding_memory=memory.embedding(layout),
-            head_memory=memory.head(layout),
+            embedding_memory=embedding[1],
+            head_memory=head[1],
             fixed_memory=self._fixed_memory(layout, microbatches),
             in_flight=in_flight(layout.pipeline(microbatches)),
             allocator_slack=self._hardware.allocator_slack,
         )
 
+    def _parts(self, layout: Layout, microbatches: int) -> _Parts:
+        """What does not depend on the order in which the pipeline works: layouts that differ in that alone share it."""
+        key = replace(layout, schedule="1f1b", virtual_stages=1)
+        if key not in self._part_cache:
+            if len(self._part_cache) >= _MOST_PARTS:
+                self._part_cache.clear()
+            self._part_cache[key] = self._price_parts(layout, microbatches)
+        return self._part_cache[key]
+
+    def _price_parts(self, layout: Layout, microbatches: int) -> _Parts:
+        memory, pace = self._memory, self._pace(layout, microbatches)
+        compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
+        layers = {
+            kind: (self._layer(layout, compute[kind], kind, microbatches), memory.block(layout, kind))
+            for kind in {segment.kind for segment in self._model.segments}
+        }
+        segments = tuple(SegmentCosts(s.kind, s.count, *layers[s.kind]) for s in self._model.segments)
+        (first, last), axes = self._model.end_tensors, self._axes
+        embedded, headed = (memory.embedding_parameters(layout), 0.0), (memory.head_parameters(layout), 0.0)
+        embedding = self._part(
+            layout, compute["embedding"], {"tp": axes.embedding_tp(layout)}, embedded, microbatches, first, root=True
+        )
+        head = self._part(layout, compute["head"], {"tp": axes.head_tp(layout)}, headed, microbatches, last, root=True)
+        overhead = self._compute.microbatch() * pace
+        return segments, (embedding, memory.embedding(layout)), (head, memory.head(layout)), overhead
+
     def least_work(self, group: LayoutGroup) -> float:
-        """Seconds that no layout of the group is below: all its microbatches' work shared evenly by the stages."""
+        """Seconds that no layout of the group is below, its compute and what its layers send alone.
+
+        All microbatches' work shared evenly by the stages, or one microbatch through all stages one after the other
+        and on some stage the backwards of all others (`bounds._one_stage`).
+        """
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
-        least = float("inf")
+        split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
+        stages = layout.pp * max(chunks for _, chunks in group.pipelines)
+        pace, least = self._pace(layout, microbatches), float("inf")
         for ep, etp in {(state[2], state[3]) for state in group.states}:
             candidate = replace(layout, ep=ep, etp=etp)
-            compute, work = self._part_compute(candidate), 0.0
-            for segment in self._model.segments:
-                cost = compute[segment.kind]
-                passes = self._axis_passes(candidate, cost, segment.kind).values()
-                sent = sum(p.forward + p.backward for p in passes)
-                work += segment.count * (cost.forward.total + cost.backward.total + sent)
-            work += sum(compute[end].forward.total + compute[end].backward.total for end in ("embedding", "head"))
-            least = min(least, work)
-        return microbatches * least / layout.pp
+            compute = {name: cost * pace for name, cost in self._part_compute(candidate).items()}
+            forward = backward = weight = 0.0
+            parts = [(segment.kind, segment.count) for segment in self._model.segments]
+            for kind, number in [*parts, ("embedding", 1), ("head", 1)]:
+                cost = compute[kind]
+                passes = self._axis_passes(candidate, cost, kind).values() if kind not in ("embedding", "head") else ()
+                forward += number * (cost.forward.total + sum(p.forward for p in passes))
+                backward += number * (cost.backward.total + sum(p.backward for p in passes))
+                weight += number * cost.backward_weight.total
+            shared = microbatches * (forward + backward) / layout.pp
+            in_chain = backward - weight if split else backward
+            least = min(least, max(shared, forward + in_chain + (microbatches - 1) * in_chain / stages))
+        return least
 
     # ---- compute ---------------------------------------------------------------------------------------
 
@@ -177,15 +192,11 @@ class CostModel:
         if not self._software.adds_first_gradient:
             accumulate *= (microbatches - 1) / microbatches
         kept = dense / layout.shards + expert / layout.expert_shards
-        dp = self._dp.price(
-            layout,
-            dense,
-            expert,
-            compute.forward.total,
-            compute.backward.total + accumulate,
-            tensors=self._software.joined_tensors(tensors, root),
-            root=root,
-        )
+        # dp's collectives hide behind all that a pass lasts, what the other axes send included.
+        forward = compute.forward.total + sum(sent("forward").values())
+        backward = compute.backward.total + accumulate + sum(sent("backward").values())
+        number = self._software.joined_tensors(tensors, root)
+        dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root)
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
             backward_input=Seconds(compute.backward_input.total, **sent("backward")) + dp.backward,

@@ -47,6 +47,14 @@ BAD_INPUT = {
     "batch not divisible": ([*ESTIMATE, "--layout", "micro_batch=3"], ["64 is not a multiple of micro_batch·dp"]),
     "layout key twice": ([*ESTIMATE, "--layout", "tp=2,tp=4"], ["tp is given twice"]),
     "zero 2 in a pipeline": ([*ESTIMATE, "--layout", "pp=2,zero=2"], ["zero 2 is zero 1 there"]),
+    "a range the wrong way round": ([*PLAN, "--pin", "tp=4..2"], ["LEAST..MOST", "4..2"]),
+    "a range from nothing": ([*PLAN, "--pin", "tp=0..2"], ["a whole number >= 1"]),
+    "one of several that is no schedule": ([*PLAN, "--pin", "schedule=1f1b|1f2b"], ["1f2b", "is '1f1b' meant?"]),
+    "contradicting ranges": ([*PLAN, "--pin", "tp=2|4", "--pin", "tp=4..8"], ["pinned twice", "2|4 and 4..8"]),
+    "a front of what": ([*PLAN, "--pareto", "time"], ["devices or memory", "time"]),
+    "a front into a file": ([*PLAN, "--pareto", "memory", "-o", "p.yaml"], ["--pareto and -o do not go together"]),
+    "imbalance below even": ([*PLAN, "--expert-imbalance", "0.5"], ["--expert-imbalance"]),
+    "explain no such plan": (["explain", "/nowhere/plan.yaml"], ["/nowhere/plan.yaml", "no such file"]),
     "no such plan": (["train", "/nowhere/plan.yaml"], ["/nowhere/plan.yaml", "no such file"]),
     "resume without a run": (["train", "--resume"], ["--run-dir"]),
     "show and quick": (["profile", "--show", "h100-sxm-80gb", "--quick"], ["--show and --quick do not go together"]),
@@ -319,3 +327,75 @@ def test_validate_names_what_it_cannot_read(
         code, out, err = run(capsys, monkeypatch, "validate", str(path))
         assert (code, out) == (2, "")
         assert all(text in " ".join(err.split()) for text in texts), err
+
+
+# ---- the answers ------------------------------------------------------------------------------------------------
+
+
+def test_explain_and_against_answer_in_words_and_in_json(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = run(capsys, monkeypatch, "explain", str(plan_file))
+    assert (code, err) == (0, "")
+    for words in ("what binds", "the best otherwise, and why it loses", "what would help, solved anew"):
+        assert words in out
+    code, out, _ = run(capsys, monkeypatch, "explain", str(plan_file), "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) == {"layout", "prediction", "stated_seconds", "binds", "runners_up", "helps", "faster"}
+    assert document["helps"][0]["gain"] >= document["helps"][-1]["gain"]
+    code, out, _ = run(capsys, monkeypatch, "explain", str(plan_file), "--against", "tp=2,pp=4", "--json")
+    against = json.loads(out)["against"]
+    assert code == 0
+    assert (against["layout"]["tp"], against["layout"]["pp"]) == (2, 4)
+    code, out, _ = run(capsys, monkeypatch, "explain", str(plan_file), "--against", "tp=8")
+    assert code == 0
+    assert "tp=8 does not divide 12 attention heads" in out
+
+
+def test_a_front_is_one_document(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = run(capsys, monkeypatch, *PLAN, "--pareto", "devices", "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert (document["pareto"], document["ended"]) == ("devices", None)
+    assert [point["devices"] for point in document["points"]] == [8, 4, 2, 1]
+
+
+def test_ranges_of_pins_are_kept_in_the_plan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.yaml"
+    pins = ("--pin", "pp=2|4", "--pin", "micro_batch=1..2")
+    code, out, _ = run(capsys, monkeypatch, *PLAN, *pins, "--expert-imbalance", "1.5", "-o", str(path), "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["job"]["pins"] == {"pp": [2, 4], "micro_batch": "1..2"}
+    assert document["job"]["expert_imbalance"] == 1.5
+    assert document["layout"]["pp"] in (2, 4)
+    from planner.plan import load
+
+    assert load(path).job.pins == {"pp": (2, 4), "micro_batch": range(1, 3)}
+    assert load(path).to_dict() == document
+
+
+def test_a_price_is_said_and_what_does_not_fit_has_remedies(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = run(capsys, monkeypatch, *PLAN, "--price", "2.5", "--top", "3")
+    assert "per billion tokens at $2.5 a GPU-hour" in out
+    assert "than the default a person would write" in out
+    assert "differs in" in out
+    assert len(out.splitlines()) <= 45
+    code, out, _ = run(capsys, monkeypatch, *PLAN, "--memory-limit", "1GiB", "--json")
+    assert code == 1
+    assert {"change", "layout", "step_seconds", "seconds_per_token"} <= set(json.loads(out)["error"]["remedies"][0])
+
+
+def test_allow_idle_never_makes_a_plan_slower(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    for extra in ((), ("--allow-idle",)):
+        _, out, _ = run(capsys, monkeypatch, *PLAN, *extra, "--json")
+        steps.append(json.loads(out)["prediction"]["step_seconds"])
+    assert steps[1] <= steps[0]

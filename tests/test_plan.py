@@ -386,7 +386,15 @@ OPTIONAL = {
     - {"name", "layers", "hidden_size", "ffn_hidden_size", "heads", "vocab_size", "max_positions"},
     "cluster": {"nodes"},
     "cluster.links[0]": {"source", "fixed_latency_seconds", "operations", "shared"},
-    "job": {"optimizer", "target", "memory_limit_bytes", "pins", "bans"},
+    "job": {
+        "optimizer",
+        "target",
+        "memory_limit_bytes",
+        "pins",
+        "bans",
+        "expert_imbalance",
+        "expert_capacity",
+    },
     "": {"alternatives", "schema"},
 }
 

@@ -174,6 +174,9 @@ def test_a_simulation_does_not_depend_on_those_before() -> None:
     again = cache.graph(Pipeline("1f1b", 4, 1, 8))
     assert again is not first
     assert (again.waits, again.costs, again.ends) == (first.waits, first.costs, first.ends)
+    other = cache.graph(Pipeline("gpipe", 4, 1, 8))
+    assert cache.graph(Pipeline("1f1b", 4, 1, 8)) is again
+    assert cache.graph(Pipeline("gpipe", 4, 1, 8)) is other
 
 
 # ---- known paths -----------------------------------------------------------------------------------------

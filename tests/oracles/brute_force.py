@@ -47,7 +47,8 @@ def all_layouts(question: Question) -> list[Layout]:
     for layout in _degrees(question):
         for knobs in product(_pipelines(layout, question), _states(layout, question), _expert_grids(layout, question)):
             tried = Layout(**(vars(layout) | knobs[0] | knobs[1] | knobs[2]))
-            if _as_pinned(tried, question.job.pins, question.job.bans) and not violations(tried, question.rules):
+            pinned = _as_pinned(tried, question.job.pins, question.job.bans) and modes_of(tried, question)
+            if pinned and not violations(tried, question.rules):
                 legal.append(tried)
     return legal
 
@@ -89,17 +90,20 @@ def _expert_grids(layout: Layout, question: Question) -> list[dict[str, Any]]:
 
 
 def _as_pinned(layout: Layout, pins: Mapping[str, Any], bans: tuple[str, ...]) -> bool:
-    kept = all(value == vars(layout)[key] for key, value in pins.items() if key != "recompute")
-    return kept and not any(
-        vars(layout)[key] > (key not in ("zero", "sequence_parallel")) for key in bans if key != "recompute"
-    )
+    kept = all(_in_pin(pin, vars(layout)[key]) for key, pin in pins.items() if key != "recompute")
+    plain = {"zero": 0, "sequence_parallel": False, "cp_style": "none"}
+    return kept and all(vars(layout)[key] == plain.get(key, 1) for key in bans if key != "recompute")
+
+
+def _in_pin(pin: Any, value: Any) -> bool:
+    return value in pin if isinstance(pin, (tuple, range)) else value == pin
 
 
 def modes_of(layout: Layout, question: Question) -> tuple[str, ...]:
     """The recompute modes that target, schedule and pin allow."""
-    pin = "none" if "recompute" in question.job.bans else question.job.pins.get("recompute")
+    pin = "none" if "recompute" in question.job.bans else question.job.pins.get("recompute", RECOMPUTE_MODES)
     legal = [mode for mode in RECOMPUTE_MODES if why_no_recompute(mode, layout, question.rules) is None]
-    return tuple(mode for mode in legal if pin in (None, mode))
+    return tuple(mode for mode in legal if _in_pin(pin, mode))
 
 
 # ---- assignments -----------------------------------------------------------------------------------------

@@ -1,0 +1,271 @@
+"""Why this plan: what binds, runners-up against brute force, what helps against searches of its own, --against."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from planner.comm_cost import Group
+from planner.errors import InfeasibleError
+from planner.explain import compare, explain, tightest_link
+from planner.explain_report import against_report, explain_report, parts_text
+from planner.layout import Layout
+from planner.question import Question
+from planner.search import search
+from planner.sensitivity import faster_compute, relaxed_questions, wider_link, wider_points
+from profiles.input_error import InputError
+from profiles.points import CollectivePoint
+from tests.oracles.brute_force import candidates, fastest
+from tests.oracles.small_world import small_cluster, small_hardware, small_question
+from tests.test_answers import TWO_NODES, text
+
+PLAN = search(TWO_NODES)
+FOUND = explain(TWO_NODES, PLAN)
+
+
+# ---- what binds -------------------------------------------------------------------------------------------
+
+
+def test_the_fullest_rank_and_its_bytes() -> None:
+    totals = [sum(items.values()) for items in PLAN.prediction.memory_bytes]
+    assert FOUND.binding.memory_bytes == max(totals) == totals[FOUND.binding.memory_rank]
+    assert FOUND.binding.limit_bytes == 5.2e5
+
+
+@pytest.mark.parametrize(
+    ("layout", "link", "parts"),
+    [
+        (Layout(tp=2, dp=2), "node", {"tp", "dp_exposed"}),  # a ring over nodes leaves each by its own link
+        (Layout(dp=4, dp_shard=4, zero=3), "network", {"dp_exposed"}),
+        (Layout(tp=4), "network", {"tp"}),
+        (Layout(pp=4), "network", {"pp"}),
+    ],
+)
+def test_the_link_with_the_most_exposed_seconds(layout: Layout, link: str, parts: set[str]) -> None:
+    pins = {key: value for key, value in vars(layout).items() if key not in ("micro_batch", "schedule")}
+    across = (1e12, 0.0) if link == "node" else (1e5, 1e-3)
+    cluster = small_cluster(4, 2, inside=(1e5, 1e-3) if link == "node" else (1e12, 0.0), across=across)
+    question = small_question(cluster=cluster, pins=pins)
+    binding = explain(question, search(question)).binding
+    assert binding.link == link
+    assert set(binding.link_parts) == parts
+    assert binding.link_seconds == sum(binding.link_parts.values()) > 0
+
+
+def test_a_link_is_blamed_only_where_it_is_the_tightest() -> None:
+    """Over 2 nodes of 2, each node's two devices lend their share of the network: twice its bandwidth."""
+    group = Group(4, 1)
+    for across, tier in ((0.4e9, "network"), (0.6e9, "node")):
+        cluster = small_cluster(4, 2, inside=(1e9, 0.0), across=(across, 0.0))
+        assert tightest_link(cluster, "all_reduce", group).tier == tier
+        assert tightest_link(cluster, "all_reduce", Group(2, 2)).tier == "network"
+        assert tightest_link(cluster, "send_recv", group).tier == "network"
+        assert tightest_link(cluster, "all_reduce", Group(2, 1)).tier == "node"
+
+
+# ---- runners-up -------------------------------------------------------------------------------------------
+
+
+def test_each_runner_up_is_the_best_layout_that_differs_there() -> None:
+    best = {layout: fastest(tried, 5.2e5) for layout, tried in candidates(TWO_NODES).items()}
+    checked = 0
+    for rival in FOUND.rivals:
+        axis, differs, _ = rival.condition.partition(" ≠ ")
+        if not differs:
+            continue
+        others = [c for layout, c in best.items() if c and vars(layout)[axis] != vars(PLAN.layout)[axis]]
+        assert rival.step_seconds == pytest.approx(min(c.step_seconds for c in others), rel=1e-6)
+        checked += 1
+    assert checked == 5  # tp, pp, dp, zero, micro_batch
+
+
+def test_the_runner_up_in_recomputation() -> None:
+    assert any(stage.recompute_full for stage in PLAN.stages)
+    (rival,) = [rival for rival in FOUND.rivals if rival.condition == "no recompute"]
+    without = search(replace(TWO_NODES, job=replace(TWO_NODES.job, bans=("recompute",))))
+    assert rival.step_seconds == pytest.approx(without.prediction.step_seconds)
+
+
+def test_the_parts_sum_to_what_a_runner_up_loses() -> None:
+    for rival in FOUND.rivals:
+        assert rival.step_seconds is not None
+        lost = rival.step_seconds - FOUND.prediction.step_seconds
+        assert sum(rival.more_seconds.values()) == pytest.approx(lost, abs=1e-9)
+        assert lost >= -1e-9
+
+
+def test_what_costs_is_told_before_what_it_saves_and_trifles_are_not() -> None:
+    parts = {"bubble": 0.2, "dp_exposed": -0.5, "tp": 0.3, "pp": 1e-5, "cp": 0.0}
+    assert parts_text(parts, 1.0) == "+300 ms tp, +200 ms bubble, −500 ms dp exposed"
+    assert parts_text({"tp": 1e-6}, 1.0) == "next to nothing"
+
+
+def test_an_axis_that_is_pinned_has_no_runner_up_and_one_that_cannot_be_says_why() -> None:
+    question = small_question(devices=4, pins={"tp": 1, "zero": (0, 1)})
+    conditions = [rival.condition for rival in explain(question, search(question)).rivals]
+    assert not any(condition.startswith("tp") for condition in conditions)
+    tight = small_question(devices=4, memory_limit_bytes=2.4e5)
+    plan = search(tight)
+    (rival,) = [rival for rival in explain(tight, plan).rivals if rival.condition == "no recompute"]
+    assert rival.layout is None
+    assert "without recomputation, stage" in rival.reasons[0]
+
+
+# ---- what would help -----------------------------------------------------------------------------------------
+
+
+def test_each_help_is_a_search_of_the_changed_question() -> None:
+    changed = dict(relaxed_questions(TWO_NODES))
+    assert {each.change for each in FOUND.helps} == set(changed)
+    assert len(changed) == 5
+    for each in FOUND.helps:
+        seconds = search(changed[each.change]).prediction.step_seconds
+        assert each.step_seconds == pytest.approx(seconds, rel=1e-6)
+        tokens = changed[each.change].job.tokens
+        assert each.gain == pytest.approx(FOUND.prediction.step_seconds / 128 * tokens / seconds - 1)
+        assert each.gain >= -1e-9
+    gains = {each.change: each.gain for each in FOUND.helps}
+    assert gains["device memory +10%"] > 0.01  # it recomputes to fit
+    assert gains["compute +10%"] > 0.01
+
+
+def test_what_is_relaxed() -> None:
+    hardware = small_hardware(corrections={"gemm": 1.5})
+    faster = faster_compute(hardware)
+    assert faster.corrections == pytest.approx({"gemm": 1.5 / 1.1, "attention": 1 / 1.1})
+    cluster = small_cluster(4, 2)
+    wider = wider_link(cluster, 1)
+    assert wider.links[0] == cluster.links[0]
+    assert wider.links[1].bandwidth_bytes_per_second == pytest.approx(1.1e8)
+    assert wider.links[1].latency_seconds == cluster.links[1].latency_seconds
+    changed = dict(
+        relaxed_questions(Question(PLAN.model, cluster, hardware, replace(PLAN.job, memory_limit_bytes=None)))
+    )
+    assert changed["device memory +10%"].limit_bytes == pytest.approx(1.1e9)
+    assert changed["global batch 16"].job.global_batch == 16
+
+
+def test_measured_collectives_of_a_wider_link_keep_their_latency() -> None:
+    def points(ranks: int, stride: int) -> tuple[CollectivePoint, ...]:
+        of = {"operation": "all_reduce", "ranks": ranks, "stride": stride}
+        return (CollectivePoint(**of, bytes=1024, seconds=1e-3), CollectivePoint(**of, bytes=1 << 20, seconds=12e-3))
+
+    hardware = small_hardware(collectives=(*points(2, 1), *points(2, 2)))
+    found = wider_points(hardware, small_cluster(4, 2), 1).collectives
+    assert found[:2] == points(2, 1)  # inside a node
+    assert [point.seconds for point in found[2:]] == pytest.approx([1e-3, 11e-3])
+
+
+# ---- beside another layout ----------------------------------------------------------------------------------------
+
+
+def test_against_is_the_best_with_those_settings() -> None:
+    prediction, rival = compare(TWO_NODES, PLAN, "tp=2,pp=2")
+    wanted = search(replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"tp": 2, "pp": 2})))
+    assert rival.layout == wanted.layout
+    assert rival.step_seconds == wanted.prediction.step_seconds
+    assert prediction.step_seconds == PLAN.prediction.step_seconds
+
+
+def test_against_what_a_rule_or_the_bytes_forbid() -> None:
+    _, rival = compare(TWO_NODES, PLAN, "tp=3")
+    assert rival.layout is None
+    assert rival.reasons == ("tp·cp·pp = 3 does not divide 4 devices", "pinned: tp=3")
+    _, rival = compare(TWO_NODES, PLAN, "zero=2,pp=2")
+    assert any("zero 2 is zero 1 there" in reason for reason in rival.reasons)
+    _, rival = compare(TWO_NODES, PLAN, "dp=4,zero=0,recompute=none")
+    assert "without recomputation, stage 0 misses 0.484 MiB of 0.496 MiB per device" in rival.reasons[0]
+    shown = text(against_report(PLAN, PLAN.prediction, rival))
+    assert shown.startswith("dp=4,zero=0,recompute=none cannot be\n")
+
+
+def test_against_overrides_the_jobs_own_pins_and_refuses_words() -> None:
+    pinned = replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"tp": 2}, bans=("pp",)))
+    _, rival = compare(pinned, search(pinned), "tp=1,pp=2")
+    assert rival.layout is not None
+    assert (rival.layout.tp, rival.layout.pp) == (1, 2)
+    for wrong in ("", "tpp=2", "tp"):
+        with pytest.raises(InputError) as caught:
+            compare(TWO_NODES, PLAN, wrong)
+        assert caught.value.where == "--against"
+
+
+# ---- plans that are not the best ------------------------------------------------------------------------------
+
+
+def test_a_plan_that_is_beaten_says_by_what() -> None:
+    slower = search(replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"pp": 4})))
+    edited = replace(slower, job=TWO_NODES.job)
+    found = explain(TWO_NODES, edited)
+    assert found.faster is not None
+    assert found.faster.layout == PLAN.layout
+    assert "another layout is " in text(explain_report(found))
+    assert FOUND.faster is None
+
+
+def test_a_profile_that_has_changed_is_said() -> None:
+    stale = replace(PLAN, prediction=replace(PLAN.prediction, step_seconds=2 * PLAN.prediction.step_seconds))
+    found = explain(TWO_NODES, stale)
+    assert found.prediction.step_seconds == PLAN.prediction.step_seconds
+    assert "the file says 18.1 ms" in text(explain_report(found))
+    nowhere = replace(TWO_NODES, job=replace(TWO_NODES.job, memory_limit_bytes=1e4))
+    with pytest.raises(InfeasibleError):
+        explain(nowhere, PLAN)
+
+
+# ---- text -----------------------------------------------------------------------------------------------------
+
+GOLDEN_EXPLAIN = """
+tp2·sp dp2 zero2 mb4, step 9.03 ms, tiny-llama on 4 × small
+
+what binds
+memory  rank 0 holds 0.5 MiB, 95.4% of the limit (0.0 MiB free): activations 0.1 MiB, transient 0.1 MiB, optimizer 0.1
+MiB
+        and recomputing to fit takes 1.2 ms, 13.3% of the step
+links   network carries the most exposed seconds: 0.958 ms, 10.6% of the step (dp exposed 0.958 ms)
+bubble  none
+
+the best otherwise, and why it loses
+if                                  step  slower by  layout                because of
+zero ≠ 2                         9.26 ms      2.56%  tp2 dp2 zero3 mb4     +0.237 ms dp exposed, +0.0285 ms compute,
+                                                                           +0.0082 ms recompute, −0.0423 ms tp
+pp ≠ 1, dp ≠ 2, micro_batch ≠ 4  10.1 ms     11.82%  tp2·sp pp2 mb8 gpipe  +2.18 ms bubble, +0.364 ms pp, −0.958 ms dp
+                                                                           exposed, −0.518 ms compute
+tp ≠ 2                           10.3 ms     14.00%  dp4 zero2 mb2         +1.68 ms dp exposed, +0.519 ms recompute,
+                                                                           −0.695 ms tp, −0.244 ms compute
+no recompute                     10.4 ms     15.05%  tp2·sp pp2 mb4 1f1b   +2.93 ms bubble, +0.423 ms pp, −1.2 ms
+                                                                           recompute, −0.958 ms dp exposed
+
+what would help, solved anew
+change                     step  more tokens/s  layout then
+global batch 16         15.7 ms        +15.21%  tp2·sp pp2 mb8 1f1b (pp=2 dp=1 zero=0 micro_batch=8)
+compute +10%            8.44 ms         +6.97%  the same
+device memory +10%      8.58 ms         +5.17%  the same
+network bandwidth +10%     9 ms         +0.31%  the same
+node bandwidth +10%     9.01 ms         +0.19%  the same
+"""
+
+
+def test_the_report_of_an_explanation() -> None:
+    assert text(explain_report(FOUND)) == GOLDEN_EXPLAIN.strip("\n")
+
+
+GOLDEN_AGAINST = """
+tp2·sp dp2 zero2 mb4 beside the best with tp=2,pp=2: tp2·sp pp2 mb8 gpipe
+differs in pp=2 dp=1 zero=0 micro_batch=8 schedule=gpipe
+part             plan  tp=2,pp=2  difference  of the step
+compute       5.53 ms    5.01 ms   −0.518 ms        -5.7%
+recompute      1.2 ms    1.25 ms  +0.0411 ms        +0.5%
+tp           0.695 ms   0.637 ms  −0.0584 ms        -0.6%
+pp               0 ms   0.364 ms   +0.364 ms        +4.0%
+bubble           0 ms    2.18 ms    +2.18 ms       +24.1%
+dp exposed   0.958 ms       0 ms   −0.958 ms       -10.6%
+optimizer    0.642 ms    0.66 ms  +0.0178 ms        +0.2%
+step          9.03 ms    10.1 ms    +1.07 ms       +11.8%
+peak memory   0.5 MiB    0.5 MiB
+"""
+
+
+def test_the_report_of_a_comparison() -> None:
+    assert text(against_report(PLAN, *compare(TWO_NODES, PLAN, "tp=2,pp=2"))) == GOLDEN_AGAINST.strip("\n")
