@@ -188,12 +188,15 @@ class CostModel:
             return {axis: getattr(passes, way) for axis, passes in axes.items()}
 
         dense, expert = parameters
-        accumulate = self._compute.accumulate_seconds(dense + expert) * (microbatches - 1) / microbatches
+        accumulate = self._compute.accumulate_seconds(dense + expert)
+        if not self._software.adds_first_gradient:
+            accumulate *= (microbatches - 1) / microbatches
         kept = dense / layout.shards + expert / layout.expert_shards
         # dp's collectives hide behind all that a pass lasts, what the other axes send included.
         forward = compute.forward.total + sum(sent("forward").values())
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
-        dp = self._dp.price(layout, dense, expert, forward, backward, root=root)
+        number = self._software.joined_tensors(tensors, root)
+        dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root)
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
             backward_input=Seconds(compute.backward_input.total, **sent("backward")) + dp.backward,

@@ -38,6 +38,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "loss_metrics": None,
     "fp8_scaling": ("delayed", "dynamic"),
     "elementwise": ("scalar", "vectorized"),
+    "shards": ("of_tensors", "of_buckets"),
 }
 # Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
 _FALLBACK_FAMILY = "megatron"
@@ -63,7 +64,8 @@ class Software:
     head. `selective` recomputation runs the core attention again, or all but the products and the attention, or
     but every second product. `loss_metrics`: cross-entropy and perplexity are taken of the logits besides the loss.
     `fp8_scaling` "dynamic" looks for the largest element of a tensor before it casts it.
-    `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes.
+    `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes. `shards` of a
+    distributed optimizer are cut out of each tensor, each with a collective of its own, or of the joined buckets.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Software:
     loss_metrics: bool
     fp8_scaling: str
     elementwise: str
+    shards: str
     reasons: dict[str, str]
 
     # What follows from the family: how PyTorch's own parts and Megatron's differ.
@@ -108,6 +111,15 @@ class Software:
     def separate_projections(self) -> bool:
         """Queries, keys and values, and the gate, have weights of their own; else they are one matrix."""
         return self.on_torch_pipeline
+
+    def joined_tensors(self, tensors: int, root: bool) -> int:
+        """Parameter tensors of a layer that has so many with all weights apart (`root`: of embedding or head)."""
+        return tensors if root or self.separate_projections else max(1, tensors - 3)
+
+    @property
+    def adds_first_gradient(self) -> bool:
+        """16-bit gradients are added to fp32 buffers from the first microbatch on; else the first is left as it is."""
+        return self.gradients == "fp32" and not self.on_fsdp
 
     @property
     def tp_backward_overlap(self) -> bool:
