@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,9 +36,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # DTensor unfolds first; its plain ops come back here
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(
-            args[0], torch._subclasses.fake_tensor.FakeTensor
-        ):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._number_read if args[0].dtype.is_floating_point else int(self._number_read)
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
