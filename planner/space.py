@@ -27,6 +27,12 @@ class LayoutGroup:
     pipelines: tuple[tuple[str, int], ...]
     states: tuple[tuple[int, int, int, int], ...]
 
+    def by_state(self) -> Iterator[LayoutGroup]:
+        """The same layouts, a group for each way to shard the state and lay out the experts."""
+        for state in self.states:
+            zero, shard, ep, etp = state
+            yield replace(self, base=replace(self.base, zero=zero, dp_shard=shard, ep=ep, etp=etp), states=(state,))
+
     def by_pipeline(self) -> Iterator[LayoutGroup]:
         """The same layouts, a group for each schedule and number of chunks."""
         for pipeline in self.pipelines:

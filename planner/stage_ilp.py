@@ -79,7 +79,7 @@ class _Program:
 
     def __post_init__(self) -> None:
         stages, segments = range(self.costs.layout.stages), self.costs.segments
-        most = self._most_layers()
+        most = self._most = self._most_layers()
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
         new = self.problem.add_variable
         self.n = {
@@ -157,7 +157,7 @@ class _Program:
                         continue
                     u = self.problem.add_variable(f"u_{q}_{k}_{r}", cat=pulp.LpBinary)
                     held = [self.n[s, k, r] for s in self.costs.layout.stages_of(q)]
-                    most = min(segment.layers, sum(n.upBound for n in held))
+                    most = min(segment.layers, self._most[k] * len(held))
                     self.problem += pulp.lpSum(held) <= most * u, f"used_{q}_{k}_{r}"
                     self.problem += y[q] >= (slack * transient / self.limit_bytes) * u, f"transient_{q}_{k}_{r}"
         return y

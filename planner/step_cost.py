@@ -51,6 +51,7 @@ class CostModel:
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
         self._memory = MemoryModel(model, hardware, job, software)
         self._part_cache: dict[Layout, _Parts] = {}
+        self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
     def price(self, layout: Layout) -> LayoutCosts:
@@ -109,28 +110,52 @@ class CostModel:
         """Seconds that no layout of the group is below, its compute and what its layers send alone.
 
         All microbatches' work shared evenly by the stages, or one microbatch through all stages one after the other
-        and on some stage the backwards of all others (`bounds._one_stage`).
+        and on some stage the backwards of all others (`bounds._one_stage`). Of several expert grids the one with the
+        fewest experts a rank computes least, since it multiplies most rows at once; what ep sends is left out then.
         """
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
+        grids = {(state[2], state[3]) for state in group.states}
+        widest = max(ep for ep, _ in grids)
         pace, least = self._pace(layout, microbatches), float("inf")
-        for ep, etp in {(state[2], state[3]) for state in group.states}:
-            candidate = replace(layout, ep=ep, etp=etp)
-            compute = {name: cost * pace for name, cost in self._part_compute(candidate).items()}
-            forward = backward = weight = 0.0
-            parts = [(segment.kind, segment.count) for segment in self._model.segments]
-            for kind, number in [*parts, ("embedding", 1), ("head", 1)]:
-                cost = compute[kind]
-                passes = self._axis_passes(candidate, cost, kind).values() if kind not in ("embedding", "head") else ()
-                forward += number * (cost.forward.total + sum(p.forward for p in passes))
-                backward += number * (cost.backward.total + sum(p.backward for p in passes))
-                weight += number * cost.backward_weight.total
+        for ep, etp in grids if len(grids) == 1 else {(widest, etp) for _, etp in grids}:
+            forward, backward, weight = self._once(replace(layout, ep=ep, etp=etp), pace, len(grids) == 1)
             shared = microbatches * (forward + backward) / layout.pp
             in_chain = backward - weight if split else backward
             least = min(least, max(shared, forward + in_chain + (microbatches - 1) * in_chain / stages))
         return least
+
+    def _once(self, layout: Layout, pace: float, with_ep: bool) -> tuple[float, float, float]:
+        """One microbatch through the whole model: (forward, whole backward, of that the weights')."""
+        # No stride among what is sent here depends on pp, dp or the state but those of ep.
+        key = (
+            *(layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
+            *(layout.ep, layout.etp, pace, with_ep),
+        )
+        if key not in self._once_cache:
+            compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
+            forward = backward = weight = 0.0
+            for kind, number in [*((s.kind, s.count) for s in self._model.segments), ("embedding", 1), ("head", 1)]:
+                cost = compute[kind]
+                passes: dict[str, Passes] = {}
+                if kind not in ("embedding", "head"):
+                    passes = self._axis_passes(layout, cost, kind)
+                    if not with_ep:
+                        passes.pop("ep", None)
+                forward += number * (cost.forward.total + sum(p.forward for p in passes.values()))
+                backward += number * (cost.backward.total + sum(p.backward for p in passes.values()))
+                weight += number * cost.backward_weight.total
+            self._once_cache[key] = (forward, backward, weight)
+        return self._once_cache[key]
+
+    def least_state_bytes(self, layout: Layout) -> float:
+        """Weights, gradients and optimizer of a whole pipeline: no assignment of it holds less on all its ranks."""
+        memory = self._memory
+        layers = {segment.kind: memory.block(layout, segment.kind).state.total for segment in self._model.segments}
+        total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
+        return total + memory.embedding(layout).state.total + memory.head(layout).state.total
 
     # ---- compute ---------------------------------------------------------------------------------------
 

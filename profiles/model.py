@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,7 +86,7 @@ class ModelSpec:
 
     # ---- the chain -----------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """Runs of layers of one kind, in order: DeepSeek-V3 is 3 dense layers, then 58 with experts."""
         if self.experts is None:
@@ -142,7 +143,7 @@ class ModelSpec:
     def norm_parameters(self) -> int:
         return self.hidden_size * (2 if self.norm == "layernorm" else 1)
 
-    @property
+    @cached_property
     def attention_shapes(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each linear of the attention, in the order it runs them."""
         h, q, kv = self.hidden_size, self.query_width, self.kv_width
@@ -150,7 +151,7 @@ class ModelSpec:
             return self.latent_attention.linear_shapes(h, self.heads)
         return {"wq": (q, h), "wk": (kv, h), "wv": (kv, h), "wo": (h, q)}
 
-    @property
+    @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each linear of a dense layer, in the order it runs them."""
         h, f = self.hidden_size, self.ffn_hidden_size

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from planner.layout import missing_features
+from planner.capabilities import missing_features
 from profiles.attention_spec import RopeStretch, SlidingWindow
 from profiles.catalogue import resolve_model
 from profiles.hf_config import read_hf_config
