@@ -159,6 +159,9 @@ class ComputeModel:
         cost = self._memory("copy", query)
         if self._software.attention == "unfused":
             cost = cost + self._memory("copy", 3 * query)
+        if not self._software.separate_projections:
+            there, back = HOST_OPERATIONS["joined"]
+            cost = cost + ComputeCost(ComputeSeconds(operations=there), ComputeSeconds(operations=back))
         if self._software.attention in ("unfused", "fused_softmax"):
             joined = self._hardware.memory_seconds("copy", self._dtype, 3 * query, "backward")
             cost = cost + ComputeCost(backward_input=ComputeSeconds(memory=joined))
