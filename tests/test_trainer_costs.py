@@ -16,6 +16,7 @@ from planner.compute_seconds import ComputeCost
 from planner.data_parallel_cost import DataParallelModel
 from planner.job import TrainingJob
 from planner.layout import Layout
+from planner.run_case import case_of, load_run_facts
 from profiles.catalogue import resolve_cluster, resolve_hardware_path
 from profiles.hardware import load_hardware
 from profiles.model import ModelSpec
@@ -205,3 +206,48 @@ def test_zero_bubbles_models_have_a_sentencepiece_vocabulary(tmp_path: Path) -> 
     assert (model.vocab_size, "vocab 32000" in assumed) == (32000, True)
     assert model.parameters / 1e9 == pytest.approx(14.6, abs=0.05)
     assert other.vocab_size == 50257
+
+
+def test_the_last_of_contiguous_pieces_attends_to_most() -> None:
+    """Of cp pieces, cp - 1 before it in full and half of itself: (2 cp - 1) / cp times its even share."""
+    layout = Layout(cp=4, cp_style="ring", micro_batch=2)
+    even, last = (
+        compute(tiny_llama(), software("torchtitan-2024", cp_shards=way)).block(layout)
+        for way in ("balanced", "contiguous")
+    )
+    assert last.forward.attention == pytest.approx((4 - 0.5) / (4 / 2) * even.forward.attention)
+    assert last.backward.attention == pytest.approx((4 - 0.5) / (4 / 2) * even.backward.attention)
+    assert last.forward.gemm == even.forward.gemm
+
+
+def test_the_last_product_stays_in_16_bits_where_the_others_are_fp8() -> None:
+    h100 = load_hardware(resolve_hardware_path("h100-sxm-80gb"))
+    heads = {}
+    for precision in ("bf16", "fp8"):
+        job = TrainingJob(global_batch=8, sequence=1024, precision=precision)
+        heads[precision] = ComputeModel(tiny_22b(), h100, job, software("megatron-core-2024")).head(Layout())
+    assert heads["fp8"] == heads["bf16"]
+
+
+def test_dynamic_scaling_reads_a_tensor_once_more() -> None:
+    """Largest element and cast of inputs; of output gradients the transpose besides."""
+    h100 = load_hardware(resolve_hardware_path("h100-sxm-80gb"))
+    job = TrainingJob(global_batch=8, sequence=1024, precision="fp8")
+    rows, outputs, inputs = 1 << 20, 4096, 1024
+    delayed, dynamic = (
+        ComputeModel(tiny_22b(), h100, job, software("torchtitan-2024", fp8_scaling=way))._linear(rows, outputs, inputs)
+        for way in ("delayed", "dynamic")
+    )
+    byte = rows * 2 / h100.memory_bandwidth_bytes_per_second
+    assert dynamic.forward.memory - delayed.forward.memory == pytest.approx(0.5 * inputs * byte)
+    assert dynamic.backward.memory - delayed.backward.memory == pytest.approx(1.5 * outputs * byte)
+
+
+def test_torchs_pipelines_cut_a_batch_in_as_many_as_ranks_and_keep_weights_gathered(tmp_path: Path) -> None:
+    cells = {"pp": "8", "vpp": "1", "tp": "1", "dp": "8", "num_gpus": "64", "global_batch": "256", "micro_batch": ""}
+    cells |= {"zero_stage": "3", "layers": "24"}
+    rows = [cells | {"software": name} for name in ("torchtitan-2024", "megatron-2021")]
+    runs, facts = load_published_runs(write_runs(tmp_path / "runs.csv", *rows)), load_run_facts()
+    ours, other = (case_of(run, facts).layout for run in runs)
+    assert (ours.micro_batch, ours.zero) == (4, 2)
+    assert (other.micro_batch, other.zero) == (1, 3)
