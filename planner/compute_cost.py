@@ -132,6 +132,8 @@ class ComputeModel:
             cost = self._chain_attention(layout.micro_batch * heads, sequence, round(dim)) * (1 / layout.cp)
         else:
             share = model.attended_share(sequence) / layout.cp
+            if self._software.cp_shards == "contiguous":
+                share *= 2 - 1 / layout.cp  # the last of cp pieces attends to all before it and half of itself
             shape = (self._dtype, layout.micro_batch, heads, sequence, dim, self._software.attention)
             seconds, (there, back) = self._hardware.attention_seconds, HOST_OPERATIONS["flash"]
             cost = ComputeCost(
@@ -159,6 +161,9 @@ class ComputeModel:
         cost = self._memory("copy", query)
         if self._software.attention == "unfused":
             cost = cost + self._memory("copy", 3 * query)
+        if not self._software.separate_projections:
+            there, back = HOST_OPERATIONS["joined"]
+            cost = cost + ComputeCost(ComputeSeconds(operations=there), ComputeSeconds(operations=back))
         if self._software.attention in ("unfused", "fused_softmax"):
             joined = self._hardware.memory_seconds("copy", self._dtype, 3 * query, "backward")
             cost = cost + ComputeCost(backward_input=ComputeSeconds(memory=joined))

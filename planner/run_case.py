@@ -2,7 +2,8 @@
 
 [Note: What a row does not state]
 A blank is filled by a rule that is the same for all rows, and the case lists it under `assumptions`:
-- micro batch: 1 in a pipeline, which wants many microbatches; without a pipeline the row is skipped;
+- micro batch: 1 in a pipeline, which wants many microbatches (torch's own: as many as ranks); without a pipeline
+  the row is skipped;
 - sequence parallelism: on with tp > 1 in trainers from 2022 on, when arXiv 2205.05198 brought it;
 - vpp 1, cp 1, ep 1, zero 0: as trainers run unless told otherwise;
 - recomputation: the least that fits the device's memory, which is what recomputation is for;
@@ -163,8 +164,8 @@ def _layout(run: PublishedRun, model: ModelSpec, software: Software, assumptions
     if micro_batch is None:
         if pp == 1:
             raise SkippedRunError("micro_batch not stated")
-        micro_batch = 1
-        assumptions.append("micro_batch 1")
+        micro_batch = _usual_micro_batch(run.global_batch, dp, pp, software)
+        assumptions.append(f"micro_batch {micro_batch}")
     if run.global_batch % (micro_batch * dp):
         raise SkippedRunError(f"global_batch {run.global_batch} is no multiple of micro_batch·dp = {micro_batch * dp}")
     schedule, chunks = _schedule(run, pp, assumptions)
@@ -178,6 +179,10 @@ def _layout(run: PublishedRun, model: ModelSpec, software: Software, assumptions
     if model.layers < pp * chunks - 2:
         raise SkippedRunError(f"{model.layers} layers do not fill {pp * chunks} stages")
     zero = _zero(run, dp * cp, assumptions)
+    if zero == 3 and pp > 1 and software.on_torch_pipeline:
+        # pytorch/torchtitan, parallelize_llama.py: reshard_after_forward is false under a pipeline.
+        zero = 2
+        assumptions.append("zero 2, weights stay gathered under a pipeline")
     return Layout(
         tp=tp,
         cp=cp,
@@ -193,6 +198,14 @@ def _layout(run: PublishedRun, model: ModelSpec, software: Software, assumptions
         schedule=schedule,
         virtual_stages=chunks,
     )
+
+
+def _usual_micro_batch(global_batch: int, dp: int, pp: int, software: Software) -> int:
+    """1; of torch's pipelines what a rank's batch cut in as many microbatches as there are ranks has.
+
+    pytorch/torchtitan, torchtitan/parallelisms/pipeline_llama.py: microbatches are the pipeline's degree unless told.
+    """
+    return max(1, global_batch // (dp * pp)) if software.on_torch_pipeline else 1
 
 
 def _schedule(run: PublishedRun, pp: int, assumptions: list[str]) -> tuple[str, int]:

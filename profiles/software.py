@@ -39,6 +39,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "fp8_scaling": ("delayed", "dynamic"),
     "elementwise": ("scalar", "vectorized"),
     "shards": ("of_tensors", "of_buckets"),
+    "cp_shards": ("contiguous", "balanced"),
 }
 # Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
 _FALLBACK_FAMILY = "megatron"
@@ -66,6 +67,7 @@ class Software:
     `fp8_scaling` "dynamic" looks for the largest element of a tensor before it casts it.
     `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes. `shards` of a
     distributed optimizer are cut out of each tensor, each with a collective of its own, or of the joined buckets.
+    `cp_shards` of a sequence are one piece, of which the last attends to most, or two that together attend evenly.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Software:
     fp8_scaling: str
     elementwise: str
     shards: str
+    cp_shards: str
     reasons: dict[str, str]
 
     # What follows from the family: how PyTorch's own parts and Megatron's differ.

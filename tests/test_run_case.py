@@ -212,7 +212,9 @@ def test_parameters_are_as_stated(facts: RunFacts) -> None:
         ("A100-PCIe-80GB", "a100-pcie-80gb"),
         ("V100-SXM3-32GB (DGX-2H)", "v100-sxm-32gb"),
         ("Tesla V100 16GB", "v100-sxm-16gb"),
-        ("H100-96GB HBM2e 500W (Grand Teton)", "h100-sxm-80gb"),
+        ("H100-96GB HBM2e 500W (Grand Teton)", "h100-sxm-96gb-500w"),
+        ("H100-96GB", "h100-sxm-80gb"),  # no limit named
+        ("H100 500WX", "h100-sxm-80gb"),
         ("H200-SXM", "h200-sxm"),
         ("H800-SXM-80GB", "h100-sxm-80gb"),
         ("A800", "a100-sxm-80gb"),

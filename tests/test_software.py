@@ -56,6 +56,7 @@ def test_what_trainers_are_known_for() -> None:
     known = {name: entry.software for name, entry in load_all_software().items()}
     for name in ("megatron-2019", "megatron-2020", "megatron-2021", "nemo-megatron-2022"):
         assert known[name].attention in ("unfused", "fused_softmax")
+    for name in ("megatron-2020", "megatron-2021", "nemo-megatron-2022"):
         assert known[name].gradient_reduce == "after_backward"
     for name in ("megatron-core-2024", "fsdp1-2023"):
         assert known[name].attention.startswith("flash")
@@ -88,9 +89,10 @@ def test_switches_that_the_notes_name_change_facts_and_their_reasons() -> None:
     plain, _ = resolve_software("torchtitan-2024", entries, "eager")
     compiled, _ = resolve_software("torchtitan-2024", entries, "torch.compile")
     split, warning = resolve_software("torchtitan-2024", entries, "4D, AsyncTP")
-    assert (plain.norm, plain.tp_overlap) == ("eager", False)
-    assert (compiled.norm, compiled.tp_overlap) == ("fused", False)
-    assert (split.norm, split.tp_overlap) == ("fused", True)
+    assert (plain.norm, plain.tp_overlap) == ("eager", "none")
+    assert (compiled.norm, compiled.tp_overlap) == ("fused", "none")
+    assert (compiled.cross_entropy, split.cross_entropy) == ("eager", "fused")
+    assert (split.norm, split.tp_overlap) == ("fused", "pieces")
     assert split.reasons["tp_overlap"] != plain.reasons["tp_overlap"]
     assert set(split.reasons) == set(FACTS)
     assert warning == ""
