@@ -30,15 +30,9 @@ EAGER_PASSES = {
     "gelu_tanh": (2, 3),
     "bias": (2, 0),
     "bias_gradient": (0, 1),  # the sum over all tokens
-<<<<<<< HEAD
-    # In fp32, so twice the bytes: cast (3), square (4), mean (2), two products (4 and 4), cast (3); back: cast (3),
-    # four products and two sums for the weight and the root (6, 4, 2, 6, 4, 2), the mean's and the square's
-    # (2, 4, 4, 6), the branches meet (6), cast (3). Counted by a dispatch mode over torch's composite rms_norm.
-=======
     # In fp32, so twice the bytes: cast (3), square (4), mean (2), two products (4 and 4), cast (3). Back: cast (3), two
     # products and a sum for the weight (6, 4, 2) and for the root (6, 4, 2), mean and square (2, 4, 4, 6), the branches
     # meet (6), cast (3). Counted by a dispatch mode over torch's composite rms_norm.
->>>>>>> physics
     "norm_eager": (20, 52),
     "rope_fused": (2, 2),
     "swiglu_fused": (3, 5),  # read gate and up, write; read both and the gradient, write two
