@@ -40,7 +40,7 @@ class ActivationModel:
     def __init__(self, model: ModelSpec, job: TrainingJob, software: Software, composite_norm: bool) -> None:
         self._model, self._job, self._software = model, job, software
         self.element_bytes = DTYPE_BYTES["bf16" if job.precision == "fp8" else job.precision]
-        self._composite_norm = composite_norm
+        self.composite_norm = composite_norm
 
     def norm(self, layout: Layout) -> float:
         """A norm keeps its input, and its output for the products after it.
@@ -51,7 +51,7 @@ class ActivationModel:
         """
         outside = outside_tokens(layout, self._job.sequence)
         inside = local_tokens(layout, self._job.sequence) if self._software.on_fsdp else outside
-        kept = 2 * _FP32_BYTES if self._composite_norm else self.element_bytes
+        kept = 2 * _FP32_BYTES if self.composite_norm else self.element_bytes
         return self._model.hidden_size * (kept * outside + self.element_bytes * inside)
 
     def layer(self, layout: Layout, kind: str) -> KeptBytes:

@@ -139,7 +139,8 @@ class MemoryModel:
         wrapped = shared or self._job.precision != "fp32"
         stays = wrapped and (layout.zero < 3 or layout.pp > 1 or root)
         gathered = self._element_bytes * parameters if stays else 0.0
-        gradients = 0.0 if self._gradients_come_late(layout) else self._gradient_bytes(layout, parameters, shards)
+        late = self._gradients_come_late(layout) and not (root and layout.pp > 1)  # embeddings hold no activations
+        gradients = 0.0 if late else self._gradient_bytes(layout, parameters, shards)
         return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
 
     def _gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
@@ -242,7 +243,10 @@ class MemoryModel:
 
     def embedding(self, layout: Layout) -> PartMemory:
         state = self._state(layout, self.embedding_parameters(layout), root=True)
-        return PartMemory(state, NO_BYTES, NO_BYTES, 0.0, 0.0)
+        # The gradient of the table is a tensor of its own before it is added to the sum.
+        again = self._software.on_fsdp and layout.microbatches(self._job.global_batch) > 1
+        passing = self._element_bytes * self._head_matrix(layout) if again else 0.0
+        return PartMemory(state, NO_BYTES, NO_BYTES, passing, passing, NO_BYTES, passing)
 
     def head(self, layout: Layout) -> PartMemory:
         """Last norm, and the logits: as computed, and as log-probabilities in fp32; their gradients on the way back.
@@ -301,7 +305,8 @@ class MemoryModel:
         torch's pipeline allocates a receive buffer for every microbatch at once: activations on every stage
         but the first, gradients on every stage but the last (torch 2.13, `_setup_forward_recv_info`). Others
         receive into a buffer or two. It also keeps the output of each microbatch in flight, which no layer of the
-        stage needs for its backward (`fwd_cache`); the last stage's are the logits.
+        stage needs for its backward (`fwd_cache`); the last stage's are the logits. The input that a stage's first norm
+        or recomputation keeps is the receive buffer, unless the norm widens it first.
         """
         stages = layout.pp * layout.virtual_stages
         boundary = self.boundary_bytes(layout) if layout.pp > 1 else 0.0
@@ -309,9 +314,10 @@ class MemoryModel:
         buffers = microbatches if self._software.on_torch_pipeline else 2
         outputs = 0
         if self._software.on_torch_pipeline and layout.pp > 1:
+            widens = self._activations.composite_norm and self._element_bytes != _FP32_BYTES
+            own = [(s < stages - 1) - (s > 0 and not widens) for s in layout.stages_of(rank)]
             vectors = in_flight(layout.pipeline(microbatches))[rank]
-            inner = [stage < stages - 1 for stage in layout.stages_of(rank)]
-            outputs = max(sum(full for full, sends in zip(v.full, inner, strict=True) if sends) for v in vectors)
+            outputs = max(sum(full * times for full, times in zip(v.full, own, strict=True)) for v in vectors)
         groups = sum(axis > 1 for axis in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep * layout.etp))
         return MemoryBytes(
             pipeline_buffers=boundary * buffers * directions,
