@@ -13,6 +13,7 @@ from planner.pareto_report import front_report
 from planner.search import best_plan, search
 from tests.oracles.brute_force import all_layouts
 from tests.oracles.small_world import small_cluster, small_question
+from tests.plans import tiny_llama
 from tests.test_answers import TWO_NODES, text
 
 # Three nodes behind a link so slow that one of them alone is faster than all.
@@ -154,6 +155,18 @@ def test_shorter_sequences_are_a_remedy_and_keep_the_tokens_of_a_step() -> None:
     pytest.fail("no limit at which shorter sequences alone help")
 
 
+def test_more_devices_are_the_fewest_that_help() -> None:
+    cluster = small_cluster(4, 2)
+    wide = replace(cluster, links=(cluster.links[0], replace(cluster.links[1], span=64)))
+    question = small_question(tiny_llama(layers=10), cluster=wide, global_batch=24, memory_limit_bytes=4e5)
+    assert best_plan(question) is None
+    with pytest.raises(InfeasibleError) as caught:
+        search(question)
+    (devices,) = [r["devices"] for r in caught.value.remedies if r["change"].endswith(" devices")]
+    tried = {n: best_plan(replace(question, cluster=replace(wide, nodes=n))) for n in (3, 4, 6, 8)}
+    assert devices == min(2 * nodes for nodes, plan in tried.items() if plan is not None)
+
+
 # ---- pins ------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +178,7 @@ def test_shorter_sequences_are_a_remedy_and_keep_the_tokens_of_a_step() -> None:
         ({"micro_batch": range(2, 9), "schedule": ("gpipe",)}, ()),
         ({"recompute": ("none", "full")}, ("dp",)),
         ({"dp_shard": 2}, ()),
+        ({"tp": 1}, ("cp_style", "recompute", "ep", "virtual_stages")),
     ],
 )
 def test_pins_of_several_values_leave_just_those_layouts(pins: dict, bans: tuple[str, ...]) -> None:
