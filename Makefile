@@ -1,16 +1,20 @@
 # make train: set up and train a small model on this machine.  make test: the tests.  make check: what CI runs.
+# make test-full: the tests with six times as many random questions against brute force.
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test check install clean
+.PHONY: train test test-full check install clean
 
 train: install
 	$(BIN)/python cli.py train
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+test-full: $(VENV)/.installed-dev
+	MESHWRIGHT_FULL_TESTS=1 $(BIN)/python -m pytest
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

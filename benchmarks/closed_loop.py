@@ -3,7 +3,7 @@
 Profiles this machine, takes the best split of the layers for each legal layout of three small models, and runs all
 in one process group, a step of each in turn. Profiling and running take turns, since a machine that is shared runs
 faster and slower by the minute, and the points' medians over the profiles after the turns price the layouts. The first
-profile, of a machine that has rested, only splits the layers. Prints the errors,
+profile only splits the layers. Prints the errors,
 the rank correlation and the regret: how much slower the planner's choice is than the best layout measured. Beside each
 stands what noise alone makes of it: one half of the rounds against the other. The profiler's reference work is timed
 before each step too, and the error is given also as if the machine had kept the pace it had while it was profiled.
@@ -28,8 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from layout_runs import Case, ranks_of_this_machine, read_cases, save_plans
 from scores import show, show_parts
+from side_by_side import Case, ranks_of_this_machine, read_cases, save_plans
 
 from planner.job import TrainingJob
 from planner.layout_costs import Blocks
@@ -93,7 +93,7 @@ def profiled(arguments: Any) -> tuple[HardwareProfile, ClusterSpec]:
 def merged(profiles: Sequence[tuple[HardwareProfile, ClusterSpec]]) -> tuple[HardwareProfile, ClusterSpec]:
     """The medians of the profiles between the turns, and the links that fit them.
 
-    The first one only splits the layers: a machine that has rested is faster for a minute, as its pace tells.
+    The first one only splits the layers: no turn comes before it, and in two runs of three its pace was a faster one.
     """
     hardware = merge_profiles([hardware for hardware, _ in profiles[1:]])
     return hardware, with_collectives(profiles[0][1], hardware.collectives)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from layout_runs import Case
+from side_by_side import Case
 
 from planner.calibrate import predicted_parts
 from planner.record import RunRecord

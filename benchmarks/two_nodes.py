@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import closed_loop
-from layout_runs import Turns, read_cases, run_layouts, save_plans
+from side_by_side import Turns, read_cases, run_layouts, save_plans
 
-from profiles.cluster import ClusterSpec, load_cluster_file
-from profiles.hardware import HardwareProfile, load_hardware
+from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
+from profiles.hardware import HardwareProfile, load_hardware, save_hardware
+from profiles.probes.profiler import ProfileOptions, is_first, profile_machine
 
-CLI = Path(__file__).parent.parent / "cli.py"
 RANKS_PER_NODE = 2
 SPACES = ("meshwright0", "meshwright1")
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
@@ -144,11 +144,16 @@ def main() -> None:
     options.add_argument("--rate", help="of the link, as tc writes it: 1gbit, 100mbit; default unshaped")
     options.add_argument("--delay-ms", type=float, default=0.0, help="each way")
     options.add_argument("--ranks", nargs=4, metavar=("FOLDER", "COUNT", "TURNS", "ROUNDS"), help="for the ranks")
+    options.add_argument("--measure", type=Path, metavar="FILE", help="a profile's, for the ranks")
+    options.add_argument("--budget", type=float, default=60.0, help="seconds for each profile")
     options.set_defaults(model=None, global_batch=8, turns=2, rounds=2)
     arguments = options.parse_args()
     if arguments.ranks:
         folder, *numbers = arguments.ranks
         run_layouts(Path(folder), *map(int, numbers))
+        return
+    if arguments.measure:
+        measure(arguments.measure, arguments.budget)
         return
     arguments.model = arguments.model or ["demo"]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -156,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, two_namespaces(arguments.rate, arguments.delay_ms) as names:
         folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        profiles = [profiled(names, folder, 0)]
+        profiles = [profiled(names, folder, 0, arguments.budget)]
         plans = closed_loop.plans_to_run(arguments, *profiles[0])
         save_plans(plans, folder)
         numbers = [str(n) for n in (len(plans), arguments.turns, arguments.rounds)]
@@ -164,7 +169,7 @@ def main() -> None:
         turns = Turns(folder, ranks.check)
         for turn in range(arguments.turns):
             turns.take()
-            profiles.append(profiled(names, folder, turn + 1))
+            profiles.append(profiled(names, folder, turn + 1, arguments.budget))
         turns.watch()
         ranks.end()
         hardware, cluster = closed_loop.merged(profiles)
@@ -176,11 +181,20 @@ def main() -> None:
         closed_loop.report(read_cases(anew, folder, 2 * RANKS_PER_NODE), hardware, arguments)
 
 
-def profiled(names: list[str], folder: Path, number: int) -> tuple[HardwareProfile, ClusterSpec]:
+def profiled(names: list[str], folder: Path, number: int, budget: float) -> tuple[HardwareProfile, ClusterSpec]:
     """What the profiler finds under torchrun on both nodes."""
     written = folder / f"profile{number}.yaml"
-    Ranks(names, [str(CLI), "profile", "--quick", "-o", str(written)], 29613 + number).end()
+    Ranks(names, [__file__, "--measure", str(written), "--budget", str(budget)], 29613 + number).end()
     return load_hardware(written), load_cluster_file(written.with_suffix(".cluster.yaml"))
+
+
+def measure(file: Path, budget: float) -> None:
+    """One rank of the profiler; the quick cases alone are more than half a minute's work for two ranks a core."""
+    options = ProfileOptions(ranks=2 * RANKS_PER_NODE, thoroughness="quick", dtypes=("fp32",), budget_seconds=budget)
+    findings = profile_machine(options, " ".join(sys.argv))
+    if is_first():
+        save_hardware(findings.hardware(), file)
+        save_cluster(findings.cluster("local"), file.with_suffix(".cluster.yaml"))
 
 
 if __name__ == "__main__":

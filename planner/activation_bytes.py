@@ -18,17 +18,19 @@ from .local_shapes import local_kv_width, local_linear_shape, local_tokens, outs
 
 _MASK_BYTES = 1
 _FP32_BYTES = 4
+_FORWARD_ORDER = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 
 
 @dataclass(frozen=True)
 class KeptBytes:
     """Of one layer and microbatch: `none`, `selective` and `full` by mode; `weight` between the two halves of a
-    split backward; `transient` while its backward runs."""
+    split backward; `heads` what goes into attention and comes out; `transient` while its backward runs."""
 
     none: float
     selective: float
     full: float
     weight: float
+    heads: float
     transient: float
 
 
@@ -44,11 +46,13 @@ class ActivationModel:
         """A norm keeps its input, and its output for the products after it.
 
         DTensor gathers the output before it keeps it; Megatron keeps the share and gathers again (the paper's
-        section 4.2.2). torch's CPU rms_norm is made of several operations and keeps the normalised input besides.
+        section 4.2.2). torch's CPU rms_norm is made of several operations: it keeps its input widened to fp32 and the
+        normalised input, in fp32 too.
         """
         outside = outside_tokens(layout, self._job.sequence)
         inside = local_tokens(layout, self._job.sequence) if self._software.on_fsdp else outside
-        return self.element_bytes * self._model.hidden_size * (outside * (2 if self._composite_norm else 1) + inside)
+        kept = 2 * _FP32_BYTES if self._composite_norm else self.element_bytes
+        return self._model.hidden_size * (kept * outside + self.element_bytes * inside)
 
     def layer(self, layout: Layout, kind: str) -> KeptBytes:
         model, software, e = self._model, self._software, self.element_bytes
@@ -61,12 +65,12 @@ class ActivationModel:
         feed_forward, transient = self._feed_forward(layout, kind, tokens, outside)
         none = norms + masks + heads + scores + feed_forward
         if software.selective_keeps_matmuls:
-            selective = min(none, stream + heads + self._products(layout, kind, tokens, outside))
+            selective = min(none, stream + self._every_second_product(layout, kind, tokens, outside))
         else:
             selective = none - scores  # Megatron: core attention runs again
         products = self._products(layout, kind, tokens, outside)
         weight = norms / 2 + feed_forward / 2 + e * tokens * model.attention_output_width / layout.tp + products
-        return KeptBytes(none, selective, stream, min(none, weight), transient)
+        return KeptBytes(none, selective, stream, min(none, weight), heads, transient)
 
     def _heads(self, layout: Layout, tokens: float) -> float:
         """Queries, keys, values and the heads' outputs; of latent attention the latents and their norms besides."""
@@ -105,6 +109,18 @@ class ActivationModel:
         sorted_rows = (routed + outside * experts.top_k) * model.hidden_size  # sent to the experts, and come back
         scores = 2 * _FP32_BYTES * outside * experts.number
         return e * (kept * width + sorted_rows) + scores, e * passing * width
+
+    def _every_second_product(self, layout: Layout, kind: str, tokens: float, outside: float) -> float:
+        """What torchtitan's selective recomputation keeps: attention's output, and of the products in the order of the
+        forward (queries, keys, values, output, up, gate, down) the first, third and so on (pytorch/torchtitan,
+        `_custom_policy`: all but every second mm). Of latent attention and of experts, all products.
+        """
+        model = self._model
+        if kind != "dense" or model.latent_attention is not None:
+            return self._heads(layout, tokens) + self._products(layout, kind, tokens, outside)
+        names = sorted(model.linear_shapes, key=_FORWARD_ORDER.index)
+        widths = [local_linear_shape(model, name, layout.tp)[0] for name in names]
+        return self.element_bytes * tokens * (model.attention_output_width / layout.tp + sum(widths[::2]))
 
     def _products(self, layout: Layout, kind: str, tokens: float, outside: float) -> float:
         """Outputs of the products outside of attention: of the output projection, and of the feed-forward."""

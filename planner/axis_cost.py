@@ -81,7 +81,21 @@ class AxisModel:
         again = halves * gather + (halves - 1) * (scatter + there)
         selective = halves * gather if self._software.selective_keeps_matmuls else 0.0
         one_way = halves * (gather + scatter)
+        if self._software.tp_overlap == "own_shard":
+            return self._beside_own_shard(layout, halves * gather, halves * scatter, compute)
         return self._overlapped(Passes(one_way + halves * there, one_way + halves * back, selective, again), compute)
+
+    def _beside_own_shard(self, layout: Layout, gather: float, scatter: float, compute: ComputeCost) -> Passes:
+        """Gathers of inputs and of output gradients run beside the product of the rank's own share, 1/tp of it.
+
+        In the backward the inputs are gathered again beside the input's gradient, and the sums run beside the
+        weights' gradient; those of the forward stand alone (nanotron's tensor_parallel/functional.py).
+        """
+        exposed, behind = self._hardware.exposed_seconds, 1.0 / layout.tp
+        forward = exposed(gather, compute.forward.gemm * behind) + scatter
+        backward = exposed(gather, compute.backward_input.gemm * behind)
+        backward += exposed(gather, compute.backward_input.gemm) + exposed(scatter, compute.backward_weight.gemm)
+        return Passes(forward, backward, 0.0, forward)
 
     def _overlapped(self, passes: Passes, compute: ComputeCost) -> Passes:
         """With tp overlap the pieces of a collective hide behind the product that they belong to.
@@ -89,7 +103,7 @@ class AxisModel:
         Without it, what the backward sends may still hide behind the weights' gradient, which waits for nothing.
         """
         exposed = self._hardware.exposed_seconds
-        if not self._software.tp_overlap:
+        if self._software.tp_overlap != "pieces":
             if not self._software.tp_backward_overlap:
                 return passes
             backward = exposed(passes.backward, compute.backward_weight.gemm)

@@ -18,6 +18,8 @@ for. Memory gives the least R for each n. The largest, c_r(n), rises with n, so 
 ranks with Σ n = layers is found by giving one layer at a time to the rank where it costs least: exact for this
 relaxation.
 
+Of any schedule too: one microbatch all the way, and M - 1 backwards more on the stage that has most.
+
 Where layers are of several kinds, those of the commonest are dealt out so, the others left out; and all work poured
 over the ranks' heads and tails as water, without recomputation, is a second bound.
 """
@@ -61,7 +63,8 @@ def lower_bound(
     dealt = _deal(costs, commonest, limit_bytes, modes, cost, enough_seconds)
     if dealt is None:
         return None
-    return max(dealt, 0.0 if simple else _poured(costs, modes, heads, tails)) + costs.step_seconds
+    poured = 0.0 if simple else _poured(costs, modes, heads, tails)
+    return max(dealt, poured, _one_stage(costs, modes)) + costs.step_seconds
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -246,6 +249,24 @@ def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], ta
     work += count * each
     around = [head + tail for head, tail in zip(heads, tails, strict=True)]
     return max(_least_maximum(around, work), _least_maximum(heads, work + reduce)) + update / layout.pp
+
+
+def _one_stage(costs: LayoutCosts, modes: Sequence[str]) -> float:
+    """One microbatch all the way, and on some stage the backwards of all the others.
+
+    A stage runs its M backwards one after the other, between the first microbatch's way down and back to it and the
+    last one's way up; some stage has at least its share of the whole.
+    """
+    split = costs.layout.schedule in SPLIT_BACKWARD
+    bare, stages = costs.microbatch, costs.layout.stages
+    forward, backward = stages * bare.forward.total, stages * bare.backward_input.total
+    backward += 0.0 if split else stages * bare.backward_weight.total
+    parts = [(costs.embedding, 1, 0.0), (costs.head, 1, 0.0)]
+    parts += [(s.seconds, s.layers, min(s.seconds.recompute(mode).total for mode in modes)) for s in costs.segments]
+    for seconds, number, again in parts:
+        forward += number * seconds.forward.total
+        backward += number * (again + (seconds.backward_input.total if split else seconds.backward.total))
+    return forward + backward + (costs.microbatches - 1) * backward / stages
 
 
 def _least_maximum(heights: Sequence[float], volume: float) -> float:

@@ -6,13 +6,13 @@ are facts of the software ([Note: Facts of a trainer] in profiles/software.py); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
+from profiles.points import DIRECTIONS, ELEMENTWISE, SCALAR_SLOWDOWN
 from profiles.software import Software
 
+from .compute_seconds import HOST_OPERATIONS, NO_SECONDS, ComputeCost, ComputeSeconds
 from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import (
@@ -23,83 +23,6 @@ from .local_shapes import (
     outside_tokens,
     routed_tokens,
 )
-
-
-# Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
-# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
-HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "checkpoint": (10, 0)}
-
-
-@dataclass(frozen=True, slots=True)
-class ComputeSeconds:
-    """Seconds of one pass, by what bounds it; passes add up.
-
-    `overhead` is what no kernel explains. `operations` are those that the host issues meanwhile.
-    """
-
-    gemm: float = 0.0
-    attention: float = 0.0
-    memory: float = 0.0
-    overhead: float = 0.0
-    operations: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.gemm + self.attention + self.memory + self.overhead
-
-    def __add__(self, other: ComputeSeconds) -> ComputeSeconds:
-        return ComputeSeconds(
-            self.gemm + other.gemm,
-            self.attention + other.attention,
-            self.memory + other.memory,
-            self.overhead + other.overhead,
-            self.operations + other.operations,
-        )
-
-    def __mul__(self, factor: float) -> ComputeSeconds:
-        """Times as slow: the operations stay as many."""
-        return ComputeSeconds(
-            self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor, self.operations
-        )
-
-    def behind_host(self, seconds_each: float) -> ComputeSeconds:
-        """As long as the host takes to issue it, at least."""
-        late = max(0.0, self.operations * seconds_each - self.total)
-        return self if late == 0.0 else ComputeSeconds(self.gemm, self.attention, self.memory, self.overhead + late)
-
-
-NO_SECONDS = ComputeSeconds()
-
-
-@dataclass(frozen=True, slots=True)
-class ComputeCost:
-    """One microbatch through one part of the model on one rank.
-
-    A backward is that of the input, then that of the weights; `selective` is what selective recomputation runs
-    again, full recomputation runs the whole forward again.
-    """
-
-    forward: ComputeSeconds = NO_SECONDS
-    backward_input: ComputeSeconds = NO_SECONDS
-    backward_weight: ComputeSeconds = NO_SECONDS
-    selective: ComputeSeconds = NO_SECONDS
-
-    @property
-    def backward(self) -> ComputeSeconds:
-        return self.backward_input + self.backward_weight
-
-    def __add__(self, other: ComputeCost) -> ComputeCost:
-        return ComputeCost(
-            self.forward + other.forward,
-            self.backward_input + other.backward_input,
-            self.backward_weight + other.backward_weight,
-            self.selective + other.selective,
-        )
-
-    def __mul__(self, factor: float) -> ComputeCost:
-        return ComputeCost(
-            self.forward * factor, self.backward_input * factor, self.backward_weight * factor, self.selective * factor
-        )
 
 
 class ComputeModel:
@@ -113,42 +36,70 @@ class ComputeModel:
         self._gemm_dtype = job.precision
         self._dtype = "bf16" if job.precision == "fp8" else job.precision
         self._keeps_matmuls = software.selective_keeps_matmuls
+        master = not software.on_fsdp and job.precision in ("bf16", "fp16", "fp8")
+        self._master_casts = (1 + (software.gradients == "compute")) if master else 0
 
     # ---- kernels ---------------------------------------------------------------------------------------
 
-    def _linear(self, tokens: float, outputs: int, inputs: int, count: int = 1) -> ComputeCost:
+    def _linear(
+        self, tokens: float, outputs: int, inputs: int, count: int = 1, dtype: str = "", again: bool = False
+    ) -> ComputeCost:
         """y = x·Wᵀ: one product forward, two backward (Narayanan et al., arXiv 2104.04473, appendix).
 
         `count` products of `tokens` each run as one where they are those of experts. In fp8 inputs and output
-        gradients are cast first.
+        gradients are cast first. `again`: selective recomputation runs it a second time.
         """
         rows = max(1, round(tokens))
-        seconds, dtype = self._hardware.gemm_seconds, self._gemm_dtype
+        seconds, dtype = self._hardware.gemm_seconds, dtype or self._gemm_dtype
         there, back = HOST_OPERATIONS["linear"]
         cost = ComputeCost(
             ComputeSeconds(gemm=seconds("forward", dtype, rows, outputs, inputs, count), operations=there),
             ComputeSeconds(gemm=seconds("input_grad", dtype, rows, inputs, outputs, count), operations=back / 2),
             ComputeSeconds(gemm=seconds("weight_grad", dtype, outputs, inputs, rows, count), operations=back / 2),
         )
+        if again:
+            cost = ComputeCost(cost.forward, cost.backward_input, cost.backward_weight, cost.forward)
         if dtype == "fp8":
-            cast = self._hardware.memory_seconds
-            there = ComputeSeconds(memory=cast("cast", self._dtype, count * rows * inputs))
-            back = ComputeSeconds(memory=cast("cast", self._dtype, count * rows * outputs))
+            cast, operation = self._hardware.memory_seconds, f"cast_{self._software.fp8_scaling}"
+            there = ComputeSeconds(memory=cast(operation, self._dtype, count * rows * inputs))
+            back = ComputeSeconds(memory=cast(operation, self._dtype, count * rows * outputs, "backward"))
             cost = cost + ComputeCost(there, back, NO_SECONDS, there if self._keeps_matmuls else NO_SECONDS)
         return cost
 
     def _biased(self, name: str, tokens: float, shape: tuple[int, int]) -> ComputeCost:
         """A linear by its name: the gradient of a bias is a sum over the tokens besides."""
-        cost = self._linear(tokens, *shape)
+        cost = self._linear(tokens, *shape, again=name in self._again)
         if self._model.has_bias(name):
-            sums = self._hardware.memory_seconds("bias_gradient", self._dtype, tokens * shape[0], "backward")
-            cost = cost + ComputeCost(backward_weight=ComputeSeconds(memory=sums))
+            seconds, outputs = self._hardware.memory_seconds, tokens * shape[0]
+            cost = cost + ComputeCost(
+                backward_weight=ComputeSeconds(memory=seconds("bias_gradient", self._dtype, outputs, "backward"))
+            )
+            alone = self._software.linear_bias
+            if alone == "separate" or (alone == "following" and name == "wq"):
+                cost = cost + ComputeCost(self._memory("bias", outputs).forward)
         return cost
 
+    @property
+    def _again(self) -> tuple[str, ...]:
+        """Linears of a layer that selective recomputation runs again: every second one in their order.
+
+        Of fp8, where the policy does not know the products, all. Recomputation stops before the last one's output,
+        which no backward needs.
+        """
+        if self._software.selective != "keep_half_matmuls":
+            return ()
+        names = tuple(self._model.linear_shapes)
+        return names[:-1] if self._gemm_dtype == "fp8" else names[1:-1:2]
+
     def _memory(self, operation: str, elements: float) -> ComputeCost:
-        seconds, (there, back) = self._hardware.memory_seconds, HOST_OPERATIONS["memory"]
-        forward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "forward"), operations=there)
-        backward = ComputeSeconds(memory=seconds(operation, self._dtype, elements, "backward"), operations=back)
+        (there, back), slow = HOST_OPERATIONS["memory"], 1.0
+        if self._software.elementwise == "scalar" and operation in ELEMENTWISE and self._dtype != "fp32":
+            slow = SCALAR_SLOWDOWN
+        forward, backward = (
+            slow * self._hardware.memory_seconds(operation, self._dtype, elements, way) for way in DIRECTIONS
+        )
+        forward = ComputeSeconds(memory=forward, operations=there)
+        backward = ComputeSeconds(memory=backward, operations=back)
         return ComputeCost(forward, backward, NO_SECONDS, forward if self._keeps_matmuls else NO_SECONDS)
 
     def _norm(self, elements: float) -> ComputeCost:
@@ -188,8 +139,30 @@ class ComputeModel:
                 ComputeSeconds(attention=seconds("backward", *shape) * share, operations=back),
             )
         if self._keeps_matmuls:
-            return cost
+            return cost + self._repeated_heads(layout)
         return ComputeCost(cost.forward, cost.backward_input, cost.backward_weight, cost.forward)
+
+    def _repeated_heads(self, layout: Layout) -> ComputeCost:
+        """Copies of keys and values for every query head, and the sums of their gradients."""
+        model = self._model
+        if self._software.grouped_heads == "native" or model.kv_heads == model.heads:
+            return ComputeCost()
+        return self._memory("copy", 2 * local_tokens(layout, self._job.sequence) * model.query_width / layout.tp)
+
+    def _heads(self, layout: Layout) -> ComputeCost:
+        """What brings queries, keys and values into the form that attention takes, and its outputs back.
+
+        Batched products of four-dimensional views want copies of all three (torch.matmul); where the three come of
+        one matrix, their gradients are joined.
+        """
+        query = local_tokens(layout, self._job.sequence) * self._model.query_width / layout.tp
+        cost = self._memory("copy", query)
+        if self._software.attention == "unfused":
+            cost = cost + self._memory("copy", 3 * query)
+        if self._software.attention in ("unfused", "fused_softmax"):
+            joined = self._hardware.memory_seconds("copy", self._dtype, 3 * query, "backward")
+            cost = cost + ComputeCost(backward_input=ComputeSeconds(memory=joined))
+        return cost
 
     def _chain_attention(self, matrices: int, sequence: int, dim: int) -> ComputeCost:
         """Two batched products forward and four backward around a softmax over s × s scores each."""
@@ -197,7 +170,9 @@ class ComputeModel:
         to_scores = seconds(self._dtype, matrices, sequence, sequence, dim)
         from_scores = seconds(self._dtype, matrices, sequence, dim, sequence)
         forward, backward = to_scores + from_scores, to_scores + 3 * from_scores
-        between = self._memory("softmax" if self._software.attention == "fused_softmax" else "softmax_eager", scores)
+        between = self._memory("softmax", scores)
+        if self._software.attention == "unfused":
+            between = between + self._memory("scale_mask", scores)
         if self._software.dropout:
             between = between + self._memory("dropout", scores)
         there, back = HOST_OPERATIONS["chain"]
@@ -213,8 +188,8 @@ class ComputeModel:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
         outside = outside_tokens(layout, self._job.sequence)
         hidden, query = outside * model.hidden_size, tokens * model.query_width / layout.tp
-        shapes = {name: local_linear_shape(model, name, layout.tp) for name in model.linear_shapes}
-        parts = [self._biased(name, tokens, shapes[name]) for name in model.attention_shapes]
+        shapes = self._products(layout)
+        parts = [self._biased(name, tokens, shapes[name]) for name in shapes if name in model.attention_shapes]
         parts += [self._norm(hidden), self._norm(hidden)]
         if model.qk_norm:
             parts.append(self._norm(query + tokens * local_kv_width(model, layout.tp)))
@@ -223,8 +198,7 @@ class ComputeModel:
         if model.positions == "rope":
             parts.append(self._rope(query * model.rotary_share))
             parts.append(self._rope(tokens * local_kv_width(model, layout.tp) * model.rotary_share))
-        parts.append(self._attention(layout))
-        parts.append(self._memory("copy", query))
+        parts += [self._attention(layout), self._heads(layout)]
         if kind == "dense":
             parts += [self._biased(n, tokens, shape) for n, shape in shapes.items() if n not in model.attention_shapes]
             parts.append(self._activation(tokens * model.ffn_hidden_size / layout.tp))
@@ -244,6 +218,20 @@ class ComputeModel:
             parts.append(ComputeCost(shard, shard))
         return self._behind_host(_total(parts))
 
+    def _products(self, layout: Layout) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each product of a dense layer on one rank.
+
+        Where the weights of queries, keys and values are one matrix, and those of gate and input, so is the product.
+        """
+        shapes = {name: local_linear_shape(self._model, name, layout.tp) for name in self._model.linear_shapes}
+        if not self._software.separate_projections:
+            for first, *others in (("wq", "wk", "wv"), ("w1", "w3")):
+                if first in shapes:
+                    outputs, inputs = shapes[first]
+                    joined = outputs + sum(shapes.pop(name)[0] for name in others if name in shapes)
+                    shapes[first] = joined, inputs
+        return shapes
+
     def _meeting_gradients(self, tokens: float) -> ComputeCost:
         """wq, wk and wv have one input, w1 and w3 another: autograd adds up what each leaves of its gradient.
 
@@ -251,7 +239,8 @@ class ComputeModel:
         """
         if not self._software.separate_projections:
             return ComputeCost()
-        sums = len({"wq", "wk", "wv", "w1", "w3"} & set(self._model.linear_shapes)) - 2
+        sharing = ({"wq", "wk", "wv"}, {"w1", "w3"})
+        sums = sum(max(0, len(names & set(self._model.linear_shapes)) - 1) for names in sharing)
         added = self._hardware.memory_seconds("residual", self._dtype, tokens * self._model.hidden_size)
         return ComputeCost(backward_input=ComputeSeconds(memory=sums * added))
 
@@ -304,11 +293,19 @@ class ComputeModel:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
         outside = outside_tokens(layout, self._job.sequence)
         rows = -(-model.vocab_size // layout.tp)
-        loss = "cross_entropy_fused" if self._software.cross_entropy == "fused" else "cross_entropy"
+        loss = {"eager": "cross_entropy"}.get(
+            self._software.cross_entropy, f"cross_entropy_{self._software.cross_entropy}"
+        )
         parts = [self._norm(outside * model.hidden_size)]
         if model.output_transform:
-            parts += [self._linear(tokens, model.hidden_size, model.hidden_size), self._norm(tokens * model.hidden_size)]
-        parts += [self._linear(tokens, rows, model.hidden_size), self._memory(loss, tokens * rows)]
+            parts += [
+                self._linear(tokens, model.hidden_size, model.hidden_size),
+                self._norm(tokens * model.hidden_size),
+            ]
+        # Trainers in fp8 keep the last product as it was.
+        parts += [self._linear(tokens, rows, model.hidden_size, dtype=self._dtype), self._memory(loss, tokens * rows)]
+        if self._software.loss_metrics:  # cross-entropy and perplexity
+            parts += [self._memory("loss_metric", tokens * rows)] * 2
         return _total(parts)
 
     def microbatch(self) -> ComputeCost:
@@ -327,8 +324,11 @@ class ComputeModel:
     def optimizer_seconds(self, parameters: float, tensors: int) -> float:
         """Norm, clipping and AdamW over the parameters whose state this rank holds, in `tensors` tensors."""
         norm = self._hardware.memory_seconds("gradient_norm", self._state_dtype, parameters)
-        update = self._hardware.memory_seconds("adamw", self._state_dtype, parameters)
-        return norm + update + tensors * self._hardware.parameter_overhead_seconds
+        adamw = "adamw_eager" if self._software.optimizer == "eager" else "adamw"
+        update = self._hardware.memory_seconds(adamw, self._state_dtype, parameters)
+        casts = self._master_casts and self._hardware.memory_seconds("cast", self._state_dtype, parameters)
+        casts *= self._master_casts  # 16-bit gradients to the master copy's width, and its weights back
+        return norm + update + casts + tensors * self._hardware.parameter_overhead_seconds
 
     def copy_seconds(self, parameters: float) -> float:
         """Reading and writing each parameter once: FSDP2 packs and unpacks its flat buffers so."""

@@ -40,15 +40,23 @@ class DataParallelModel:
         self._gradient_bytes = 4 if wide else self._weight_bytes
 
     def price(
-        self, layout: Layout, dense: float, expert: float, forward: float, backward: float, *, root: bool = False
+        self,
+        layout: Layout,
+        dense: float,
+        expert: float,
+        forward: float,
+        backward: float,
+        *,
+        tensors: int = 1,
+        root: bool = False,
     ) -> DataParallel:
-        """What a part of so many parameters adds, with so many seconds of compute to hide behind.
+        """What a part of so many parameters in `tensors` adds, with so many seconds of compute to hide behind.
 
         FSDP2 keeps embedding and head in the root group (`root`): gathered first and reduced last, they hide behind
         nothing, and zero 3 keeps them gathered from forward to backward. torch's pipeline reduces once, after the
         last action, behind nothing; under zero 3 it gathers layers again for each backward.
         """
-        gathered, reduced = self._collectives(layout, dense, expert)
+        gathered, reduced = self._collectives(layout, dense, expert, tensors)
         if gathered == reduced == 0.0:
             return DataParallel()
         torch_root, pipelined = root and self._software.on_fsdp, layout.pp > 1 and self._software.on_torch_pipeline
@@ -67,7 +75,8 @@ class DataParallelModel:
             return DataParallel(gather=first, backward=last)
         return DataParallel(forward=first, backward=last if torch_root else last + again)
 
-    def _collectives(self, layout: Layout, dense: float, expert: float) -> tuple[float, float]:
+    def _collectives(self, layout: Layout, dense: float, expert: float, tensors: int) -> tuple[float, float]:
+        number = tensors if self._software.shards == "of_tensors" and layout.zero else 1
         groups = (
             (dense, layout.dp * layout.cp, layout.shards, layout.tp),
             (expert, layout.edp, layout.expert_shards, layout.ep * layout.etp),
@@ -75,8 +84,8 @@ class DataParallelModel:
         gathered = reduced = 0.0
         for parameters, ranks, shards, stride in groups:
             if parameters and ranks > 1:
-                there, back = self._group(layout, parameters, ranks, shards, stride)
-                gathered, reduced = gathered + there, reduced + back
+                there, back = self._group(layout, parameters / number, ranks, shards, stride)
+                gathered, reduced = gathered + number * there, reduced + number * back
         factor = self._hardware.correction("dp")
         return gathered * factor, reduced * factor
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 
 from .layout import RECOMPUTE_MODES
 from .layout_costs import Blocks, LayoutCosts, StageCount
@@ -46,7 +48,7 @@ def _recompute_until_it_fits(
     costs: LayoutCosts, rank: int, counts: list[StageCount], limit_bytes: float, modes: Sequence[str]
 ) -> None:
     """Layer by layer to the next dearer mode, on the rank's own stages, until its bytes fit or all are at the last."""
-    for cheap, dear in zip(modes, modes[1:], strict=False):
+    for cheap, dear in pairwise(modes):
         for stage in costs.layout.stages_of(rank):
             for k in range(len(costs.segments)):
                 original = counts[stage]
@@ -72,9 +74,39 @@ def _moved(count: StageCount, segment: int, cheap: str, dear: str, number: int) 
 
 
 def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[int, float]:
-    """(rank, bytes) missing on the tightest rank of a balanced assignment that recomputes all it may."""
-    dearest = sorted(modes, key=lambda mode: min(s.memory.totals.held[mode] for s in costs.segments))[:1]
-    counts = first_assignment(costs, limit_bytes, dearest or ("none",))
-    missing = [costs.rank_bytes(rank, counts) - limit_bytes for rank in range(costs.layout.pp)]
+    """(rank, bytes) missing on the tightest rank in the layout's best case, when nothing fits.
+
+    With one stage a rank and all layers alike it is the least: layers go one at a time to the rank that is left with
+    the most room, and a rank needs least with all its layers in one mode. Else it is that of an even assignment that
+    recomputes all it may.
+    """
+    if costs.layout.virtual_stages == 1 and len(costs.segments) == 1:
+        counts = _roomiest_assignment(costs, modes or ("none",))
+    else:
+        dearest = sorted(modes, key=lambda mode: min(s.memory.held_by(mode).total for s in costs.segments))[:1]
+        counts = first_assignment(costs, limit_bytes, dearest or ("none",))
+    missing = [memory.total - limit_bytes for memory in costs.memory(counts)]
     worst = max(range(len(missing)), key=missing.__getitem__)
     return worst, missing[worst]
+
+
+def _roomiest_assignment(costs: LayoutCosts, modes: Sequence[str]) -> tuple[StageCount, ...]:
+    """The assignment whose fullest rank holds least: bytes of a rank rise with its layers."""
+    stages, nothing = costs.layout.pp, [tuple(Blocks() for _ in costs.segments)] * costs.layout.stages
+
+    def least(stage: int, layers: int) -> tuple[float, StageCount]:
+        found = []
+        for mode in modes:
+            held: StageCount = (Blocks(**{mode: layers}),)
+            counts = [*nothing[:stage], held, *nothing[stage + 1 :]]
+            found.append((costs.rank_memory(stage, counts).total, held))
+        return min(found, key=lambda option: option[0])
+
+    numbers = [1 if 0 < stage < stages - 1 else 0 for stage in range(stages)]
+    heap = [(least(stage, numbers[stage] + 1)[0], stage) for stage in range(stages)]
+    heapq.heapify(heap)
+    for _ in range(costs.layers - sum(numbers)):
+        _, stage = heapq.heappop(heap)
+        numbers[stage] += 1
+        heapq.heappush(heap, (least(stage, numbers[stage] + 1)[0], stage))
+    return tuple(least(stage, layers)[1] for stage, layers in enumerate(numbers))

@@ -14,13 +14,13 @@ from functools import cached_property
 
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import DTYPE_BYTES
 from profiles.software import Software
 
-from .activation_bytes import ActivationModel
+from .activation_bytes import ActivationModel, KeptBytes
 from .job import TrainingJob
 from .layout import RECOMPUTE_MODES, Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, local_tokens, outside_tokens
+from .schedule import in_flight
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
@@ -130,31 +130,50 @@ class MemoryModel:
         zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
         the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
         unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
-        `PipelineStage.backward_maybe_with_nosync`). Embedding and head (`root`) are FSDP2's root group, gathered
-        from forward to backward and reduced last.
+        `PipelineStage.backward_maybe_with_nosync`). Unsharded sums are freed group by group as they are reduced, when
+        activations are gone, so their shards do not count besides. Embedding and head (`root`) are FSDP2's root group,
+        gathered from forward to backward. Gradients that only appear as activations go are in `_late_gradients`.
         """
         weights = _FP32_BYTES * parameters / shards
         optimizer = _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
         wrapped = shared or self._job.precision != "fp32"
-        gathered = gradients = 0.0
-        if not wrapped:
-            gradients = _FP32_BYTES * parameters
-        elif layout.zero == 0:
-            gradients = _FP32_BYTES * parameters
-            gathered = self._element_bytes * parameters
-        else:
-            stays = layout.zero < 3 or layout.pp > 1 or root
-            unsharded = layout.zero == 1 or layout.pp > 1 or root
-            gathered = self._element_bytes * parameters if stays else 0.0
-            # Unsharded sums and the shard that the reduction leaves exist together at the end.
-            gradients = _FP32_BYTES * parameters / shards + (_FP32_BYTES * parameters if unsharded else 0.0)
+        stays = wrapped and (layout.zero < 3 or layout.pp > 1 or root)
+        gathered = self._element_bytes * parameters if stays else 0.0
+        gradients = 0.0 if self._gradients_come_late(layout) else self._gradient_bytes(layout, parameters, shards)
         return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
+
+    def _gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
+        """fp32 gradients at the end of the backward passes: sharded where each microbatch's are reduced."""
+        return _FP32_BYTES * parameters / (shards if self._reduces_each_microbatch(layout) else 1)
+
+    def _reduces_each_microbatch(self, layout: Layout) -> bool:
+        return layout.pp == 1 and (layout.zero >= 2 or layout.microbatches(self._job.global_batch) == 1)
+
+    def _gradients_come_late(self, layout: Layout) -> bool:
+        """Whether all that is ever in flight is so before the first backward, that is before the first gradient."""
+        if not self._software.on_fsdp:
+            return False
+        if layout.pp == 1:
+            return layout.microbatches(self._job.global_batch) == 1
+        return layout.schedule == "gpipe"
+
+    def _late_gradients(self, layout: Layout, parameters: float, activations: float) -> float:
+        """What a layer's gradients add to each microbatch in flight, where they come late.
+
+        With M in flight a layer holds M·A before its first backward and (M-1)·A + G after it; the layers change over
+        one by one, so the most is (M-1)·A + max(A, G) a layer.
+        """
+        if not self._gradients_come_late(layout):
+            return 0.0
+        gradients = self._gradient_bytes(layout, parameters, layout.shards)
+        return max(0.0, gradients - activations) / layout.microbatches(self._job.global_batch)
 
     def _master_state(self, layout: Layout, parameters: float, shards: int) -> MemoryBytes:
         """Weights in the compute precision, a master copy and moments in fp32, as Megatron-LM keeps them.
 
         With fp32 gradients 18 bytes a parameter in 16 bits, 6 + 12/d under the distributed optimizer over d ranks.
-        Gradients kept in 16 bits get an fp32 copy for the update: 20, and 4 + 16/d. All in fp32: 16, and 8 + 8/d.
+        Gradients kept in 16 bits: 16, and 4 + 12/d; the fp32 copy of them that the update takes is made when the
+        activations are gone and freed before they return, so it is not there at the peak. All in fp32: 16, and 8 + 8/d.
         """
         compute = self._element_bytes
         cut = [1.0 / shards if layout.zero >= level else 1.0 for level in (1, 2, 3)]  # optimizer, gradients, weights
@@ -163,7 +182,7 @@ class MemoryModel:
         elif self._software.gradients == "fp32" and self._job.precision != "fp16":
             kept, copies = _FP32_BYTES, (1 + _ADAM_MOMENTS) * _FP32_BYTES
         else:
-            kept, copies = compute, (2 + _ADAM_MOMENTS) * _FP32_BYTES
+            kept, copies = compute, (1 + _ADAM_MOMENTS) * _FP32_BYTES
         return MemoryBytes(
             weights=compute * parameters * cut[2],
             gradients=kept * parameters * cut[1],
@@ -178,19 +197,48 @@ class MemoryModel:
         state = self._state(layout, dense)
         if expert:
             state = state + self._state(layout, expert, expert=True)
-        gathers = layout.zero == 3 and (layout.pp == 1 or not self._software.on_fsdp)
-        in_use = 2 * self._element_bytes * (dense + expert) if gathers else 0.0
-        passing = kept.transient + in_use
+        modes = (kept.none, kept.selective, kept.full)
+        transients = [self._transient(layout, dense, expert, kept, held) for held in modes]
+        held = [
+            MemoryBytes(activations=bytes_, gradients=self._late_gradients(layout, dense + expert, bytes_))
+            for bytes_ in modes
+        ]
         return PartMemory(
             state=state,
-            held=MemoryBytes(activations=kept.none),
-            held_selective=MemoryBytes(activations=kept.selective),
-            held_recomputed=MemoryBytes(activations=kept.full),
+            held=held[0],
+            held_selective=held[1],
+            held_recomputed=held[2],
             held_weight=MemoryBytes(activations=kept.weight),
-            transient=passing,
-            transient_selective=passing + kept.none - kept.selective,
-            transient_recomputed=passing + kept.none,
+            transient=transients[0],
+            transient_selective=transients[1],
+            transient_recomputed=transients[2],
         )
+
+    def _transient(self, layout: Layout, dense: float, expert: float, kept: KeptBytes, held: float) -> float:
+        """The most that a layer's backward has beyond what its stage holds, `held` of it by this layer.
+
+        FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it. Where each microbatch's gradients
+        are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
+        `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
+        before reduced last, the root group. At the end of the backward this layer's activations are gone too, and its
+        gradients are there in the compute precision, as the head's are all the time. Where gradients are reduced after
+        the last microbatch, input and output of one layer's reduction come on top of all sums, when all is gone that
+        an even share of the layers gathers and holds.
+        """
+        parameters, element = dense + expert, self._element_bytes
+        fsdp = self._software.on_fsdp
+        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp)
+        gathered = 2 * element * parameters if gathers else 0.0
+        start = kept.transient + gathered + kept.none - held
+        if not fsdp or (layout.dp * layout.cp == 1 and self._job.precision == "fp32"):
+            return start
+        reduced = _FP32_BYTES * parameters
+        if self._reduces_each_microbatch(layout):
+            end = kept.heads + gathered + element * parameters - held
+            before = max(self._root_reduction(layout), reduced - held)
+            return max(start, end) + before + element * self._head_matrix(layout)
+        share = max(1, self._model.layers // layout.pp)
+        return max(start, reduced * (1 + 1 / layout.shards) - share * (element * parameters + held))
 
     def embedding(self, layout: Layout) -> PartMemory:
         state = self._state(layout, self.embedding_parameters(layout), root=True)
@@ -199,21 +247,47 @@ class MemoryModel:
     def head(self, layout: Layout) -> PartMemory:
         """Last norm, and the logits: as computed, and as log-probabilities in fp32; their gradients on the way back.
 
-        A fused cross-entropy keeps the logits alone, in their own precision; Megatron's the fp32 softmax alone.
+        The logits as computed live as long as the training loop names them, through the backward. A fused cross-entropy
+        keeps the logits alone, in their own precision; Megatron's the fp32 softmax alone.
         """
         tokens = local_tokens(layout, self._job.sequence)
         rows = -(-self._model.vocab_size // layout.tp)
         logits = self._element_bytes * tokens * rows
         log_probabilities = _FP32_BYTES * tokens * rows
-        gradients = log_probabilities + (logits if self._element_bytes != _FP32_BYTES else 0.0)
         if self._software.on_fsdp:
-            kept = logits + log_probabilities
+            stays, kept = logits, logits + log_probabilities
+            # Beside each other: the gradient of the log-probabilities and of the widened logits, and a third of
+            # this size in `loss_parallel` (torch 2.13, `_nll_loss_and_log_softmax_backward`).
+            gradients = (3 if layout.tp > 1 else 2) * log_probabilities
         else:
-            kept = log_probabilities if self._software.logits == "fp32" else logits
+            stays, kept = 0.0, log_probabilities if self._software.logits == "fp32" else logits
             gradients = kept
-        held = MemoryBytes(activations=self._activations.norm(layout), logits=kept)
+        norm = self._activations.norm(layout)
+        share = self._head_held_share(layout)
+        held = MemoryBytes(activations=share * norm, logits=stays + share * (kept - stays))
+        passing = (norm + kept - stays if share < 1 else 0.0) + gradients + self._root_reduction(layout)
         state = self._state(layout, self.head_parameters(layout), root=True)
-        return PartMemory(state, held, held, gradients, gradients, held, gradients, held)
+        return PartMemory(state, held, held, passing, passing, held, passing, held)
+
+    def _root_reduction(self, layout: Layout) -> float:
+        """What went into FSDP2's last reduction of the microbatch before, that of embedding and head, in fp32."""
+        if not self._software.on_fsdp or layout.microbatches(self._job.global_batch) == 1:
+            return 0.0
+        if not self._reduces_each_microbatch(layout):
+            return 0.0
+        return _FP32_BYTES * (self.embedding_parameters(layout) + self.head_parameters(layout))
+
+    def _head_held_share(self, layout: Layout) -> float:
+        """Of what the head keeps for its backward, how much counts as held by each microbatch in flight.
+
+        One microbatch's is freed before any layer's backward begins, so it counts as passing. The last stage has one
+        in flight under 1F1B and without a pipeline, all M under gpipe.
+        """
+        if layout.pp == 1 or layout.schedule == "1f1b":
+            return 0.0
+        if layout.schedule == "gpipe":
+            return 1.0 - 1.0 / layout.microbatches(self._job.global_batch)
+        return 1.0
 
     # ---- the rest --------------------------------------------------------------------------------------
 
@@ -226,15 +300,22 @@ class MemoryModel:
 
         torch's pipeline allocates a receive buffer for every microbatch at once: activations on every stage
         but the first, gradients on every stage but the last (torch 2.13, `_setup_forward_recv_info`). Others
-        receive into a buffer or two.
+        receive into a buffer or two. It also keeps the output of each microbatch in flight, which no layer of the
+        stage needs for its backward (`fwd_cache`); the last stage's are the logits.
         """
         stages = layout.pp * layout.virtual_stages
         boundary = self.boundary_bytes(layout) if layout.pp > 1 else 0.0
         directions = sum((stage > 0) + (stage < stages - 1) for stage in layout.stages_of(rank))
         buffers = microbatches if self._software.on_torch_pipeline else 2
+        outputs = 0
+        if self._software.on_torch_pipeline and layout.pp > 1:
+            vectors = in_flight(layout.pipeline(microbatches))[rank]
+            inner = [stage < stages - 1 for stage in layout.stages_of(rank)]
+            outputs = max(sum(full for full, sends in zip(v.full, inner, strict=True) if sends) for v in vectors)
         groups = sum(axis > 1 for axis in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep * layout.etp))
         return MemoryBytes(
             pipeline_buffers=boundary * buffers * directions,
+            activations=boundary * outputs,
             communicators=groups * self._hardware.communicator_bytes,
             context=self._hardware.context_bytes,
         )
@@ -255,7 +336,9 @@ class MemoryModel:
         assert experts is not None
         total += experts.number * (model.hidden_size + (1 if experts.router_bias else 0))
         total += model.ffn_matrices * model.hidden_size * experts.shared_width / layout.tp
-        own = sum(outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp))
+        own = sum(
+            outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp)
+        )
         return total, own * experts.number / layout.ep
 
     def embedding_parameters(self, layout: Layout) -> float:
@@ -266,9 +349,11 @@ class MemoryModel:
 
     def head_parameters(self, layout: Layout) -> float:
         """A tied matrix lies in the embedding, but the last stage of a pipeline holds a copy of it."""
-        model = self._model
-        matrix = -(-model.vocab_size // layout.tp) * model.hidden_size
+        model, matrix = self._model, self._head_matrix(layout)
         if model.tied_embeddings:
             beside = model.head_parameters
             return beside + (matrix if layout.pp > 1 else 0)
         return matrix + model.head_parameters - model.vocab_size * model.hidden_size
+
+    def _head_matrix(self, layout: Layout) -> int:
+        return -(-self._model.vocab_size // layout.tp) * self._model.hidden_size

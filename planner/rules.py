@@ -144,7 +144,7 @@ def _stages(layout: Layout, context: RuleContext) -> str | None:
         chunks = f"pp={layout.pp}" + (f" with {layout.virtual_stages} chunks" if layout.virtual_stages > 1 else "")
         return (
             f"{chunks} and {layers} layers: every stage between the embedding's and the head's "
-            f"needs a layer, so pp is at most {layers + 2}"
+            f"needs a layer, so pp is at most {(layers + 2) // layout.virtual_stages}"
         )
     return None
 

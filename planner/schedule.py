@@ -23,7 +23,17 @@ from typing import NamedTuple
 from . import schedule_orders as orders
 from .schedule_orders import Action
 
-__all__ = ["BLOCKING", "SPLIT_BACKWARD", "Action", "InFlight", "Pipeline", "action_lists", "in_flight", "least_in_flight", "why_illegal"]
+__all__ = [
+    "BLOCKING",
+    "SPLIT_BACKWARD",
+    "Action",
+    "InFlight",
+    "Pipeline",
+    "action_lists",
+    "in_flight",
+    "least_in_flight",
+    "why_illegal",
+]
 
 # They run a backward in two halves; recomputation does not go with that on torch.
 SPLIT_BACKWARD = ("zb1p", "zbv", "dualpipev")

@@ -81,6 +81,10 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             proven = min(proven, left[0][0])
             break
         least, _, item = heapq.heappop(left)
+        if isinstance(item, LayoutGroup) and len(item.pipelines) > 1:
+            for group in item.by_pipeline():
+                heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
+            continue
         if isinstance(item, LayoutGroup):
             for layout in item:
                 costs = prices.price(layout)

@@ -13,7 +13,7 @@ from itertools import product
 from .capabilities import Capabilities
 from .job import TrainingJob
 from .layout import Layout
-from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, missing_features
+from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, missing_features, recompute_modes
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class LayoutGroup:
     base: Layout
     pipelines: tuple[tuple[str, int], ...]
     states: tuple[tuple[int, int, int, int], ...]
+
+    def by_pipeline(self) -> Iterator[LayoutGroup]:
+        """The same layouts, a group for each schedule and number of chunks."""
+        for pipeline in self.pipelines:
+            yield replace(self, pipelines=(pipeline,))
 
     def __len__(self) -> int:
         return len(self.pipelines) * len(self.states)
@@ -115,7 +120,8 @@ class _Space:
                     layout = replace(base, schedule=schedule, virtual_stages=chunks)
                     if not self._held("schedule", schedule) or not self._held("virtual_stages", chunks):
                         continue
-                    if layout.stages <= layers + 2 and KNOB_RULES[0](layout, self._context) is None:
+                    legal = layout.stages <= layers + 2 and KNOB_RULES[0](layout, self._context) is None
+                    if legal and recompute_modes(layout, self._context):
                         found.append((schedule, chunks))
             self._pipelines[key] = tuple(found)
         return self._pipelines[key]

@@ -33,6 +33,7 @@ Seconds are scaled by the bound and bytes by the limit, so that the solver sees 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -73,14 +74,16 @@ class _Program:
     limit_bytes: float
     scale: float
     modes: tuple[str, ...]
+    goal_seconds: float
     problem: pulp.LpProblem = field(init=False)
 
     def __post_init__(self) -> None:
         stages, segments = range(self.costs.layout.stages), self.costs.segments
+        most = self._most_layers()
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
         new = self.problem.add_variable
         self.n = {
-            (s, k, r): new(f"n_{s}_{k}_{r}", 0, segment.layers, cat=pulp.LpInteger)
+            (s, k, r): new(f"n_{s}_{k}_{r}", 0, most[k], cat=pulp.LpInteger)
             for s in stages
             for k, segment in enumerate(segments)
             for r in self.modes
@@ -92,6 +95,15 @@ class _Program:
         self.step = new("Z", 0)
         self.problem += self.step
         self.problem += self.step == self.makespan + self.optimizer, "step"
+
+    def _most_layers(self) -> list[int]:
+        """Layers of each segment that a stage may hold: more of them alone would take longer than the goal."""
+        most = []
+        for segment in self.costs.segments:
+            each = self.costs.microbatches * (segment.seconds.forward.total + segment.seconds.backward.total)
+            allowed = (self.goal_seconds - self.costs.step_seconds) / each if each > 0 else math.inf
+            most.append(segment.layers if allowed >= segment.layers else int(allowed))
+        return most
 
     # ---- linear expressions ----------------------------------------------------------------------------
 
@@ -117,15 +129,15 @@ class _Program:
             self.problem += pulp.lpSum(n for (of, _, _), n in self.n.items() if of == s) >= 1, f"no_empty_stage_{s}"
 
     def segments_in_order(self) -> None:
-        stages, most = range(self.costs.layout.stages), self.costs.layers
+        stages = range(self.costs.layout.stages)
         for k in range(len(self.costs.segments) - 1):
             z = [self.problem.add_variable(f"z_{k}_{s}", cat=pulp.LpBinary) for s in stages]
             for s in stages:
                 later = pulp.lpSum(self.n[s, k + 1, r] for r in self.modes)
-                self.problem += later <= most * z[s], f"not_before_{k}_{s}"
+                self.problem += later <= self.costs.segments[k + 1].layers * z[s], f"not_before_{k}_{s}"
                 if s > 0:
                     here = pulp.lpSum(self.n[s, k, r] for r in self.modes)
-                    self.problem += here <= most * (1 - z[s - 1]), f"not_after_{k}_{s}"
+                    self.problem += here <= self.costs.segments[k].layers * (1 - z[s - 1]), f"not_after_{k}_{s}"
                     self.problem += z[s] >= z[s - 1], f"in_order_{k}_{s}"
 
     def transient_in_use(self) -> dict[int, pulp.LpVariable]:
@@ -144,8 +156,9 @@ class _Program:
                     if transient <= least:
                         continue
                     u = self.problem.add_variable(f"u_{q}_{k}_{r}", cat=pulp.LpBinary)
-                    held = pulp.lpSum(self.n[s, k, r] for s in self.costs.layout.stages_of(q))
-                    self.problem += held <= segment.layers * u, f"used_{q}_{k}_{r}"
+                    held = [self.n[s, k, r] for s in self.costs.layout.stages_of(q)]
+                    most = min(segment.layers, sum(n.upBound for n in held))
+                    self.problem += pulp.lpSum(held) <= most * u, f"used_{q}_{k}_{r}"
                     self.problem += y[q] >= (slack * transient / self.limit_bytes) * u, f"transient_{q}_{k}_{r}"
         return y
 
@@ -154,7 +167,7 @@ class _Program:
         costs, slack, nothing = self.costs, 1.0 + self.costs.allocator_slack, empty_counts(self.costs)
         transient = self.transient_in_use()
         for q in range(costs.layout.pp):
-            ends = [part for part in costs.rank_parts(q, nothing)]
+            ends = costs.rank_parts(q, nothing)
             fixed = costs.fixed_memory[q]
             kept = fixed.context + fixed.communicators + slack * (fixed.total - fixed.context - fixed.communicators)
             kept += slack * sum(part.state.total for _, part, _, _ in ends)
@@ -279,7 +292,9 @@ def solve_stages(
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
         return Solution(best, best_seconds, min(bound, best_seconds), solved)
-    program = _Program(costs, limit_bytes, scale=bound_seconds, modes=tuple(modes))
+    program = _Program(
+        costs, limit_bytes, scale=bound_seconds, modes=tuple(modes), goal_seconds=min(best_seconds, cutoff_seconds)
+    )
     program.every_layer_once()
     program.no_empty_stage()
     program.segments_in_order()

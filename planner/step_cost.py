@@ -23,13 +23,11 @@ from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
 from .memory_cost import MemoryBytes, MemoryModel, PartMemory
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, in_flight
+from .schedule import BLOCKING, SPLIT_BACKWARD, in_flight
 from .space import LayoutGroup
 
 # Segments, embedding and head with their bytes, and what a microbatch costs besides.
-_Parts = tuple[
-    tuple[SegmentCosts, ...], tuple[PartSeconds, PartMemory], tuple[PartSeconds, PartMemory], ComputeCost
-]
+_Parts = tuple[tuple[SegmentCosts, ...], tuple[PartSeconds, PartMemory], tuple[PartSeconds, PartMemory], ComputeCost]
 _MOST_PARTS = 256
 
 
@@ -108,21 +106,31 @@ class CostModel:
         return segments, (embedding, memory.embedding(layout)), (head, memory.head(layout)), overhead
 
     def least_work(self, group: LayoutGroup) -> float:
-        """Seconds that no layout of the group is below: all its microbatches' work shared evenly by the stages."""
+        """Seconds that no layout of the group is below, its compute and what its layers send alone.
+
+        All microbatches' work shared evenly by the stages, or one microbatch through all stages one after the other
+        and on some stage the backwards of all others (`bounds._one_stage`).
+        """
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
-        least = float("inf")
+        split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
+        stages = layout.pp * max(chunks for _, chunks in group.pipelines)
+        pace, least = self._pace(layout, microbatches), float("inf")
         for ep, etp in {(state[2], state[3]) for state in group.states}:
             candidate = replace(layout, ep=ep, etp=etp)
-            compute, work = self._part_compute(candidate), 0.0
-            for segment in self._model.segments:
-                cost = compute[segment.kind]
-                passes = self._axis_passes(candidate, cost, segment.kind).values()
-                sent = sum(p.forward + p.backward for p in passes)
-                work += segment.count * (cost.forward.total + cost.backward.total + sent)
-            work += sum(compute[end].forward.total + compute[end].backward.total for end in ("embedding", "head"))
-            least = min(least, work)
-        return microbatches * least / layout.pp
+            compute = {name: cost * pace for name, cost in self._part_compute(candidate).items()}
+            forward = backward = weight = 0.0
+            parts = [(segment.kind, segment.count) for segment in self._model.segments]
+            for kind, number in [*parts, ("embedding", 1), ("head", 1)]:
+                cost = compute[kind]
+                passes = self._axis_passes(candidate, cost, kind).values() if kind not in ("embedding", "head") else ()
+                forward += number * (cost.forward.total + sum(p.forward for p in passes))
+                backward += number * (cost.backward.total + sum(p.backward for p in passes))
+                weight += number * cost.backward_weight.total
+            shared = microbatches * (forward + backward) / layout.pp
+            in_chain = backward - weight if split else backward
+            least = min(least, max(shared, forward + in_chain + (microbatches - 1) * in_chain / stages))
+        return least
 
     # ---- compute ---------------------------------------------------------------------------------------
 
@@ -180,11 +188,15 @@ class CostModel:
             return {axis: getattr(passes, way) for axis, passes in axes.items()}
 
         dense, expert = parameters
-        accumulate = self._compute.accumulate_seconds(dense + expert) * (microbatches - 1) / microbatches
+        accumulate = self._compute.accumulate_seconds(dense + expert)
+        if not self._software.adds_first_gradient:
+            accumulate *= (microbatches - 1) / microbatches
         kept = dense / layout.shards + expert / layout.expert_shards
-        dp = self._dp.price(
-            layout, dense, expert, compute.forward.total, compute.backward.total + accumulate, root=root
-        )
+        # dp's collectives hide behind all that a pass lasts, what the other axes send included.
+        forward = compute.forward.total + sum(sent("forward").values())
+        backward = compute.backward.total + accumulate + sum(sent("backward").values())
+        number = self._software.joined_tensors(tensors, root)
+        dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root)
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
             backward_input=Seconds(compute.backward_input.total, **sent("backward")) + dp.backward,

@@ -112,8 +112,8 @@ class HardwareProfile:
     def batched_gemm_seconds(self, dtype: str, count: int, m: int, n: int, k: int) -> float:
         """Seconds of `count` separate products in one kernel, as attention without a flash kernel issues them.
 
-        With an inner dimension of one head they are bound by memory, and neither side hides the other: arXiv 2205.05198,
-        table 4, has 1.3 ms for the core attention of 4 × 2048 tokens over 8 heads of 96 on an A100; this gives 1.2.
+        With an inner dimension of one head they are bound by memory, and neither side hides the other: arXiv
+        2205.05198, table 4, has 1.3 ms for the core attention of 4 × 2048 tokens over 8 heads of 96 on an A100.
         """
         model = self._gemm_models.get(dtype)
         if model is None:

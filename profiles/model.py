@@ -8,8 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .attention_spec import STRETCHES, LatentAttention, RopeScaling, RopeStretch, SlidingWindow
+from .attention_spec import LatentAttention, RopeScaling, RopeStretch, SlidingWindow
 from .experts_spec import Experts
+from .model_features import features_of
 from .store import Reader, load_document
 
 SCHEMA = "meshwright.model/v1"
@@ -95,33 +96,7 @@ class ModelSpec:
     @property
     def features(self) -> tuple[str, ...]:
         """What the model has and the dense, causal pre-norm decoder has not, in words for people."""
-        used = {
-            "experts": self.experts is not None,
-            "latent attention": self.latent_attention is not None,
-            "sliding-window attention": self.sliding_window is not None,
-            "QK norm": self.qk_norm,
-            "attention sinks": self.attention_sinks,
-            "bidirectional attention": self.bidirectional,
-            "ALiBi positions": self.positions == "alibi",
-            **{words: self._stretch == kind for kind, words in STRETCHES.items()},
-            "partial rotary positions": self.rotary_fraction != 1.0,
-            "parallel residuals": self.parallel_residual,
-            "post-norm layers": self.norm_placement == "post",
-            "ReLU": self.activation == "relu",
-            "clamped SwiGLU": self.activation == "clamped_swiglu",
-            "offset positions": self.position_offset > 0,
-            "token types": self.token_types > 0,
-            # Of post-norm layers the embedding's norm is the first: there it is no feature of its own.
-            "embedding norm": self.embedding_norm and self.norm_placement == "pre",
-            "output transform": self.output_transform,
-            "output bias": self.output_bias,
-            "next-sentence head": self.next_sentence_head,
-        }
-        return tuple(feature for feature, has in used.items() if has)
-
-    @property
-    def _stretch(self) -> str | None:
-        return self.rope_stretch.kind if self.rope_stretch else None
+        return features_of(self)
 
     # ---- parameters: counts, exact --------------------------------------------------------------------
 

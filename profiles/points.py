@@ -28,24 +28,41 @@ EAGER_PASSES = {
     "swiglu": (5, 9),  # silu (2), product (3); two product gradients (6), silu gradient (3)
     "gelu": (2, 3),
     "gelu_tanh": (2, 3),
+    "bias": (2, 0),
     "bias_gradient": (0, 1),  # the sum over all tokens
-    "norm_eager": (7, 18),  # square (2), mean (1), two products (2 and 2); each of them back, two sums of gradients
+    # In fp32, so twice the bytes: cast (3), square (4), mean (2), two products (4 and 4), cast (3); back: cast (3),
+    # four products and two sums for the weight and the root (6, 4, 2, 6, 4, 2), the mean's and the square's
+    # (2, 4, 4, 6), the branches meet (6), cast (3). Counted by a dispatch mode over torch's composite rms_norm.
+    "norm_eager": (20, 52),
     "rope_fused": (2, 2),
     "swiglu_fused": (3, 5),  # read gate and up, write; read both and the gradient, write two
     "softmax": (2, 3),  # scale, mask and softmax in one kernel; back: read output and gradient, write
-    "softmax_eager": (6, 7),  # scale (2), mask (2), softmax (2); softmax (3), mask (2), scale (2) back
+    "scale_mask": (6, 4),  # scale (2), product with the mask (2), difference (2); product and scale back
     "dropout": (2.5, 2.5),  # read, write, one byte of mask in 16 bits
     "dropout_add": (3.5, 5.5),  # read two, write one and the mask; mask and scale (2.5), the branches meet (3)
     "residual": (3, 3),  # sum of two; the gradients of the two branches meet
     "copy": (2, 2),
     "cast": (1.5, 1.5),  # read one width, write the other
+    "cast_delayed": (2, 2),  # bf16 to fp8 and its transpose in one kernel
+    "cast_dynamic": (2.5, 3.5),  # largest element (1), cast (1.5); of gradients the transpose (1) besides
     "embedding": (2, 3),
-    "cross_entropy": (6, 6),  # cast to fp32 (3), log-softmax (2), pick; and back
+    # torch's own: cast to fp32 (3), log-softmax (4), pick; back: zeros and a one (2), softmax (6), cast (3).
+    "cross_entropy": (7, 11),
+    # Cast (3), maximum (2), difference (4), exponential (4), sum (2), quotient (4); back: product (4), cast (3).
+    "cross_entropy_chain": (19, 7),
+    "loss_metric": (7, 0),  # torch's cross-entropy without its backward
     "cross_entropy_fused": (2, 2),  # read for maximum and sum; read and write the gradient in place
     "accumulate": (3, 0),  # gradient += new gradient
     "gradient_norm": (3, 0),  # read for the norm, read and write for the scaling
     "adamw": (7, 0),  # read weight, gradient and two moments, write three
+    # Decay (2), both moments scaled and added to (2, 3, 2, 3), root, sum and quotient (2, 2, 2), step (4).
+    "adamw_eager": (22, 0),
 }
+
+# Times as long as their bytes say that torch's elementwise kernels take in 16 bits where they move one element at a
+# time, until torch 1.5 (pytorch/pytorch#31975): published, 80 % of the time in 32 bits (pytorch/pytorch#22612, 2019).
+SCALAR_SLOWDOWN = 1.6
+ELEMENTWISE = ("scale_mask", "gelu", "gelu_tanh", "dropout", "residual", "copy", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,8 @@ class NoDeviceError(Exception):
 def hardware_of(gpu: str, names: list[str]) -> str:
     """The hardware profile that a GPU's name means: its chip, then SXM or PCIe, then the nearest memory.
 
+    A profile of a lowered power limit is meant where the name states just that limit.
+
     >>> hardware_of("A100-SXM-40GB", ["a100-sxm-40gb", "a100-sxm-80gb"])
     'a100-sxm-40gb'
 
@@ -68,10 +70,17 @@ def hardware_of(gpu: str, names: list[str]) -> str:
     if chip is None:
         raise NoDeviceError(f"no hardware profile for {gpu or 'a GPU that is not named'}")
     of_chip = [name for name in names if name.partition("-")[0] == chip]
+    of_chip = [n for n in of_chip if (w := _watts(n)) and w == _watts(text)] or [n for n in of_chip if not _watts(n)]
     form = "pcie" if "PCIE" in text else "sxm"
     of_form = [name for name in of_chip if form in name] or of_chip
     wanted = memory_gb(text)
     return min(of_form, key=lambda name: abs((memory_gb(name) or 0) - wanted) if wanted else -(memory_gb(name) or 0))
+
+
+def _watts(text: str) -> int | None:
+    """The power limit that a device's name states."""
+    found = re.search(r"(?<![A-Z0-9])([0-9]+) ?W(?![A-Z0-9])", text.upper())
+    return int(found[1]) if found else None
 
 
 def memory_gb(text: str) -> int | None:

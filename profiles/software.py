@@ -22,16 +22,23 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "activation": ("eager", "fused"),
     "dropout": None,
     "residual": ("eager", "fused"),
-    "cross_entropy": ("eager", "fused"),
+    "cross_entropy": ("eager", "chain", "fused"),
     "logits": ("fp32", "compute"),
     "optimizer": ("eager", "fused"),
     "gradients": ("fp32", "compute"),
     "accumulation": ("fused", "separate"),
     "gradient_reduce": ("after_backward", "overlapped"),
     "weight_gather": ("after_step", "overlapped"),
-    "tp_overlap": None,
+    "tp_overlap": ("none", "own_shard", "pieces"),
     "p2p": ("blocking", "overlapped"),
     "scatter_gather": None,
+    "linear_bias": ("separate", "following", "epilogue"),
+    "grouped_heads": ("native", "repeated"),
+    "selective": ("core_attention", "keep_matmuls", "keep_half_matmuls"),
+    "loss_metrics": None,
+    "fp8_scaling": ("delayed", "dynamic"),
+    "elementwise": ("scalar", "vectorized"),
+    "shards": ("of_tensors", "of_buckets"),
 }
 # Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
 _FALLBACK_FAMILY = "megatron"
@@ -44,12 +51,21 @@ class Software:
 
     `attention`: "unfused" (a chain of eager kernels), "fused_softmax" (scale, mask and softmax in one kernel, the
     s × s scores in memory), or the FlashAttention generation whose speed it has. "fused" is one kernel where
-    "eager" is several: `activation` with its bias, `residual` bias + dropout + sum, `cross_entropy` all of the loss.
+    "eager" is several: `activation` with its bias, `residual` bias + dropout + sum, `cross_entropy` all of the loss
+    ("chain": of the elementary operations that a loss over a vocabulary cut by tp is written in).
     "compute" is the dtype of the GEMMs: `logits` as kept for the loss, `gradients` as accumulated and reduced.
     `accumulation` "fused" happens inside the weight-gradient GEMM. `gradient_reduce` and `weight_gather` (of a
-    distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` whether tp's collectives
-    are split and run beside their GEMMs; `p2p` whether a pipeline stage computes while its messages are under way.
+    distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's
+    collectives hide: "pieces" of them run beside the pieces of their GEMMs, "own_shard": a gather runs beside the
+    product of the rank's own share; `p2p` whether a pipeline stage computes while its messages are under way.
     `scatter_gather`: stage boundaries are cut over tp and gathered on the other side (arXiv 2104.04473, section 4.1).
+    `linear_bias`: added in the GEMM ("epilogue"), by the kernel that follows (all but that of queries, keys and
+    values) or by one of its own ("separate"). `grouped_heads` "repeated": keys and values are copied for each query
+    head. `selective` recomputation runs the core attention again, or all but the products and the attention, or
+    but every second product. `loss_metrics`: cross-entropy and perplexity are taken of the logits besides the loss.
+    `fp8_scaling` "dynamic" looks for the largest element of a tensor before it casts it.
+    `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes. `shards` of a
+    distributed optimizer are cut out of each tensor, each with a collective of its own, or of the joined buckets.
     """
 
     name: str
@@ -67,9 +83,16 @@ class Software:
     accumulation: str
     gradient_reduce: str
     weight_gather: str
-    tp_overlap: bool
+    tp_overlap: str
     p2p: str
     scatter_gather: bool
+    linear_bias: str
+    grouped_heads: str
+    selective: str
+    loss_metrics: bool
+    fp8_scaling: str
+    elementwise: str
+    shards: str
     reasons: dict[str, str]
 
     # What follows from the family: how PyTorch's own parts and Megatron's differ.
@@ -89,6 +112,15 @@ class Software:
         """Queries, keys and values, and the gate, have weights of their own; else they are one matrix."""
         return self.on_torch_pipeline
 
+    def joined_tensors(self, tensors: int, root: bool) -> int:
+        """Parameter tensors of a layer that has so many with all weights apart (`root`: of embedding or head)."""
+        return tensors if root or self.separate_projections else max(1, tensors - 3)
+
+    @property
+    def adds_first_gradient(self) -> bool:
+        """16-bit gradients are added to fp32 buffers from the first microbatch on; else the first is left as it is."""
+        return self.gradients == "fp32" and not self.on_fsdp
+
     @property
     def tp_backward_overlap(self) -> bool:
         """tp's collectives of the backward run beside the weight-gradient GEMM (arXiv 2205.05198, section 4.2.2, and
@@ -97,8 +129,8 @@ class Software:
 
     @property
     def selective_keeps_matmuls(self) -> bool:
-        """Selective recomputation keeps what GEMMs and attention give; else it runs the core attention again."""
-        return self.on_fsdp
+        """Selective recomputation keeps what GEMMs (or half of them) and attention give."""
+        return self.selective != "core_attention"
 
     @classmethod
     def from_dict(cls, reader: Reader) -> Software:

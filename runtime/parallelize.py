@@ -18,13 +18,24 @@ from .transformer import Chunk, build_chunk
 
 def build_stage(plan: Plan, mesh: RankMesh, device: torch.device, *, dtype: torch.dtype, seed: int) -> Chunk:
     """This rank's stage, parallel as the plan says, in memory and with first values. Parameters are `dtype`."""
+    chunk = shape_stage(plan, mesh, dtype=dtype)
+    fill_stage(chunk, plan, device, seed=seed)
+    return chunk
+
+
+def shape_stage(plan: Plan, mesh: RankMesh, *, dtype: torch.dtype) -> Chunk:
+    """This rank's stage, parallel as the plan says, on the meta device: no memory yet."""
     stage = plan.stages[mesh.coordinate.pp]
     chunk = build_chunk(plan.model, stage).to(dtype)
     parallelize(chunk, plan, stage, mesh)
+    return chunk
+
+
+def fill_stage(chunk: Chunk, plan: Plan, device: torch.device, *, seed: int) -> None:
+    """Give a stage its memory and first values."""
     chunk.to_empty(device=device)
     chunk.tie()
     initialise(chunk, layers=plan.model.layers, seed=seed)
-    return chunk
 
 
 def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh) -> None:

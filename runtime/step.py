@@ -49,6 +49,13 @@ def build_state(plan: Plan, device: torch.device, *, dtype: torch.dtype, seed: i
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it."""
     mesh = build_mesh(plan.layout, device.type, tied_embeddings=plan.model.tied_embeddings)
     chunk = build_stage(plan, mesh, device, dtype=dtype, seed=seed)
+    return state_of(plan, mesh, chunk, device, dtype=dtype, weight_decay=weight_decay)
+
+
+def state_of(
+    plan: Plan, mesh: RankMesh, chunk: Chunk, device: torch.device, *, dtype: torch.dtype, weight_decay: float
+) -> TrainState:
+    """The state that trains `chunk`, whose parameters are `dtype`."""
     activation_dtype = torch.bfloat16 if plan.job.precision == "bf16" else dtype
     runner = build_runner(plan, chunk, mesh, device, activation_dtype)
     optimizer = build_optimizer(chunk, weight_decay=weight_decay)

@@ -15,8 +15,7 @@ from planner.local_shapes import local_kv_width, local_linear_shape
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import MemoryPoint
-from profiles.software import load_software
-from tests.oracles.small_world import small_hardware
+from tests.oracles.small_world import our_software, small_hardware
 from tests.plans import tiny_gpt2, tiny_llama
 
 HARDWARE = small_hardware(units=1, launch_seconds=0.0)
@@ -24,7 +23,7 @@ HARDWARE = small_hardware(units=1, launch_seconds=0.0)
 
 def compute_model(model: ModelSpec, hardware: HardwareProfile, precision: str, sequence: int = 16) -> ComputeModel:
     job = TrainingJob(global_batch=8, sequence=sequence, precision=precision)
-    return ComputeModel(model, hardware, job, load_software("meshwright"))
+    return ComputeModel(model, hardware, job, our_software())
 
 
 def price(model: ModelSpec, layout: Layout, sequence: int = 16, **changes: Any) -> dict[str, Any]:

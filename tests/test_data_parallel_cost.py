@@ -113,3 +113,17 @@ def test_the_optimizer_works_on_its_shard_and_accumulation_on_all() -> None:
     assert block_of(backward[1]).backward.total - block_of(backward[0]).backward.total == pytest.approx(
         7 / 8 * 3 * 4 * parameters / 1e10
     )
+
+
+def test_a_reduction_hides_behind_what_tp_sends_in_the_same_pass() -> None:
+    fast = EVERYTHING_HIDDEN | {"flops": 1e14, "launch_seconds": 0.0, "memory_bandwidth_bytes_per_second": 1e12}
+
+    def shown(tp_factor: float) -> float:
+        question = small_question(
+            devices=4, hardware=small_hardware(**fast, corrections={"tp": tp_factor, "dp": 100.0})
+        )
+        return block_of(price(Layout(tp=2, dp=2), question)).reduce.dp
+
+    sent = block_of(price(Layout(tp=2, dp=2), small_question(devices=4, hardware=small_hardware(**fast)))).backward.tp
+    assert shown(1.0) - shown(1.1) == pytest.approx(0.1 * sent)
+    assert shown(1e6) == 0.0

@@ -1,4 +1,4 @@
-"""Why this plan: what binds, runners-up against brute force, what helps against searches, --against; golden."""
+"""Why this plan: what binds, runners-up against brute force, what helps against searches of its own, --against."""
 
 from __future__ import annotations
 

@@ -13,8 +13,7 @@ from planner.layout import Layout
 from planner.memory_cost import MemoryBytes, MemoryModel
 from profiles.catalogue import list_catalogue, resolve_model
 from profiles.model import ModelSpec
-from profiles.software import load_software
-from tests.oracles.small_world import small_hardware
+from tests.oracles.small_world import our_software, small_hardware
 from tests.plans import tiny_gpt2, tiny_llama
 
 
@@ -22,7 +21,7 @@ def memory(
     model: ModelSpec | None = None, precision: str = "fp32", backend: str = "nccl", sequence: int = 16
 ) -> MemoryModel:
     job = TrainingJob(global_batch=8, sequence=sequence, precision=precision)
-    return MemoryModel(model or tiny_llama(), small_hardware(backend=backend), job, load_software("meshwright"))
+    return MemoryModel(model or tiny_llama(), small_hardware(backend=backend), job, our_software())
 
 
 def parameters_of(model: MemoryModel, part: str, layout: Layout) -> float:
@@ -42,26 +41,25 @@ def sharded(zero: int, dp: int = 4, pp: int = 1) -> Layout:
 
 # Bytes per parameter with dp = 4: (weights, gathered weights, gradients, AdamW moments). Weights and moments are
 # fp32 and cut by zero >= 1; the gathered copy, which `replicate` (zero 0) keeps too, is in the compute precision.
-# Unsharded gradients of zero 1 and their
-# reduced shard exist together at the end of a step.
+# Unsharded gradients of zero 1 go as their shards come, and both are there after the activations.
 STATE = {
     ("fp32", 0, 1): (4, 4, 4, 8),
-    ("fp32", 1, 1): (1, 4, 1 + 4, 2),
+    ("fp32", 1, 1): (1, 4, 4, 2),
     ("fp32", 2, 1): (1, 4, 1, 2),
     ("fp32", 3, 1): (1, 0, 1, 2),
     ("bf16", 0, 1): (4, 2, 4, 8),
-    ("bf16", 1, 1): (1, 2, 1 + 4, 2),
+    ("bf16", 1, 1): (1, 2, 4, 2),
     ("bf16", 2, 1): (1, 2, 1, 2),
     ("bf16", 3, 1): (1, 0, 1, 2),
     # A pipeline gathers once and reduces once: zero 3 saves nothing over zero 1 there.
     ("fp32", 0, 2): (4, 4, 4, 8),
-    ("fp32", 1, 2): (1, 4, 1 + 4, 2),
-    ("fp32", 3, 2): (1, 4, 1 + 4, 2),
-    ("bf16", 1, 2): (1, 2, 1 + 4, 2),
-    ("bf16", 3, 2): (1, 2, 1 + 4, 2),
+    ("fp32", 1, 2): (1, 4, 4, 2),
+    ("fp32", 3, 2): (1, 4, 4, 2),
+    ("bf16", 1, 2): (1, 2, 4, 2),
+    ("bf16", 3, 2): (1, 2, 4, 2),
 }
-# Embedding and head are FSDP2's root group: gathered and unsharded as under zero 1.
-ROOT_STATE = STATE | {(precision, zero, 1): STATE[precision, 1, 1] for precision in ("fp32", "bf16") for zero in (2, 3)}
+# Embedding and head are FSDP2's root group: gathered from forward to backward also under zero 3.
+ROOT_STATE = STATE | {("fp32", 3, 1): (1, 4, 1, 2), ("bf16", 3, 1): (1, 2, 1, 2)}
 
 
 @pytest.mark.parametrize(("precision", "zero", "pp"), list(STATE))
@@ -153,7 +151,8 @@ def test_a_llama_block_tensor_by_tensor() -> None:
     assert block.held == MemoryBytes(activations=4 * tokens * elements)
     assert block.held_recomputed == MemoryBytes(activations=4 * tokens * 32)
     assert block.transient == 4 * tokens * 3 * 64
-    assert block.transient_recomputed == block.transient + block.held.total
+    # The input that recomputation keeps is the one that the first norm keeps.
+    assert block.transient_recomputed == block.transient + block.held.total - block.held_recomputed.total
 
 
 def test_a_gpt2_block_keeps_two_of_the_mlp() -> None:
@@ -178,18 +177,52 @@ def test_tp_cuts_activations_and_sequence_parallelism_the_rest() -> None:
     assert cut.held_recomputed.activations == 4 * tokens * 32 / 4
 
 
-def test_the_head_keeps_its_logits_and_their_log_probabilities_in_fp32() -> None:
-    head = memory(precision="bf16").head(Layout(tp=2))
+def test_the_head_holds_its_logits_and_passes_the_rest() -> None:
+    """All else goes before the backward of a layer: norm, log-probabilities, and gradients of their size in fp32."""
     rows, tokens = 31, 16  # 61 over 2
-    assert head.held.logits == (2 + 4) * tokens * rows
-    assert head.held.activations == 2 * tokens * (32 + 32)
-    assert head.transient == (4 + 2) * tokens * rows
-    fp32 = memory().head(Layout(tp=2))
-    assert (fp32.held.logits, fp32.transient) == (2 * 4 * tokens * rows, 4 * tokens * rows)
-    assert head.held == head.held_recomputed
+    head = memory(precision="bf16").head(Layout(tp=2))
+    assert head.held == head.held_recomputed == MemoryBytes(logits=2 * tokens * rows)
+    assert head.transient == 2 * tokens * (32 + 32) + (4 + 3 * 4) * tokens * rows
+    alone = memory().head(Layout())
+    assert alone.held == MemoryBytes(logits=4 * tokens * 61)
+    assert alone.transient == 4 * tokens * (32 + 32) + (4 + 2 * 4) * tokens * 61
 
 
-def test_zero_3_gathers_a_block_at_a_time() -> None:
+def test_under_gpipe_all_microbatches_but_one_hold_what_the_head_keeps() -> None:
+    gpipe, tokens = Layout(pp=2, schedule="gpipe"), 16  # 8 microbatches
+    norm, log_probabilities = 4 * tokens * (32 + 32), 4 * tokens * 61
+    held, passing = memory().head(gpipe).held, memory().head(gpipe).transient
+    assert 8 * held.activations == 7 * norm
+    assert 8 * held.logits == 8 * log_probabilities + 7 * log_probabilities
+    assert passing == norm + 3 * log_probabilities
+
+
+def test_gradients_that_come_as_activations_go_count_for_what_they_exceed() -> None:
+    """One microbatch, or gpipe: M·A before the first backward of a layer, (M-1)·A + G after it."""
+    parameters = parameters_of(memory(), "block", Layout())
+    for layout, in_flight in ((Layout(micro_batch=8), 1), (Layout(pp=2, schedule="gpipe"), 8)):
+        block = memory().block(layout)
+        assert block.state.gradients == 0
+        for held in (block.held, block.held_recomputed):
+            most = (in_flight - 1) * held.activations + max(held.activations, 4 * parameters)
+            assert in_flight * held.total == pytest.approx(most)
+    assert memory().block(Layout(micro_batch=4)).state.gradients == 4 * parameters
+    assert memory().block(Layout(pp=2)).state.gradients == 4 * parameters
+
+
+def test_what_went_into_the_last_reduction_outlives_it() -> None:
+    """zero 2 over 4 ranks, 2 microbatches: of the root group till the head is done, of a layer till the one before."""
+    model, layout = memory(), sharded(2)
+    root = 4 * (model.embedding_parameters(layout) + model.head_parameters(layout))
+    assert model.head(layout).transient - model.head(sharded(1)).transient == root
+    block, parameters = model.block(layout), parameters_of(model, "block", layout)
+    heads, head_gradient = 4 * 16 * (32 + 32 + 16 + 16), 4 * 61 * 32
+    end = heads + 4 * parameters - block.held.activations
+    before = max(root, 4 * parameters - block.held.activations)
+    assert block.transient == max(4 * 16 * 3 * 64, end) + before + head_gradient
+
+
+def test_zero_3_gathers_two_blocks_at_a_time() -> None:
     model = memory(precision="bf16")
     more = model.block(sharded(3)).transient - model.block(sharded(2)).transient
     assert more == 2 * 2 * parameters_of(model, "block", sharded(3))
@@ -198,7 +231,7 @@ def test_zero_3_gathers_a_block_at_a_time() -> None:
 
 @pytest.mark.parametrize("part", ["block", "head"])
 def test_more_tokens_never_hold_less(part: str) -> None:
-    for less, more in (((1, 16), (2, 16)), ((2, 16), (2, 20)), ((1, 1), (8, 64))):
+    for less, more in (((1, 16), (2, 16)), ((2, 16), (2, 20)), ((1, 1), (4, 64))):
         a, b = (getattr(memory(sequence=sequence), part)(Layout(micro_batch=batch)) for batch, sequence in (less, more))
         assert a.held.total < b.held.total
         assert a.transient < b.transient
@@ -223,7 +256,13 @@ def test_what_a_stage_holds_whatever_its_layers() -> None:
     assert model.boundary_bytes(layout) == boundary
     for stage, directions in ((0, 1), (1, 2), (2, 1)):
         fixed = model.fixed(layout, stage, 5)
-        assert fixed == MemoryBytes(pipeline_buffers=5 * directions * boundary, communicators=3 * 1e3, context=1e4)
+        outputs = (3, 2, 0)[stage]  # of the microbatches in flight; the last stage's are its logits
+        assert fixed == MemoryBytes(
+            activations=outputs * boundary,
+            pipeline_buffers=5 * directions * boundary,
+            communicators=3 * 1e3,
+            context=1e4,
+        )
     assert model.boundary_bytes(replace(layout, sequence_parallel=True)) == boundary / 2
     assert model.fixed(Layout(), 0, 5) == MemoryBytes(context=1e4)
     assert model.fixed(Layout(dp=2), 0, 5) == MemoryBytes(communicators=1e3, context=1e4)

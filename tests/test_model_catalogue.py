@@ -573,7 +573,10 @@ def test_what_meshwright_trains_has_no_features() -> None:
 
 REFUSALS = {
     "mixtral-8x7b": ("meshwright cannot train experts yet", "megatron can: --target megatron"),
-    "deepseek-v3": ("meshwright cannot train experts, latent attention and YaRN positions yet", "megatron can: --target megatron"),
+    "deepseek-v3": (
+        "meshwright cannot train experts, latent attention and YaRN positions yet",
+        "megatron can: --target megatron",
+    ),
     "bert-large": (
         "meshwright cannot train bidirectional attention, post-norm layers, token types, output transform, "
         "output bias and next-sentence head yet",

@@ -54,7 +54,7 @@ FULL: dict[str, Any] = {
         spread=0.4,
     ),
     "attention_models": AttentionModel(
-        dtype="fp32", forward_flops_per_second=1e12, backward_flops_per_second=9e11, source="nominal"
+        dtype="fp32", kernel="flash", forward_flops_per_second=1e12, backward_flops_per_second=9e11, source="nominal"
     ),
     "memory": MemoryPoint(dtype="fp32", operation="adamw", direction="forward", elements=99, seconds=5e-5, spread=0.5),
     "collectives": CollectivePoint(
@@ -118,6 +118,7 @@ def test_the_defaults() -> None:
         "backend": "default",
         "stride": 1,
         "uneven": False,
+        "kernel": "",
     }
 
 

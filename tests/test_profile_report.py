@@ -308,9 +308,11 @@ def test_show_of_a_catalogue_profile_names_models_and_sources() -> None:
     assert "peak: published: NVIDIA H100 data sheet, SXM5, dense" in shown
     assert "attention bf16: 346 and 297 TFLOP/s; nominal: peak times 0.35 forward" in shown
     assert "bf16 and fp16" in shown
-    # bf16 at m = n = k = 16384: tiles of 256·128 fill their waves, 794.5 of 989.4 TFLOP/s but for the last wave
+    # bf16 at m = n = k = 16384: tiles of 256·128 fill their waves but for the last, each with its 2·16384 products at
+    # 794.5 of 989.4 TFLOP/s and 2.7 writes of its result at 2.85 TB/s.
     top = max(float(line.split("┤")[0]) for line in shown.splitlines() if "┤" in line)
-    assert 79 < top < 80.4
+    products, writes = 2 * 16384 / 794.5e12, 2.7 * 2 / 2.8475e12
+    assert 0.98 < top / (80.3 * products / (products + writes)) < 1.0
     assert "each measured product" not in shown
     assert "bus bandwidth" not in shown
 
@@ -413,7 +415,8 @@ def test_two_models_are_compared_at_square_products_and_missing_dtypes_are_named
     other = replace(other, gemm_models=other.gemm_models[:1])
     found, only_here, only_there = part_differences(this, other)
     (gemm,) = [d for d in found if d.part.startswith("GEMM")]
-    assert (gemm.part, gemm.points, gemm.median) == ("GEMM fp32", 5, pytest.approx(0.5))
+    assert (gemm.part, gemm.points) == ("GEMM fp32", 5)
+    assert 0.5 < gemm.median < 0.52  # half of the products' seconds, but not of the writes of the results
     assert (only_here, only_there) == (["GEMM bf16"], [])
 
 

@@ -12,13 +12,15 @@ import pytest
 
 from planner.errors import InfeasibleError, NoPlanError, UnsupportedError
 from planner.layout import Layout
-from planner.search import Question, check_supported, search, solve_layout, stages_of
+from planner.question import Question
+from planner.search import check_supported, search, solve_layout, stages_of
+from planner.space import enumerate_layouts
 from planner.stage_ilp import RELATIVE_TOLERANCE
-from planner.step_cost import CostModel, StageCount
+from planner.step_cost import CostModel
 from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.hardware import load_hardware
 from tests.oracles.brute_force import candidates, fastest
-from tests.oracles.small_world import small_cluster, small_hardware, small_question
+from tests.oracles.small_world import counts, small_cluster, small_hardware, small_question
 from tests.plans import tiny_gpt2, tiny_llama
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +116,7 @@ def test_figures_of_the_prediction() -> None:
 
 
 def test_counts_become_ranges_of_blocks() -> None:
-    stages = stages_of([StageCount(0, 0), StageCount(2, 1), StageCount(1, 0)])
+    stages = stages_of(Layout(pp=3), counts((0, 0), (2, 1), (1, 0)))
     assert [(s.rank, s.first, s.end, s.embedding, s.head, s.recompute_none, s.recompute_full) for s in stages] == [
         (0, 0, 0, True, False, 0, 0),
         (1, 0, 3, False, False, 2, 1),
@@ -199,9 +201,9 @@ def test_what_the_target_cannot_train_is_named() -> None:
         "the meshwright runtime does not train in fp16 today",
         ("it trains in fp32 and bf16: --precision bf16",),
     )
-    assert refused(small_question(target="megatron")) == (
-        "target megatron cannot be planned for yet",
-        ("targets with rules today: meshwright",),
+    assert refused(small_question(precision="fp16", target="torchtitan")) == (
+        "the torchtitan runtime does not train in fp16 today",
+        ("it trains in fp32 and bf16 and fp8: --precision fp8",),
     )
     only_fp32 = small_hardware(gemm_models=small_hardware().gemm_models[:1])
     assert refused(small_question(precision="bf16", hardware=only_fp32)) == (
@@ -268,5 +270,13 @@ def test_a_layout_is_priced_as_in_the_search() -> None:
     question = small_question(devices=4)
     plan = search(question)
     costs = CostModel(question.model, question.cluster, question.hardware, question.job).price(plan.layout)
-    counts = [StageCount(stage.recompute_none, stage.recompute_full) for stage in plan.stages]
-    assert costs.step(counts) == plan.prediction.step_seconds
+    held = counts(*((stage.recompute_none, stage.recompute_full) for stage in plan.stages))
+    assert costs.step(held) == plan.prediction.step_seconds
+
+
+def test_a_pinned_recomputation_that_the_pinned_schedule_cannot_run_is_no_lack_of_memory() -> None:
+    pins = {"recompute": "selective", "schedule": "zbv", "pp": 4}
+    what, lines = refused(small_question(devices=4, target="torchtitan", pins=pins))
+    assert what == "no legal layout of tiny-llama on 4 devices"
+    assert any("recompute=selective with zbv: torch" in line for line in lines)
+    assert lines[-1] == "pinned: recompute=selective, schedule=zbv, pp=4"

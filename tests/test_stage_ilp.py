@@ -12,52 +12,55 @@ from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound
 from planner.layout import Layout
-from planner.search import Question
+from planner.layout_costs import LayoutCosts, StageCount
+from planner.question import Question
 from planner.stage_ilp import RELATIVE_TOLERANCE, Solution, solve_stages
-from planner.step_cost import CostModel, LayoutCosts, StageCount
-from tests.oracles.brute_force import assignments
-from tests.oracles.small_world import small_cluster, small_hardware, small_question
+from tests.oracles import small_world
+from tests.oracles.brute_force import assignments, fastest, priced
+from tests.oracles.small_world import counts, small_cluster, small_hardware, small_question
 from tests.plans import tiny_gpt2, tiny_llama
-from tests.property.worlds import layout_costs
+from tests.property.worlds import any_layout_costs, layout_costs
+
+FREE = ("none", "full")
 
 
 def price(layout: Layout, question: Question | None = None) -> LayoutCosts:
-    question = question or small_question(tiny_llama(layers=6), devices=layout.world_size)
-    return CostModel(question.model, question.cluster, question.hardware, question.job).price(layout)
+    return small_world.price(layout, question or small_question(tiny_llama(layers=6), devices=layout.world_size))
 
 
-def solve(costs: LayoutCosts, limit: float, recompute: str | None = None, **changes: object) -> Solution:
-    bound = lower_bound(costs, limit, recompute)
+def solve(costs: LayoutCosts, limit: float, modes: tuple[str, ...] = FREE, **changes: object) -> Solution:
+    bound = lower_bound(costs, limit, modes)
     assert bound is not None
-    return solve_stages(costs, limit, bound_seconds=bound.seconds, recompute=recompute, **changes)  # type: ignore[arg-type]
+    return solve_stages(costs, limit, bound_seconds=bound, modes=modes, **changes)  # type: ignore[arg-type]
 
 
-def best_of(costs: LayoutCosts, limit: float, recompute: str | None = None) -> float:
-    every = assignments(costs.layers, costs.layout.pp, recompute)
-    return min((costs.step(counts) for counts in every if fits(costs, counts, limit)), default=math.inf)
+def every_of(costs: LayoutCosts, modes: tuple[str, ...] = FREE) -> list[tuple[StageCount, ...]]:
+    return list(assignments([segment.layers for segment in costs.segments], costs.layout.stages, modes))
 
 
-def needs(costs: LayoutCosts) -> list[float]:
+def best_of(costs: LayoutCosts, limit: float, modes: tuple[str, ...] = FREE) -> float:
+    best = fastest(list(priced(costs, modes)), limit)
+    return best.step_seconds if best is not None else math.inf
+
+
+def needs(costs: LayoutCosts, modes: tuple[str, ...] = FREE) -> list[float]:
     """Bytes of the fullest rank of every assignment, ascending."""
-    every = assignments(costs.layers, costs.layout.pp)
-    return sorted({max(memory.total for memory in costs.memory(counts)) for counts in every})
+    return sorted({candidate.peak_bytes for candidate in priced(costs, modes)})
 
 
 # ---- exact -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(layout_costs(), st.sampled_from((None, "none", "full")), st.data())
-def test_any_figures_at_all(costs: LayoutCosts, pin: str | None, data: st.DataObject) -> None:
-    """Costs that no model gives rise to: free blocks, endless sends, a head of a hundred blocks."""
-    limit = max(1.0, data.draw(st.sampled_from(needs(costs))) * data.draw(st.sampled_from((1 + 1e-6, 1.1, 3.0))))
-    bound, best = lower_bound(costs, limit, pin), best_of(costs, limit, pin)
+def check_any_figures(costs: LayoutCosts, modes: tuple[str, ...], data: st.DataObject) -> None:
+    of_all = needs(costs, FREE if modes == FREE else (*modes, "none"))
+    limit = max(1.0, data.draw(st.sampled_from(of_all)) * data.draw(st.sampled_from((1 + 1e-6, 1.1, 3.0))))
+    bound, best = lower_bound(costs, limit, modes), best_of(costs, limit, modes)
     if bound is None:
         assert best == math.inf
         return
-    if bound.seconds == 0.0:
+    if bound == 0.0:
         return  # nothing costs anything
-    solution = solve_stages(costs, limit, bound_seconds=bound.seconds, recompute=pin)
+    solution = solve_stages(costs, limit, bound_seconds=bound, modes=modes)
     if best == math.inf:
         assert (solution.counts, solution.bound_seconds) == (None, math.inf)
         return
@@ -65,6 +68,19 @@ def test_any_figures_at_all(costs: LayoutCosts, pin: str | None, data: st.DataOb
     assert fits(costs, solution.counts, limit)
     assert solution.step_seconds == costs.step(solution.counts) == pytest.approx(best, rel=1e-6)
     assert best * (1 - 2e-6) <= solution.bound_seconds <= solution.step_seconds
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(layout_costs(), st.sampled_from((FREE, ("none",), ("full",))), st.data())
+def test_any_figures_at_all(costs: LayoutCosts, modes: tuple[str, ...], data: st.DataObject) -> None:
+    """Costs that no model gives rise to: free blocks, endless sends, a head of a hundred blocks."""
+    check_any_figures(costs, modes, data)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(any_layout_costs(), st.data())
+def test_any_figures_of_any_schedule(costs_and_modes: tuple[LayoutCosts, tuple[str, ...]], data: st.DataObject) -> None:
+    check_any_figures(*costs_and_modes, data)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
@@ -80,22 +96,22 @@ def test_every_memory_limit_from_least_to_roomy(schedule: str, position: float) 
 
 
 def test_the_expensive_ends_get_fewer_blocks() -> None:
-    """A vocabulary whose head costs about as much as two blocks."""
-    costs = price(Layout(pp=3), small_question(tiny_llama(layers=6, vocab_size=600), devices=3))
+    """A vocabulary whose head costs more than a block."""
+    costs = price(Layout(pp=3), small_question(tiny_llama(layers=6, vocab_size=1800), devices=3))
     solution = solve(costs, 1e9)
     assert solution.counts is not None
-    blocks = [count.blocks for count in solution.counts]
+    blocks = [held.total for (held,) in solution.counts]
     assert blocks[2] < min(blocks[:2])
-    assert all(count.full == 0 for count in solution.counts)
+    assert all(held.full == 0 for (held,) in solution.counts)
 
 
 def test_recomputation_comes_where_most_is_in_flight() -> None:
     costs = price(Layout(pp=3, micro_batch=1))
-    even = (StageCount(2, 0),) * 3
+    even = counts(*[(2, 0)] * 3)
     limit = costs.memory(even)[0].total - 1
     solution = solve(costs, limit)
     assert solution.counts is not None
-    assert solution.counts[0].full > 0 or solution.counts[0].blocks < 2
+    assert solution.counts[0][0].full > 0 or solution.counts[0][0].total < 2
     assert not fits(costs, even, limit)
     assert fits(costs, solution.counts, limit)
 
@@ -103,10 +119,10 @@ def test_recomputation_comes_where_most_is_in_flight() -> None:
 def test_a_pinned_mode_holds_for_every_block() -> None:
     costs = price(Layout(pp=2))
     for pin in ("none", "full"):
-        solution = solve(costs, 1e9, pin)
+        solution = solve(costs, 1e9, (pin,))
         assert solution.counts is not None
-        assert sum(getattr(count, pin) for count in solution.counts) == 6
-        assert solution.step_seconds == pytest.approx(best_of(costs, 1e9, pin), rel=1e-6)
+        assert sum(held.of(pin) for (held,) in solution.counts) == 6
+        assert solution.step_seconds == pytest.approx(best_of(costs, 1e9, (pin,)), rel=1e-6)
 
 
 # ---- cut-off, start, deadline ----------------------------------------------------------------------------
@@ -133,7 +149,7 @@ def test_a_cut_off_that_cannot_be_beaten_is_proven_so() -> None:
 
 def test_the_best_as_a_start_stays_and_a_bad_start_is_improved() -> None:
     costs, limit = tight()
-    every = [counts for counts in assignments(6, 3) if fits(costs, counts, limit)]
+    every = [chosen for chosen in every_of(costs) if fits(costs, chosen, limit)]
     best, worst = min(every, key=costs.step), max(every, key=costs.step)
     for start in (best, worst):
         solution = solve(costs, limit, start=start)
@@ -143,20 +159,20 @@ def test_the_best_as_a_start_stays_and_a_bad_start_is_improved() -> None:
 
 def test_past_its_deadline_it_returns_the_start_and_what_is_proven() -> None:
     costs, limit = tight()
-    bound = lower_bound(costs, limit, None)
+    bound = lower_bound(costs, limit, FREE)
     assert bound is not None
-    start = max((c for c in assignments(6, 3) if fits(costs, c, limit)), key=costs.step)
+    start = max((chosen for chosen in every_of(costs) if fits(costs, chosen, limit)), key=costs.step)
     solution = solve(costs, limit, start=start, deadline=time.monotonic() - 1)
     assert (solution.counts, solution.step_seconds, solution.ilps_solved) == (start, costs.step(start), 0)
-    assert solution.bound_seconds == bound.seconds < best_of(costs, limit)
+    assert solution.bound_seconds == bound < best_of(costs, limit)
     empty = solve(costs, limit, deadline=time.monotonic() - 1)
-    assert (empty.counts, empty.step_seconds, empty.bound_seconds) == (None, math.inf, bound.seconds)
+    assert (empty.counts, empty.step_seconds, empty.bound_seconds) == (None, math.inf, bound)
 
 
 def test_a_start_that_meets_the_bound_needs_no_program() -> None:
     costs = price(Layout())
-    solution = solve(costs, 1e9, start=(StageCount(6, 0),))
-    assert (solution.ilps_solved, solution.counts) == (0, (StageCount(6, 0),))
+    solution = solve(costs, 1e9, start=counts((6, 0)))
+    assert (solution.ilps_solved, solution.counts) == (0, counts((6, 0)))
 
 
 def test_without_highs_cbc_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,12 +192,12 @@ def test_eighty_layers_over_eight_stages_take_seconds() -> None:
         global_batch=64,
     )
     costs = price(Layout(pp=8), question)
-    even = tuple(StageCount(10, 0) for _ in range(8))
+    even = counts(*[(10, 0)] * 8)
     limit = 0.8 * max(memory.total for memory in costs.memory(even))
     started = time.monotonic()
     solution = solve(costs, limit)
     assert time.monotonic() - started < 30
     assert solution.counts is not None
     assert solution.bound_seconds >= solution.step_seconds * (1 - RELATIVE_TOLERANCE)
-    assert sum(count.blocks for count in solution.counts) == 80
-    assert any(count.full for count in solution.counts)
+    assert sum(held.total for (held,) in solution.counts) == 80
+    assert any(held.full for (held,) in solution.counts)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from planner.layout import Layout
+from planner.space import layout_groups
 from planner.step_cost import CostModel
 from profiles.catalogue import resolve_cluster
+from profiles.points import ContentionPoint
 from tests.oracles.brute_force import all_layouts
-from tests.oracles.small_world import counts, price, small_cluster, small_question
+from tests.oracles.small_world import counts, price, small_cluster, small_hardware, small_question
 from tests.plans import tiny_gpt2, tiny_llama
 
 
@@ -84,3 +86,14 @@ def test_more_layers_more_tokens_more_seconds() -> None:
         assert longer.step(counts(*split)) > one.step(counts(*split))
         assert batch.step(counts(*split)) > one.step(counts(*split))
         assert deep.step(counts(*[(2 * n, 0) for n, _ in split])) > one.step(counts(*split))
+
+
+def test_a_groups_bound_knows_that_idle_ranks_leave_their_node_to_the_others() -> None:
+    """Two stages in a node of two: while one waits, the other has its memory bandwidth, and is faster than measured."""
+    contention = (ContentionPoint(active=1, slowdown=1.0), ContentionPoint(active=2, slowdown=3.0))
+    hardware = small_hardware(flops=1e8, contention_points=contention)
+    question = small_question(devices=2, hardware=hardware, global_batch=2, pins={"pp": 2})
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    for group in layout_groups(question.rules):
+        for layout in group:
+            assert prices.least_work(group) <= prices.price(layout).step(counts((2, 0), (2, 0)))

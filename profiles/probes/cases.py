@@ -71,10 +71,11 @@ def _links(rank: Rank, groups: Groups) -> Iterator[Case]:
         sizes |= {2**p: DEFAULT for p in (14, 16, 20, 21, 24)} | {2**p: FULL for p in (19, 26, 28, 30)}
     pair_bytes = 2**26 if cuda else 2**21
     yield Case("bandwidths", "links", QUICK, lambda r: {"bandwidths": measure_bandwidths(r, pair_bytes)})
-    for operation in ("all_reduce", "all_gather", "reduce_scatter", "send_recv", "all_to_all", "broadcast"):
-        assert operation in COLLECTIVES
-        needed = operation not in ("all_to_all", "broadcast")
-        for size, level in sizes.items():
+    # Small ones of all operations first: a slow link that leaves no time for the large ones has latencies then.
+    for size, level in sorted(sizes.items()):
+        for operation in ("send_recv", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"):
+            assert operation in COLLECTIVES
+            needed = operation not in ("all_to_all", "broadcast")
             for placement, placed in groups.items():
                 if operation == "send_recv" and placed.size != 2:
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from .collectives import BETWEEN_SECONDS, PlacedGroup
 from .timing import Rank, time_alone, trimmed_mean
 
 _CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
+_CONTENTION_TURNS = {False: 9, True: 3}
 WAIT_SECONDS = (BETWEEN_SECONDS, 5e-3, 2e-2, 8e-2)  # of work between two meetings; a block's, a stage's, a step's
 
 
@@ -83,23 +85,26 @@ def measure_contention(rank: Rank) -> list[ContentionPoint]:
     """
     product = _product(rank)
     counts = sorted({1, *(2**i for i in range(1, 10) if 2**i < rank.world_size), rank.world_size})
+    found: dict[int, list[float]] = {active: [] for active in counts}
+    # In turn, since a machine's pace changes by more than what is looked for; ranks that share cores do not start at
+    # quite the same time, so theirs are fewer and longer.
+    for _ in range(_CONTENTION_TURNS[rank.shares_cores]):
+        for active, seconds in found.items():
+            rank.barrier()
+            own = time_alone(_silent(rank), product).seconds if rank.rank < active else 0.0
+            rank.barrier()
+            seconds.append(rank.mean(own) * rank.world_size / active)
     points: list[ContentionPoint] = []
-    alone = 0.0
-    for active in counts:
-        rank.barrier()
-        own = time_alone(_silent(rank), product).seconds if rank.rank < active else 0.0
-        rank.barrier()
-        seconds = rank.mean(own) * rank.world_size / active
-        alone = alone or seconds
-        points.append(
-            ContentionPoint(active=active, slowdown=max(seconds / alone, points[-1].slowdown if points else 1.0))
-        )
+    for active, seconds in found.items():
+        ratio = statistics.median(s / alone for s, alone in zip(seconds, found[1], strict=True))
+        points.append(ContentionPoint(active=active, slowdown=max(ratio, points[-1].slowdown if points else 1.0)))
     return points
 
 
 def _silent(rank: Rank) -> Rank:
     """The same rank, timing for itself: the others are not asked to join."""
-    return Rank(rank.rank, rank.world_size, rank.device, None, 2 * rank.effort_seconds, rank.shares_cores)
+    effort = rank.effort_seconds * (2.0 if rank.shares_cores else 0.5)
+    return Rank(rank.rank, rank.world_size, rank.device, None, effort, rank.shares_cores)
 
 
 def measure_stragglers(rank: Rank) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def measure_sharded_block(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
     shard = torch.randn(1, _TOKENS, _WIDTH, device=rank.device, requires_grad=True)
     plain, whole, cut = _block(rank), _sharded(_block(rank), mesh, Replicate()), _sharded(_block(rank), mesh, Shard(1))
     passes = _seconds_in_turn(
-        rank, [_pass_of(plain, x), _pass_of(whole, x), _pass_of(cut, shard)], max(24, round(rank.effort_seconds / 4e-3))
+        rank, [_pass_of(plain, x), _pass_of(whole, x), _pass_of(cut, shard)], max(12, round(rank.effort_seconds / 4e-3))
     )
 
     def small(operation: str) -> float:

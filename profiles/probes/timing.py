@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 _LEAST_SAMPLE_SECONDS = 1e-4  # actions shorter than this are looped: the clock and its reading cost about 1e-7
-_SHORT_SECONDS = 5e-3  # what takes less is ruled by who woke when, and scatters by as much as it takes
+_SHORT_SECONDS = 5e-3  # what takes less on a core of its own is ruled by who woke when, and scatters by as much
 _TRIMMED = 0.1  # share of the samples left out at either end of the mean
 
 
@@ -116,7 +116,7 @@ def time_together(rank: Rank, action: Callable[[], object], between: Callable[[]
     rank.synchronize()
     took = rank.most((time.perf_counter() - started) / 2)
     loops = max(1, round(_LEAST_SAMPLE_SECONDS / took)) if rank.device.type == "cuda" else 1
-    fewest = 24 if took < _SHORT_SECONDS else 8 if took < rank.effort_seconds else 3
+    fewest = 24 if took < _SHORT_SECONDS and not rank.shares_cores else 8 if took < rank.effort_seconds else 3
     repeats = int(min(200, max(fewest, rank.effort_seconds / took / loops)))
     rank.barrier()
     samples = []

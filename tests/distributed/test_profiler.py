@@ -18,8 +18,8 @@ from profiles.cluster import load_cluster_file
 from profiles.hardware import HardwareProfile, load_hardware
 from profiles.points import CollectivePoint
 from profiles.probes import compute, concurrency, overheads
-from profiles.probes.cases import QUICK, Case
-from profiles.probes.collectives import make_groups, measure_bandwidths, measure_collective, placements
+from profiles.probes.cases import QUICK, Case, all_cases
+from profiles.probes.collectives import PlacedGroup, make_groups, measure_bandwidths, measure_collective, placements
 from profiles.probes.findings import Request
 from profiles.probes.timing import CaseFailed, Rank
 from profiles.probes.worker import _measure
@@ -168,6 +168,36 @@ def _raise(error: Exception) -> Any:
 
 def test_a_bug_in_a_probe_is_not_taken_for_a_shape_that_does_not_fit() -> None:
     assert run_ranks(bug, 2) == [["ZeroDivisionError", "RuntimeError", "RuntimeError", "AttributeError"]] * 2
+
+
+def test_operands_are_cold_and_a_residual_sum_costs_the_same_both_ways() -> None:
+    rank = Rank(0, 1, torch.device("cpu"), effort_seconds=1e-3)
+    forward, backward = compute.measure_memory(rank, "fp32", "residual", 2**14)
+    assert (forward.direction, backward.direction) == ("forward", "backward")
+    assert forward.seconds == backward.seconds > 0
+    used: list[int] = []
+
+    def operand(number: int) -> compute.Differentiable:
+        x = torch.ones(4, requires_grad=True)
+        return lambda: (used.append(number), x * 2.0)[1], (x,)
+
+    compute._forward_backward(rank, [operand(number) for number in range(3)])
+    assert used[:6] == [0, 1, 2, 0, 1, 2]
+    assert [compute._copies(size) for size in (2**10, 4 * 10**6, 10**9)] == [16, 8, 1]
+
+
+def test_small_messages_of_every_operation_come_before_large_ones() -> None:
+    rank = Rank(0, 2, torch.device("cpu"))
+    placed: Any = PlacedGroup(None, [0, 1], 1)  # type: ignore[arg-type]
+    quick = [c for c in all_cases(rank, {(2, 1): placed}, ("fp32",)) if c.level == QUICK and c.phase == "links"]
+    assert [c.name for c in quick[:3]] == [
+        "bandwidths",
+        "send_recv 2 ranks 1 apart 1024 bytes",
+        "all_reduce 2 ranks 1 apart 1024 bytes",
+    ]
+    sizes = [c.size for c in quick[1:]]
+    assert sizes == sorted(sizes)
+    assert len(sizes) == 12
 
 
 # ---- the whole of it, as a person runs it ------------------------------------------------------------------------

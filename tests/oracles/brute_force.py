@@ -47,7 +47,8 @@ def all_layouts(question: Question) -> list[Layout]:
     for layout in _degrees(question):
         for knobs in product(_pipelines(layout, question), _states(layout, question), _expert_grids(layout, question)):
             tried = Layout(**(vars(layout) | knobs[0] | knobs[1] | knobs[2]))
-            if _as_pinned(tried, question.job.pins, question.job.bans) and not violations(tried, question.rules):
+            pinned = _as_pinned(tried, question.job.pins, question.job.bans) and modes_of(tried, question)
+            if pinned and not violations(tried, question.rules):
                 legal.append(tried)
     return legal
 

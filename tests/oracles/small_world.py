@@ -9,11 +9,13 @@ from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, StageCount
 from planner.part_seconds import PartSeconds
 from planner.question import Question
+from planner.rules import RuleContext
 from planner.step_cost import CostModel
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import AttentionModel, GemmModel
+from profiles.software import Software, load_software
 from tests.plans import tiny_llama
 
 
@@ -46,6 +48,12 @@ def small_hardware(*, flops: float = 1e11, units: int = 4, **changes: Any) -> Ha
         ),
     }
     return HardwareProfile(**(fields | changes))
+
+
+def our_software() -> Software:
+    """The facts of the runtime here."""
+    entry = load_software("meshwright")
+    return getattr(entry, "software", entry)
 
 
 def small_cluster(
@@ -88,6 +96,13 @@ def small_question(
         hardware=hardware or small_hardware(),
         job=TrainingJob(**(fields | job)),
     )
+
+
+def rule_context(world: int = 8, model: ModelSpec | None = None, **job: Any) -> RuleContext:
+    """8 heads, 2 key-value heads, 4 layers, ffn 64, vocabulary 61; 8 sequences of 16 tokens."""
+    fields: dict[str, Any] = {"global_batch": 8, "sequence": 16}
+    model = model or tiny_llama(heads=8, head_dim=4)
+    return RuleContext(model, TrainingJob(**(fields | job)), world)
 
 
 # ---- prices ----------------------------------------------------------------------------------------------

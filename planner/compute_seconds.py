@@ -1,0 +1,81 @@
+"""Seconds of compute by what bounds them: of one pass, and of a part of the model with its passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
+# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
+HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "checkpoint": (10, 0)}
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeSeconds:
+    """Seconds of one pass, by what bounds it; passes add up.
+
+    `overhead` is what no kernel explains. `operations` are those that the host issues meanwhile.
+    """
+
+    gemm: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    overhead: float = 0.0
+    operations: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.gemm + self.attention + self.memory + self.overhead
+
+    def __add__(self, other: ComputeSeconds) -> ComputeSeconds:
+        return ComputeSeconds(
+            self.gemm + other.gemm,
+            self.attention + other.attention,
+            self.memory + other.memory,
+            self.overhead + other.overhead,
+            self.operations + other.operations,
+        )
+
+    def __mul__(self, factor: float) -> ComputeSeconds:
+        """Times as slow: the operations stay as many."""
+        return ComputeSeconds(
+            self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor, self.operations
+        )
+
+    def behind_host(self, seconds_each: float) -> ComputeSeconds:
+        """As long as the host takes to issue it, at least."""
+        late = max(0.0, self.operations * seconds_each - self.total)
+        return self if late == 0.0 else ComputeSeconds(self.gemm, self.attention, self.memory, self.overhead + late)
+
+
+NO_SECONDS = ComputeSeconds()
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeCost:
+    """One microbatch through one part of the model on one rank.
+
+    A backward is that of the input, then that of the weights; `selective` is what selective recomputation runs
+    again, full recomputation runs the whole forward again.
+    """
+
+    forward: ComputeSeconds = NO_SECONDS
+    backward_input: ComputeSeconds = NO_SECONDS
+    backward_weight: ComputeSeconds = NO_SECONDS
+    selective: ComputeSeconds = NO_SECONDS
+
+    @property
+    def backward(self) -> ComputeSeconds:
+        return self.backward_input + self.backward_weight
+
+    def __add__(self, other: ComputeCost) -> ComputeCost:
+        return ComputeCost(
+            self.forward + other.forward,
+            self.backward_input + other.backward_input,
+            self.backward_weight + other.backward_weight,
+            self.selective + other.selective,
+        )
+
+    def __mul__(self, factor: float) -> ComputeCost:
+        return ComputeCost(
+            self.forward * factor, self.backward_input * factor, self.backward_weight * factor, self.selective * factor
+        )

@@ -1,0 +1,212 @@
+"""One rank of a plan's whole world in one process: optimizer steps without numbers, and what they hold in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining._utils import InferenceMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
+
+from planner.plan import Plan
+
+from .clock import Clock
+from .live_bytes import LiveBytes
+from .mesh import build_mesh
+from .parallelize import fill_stage, shape_stage
+from .pipeline import PipelineRunner
+from .rotary import rotary_tables
+from .step import TrainState, state_of, training_step
+
+DEVICE = torch.device("cpu")  # stock wheels without CUDA refuse fake tensors of another
+STEPS = 2  # the first makes the optimizer's state, the second meets it
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The peak of one rank over its steps, and its parts at that moment, in bytes of tensors.
+
+    `parts` are named as the planner's: weights, gradients, optimizer, gathered_weights, activations, logits,
+    pipeline_buffers; transient is what only passes, inputs the token ids. Left out is what is no tensor of the
+    training loop: the device's context, communicators, what an allocator loses, cuBLAS workspaces.
+    """
+
+    rank: int
+    parts: dict[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+def dry_run(plan: Plan, rank: int, *, fake: bool = True) -> DryRun:
+    """Run two optimizer steps of `rank` as the trainer does, with collectives that move nothing.
+
+    With `fake` tensors have shapes and no memory, so that a rank of any size runs on a laptop; without, they are
+    real ones of the CPU. To be called once a process: torch caches what it learns of the process groups.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.layout.world_size)
+    rotary_tables.cache_clear()
+    try:
+        mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=plan.model.tied_embeddings)
+        chunk = shape_stage(plan, mesh, dtype=torch.float32)
+        live = LiveBytes("transient")
+        with ExitStack() as stack:
+            stack.enter_context(_quiet_metadata())
+            if fake:
+                stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(live)
+            fill_stage(chunk, plan, DEVICE, seed=0)
+            state = state_of(plan, mesh, chunk, DEVICE, dtype=torch.float32, weight_decay=0.1)
+            watch = _Watch(state, live)
+            with live.during("inputs"):
+                size = (plan.microbatches * plan.layout.micro_batch, plan.job.sequence)
+                inputs, targets = (torch.zeros(size, dtype=torch.int64, device=DEVICE) for _ in range(2))
+            gc.collect()
+            start = live.mark()
+            for _ in range(STEPS):
+                training_step(state, inputs, targets, learning_rate=1e-3, clip_norm=1.0)
+            watch.book_buffers()
+            return DryRun(rank, live.peak(start))
+    finally:
+        rotary_tables.cache_clear()
+        dist.destroy_process_group()
+
+
+class _Watch:
+    """Books what the state holds, when it holds it: after each forward, each backward and the optimizer's update."""
+
+    def __init__(self, state: TrainState, live: LiveBytes) -> None:
+        self.state, self.live = state, live
+        self._fsdp = [group for module in _fsdp_modules(state.chunk) for group in _parameter_groups(module)]
+        state.chunk.register_forward_pre_hook(self._enter_forward)
+        state.chunk.register_forward_hook(self._leave_forward)
+        if state.chunk.head is not None:
+            state.chunk.head.register_forward_pre_hook(lambda *_: self._set("logits"))
+        state.optimizer.register_step_post_hook(lambda *_: self._book_updated())
+        self._loss_pending = 0
+        _after_spans(state.runner.clock, self._span)
+        if isinstance(state.runner, PipelineRunner):
+            _skip_vote(state.runner)
+
+    def _set(self, purpose: str) -> None:
+        self.live.purpose = purpose
+
+    def _enter_forward(self, *_: Any) -> None:
+        self._set("activations")
+
+    def _leave_forward(self, *_: Any) -> None:
+        # The loss comes right after the forward that has a head; its own span ends it.
+        self._loss_pending = 2 if self.state.chunk.head is not None else 0
+        self._set("logits" if self._loss_pending else "transient")
+
+    def _span(self, name: str) -> None:
+        """A span of the runner's clock has ended."""
+        if name == "forward":
+            self._book_weights()
+            self._book_gathered()
+            self._loss_pending -= 1
+            if self._loss_pending <= 0:
+                self._set("transient")
+        elif name == "backward":
+            self._book_gradients()
+
+    def _book_weights(self) -> None:
+        for parameter in self.state.chunk.parameters():
+            if not self._fsdp:
+                self.live.book(parameter.data, "weights")
+        for group in self._fsdp:
+            for sharded in group.fsdp_params:
+                self.live.book(sharded._sharded_param_data, "weights")
+
+    def _book_gathered(self) -> None:
+        for group in self._fsdp:
+            for sharded in group.fsdp_params:
+                for gathered in sharded.all_gather_outputs:
+                    stays = gathered.untyped_storage().nbytes() > 0
+                    self.live.book(gathered, "gathered_weights" if stays else "transient")
+
+    def _book_gradients(self) -> None:
+        for parameter in self.state.chunk.parameters():
+            self.live.book(parameter.grad, "gradients")
+        for group in self._fsdp:
+            for sharded in group.fsdp_params:
+                self.live.book(sharded.unsharded_accumulated_grad, "gradients")
+                if hasattr(sharded, "_unsharded_param"):
+                    self.live.book(sharded._unsharded_param.grad, "gradients")
+
+    def _book_updated(self) -> None:
+        self._book_gradients()
+        for values in self.state.optimizer.state.values():
+            for value in values.values():
+                self.live.book(value, "optimizer")
+
+    def book_buffers(self) -> None:
+        """The receive buffers of a pipeline stage, which torch makes in the first step and keeps."""
+        if not isinstance(self.state.runner, PipelineRunner):
+            return
+        stage = self.state.runner.stage
+        for received in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
+            for info in received:
+                self.live.book(getattr(info, "buffer", None), "pipeline_buffers")
+
+
+def _after_spans(clock: Clock, call: Any) -> None:
+    add = clock.add
+
+    def then_call(name: str, start: Any) -> None:
+        add(name, start)
+        call(name)
+
+    clock.add = then_call  # type: ignore[method-assign]
+
+
+def _fsdp_modules(chunk: torch.nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in chunk.modules() if isinstance(module, FSDPModule))
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    return list(state._fsdp_param_groups)
+
+
+def _skip_vote(runner: PipelineRunner) -> None:
+    """Stages agree on static metadata by messages, which in this process nobody answers; the trainer's are static."""
+
+    def warm_up(stages: list[Any], *_: Any, **__: Any) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    runner.schedule._warmup_p2p = warm_up  # type: ignore[method-assign]
+
+
+@contextmanager
+def _quiet_metadata() -> Iterator[None]:
+    """DTensor finds shapes by running ops on fake tensors of the whole size, and meshes compute with real numbers:
+    neither is the rank's memory."""
+    propagate, concatenate = ShardingPropagator._propagate_tensor_meta_non_cached, DeviceMesh._concatenate
+
+    def propagate_unseen(self: Any, schema: Any) -> Any:
+        with _disable_current_modes():
+            return propagate(self, schema)
+
+    def concatenate_real(meshes: Any) -> Any:
+        with unset_fake_temporarily():
+            return concatenate(meshes)
+
+    with (
+        mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", propagate_unseen),
+        mock.patch.object(DeviceMesh, "_concatenate", staticmethod(concatenate_real)),
+    ):
+        yield

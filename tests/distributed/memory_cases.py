@@ -1,0 +1,137 @@
+"""Layouts whose memory is predicted and measured, each in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from planner.job import TrainingJob
+from planner.layout import Layout
+from planner.layout_costs import Blocks
+from planner.plan import Plan
+from planner.step_cost import CostModel
+from profiles.model import ModelSpec
+from runtime.dry_run import DryRun, dry_run
+from tests.oracles.small_world import small_hardware
+from tests.plans import make_plan, tiny_gpt2, tiny_llama
+
+# Wide enough that the token ids and norms' statistics, which no formula counts, are a fraction of a percent.
+_SIZE: dict[str, Any] = {"hidden_size": 256, "heads": 8, "head_dim": 32, "vocab_size": 1024, "max_positions": 256}
+LLAMA = tiny_llama(kv_heads=4, ffn_hidden_size=704, **_SIZE)
+GPT2 = tiny_gpt2(kv_heads=8, ffn_hidden_size=1024, **_SIZE)
+
+
+_NO_TENSORS = ("context", "communicators", "allocator_slack")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCase:
+    """A layout of a model, and the pipeline rank whose memory is looked at. `recompute` is blocks a stage."""
+
+    model: ModelSpec
+    layout: Layout
+    precision: str
+    pipeline_rank: int
+    global_batch: int
+    sequence: int
+    recompute: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Bytes by part at the peak of one rank."""
+
+    predicted: dict[str, float]
+    measured: dict[str, int]
+
+    @property
+    def predicted_bytes(self) -> float:
+        return sum(self.predicted.values())
+
+    @property
+    def measured_bytes(self) -> int:
+        return sum(self.measured.values())
+
+    @property
+    def error(self) -> float:
+        return self.predicted_bytes / self.measured_bytes - 1
+
+
+def _case(
+    model: ModelSpec, precision: str, at: int = 0, batch: int = 16, sequence: int = 128, recompute: int = 0, **axes: Any
+) -> MemoryCase:
+    layout = Layout(**{"micro_batch": 2} | axes)
+    if layout.zero:
+        layout = replace(layout, dp_shard=layout.dp)
+    return MemoryCase(
+        model=model,
+        layout=layout,
+        precision=precision,
+        pipeline_rank=at,
+        global_batch=batch,
+        sequence=sequence,
+        recompute=(recompute,) * layout.pp,
+    )
+
+
+CASES = {
+    "llama fp32, one rank": _case(LLAMA, "fp32", micro_batch=4),
+    "gpt2 fp32, one rank, recompute": _case(GPT2, "fp32", micro_batch=8, recompute=4),
+    "gpt2 bf16, one rank": _case(GPT2, "bf16", micro_batch=4),
+    "llama fp32 tp2 sp": _case(LLAMA, "fp32", tp=2, sequence_parallel=True, micro_batch=4),
+    "llama fp32 tp4": _case(LLAMA, "fp32", tp=4, micro_batch=4),
+    "gpt2 bf16 tp2 sp recompute 2 of 4": _case(GPT2, "bf16", tp=2, sequence_parallel=True, micro_batch=8, recompute=2),
+    "llama bf16 dp4 zero0": _case(LLAMA, "bf16", dp=4, micro_batch=2),
+    "llama bf16 dp4 zero1": _case(LLAMA, "bf16", dp=4, zero=1, micro_batch=2),
+    "llama bf16 dp4 zero2": _case(LLAMA, "bf16", dp=4, zero=2, micro_batch=2),
+    "gpt2 fp32 dp8 zero3": _case(GPT2, "fp32", dp=8, zero=3, micro_batch=1),
+    "llama bf16 dp4 zero3 recompute": _case(LLAMA, "bf16", dp=4, zero=3, micro_batch=2, recompute=4),
+    "llama bf16 dp2 zero1, one microbatch": _case(LLAMA, "bf16", dp=2, zero=1, micro_batch=8),
+    "llama fp32 pp2 1f1b, first": _case(LLAMA, "fp32", pp=2),
+    "llama fp32 pp2 1f1b, last": _case(LLAMA, "fp32", pp=2, at=1),
+    "gpt2 fp32 pp2 gpipe, first": _case(GPT2, "fp32", pp=2, schedule="gpipe", micro_batch=4),
+    "gpt2 bf16 pp4 1f1b, second, recompute": _case(GPT2, "bf16", pp=4, at=1, recompute=1),
+    "llama bf16 pp2 dp2 zero3 1f1b, first": _case(LLAMA, "bf16", pp=2, dp=2, zero=3),
+    "gpt2 bf16 pp2 dp2 tp2 sp zero1 1f1b, last": _case(
+        GPT2, "bf16", pp=2, dp=2, tp=2, sequence_parallel=True, zero=1, at=1
+    ),
+    "llama fp32 pp2 dp2 tp2 sp zero1 gpipe, last": _case(
+        LLAMA, "fp32", pp=2, dp=2, tp=2, sequence_parallel=True, zero=1, schedule="gpipe", at=1
+    ),
+}
+
+
+def in_child(function: Callable[..., Any], cases: Iterable[MemoryCase]) -> list[Any]:
+    """`function` of each case, in a forked process of its own: torch remembers process groups."""
+    with multiprocessing.get_context("fork").Pool(1, initializer=_quiet, maxtasksperchild=1) as pool:
+        return pool.map(function, cases, chunksize=1)
+
+
+def plan_of(case: MemoryCase) -> Plan:
+    job = TrainingJob(global_batch=case.global_batch, sequence=case.sequence, precision=case.precision)
+    return make_plan(case.model, case.layout, job, recompute=case.recompute)
+
+
+def run(case: MemoryCase, *, fake: bool = True) -> DryRun:
+    """The case's rank, in this process, which must run no other."""
+    return dry_run(plan_of(case), case.pipeline_rank * case.layout.dp * case.layout.tp, fake=fake)
+
+
+def compare(case: MemoryCase) -> Compared:
+    """Predict and run a case in this process, which must run no other."""
+    plan = plan_of(case)
+    costs = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job).price(case.layout)
+    counts = [(Blocks(none=stage.recompute_none, full=stage.recompute_full),) for stage in plan.stages]
+    items = costs.rank_memory(case.pipeline_rank, counts).items()
+    predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
+    return Compared(predicted, run(case).parts)
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")  # torch's own, of the fake group
+    torch.set_num_threads(1)
