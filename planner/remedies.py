@@ -121,9 +121,11 @@ def _shorter(question: Question) -> Iterator[tuple[str, Question]]:
 
 
 def _larger(question: Question) -> Iterator[tuple[str, Question]]:
-    """The nodes doubled until something fits, as far as the widest link reaches."""
-    for doublings in range(1, _MOST_DOUBLINGS + 1):
-        larger = replace(question.cluster, nodes=question.cluster.nodes * 2**doublings)
+    """More nodes until something fits, by half and by double in turn, as far as the widest link reaches."""
+    nodes = question.cluster.nodes
+    sizes = [halves * nodes * 2**doublings for doublings in range(_MOST_DOUBLINGS) for halves in (3, 4)]
+    for size in (size // 2 for size in sizes if size % 2 == 0):
+        larger = replace(question.cluster, nodes=size)
         if larger.devices > larger.links[-1].span:
             return
         yield f"{larger.devices} devices", replace(question, cluster=larger)

@@ -13,6 +13,7 @@ from planner.pareto_report import front_report
 from planner.search import best_plan, search
 from tests.oracles.brute_force import all_layouts
 from tests.oracles.small_world import small_cluster, small_question
+from tests.plans import tiny_llama
 from tests.test_answers import TWO_NODES, text
 
 # Three nodes behind a link so slow that one of them alone is faster than all.
@@ -65,24 +66,24 @@ def test_a_front_of_nothing_is_refused() -> None:
 GOLDEN_FRONT = """
 step against devices
 devices     step  tokens/s  GPU-hours per billion tokens  peak memory  layout
-4        9.03 ms    14,180                         78.36      0.5 MiB  tp2·sp dp2 zero2 mb4
-2        15.9 ms     8,066                         68.87      0.5 MiB  tp2·sp mb4
+4        8.59 ms    14,905                         74.55      0.5 MiB  tp2·sp dp2 zero1 mb4
+2        15.8 ms     8,079                         68.77      0.5 MiB  tp2 mb4
 no plan on 1 devices
 
 a the front
        ┌───────────────────────────────────────────────────────────────────────────────────────────┐
- 0.0159┤a······                                                                                    │
-       │       ··············                                                                      │
-       │                     ··············                                                        │
-       │                                   ··············                                          │
- 0.0119┤                                                 ··············                            │
-       │                                                               ··············              │
-       │                                                                             ·············a│
+ 0.0158┤a······                                                                                    │
+       │       ·············                                                                       │
+       │                    ·············                                                          │
+       │                                 ·············                                             │
+ 0.0119┤                                              ·············                                │
+       │                                                           ··············                  │
+       │                                                                         ·············     │
+       │                                                                                      ····a│
+0.00792┤                                                                                           │
        │                                                                                           │
-0.00793┤                                                                                           │
        │                                                                                           │
-       │                                                                                           │
-0.00397┤                                                                                           │
+0.00396┤                                                                                           │
        │                                                                                           │
        │                                                                                           │
        │                                                                                           │
@@ -154,6 +155,21 @@ def test_shorter_sequences_are_a_remedy_and_keep_the_tokens_of_a_step() -> None:
     pytest.fail("no limit at which shorter sequences alone help")
 
 
+def test_more_devices_are_the_fewest_that_help() -> None:
+    cluster = small_cluster(4, 2)
+    wide = replace(cluster, links=(cluster.links[0], replace(cluster.links[1], span=64)))
+    free = small_question(tiny_llama(layers=10), cluster=wide, global_batch=24)
+    least = front(free, "memory", 60.0).ended
+    assert least is not None
+    question = replace(free, job=replace(free.job, memory_limit_bytes=least))
+    with pytest.raises(InfeasibleError) as caught:
+        search(question)
+    (devices,) = [r["devices"] for r in caught.value.remedies if r["change"].endswith(" devices")]
+    tried = {n: best_plan(replace(question, cluster=replace(wide, nodes=n))) for n in (3, 4, 6, 8)}
+    assert tried[3] is not None
+    assert devices == min(2 * nodes for nodes, plan in tried.items() if plan is not None)
+
+
 # ---- pins ------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +181,7 @@ def test_shorter_sequences_are_a_remedy_and_keep_the_tokens_of_a_step() -> None:
         ({"micro_batch": range(2, 9), "schedule": ("gpipe",)}, ()),
         ({"recompute": ("none", "full")}, ("dp",)),
         ({"dp_shard": 2}, ()),
+        ({"tp": 1}, ("cp_style", "recompute", "ep", "virtual_stages")),
     ],
 )
 def test_pins_of_several_values_leave_just_those_layouts(pins: dict, bans: tuple[str, ...]) -> None:

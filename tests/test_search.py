@@ -237,7 +237,9 @@ def test_when_nothing_fits_the_closest_layout_and_what_it_misses_are_named(share
     assert what == "nothing fits: tiny-llama on 2 devices"
     legal = len(list(enumerate_layouts(question.rules)))
     assert lines[0].startswith(f"the closest of {legal} layouts is ")
-    assert f"misses {(1 - share) * need / 2**30:.2f} GiB of {share * need / 2**30:.2f} GiB per device" in lines[0]
+    missing = (1 - share) * need
+    shown = f"{missing / 2**30:.2f} GiB" if missing >= 2**30 else f"{missing / 2**20:.3f} MiB"
+    assert f"misses {shown} of {share * need / 2**30:.2f} GiB per device" in lines[0]
 
 
 def test_no_remedy_is_offered_that_does_not_work() -> None:
@@ -247,7 +249,7 @@ def test_no_remedy_is_offered_that_does_not_work() -> None:
     offered = [line for line in lines if line.startswith("  without --pin ")]
     assert offered
     for line in offered:
-        key = line.removeprefix("  without --pin ").split(",")[0]
+        key = line.removeprefix("  without --pin ").split("=")[0]
         kept = {k: v for k, v in question.job.pins.items() if k != key}
         assert search(replace(question, job=replace(question.job, pins=kept))).certificate.gap == 0.0
 
