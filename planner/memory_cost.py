@@ -317,7 +317,7 @@ class MemoryModel:
             widens = self._activations.composite_norm and self._element_bytes != _FP32_BYTES
             own = [(s < stages - 1) - (s > 0 and not widens) for s in layout.stages_of(rank)]
             vectors = in_flight(layout.pipeline(microbatches))[rank]
-            outputs = max(sum(full * times for full, times in zip(v.full, own, strict=True)) for v in vectors)
+            outputs = max(0, *(sum(full * times for full, times in zip(v.full, own, strict=True)) for v in vectors))
         groups = sum(axis > 1 for axis in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep * layout.etp))
         return MemoryBytes(
             pipeline_buffers=boundary * buffers * directions,

@@ -92,7 +92,7 @@ def test_a_stages_memory_item_by_item() -> None:
     assert used.activations == 2 * (2 * block.held.activations + block.held_recomputed.activations + outputs)
     assert used.transient == block.transient_recomputed
     assert used_by(0, 3, 0).transient == block.transient
-    assert used_by(0, 0, 0).transient == 0
+    assert used_by(0, 0, 0).transient == embedding.transient == 4 * 61 * 32
     last = used_by(1, 1, 0)
     assert last.logits == costs.head_memory.held.logits
     assert last.transient == max(block.transient, costs.head_memory.transient)
