@@ -10,13 +10,14 @@ import pytest
 
 from benchmarks.megatron_headline import ASKED_ALL, PAPER_ALL, PAPER_ONE, headline
 from planner.axis_cost import AxisModel
-from planner.comm_cost import CommModel
+from planner.comm_cost import CommModel, Group
 from planner.compute_cost import ComputeModel
 from planner.compute_seconds import ComputeCost
 from planner.data_parallel_cost import DataParallelModel
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.run_case import case_of, load_run_facts
+from planner.step_cost import CostModel
 from profiles.catalogue import resolve_cluster, resolve_hardware_path
 from profiles.hardware import load_hardware
 from profiles.model import ModelSpec
@@ -97,6 +98,7 @@ def test_every_second_product_runs_again_and_the_last_never() -> None:
     assert some.gemm == pytest.approx(sum(again))
     assert some.attention == none.attention == 0.0
     assert compute(llama, half, "fp8")._again == ("wq", "wk", "wv", "wo", "w1", "w3")
+    assert compute(tiny_gpt2(), half)._again == ("wk", "wo")  # of wq, wk, wv, wo, w1, w2
     assert compute(llama, kept)._again == ()
 
 
@@ -121,6 +123,7 @@ def test_elements_moved_one_at_a_time_take_longer_in_16_bits_alone() -> None:
     assert slow._memory("residual", elements).forward.total == pytest.approx(
         SCALAR_SLOWDOWN * fast._memory("residual", elements).forward.total
     )
+    assert SCALAR_SLOWDOWN == 2 * 0.8  # as long as 80 % of the bytes in fp32 (pytorch/pytorch#22612)
     assert slow._memory("layernorm", elements) == fast._memory("layernorm", elements)
     assert more(tiny_gpt2(), "megatron-2019", "elementwise", "vectorized", "scalar") == (0.0, 0.0)  # fp32
 
@@ -166,6 +169,12 @@ def test_a_gather_beside_the_own_share_hides_less_than_pieces_do() -> None:
         exposed[way] = AxisModel(model, h100, CommModel(cluster, h100), job, trainer).block_tp(layout, block, "dense")
     assert exposed["pieces"].forward < exposed["own_shard"].forward < exposed["none"].forward
     assert exposed["own_shard"].forward > exposed["none"].forward / 2  # the sums of the forward stand alone
+    # Under tp 8 an eighth of the products is too short for the gathers: all but what it hides is added.
+    comm, size = CommModel(cluster, h100), 2.0 * 4 * 4096 * model.hidden_size
+    gather, scatter = (2 * comm.collective_seconds(o, Group(8, 1), size) for o in ("all_gather", "reduce_scatter"))
+    block = ComputeModel(model, h100, job, software("nanotron-2024")).block(layout)
+    own = h100.exposed_seconds(gather, block.forward.gemm / 8)
+    assert exposed["own_shard"].forward == pytest.approx(own + scatter)
 
 
 def tiny_22b() -> ModelSpec:
@@ -251,3 +260,34 @@ def test_torchs_pipelines_cut_a_batch_in_as_many_as_ranks_and_keep_weights_gathe
     ours, other = (case_of(run, facts).layout for run in runs)
     assert (ours.micro_batch, ours.zero) == (4, 2)
     assert (other.micro_batch, other.zero) == (1, 3)
+
+
+def test_heads_of_a_chain_are_copied_and_their_gradients_joined() -> None:
+    """Queries, keys and values for the products of 2019; the gradients of all three into one matrix since then."""
+    gpt2 = tiny_gpt2()
+    query = TOKENS * gpt2.query_width
+    costs = {
+        way: compute(gpt2, software(attention=way))._heads(LAYOUT) for way in ("unfused", "fused_softmax", "flash2")
+    }
+    passes = {way: (cost.forward.memory, cost.backward.memory) for way, cost in costs.items()}
+    assert passes["flash2"] == pytest.approx((seconds_of(2, query), seconds_of(2, query)))
+    assert passes["fused_softmax"] == pytest.approx((seconds_of(2, query), seconds_of(2 + 6, query)))
+    assert passes["unfused"] == pytest.approx((seconds_of(8, query), seconds_of(8 + 6, query)))
+
+
+def test_a_buffer_in_fp32_takes_the_first_gradient_too() -> None:
+    nanotron, ours, deepspeed = (software(n) for n in ("nanotron-2024", "meshwright", "megatron-deepspeed-2023"))
+    assert (nanotron.adds_first_gradient, ours.adds_first_gradient) == (True, False)
+    assert not deepspeed.adds_first_gradient  # 16-bit gradients, the first of which is left as it is
+    # Of nine tensors of a layer (seven weights, two norms) joined weights leave six.
+    assert (nanotron.joined_tensors(9, root=False), ours.joined_tensors(9, root=False)) == (6, 9)
+    assert nanotron.joined_tensors(2, root=True) == 2
+    cluster, h100 = resolve_cluster("dgx-h100:1"), load_hardware(resolve_hardware_path("h100-sxm-80gb"))
+    job = TrainingJob(global_batch=1, sequence=1024, precision="bf16")
+    layer = {
+        name: CostModel(tiny_22b(), cluster.with_devices(1), h100, job, software(name)).price(Layout()).segments[0]
+        for name in ("nanotron-2024", "megatron-2021")
+    }
+    added = 3 * 4 * tiny_22b().block_parameters / h100.memory_bandwidth_bytes_per_second
+    parts = [layer[name].seconds.backward_weight.compute for name in ("nanotron-2024", "megatron-2021")]
+    assert parts[0] - parts[1] == pytest.approx(added, rel=0.1)
