@@ -15,7 +15,7 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import fits, lower_bound
+from .bounds import ROUNDING, fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
@@ -83,7 +83,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         least, _, item = heapq.heappop(left)
         if isinstance(item, LayoutGroup) and len(item.states) > 1:
             for group in item.by_state():
-                if prices.least_state_bytes(group.base) > group.base.pp * question.limit_bytes:
+                if prices.least_state_bytes(group) > group.base.pp * question.limit_bytes * (1 + ROUNDING):
                     pruned_memory += len(group)
                 else:
                     heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))

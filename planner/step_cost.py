@@ -81,8 +81,8 @@ class CostModel:
         )
 
     def _parts(self, layout: Layout, microbatches: int) -> _Parts:
-        """What does not depend on the order in which the pipeline works: layouts that differ in that alone share it."""
-        key = replace(layout, schedule="1f1b", virtual_stages=1)
+        """What does not depend on the number of chunks: layouts that differ in that alone share it."""
+        key = replace(layout, virtual_stages=1)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
                 self._part_cache.clear()
@@ -150,12 +150,16 @@ class CostModel:
             self._once_cache[key] = (forward, backward, weight)
         return self._once_cache[key]
 
-    def least_state_bytes(self, layout: Layout) -> float:
-        """Weights, gradients and optimizer of a whole pipeline: no assignment of it holds less on all its ranks."""
-        memory = self._memory
-        layers = {segment.kind: memory.block(layout, segment.kind).state.total for segment in self._model.segments}
-        total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
-        return total + memory.embedding(layout).state.total + memory.head(layout).state.total
+    def least_state_bytes(self, group: LayoutGroup) -> float:
+        """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
+        assignment holds less on all its ranks together."""
+        memory, least = self._memory, float("inf")
+        for schedule in {schedule for schedule, _ in group.pipelines}:
+            layout = replace(group.base, schedule=schedule)
+            layers = {segment.kind: memory.block(layout, segment.kind).state.total for segment in self._model.segments}
+            total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
+            least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
+        return least
 
     # ---- compute ---------------------------------------------------------------------------------------
 
