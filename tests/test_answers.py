@@ -177,7 +177,7 @@ tp          0.653 ms   7.6%
 dp exposed  0.958 ms  11.2%
 optimizer   0.642 ms   7.5%
 
-no legal layout is faster: of 75 legal layouts 2 cannot fit, 65 have a bound above this plan, 8 were solved (8 ILPs,
+no legal layout is faster: of 75 legal layouts 3 cannot fit, 64 have a bound above this plan, 8 were solved (8 ILPs,
 HiGHS through pulp, 250 ms)
 
 next best
