@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 
 from profiles.model import ModelSpec
@@ -19,6 +18,7 @@ from .bounds import ROUNDING, fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
+from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
@@ -28,19 +28,6 @@ from .rules import recompute_modes
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
 from .step_cost import CostModel
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A layout with its best assignment."""
-
-    costs: LayoutCosts
-    counts: tuple[StageCount, ...]
-    step_seconds: float
-
-    @property
-    def peak_memory_bytes(self) -> float:
-        return max(memory.total for memory in self.costs.memory(self.counts))
 
 
 def search(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan:
@@ -71,12 +58,16 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     ]
     heapq.heapify(left)
     legal = sum(len(group) for _, _, group in left if isinstance(group, LayoutGroup))
+    guesses = Guesses(question)
+    first = guesses.plain([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
     best: list[Solved] = []
     proven = float("inf")  # the least that any layout could still reach
     pruned_memory = ilps = 0
     while left:
         cutoff = best[top - 1].step_seconds if len(best) >= top else float("inf")
-        late = bool(best) and time.monotonic() > deadline
+        if first is not None and top == 1:
+            cutoff = min(cutoff, first.step_seconds)
+        late = (bool(best) or first is not None) and time.monotonic() > deadline
         if late or left[0][0] >= cutoff * (1 - RELATIVE_TOLERANCE):
             proven = min(proven, left[0][0])
             break
@@ -100,6 +91,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                     pruned_memory += 1
                 else:
                     heapq.heappush(left, (max(least, bound), next(ties), costs))
+                    first = guesses.look_at(costs, bound, cutoff, first)
             continue
         costs, modes = item, recompute_modes(item.layout, rules)
         start = first_assignment(costs, question.limit_bytes, modes)
@@ -112,7 +104,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             cutoff_seconds=cutoff,
             start=start,
             modes=modes,
-            deadline=deadline if best or start is not None else float("inf"),
+            deadline=deadline if best or first is not None or start is not None else float("inf"),
         )
         ilps += solution.ilps_solved
         proven = min(proven, solution.bound_seconds)
@@ -121,6 +113,8 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         else:
             best.append(Solved(costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
+    if first is not None and (not best or first.step_seconds < best[0].step_seconds):
+        best = [first, *best]  # nothing that was solved is better
     if not best:
         return None
     pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
