@@ -56,7 +56,7 @@ class Guesses:
         return best
 
     def look_at(self, costs: LayoutCosts, bound: float, cutoff: float, best: Solved | None) -> Solved | None:
-        """The better of `best` and this layout, which is tried where bounds as tight as seen before promise something."""
+        """The better of `best` and this layout, tried where bounds as tight as seen before promise something."""
         schedule = costs.layout.schedule
         cutoff = min(cutoff, best.step_seconds) if best is not None else cutoff
         if bound / self._tightness.get(schedule, 1.0) >= cutoff:

@@ -113,11 +113,12 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         else:
             best.append(Solved(costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
+    pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     if first is not None and (not best or first.step_seconds < best[0].step_seconds):
         best = [first, *best]  # nothing that was solved is better
+        pruned_bound -= 1  # its own layout is among those left, and was not ruled out
     if not best:
         return None
-    pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     certificate = _certificate(
         best[0].step_seconds, proven, legal, pruned_memory, pruned_bound, ilps, time.monotonic() - started
     )
