@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ _SIZE: dict[str, Any] = {"hidden_size": 256, "heads": 8, "head_dim": 32, "vocab_
 LLAMA = tiny_llama(kv_heads=4, ffn_hidden_size=704, **_SIZE)
 GPT2 = tiny_gpt2(kv_heads=8, ffn_hidden_size=1024, **_SIZE)
 
-
+_SECONDS = 300.0  # for all cases of a call
 _NO_TENSORS = ("context", "communicators", "allocator_slack")
 
 
@@ -107,9 +108,15 @@ CASES = {
 
 
 def in_child(function: Callable[..., Any], cases: Iterable[MemoryCase]) -> list[Any]:
-    """`function` of each case, in a forked process of its own: torch remembers process groups."""
-    with multiprocessing.get_context("fork").Pool(1, initializer=_quiet, maxtasksperchild=1) as pool:
-        return pool.map(function, cases, chunksize=1)
+    """`function` of each case, in a process of its own: torch remembers process groups.
+
+    Forked from a server that has imported torch and done nothing, since a fork of the tests' own process inherits what
+    their threads have left and may crash when it collects garbage. A child that dies is an error, not a wait.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet, max_tasks_per_child=1) as pool:
+        return list(pool.map(function, cases, timeout=_SECONDS))
 
 
 def plan_of(case: MemoryCase) -> Plan:
