@@ -29,6 +29,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
 from .schedule import BLOCKING, SPLIT_BACKWARD, least_in_flight
@@ -71,45 +72,79 @@ def lower_bound(
 
 
 class RankLimits:
-    """What one rank allows: the least seconds that its layers must spend on recomputation to fit."""
+    """What one rank allows: the least seconds that its layers must spend on recomputation to fit.
+
+    `moments` are (bytes of its ends, microbatches that any layer has in flight), of which each must fit.
+    """
 
     def __init__(
-        self, costs: LayoutCosts, segment: SegmentCosts, flight: int, free_bytes: float, modes: Sequence[str]
+        self,
+        costs: LayoutCosts,
+        segment: SegmentCosts,
+        moments: Sequence[tuple[float, int]],
+        limit_bytes: float,
+        modes: Sequence[str],
     ) -> None:
         slack, totals = 1.0 + costs.allocator_slack, segment.memory.totals
-        self._free = free_bytes
-        options = sorted(
-            (segment.seconds.recompute(mode).total, slack * (totals.state + flight * totals.held[mode]))
-            for mode in modes
-        )
-        # Modes that cost more and save nothing are never needed.
-        self._options = options[:1]
-        for option in options[1:]:
-            if option[1] < self._options[-1][1]:
-                self._options.append(option)
+        self._moments: list[tuple[float, list[tuple[float, float]]]] = []
+        for used, flight in moments:
+            options = sorted(
+                (segment.seconds.recompute(mode).total, slack * (totals.state + flight * totals.held[mode]))
+                for mode in modes
+            )
+            # Modes that cost more and save nothing are never needed.
+            kept = options[:1]
+            for option in options[1:]:
+                if option[1] < kept[-1][1]:
+                    kept.append(option)
+            self._moments.append((limit_bytes - used, kept))
 
     def least_recompute(self, layers: int) -> float | None:
         """Seconds a microbatch that no fitting choice of modes is below; None when no choice fits."""
-        if self._free < 0:
-            return None
-        if layers == 0:
-            return 0.0
-        base_seconds, base_bytes = self._options[0]
-        missing = layers * base_bytes - self._free
-        if missing <= 0:
-            return layers * base_seconds
-        if len(self._options) == 2:
-            seconds, size = self._options[1]
-            needed = math.ceil(missing / (base_bytes - size))
-            return None if needed > layers else needed * seconds + (layers - needed) * base_seconds
-        # Fractions of layers, along the lower hull of (bytes saved, seconds).
-        each, least = missing / layers, math.inf
-        points = [(base_bytes - size, seconds - base_seconds) for seconds, size in self._options]
-        for saved, spent in points:
-            for more, dearer in points:
-                if saved < each <= more:
-                    least = min(least, spent + (each - saved) / (more - saved) * (dearer - spent))
-        return None if least == math.inf else layers * (base_seconds + least)
+        most = 0.0
+        for free, options in self._moments:
+            least = _least_recompute(layers, free, options)
+            if least is None:
+                return None
+            most = max(most, least)
+        return most
+
+
+def _least_recompute(layers: int, free: float, options: Sequence[tuple[float, float]]) -> float | None:
+    """The same at one moment; `options` are (seconds, bytes) of a layer by mode, dearer and smaller."""
+    if free < 0:
+        return None
+    if layers == 0:
+        return 0.0
+    base_seconds, base_bytes = options[0]
+    missing = layers * base_bytes - free
+    if missing <= 0:
+        return layers * base_seconds
+    if len(options) == 2:
+        seconds, size = options[1]
+        needed = math.ceil(missing / (base_bytes - size))
+        return None if needed > layers else needed * seconds + (layers - needed) * base_seconds
+    # Fractions of layers, along the lower hull of (bytes saved, seconds).
+    each, least = missing / layers, math.inf
+    points = [(base_bytes - size, seconds - base_seconds) for seconds, size in options]
+    for saved, spent in points:
+        for more, dearer in points:
+            if saved < each <= more:
+                least = min(least, spent + (each - saved) / (more - saved) * (dearer - spent))
+    return None if least == math.inf else layers * (base_seconds + least)
+
+
+def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[float, int]]:
+    """(bytes of a rank without layers, microbatches any layer has in flight), each pair of one moment."""
+    nothing = empty_counts(costs)
+    ends = costs.rank_parts(rank, nothing)
+    if not any(part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends):
+        return [(costs.rank_bytes(rank, nothing), least_flight)]
+    found: set[tuple[float, int]] = set()
+    for vector in costs.in_flight[rank]:
+        alone = replace(costs, in_flight=(*costs.in_flight[:rank], (vector,), *costs.in_flight[rank + 1 :]))
+        found.add((alone.rank_bytes(rank, nothing), min(vector.full)))
+    return [one for one in found if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)]
 
 
 # ---- dealing out layers of one kind --------------------------------------------------------------------------
@@ -126,13 +161,13 @@ def _deal(
     Once it is above `enough` it may be given as it is.
     """
     layout, alone = costs.layout, len(costs.segments) == 1
-    flights, nothing = least_in_flight(costs.pipeline), empty_counts(costs)
     # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
     # the limit fits, here as in `fits`.
-    used = {rank: costs.rank_bytes(rank, nothing) for rank in {0, min(1, layout.pp - 1), layout.pp - 1}}
-    middle = used[min(1, layout.pp - 1)]
+    flights, limit = least_in_flight(costs.pipeline), limit_bytes * (1 + ROUNDING)
+    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, layout.pp - 1), layout.pp - 1}}
+    middle = edges[min(1, layout.pp - 1)][0][0]
     limits = [
-        RankLimits(costs, segment, flights[rank], limit_bytes * (1 + ROUNDING) - used.get(rank, middle), modes)
+        RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes)
         for rank in range(layout.pp)
     ]
     heap: list[tuple[float, int]] = []

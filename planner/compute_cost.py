@@ -38,6 +38,7 @@ class ComputeModel:
         self._keeps_matmuls = software.selective_keeps_matmuls
         master = not software.on_fsdp and job.precision in ("bf16", "fp16", "fp8")
         self._master_casts = (1 + (software.gradients == "compute")) if master else 0
+        self._beside: dict[tuple[object, ...], ComputeCost] = {}
 
     # ---- kernels ---------------------------------------------------------------------------------------
 
@@ -191,6 +192,25 @@ class ComputeModel:
     def block(self, layout: Layout, kind: str = "dense") -> ComputeCost:
         """Norm, attention, norm, feed-forward and two residual sums of one layer, weights cut by tp."""
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
+        parts = [self._beside_feed_forward(layout)]
+        if kind == "dense":
+            shapes = self._products(layout)
+            parts += [self._biased(n, tokens, shape) for n, shape in shapes.items() if n not in model.attention_shapes]
+            parts.append(self._activation(tokens * model.ffn_hidden_size / layout.tp))
+        else:
+            assert model.experts is not None
+            parts += self._experts(layout, model.experts, tokens, outside_tokens(layout, self._job.sequence))
+        return self._behind_host(_total(parts))
+
+    def _beside_feed_forward(self, layout: Layout) -> ComputeCost:
+        """All of a layer but its feed-forward, which alone depends on ep and etp."""
+        key = (layout.tp, layout.cp, layout.sequence_parallel, layout.micro_batch)
+        if key not in self._beside:
+            self._beside[key] = _total(self._attention_and_norms(layout))
+        return self._beside[key]
+
+    def _attention_and_norms(self, layout: Layout) -> list[ComputeCost]:
+        model, tokens = self._model, local_tokens(layout, self._job.sequence)
         outside = outside_tokens(layout, self._job.sequence)
         hidden, query = outside * model.hidden_size, tokens * model.query_width / layout.tp
         shapes = self._products(layout)
@@ -204,12 +224,6 @@ class ComputeModel:
             parts.append(self._rope(query * model.rotary_share))
             parts.append(self._rope(tokens * local_kv_width(model, layout.tp) * model.rotary_share))
         parts += [self._attention(layout), self._heads(layout)]
-        if kind == "dense":
-            parts += [self._biased(n, tokens, shape) for n, shape in shapes.items() if n not in model.attention_shapes]
-            parts.append(self._activation(tokens * model.ffn_hidden_size / layout.tp))
-        else:
-            assert model.experts is not None
-            parts += self._experts(layout, model.experts, tokens, outside)
         parts += [self._residual(hidden), self._residual(hidden)]
         parts.append(self._meeting_gradients(tokens))
         if layout.tp > 1:
@@ -221,7 +235,7 @@ class ComputeModel:
             )
             shard = ComputeSeconds(overhead=cut)
             parts.append(ComputeCost(shard, shard))
-        return self._behind_host(_total(parts))
+        return parts
 
     def _products(self, layout: Layout) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each product of a dense layer on one rank.

@@ -110,17 +110,16 @@ class CostModel:
         """Seconds that no layout of the group is below, its compute and what its layers send alone.
 
         All microbatches' work shared evenly by the stages, or one microbatch through all stages one after the other
-        and on some stage the backwards of all others (`bounds._one_stage`). Of several expert grids the one with the
-        fewest experts a rank computes least, since it multiplies most rows at once; what ep sends is left out then.
+        and on some stage the backwards of all others (`bounds._one_stage`). Of several expert grids the least; what ep
+        sends is left out then.
         """
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
         grids = {(state[2], state[3]) for state in group.states}
-        widest = max(ep for ep, _ in grids)
         pace, least = self._pace(layout, microbatches), float("inf")
-        for ep, etp in grids if len(grids) == 1 else {(widest, etp) for _, etp in grids}:
+        for ep, etp in grids:
             forward, backward, weight = self._once(replace(layout, ep=ep, etp=etp), pace, len(grids) == 1)
             shared = microbatches * (forward + backward) / layout.pp
             in_chain = backward - weight if split else backward

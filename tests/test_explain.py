@@ -237,7 +237,7 @@ tp ≠ 2, pp ≠ 1           9.03 ms      5.15%  pp2 dp2 zero1 mb4 gpipe  +3.85 
                                                                       exposed, −0.653 ms tp
 dp ≠ 2, micro_batch ≠ 4  9.62 ms     11.96%  tp2·sp pp2 mb8 gpipe     +3.68 ms bubble, +0.364 ms pp, −1.93 ms compute,
                                                                       −0.958 ms dp exposed
-no recompute             10.4 ms     21.04%  tp2·sp pp2 mb4 1f1b      +2.93 ms bubble, +0.423 ms pp, −0.958 ms dp
+no recompute             11.8 ms     37.38%  pp4 mb2 1f1b             +3.89 ms bubble, +1.27 ms pp, −0.958 ms dp
                                                                       exposed, −0.803 ms recompute
 
 what would help, solved anew
