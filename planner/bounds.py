@@ -29,7 +29,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
 from .schedule import BLOCKING, SPLIT_BACKWARD, least_in_flight
@@ -140,10 +139,8 @@ def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[flo
     ends = costs.rank_parts(rank, nothing)
     if not any(part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends):
         return [(costs.rank_bytes(rank, nothing), least_flight)]
-    found: set[tuple[float, int]] = set()
-    for vector in costs.in_flight[rank]:
-        alone = replace(costs, in_flight=(*costs.in_flight[:rank], (vector,), *costs.in_flight[rank + 1 :]))
-        found.add((alone.rank_bytes(rank, nothing), min(vector.full)))
+    flights = [min(vector.full) for vector in costs.in_flight[rank]]
+    found = set(zip(costs.moment_bytes(rank, nothing), flights, strict=True))
     return [one for one in found if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)]
 
 

@@ -156,6 +156,10 @@ class LayoutCosts:
 
     def rank_bytes(self, rank: int, counts: Sequence[StageCount]) -> float:
         """The total of `rank_memory`, much sooner."""
+        return max(self.moment_bytes(rank, counts))
+
+    def moment_bytes(self, rank: int, counts: Sequence[StageCount]) -> list[float]:
+        """Bytes of a rank at each of its in-flight vectors."""
         fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
         parts = self.rank_parts(rank, counts)
         held = [0.0] * len(self.in_flight[rank])
@@ -167,7 +171,8 @@ class LayoutCosts:
             for i, vector in enumerate(self.in_flight[rank]):
                 held[i] += each * vector.full[chunk] + weight * vector.weight_only[chunk]
         beside = fixed.context + fixed.communicators
-        return beside + (1.0 + self.allocator_slack) * (fixed.total - beside + kept + max(held) + transient)
+        slack = 1.0 + self.allocator_slack
+        return [beside + slack * (fixed.total - beside + kept + most + transient) for most in held]
 
     # ---- an assignment ---------------------------------------------------------------------------------
 

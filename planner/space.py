@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from .capabilities import Capabilities
+from .capabilities import Capabilities, missing_features
 from .job import TrainingJob
 from .layout import Layout
-from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, missing_features, recompute_modes
+from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, recompute_modes
 
 
 @dataclass(frozen=True)
