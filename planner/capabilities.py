@@ -36,13 +36,14 @@ class Capabilities:
 CAPABILITIES = {
     "meshwright": Capabilities(
         software="meshwright",
-        schedules=("gpipe", "1f1b"),
-        recompute=("none", "full"),
+        schedules=("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb1p", "zbv", "dualpipev"),
+        recompute=("none", "selective", "full"),
         precisions=("fp32", "bf16"),
         zero=(0, 1, 2, 3),
         zero_with_pipeline=(0, 1, 3),
         zero_reason="torch's pipeline keeps gradients unsharded until the last microbatch, so zero 2 is zero 1 there; "
         "ask for zero=1",
+        hsdp=True,
     ),
     # Megatron-LM core: --use-distributed-optimizer is zero 1, --num-distributed-optimizer-instances its HSDP.
     "megatron": Capabilities(

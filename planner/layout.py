@@ -7,11 +7,13 @@ from typing import Any
 
 from profiles.store import Reader
 
-from .schedule import Pipeline
+from .schedule import FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb1p", "zbv", "dualpipev")
 CP_STYLES = ("none", "ring", "all-to-all")
 RECOMPUTE_MODES = ("none", "selective", "full")
+# Tokens whose logits our own runtime holds at once; fewer make the head's GEMM slower, more cost memory.
+LOSS_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,16 @@ class Layout:
     def stages(self) -> int:
         """Chunks of the model, those of all pipeline ranks together."""
         return self.pp * self.virtual_stages
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether backwards run in two halves, for the inputs and for the weights."""
+        return self.pp > 1 and self.schedule in SPLIT_BACKWARD
+
+    @property
+    def forwards_first(self) -> bool:
+        """Whether all microbatches are in flight before the first backward."""
+        return self.pp > 1 and self.schedule in FORWARDS_FIRST
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, from its first chunk to its last."""

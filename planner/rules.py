@@ -183,6 +183,11 @@ def _zero(layout: Layout, context: RuleContext) -> str | None:
         return f"zero={layout.zero} shards state over dp, and dp=1"
     if layout.zero not in (able.zero_with_pipeline if layout.pp > 1 else able.zero):
         return f"zero={layout.zero}{' with pp > 1' if layout.pp > 1 else ''}: {able.zero_reason}"
+    if layout.zero == 3 and layout.splits_backward:
+        return (
+            f"zero=3 with {layout.schedule}: torch 2.11 to 2.13 loses gradients where weights are freed between the "
+            "halves of a backward; ask for zero=1"
+        )
     return None
 
 

@@ -25,6 +25,7 @@ from .schedule_orders import Action
 
 __all__ = [
     "BLOCKING",
+    "FORWARDS_FIRST",
     "SPLIT_BACKWARD",
     "Action",
     "InFlight",
@@ -37,6 +38,8 @@ __all__ = [
 
 # They run a backward in two halves; recomputation does not go with that on torch.
 SPLIT_BACKWARD = ("zb1p", "zbv", "dualpipev")
+# Every forward of a step comes before the first backward.
+FORWARDS_FIRST = ("gpipe", "looped-bfs")
 # torch runs them with paired sends and receives that block the host ([Note: Blocking point-to-point]).
 BLOCKING = ("gpipe", "1f1b")
 _ONE_CHUNK, _V_SHAPED = BLOCKING, ("zbv", "dualpipev")
@@ -153,7 +156,7 @@ def _shortest(pipeline: Pipeline) -> Pipeline:
 @lru_cache(maxsize=1024)
 def _in_flight(pipeline: Pipeline, part_of_full: bool) -> tuple[tuple[InFlight, ...], ...]:
     ranks, chunks, count = pipeline.ranks, pipeline.chunks, pipeline.microbatches
-    if pipeline.schedule in ("gpipe", "looped-bfs"):
+    if pipeline.schedule in FORWARDS_FIRST:
         return ((InFlight((count,) * chunks, (0,) * chunks),),) * ranks
     if pipeline.schedule == "1f1b":
         return tuple((InFlight((min(count, ranks - rank),), (0,)),) for rank in range(ranks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from profiles.input_error import InputError
 
-from .parameters import named_parameters
+from .parameters import named_parameters, tied_copies
 from .transformer import Chunk
 
 FOLDER = "checkpoints"
@@ -23,7 +25,7 @@ _COMPLETE = re.compile(r"step_(\d+)")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(run_dir: Path, step: int, chunk: Chunk, optimizer: torch.optim.AdamW) -> Path:
+def save(run_dir: Path, step: int, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> Path:
     """Write run_dir/checkpoints/step_<step>. Every rank must call it.
 
     Written beside its place and renamed when it is whole, so that a killed run leaves no half checkpoint.
@@ -34,7 +36,7 @@ def save(run_dir: Path, step: int, chunk: Chunk, optimizer: torch.optim.AdamW) -
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    state_dict_saver.save(_state(chunk, optimizer, step), checkpoint_id=str(unfinished))
+    state_dict_saver.save(_state(chunks, optimizer, step), checkpoint_id=str(unfinished))
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)
@@ -43,9 +45,12 @@ def save(run_dir: Path, step: int, chunk: Chunk, optimizer: torch.optim.AdamW) -
     return target
 
 
-def load(folder: Path, chunk: Chunk, optimizer: torch.optim.AdamW) -> int:
-    """Read a checkpoint into a chunk and its optimizer, in place, whatever layout wrote it; returns its step."""
-    state = _state(chunk, optimizer, 0)
+def load(folder: Path, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> int:
+    """Read a checkpoint into a rank's chunks and their optimizer, in place, whatever layout wrote it.
+
+    Returns its step.
+    """
+    state = _state(chunks, optimizer, 0)
     try:
         state_dict_loader.load(state, checkpoint_id=str(folder))
     except CheckpointException as error:  # a BaseException, which `except Exception` misses
@@ -56,6 +61,7 @@ def load(folder: Path, chunk: Chunk, optimizer: torch.optim.AdamW) -> int:
             expected="a checkpoint of this plan's model",
             got=str(reason).splitlines()[0] if str(reason) else repr(reason),
         ) from None
+    _refresh_tied(chunks, optimizer)
     return int(state["step"].item())
 
 
@@ -80,16 +86,41 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _state(chunk: Chunk, optimizer: torch.optim.AdamW, step: int) -> dict[str, Any]:
-    """The tensors themselves by name, so that loading writes into them. Moments that are not there yet are made."""
+def _state(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int) -> dict[str, Any]:
+    """The tensors themselves by name, so that loading writes into them. Moments that are not there yet are made.
+
+    A rank that holds two copies of a tied matrix saves the last; `_refresh_tied` fills the other.
+    """
     state: dict[str, Any] = {"step": torch.tensor(step)}
-    for name, parameter in named_parameters(chunk):
-        moments = optimizer.state[parameter]
-        if not moments:
-            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for moment in _MOMENTS:
-                moments[moment] = torch.zeros_like(parameter)
+    for name, parameter in named_parameters(chunks):
+        moments = _moments(optimizer, parameter)
         state[f"model.{name}"] = parameter.detach()
         for key in ("step", *_MOMENTS):
             state[f"optimizer.{name}.{key}"] = moments[key]
     return state
+
+
+def _moments(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    moments = optimizer.state[parameter]
+    if not moments:
+        moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for moment in _MOMENTS:
+            moments[moment] = torch.zeros_like(parameter)
+    return moments
+
+
+def _refresh_tied(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> None:
+    """Where one rank holds both copies of a tied matrix, give the first what was loaded into the last."""
+    copies = [copy for copy, _ in tied_copies(chunks)]
+    if len(copies) < 2:
+        return
+    stale, loaded = copies
+    with torch.no_grad():
+        _local(stale).copy_(_local(loaded))
+        for key in ("step", *_MOMENTS):
+            target, source = (_moments(optimizer, copy)[key] for copy in (stale, loaded))
+            _local(target).copy_(_local(source))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,8 @@ from planner.plan import Plan
 from .clock import Clock
 from .live_bytes import LiveBytes
 from .mesh import build_mesh
-from .parallelize import fill_stage, shape_stage
+from .parallelize import fill_chunks, shape_chunks
+from .parameters import parameters_of
 from .pipeline import PipelineRunner
 from .rotary import rotary_tables
 from .step import TrainState, state_of, training_step
@@ -60,15 +61,15 @@ def dry_run(plan: Plan, rank: int, *, fake: bool = True) -> DryRun:
     rotary_tables.cache_clear()
     try:
         mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=plan.model.tied_embeddings)
-        chunk = shape_stage(plan, mesh, dtype=torch.float32)
+        chunks = shape_chunks(plan, mesh, dtype=torch.float32)
         live = LiveBytes("transient")
         with ExitStack() as stack:
             stack.enter_context(_quiet_metadata())
             if fake:
                 stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(live)
-            fill_stage(chunk, plan, DEVICE, seed=0)
-            state = state_of(plan, mesh, chunk, DEVICE, dtype=torch.float32, weight_decay=0.1)
+            fill_chunks(chunks, plan, DEVICE, seed=0)
+            state = state_of(plan, mesh, chunks, DEVICE, dtype=torch.float32, weight_decay=0.1)
             watch = _Watch(state, live)
             with live.during("inputs"):
                 size = (plan.microbatches * plan.layout.micro_batch, plan.job.sequence)
@@ -89,13 +90,13 @@ class _Watch:
 
     def __init__(self, state: TrainState, live: LiveBytes) -> None:
         self.state, self.live = state, live
-        self._fsdp = [group for module in _fsdp_modules(state.chunk) for group in _parameter_groups(module)]
-        state.chunk.register_forward_pre_hook(self._enter_forward)
-        state.chunk.register_forward_hook(self._leave_forward)
-        if state.chunk.head is not None:
-            state.chunk.head.register_forward_pre_hook(lambda *_: self._set("logits"))
+        self._fsdp = [group for module in _fsdp_modules(state.chunks) for group in _parameter_groups(module)]
+        for chunk in state.chunks:
+            chunk.register_forward_pre_hook(lambda *_: self._set("activations"))
+            chunk.register_forward_hook(lambda *_: self._set("transient"))
+            if chunk.head is not None:
+                chunk.head.register_forward_pre_hook(lambda *_: self._set("logits"))
         state.optimizer.register_step_post_hook(lambda *_: self._book_updated())
-        self._loss_pending = 0
         _after_spans(state.runner.clock, self._span)
         if isinstance(state.runner, PipelineRunner):
             _skip_vote(state.runner)
@@ -103,27 +104,17 @@ class _Watch:
     def _set(self, purpose: str) -> None:
         self.live.purpose = purpose
 
-    def _enter_forward(self, *_: Any) -> None:
-        self._set("activations")
-
-    def _leave_forward(self, *_: Any) -> None:
-        # The loss comes right after the forward that has a head; its own span ends it.
-        self._loss_pending = 2 if self.state.chunk.head is not None else 0
-        self._set("logits" if self._loss_pending else "transient")
-
     def _span(self, name: str) -> None:
         """A span of the runner's clock has ended."""
         if name == "forward":
             self._book_weights()
             self._book_gathered()
-            self._loss_pending -= 1
-            if self._loss_pending <= 0:
-                self._set("transient")
+            self._set("transient")
         elif name == "backward":
             self._book_gradients()
 
     def _book_weights(self) -> None:
-        for parameter in self.state.chunk.parameters():
+        for parameter in parameters_of(self.state.chunks):
             if not self._fsdp:
                 self.live.book(parameter.data, "weights")
         for group in self._fsdp:
@@ -138,7 +129,7 @@ class _Watch:
                     self.live.book(gathered, "gathered_weights" if stays else "transient")
 
     def _book_gradients(self) -> None:
-        for parameter in self.state.chunk.parameters():
+        for parameter in parameters_of(self.state.chunks):
             self.live.book(parameter.grad, "gradients")
         for group in self._fsdp:
             for sharded in group.fsdp_params:
@@ -156,10 +147,10 @@ class _Watch:
         """The receive buffers of a pipeline stage, which torch makes in the first step and keeps."""
         if not isinstance(self.state.runner, PipelineRunner):
             return
-        stage = self.state.runner.stage
-        for received in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
-            for info in received:
-                self.live.book(getattr(info, "buffer", None), "pipeline_buffers")
+        for stage in self.state.runner.stages:
+            for received in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
+                for info in received:
+                    self.live.book(getattr(info, "buffer", None), "pipeline_buffers")
 
 
 def _after_spans(clock: Clock, call: Any) -> None:
@@ -172,8 +163,8 @@ def _after_spans(clock: Clock, call: Any) -> None:
     clock.add = then_call  # type: ignore[method-assign]
 
 
-def _fsdp_modules(chunk: torch.nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in chunk.modules() if isinstance(module, FSDPModule))
+def _fsdp_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[FSDPModule]:
+    return (module for chunk in chunks for module in chunk.modules() if isinstance(module, FSDPModule))
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from .mesh import RankMesh
-from .parameters import tied_copy
+from .parameters import parameters_of, tied_copies
 from .transformer import Chunk
 
 
-def complete_gradients(chunk: Chunk, mesh: RankMesh) -> None:
+def complete_gradients(chunks: Sequence[Chunk], mesh: RankMesh) -> None:
     """Sum what the backward pass left in parts: over tp where each rank saw a part of the sequence, over the
     first and last stage where both hold a copy of a tied matrix. In place; every rank must call it."""
-    partial = [(p, p.grad) for p in chunk.parameters() if isinstance(p.grad, DTensor) and _is_partial(p.grad)]
+    parameters = parameters_of(chunks)
+    partial = [(p, p.grad) for p in parameters if isinstance(p.grad, DTensor) and _is_partial(p.grad)]
     if partial:
         # All of them in one message: each is a vector or two, and a small collective costs only latency.
         flat = torch.cat([gradient.to_local().flatten() for _, gradient in partial])
@@ -26,35 +28,41 @@ def complete_gradients(chunk: Chunk, mesh: RankMesh) -> None:
             whole = [Replicate() if placement.is_partial() else placement for placement in gradient.placements]
             summed = piece.view_as(gradient.to_local())
             parameter.grad = DTensor.from_local(summed, gradient.device_mesh, whole, run_check=False)  # type: ignore[assignment]
-    tied, _ = tied_copy(chunk)
-    if tied is not None and mesh.tied_group is not None:
-        dist.all_reduce(_local(tied.grad), group=mesh.tied_group)
+    tied = [_local(copy.grad) for copy, _ in tied_copies(chunks)]
+    if len(tied) == 2:  # both ends of a pipeline that is folded
+        tied[0].add_(tied[1])
+        tied[1].copy_(tied[0])
+    elif tied and mesh.tied_group is not None:
+        dist.all_reduce(tied[0], group=mesh.tied_group)
 
 
-def square_sum(chunk: Chunk) -> torch.Tensor:
+def square_sum(chunks: Sequence[Chunk]) -> torch.Tensor:
     """This rank's share of the squared norm of all gradients: added up over all ranks, each element counts once.
 
     float64 scalar on the gradients' device. What several ranks hold alike is divided by how many they are;
     of a tied pair the embedding counts. Call it after `complete_gradients`.
     """
-    tied, counts = tied_copy(chunk)
+    left_out = {id(copy) for copy, counts in tied_copies(chunks) if not counts}
     total: torch.Tensor | None = None
-    for copies, gradients in _by_copies(p for p in chunk.parameters() if counts or p is not tied):
+    for copies, gradients in _by_copies(p for p in parameters_of(chunks) if id(p) not in left_out):
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).double()
         share = norms.square().sum() / copies
         total = share if total is None else total + share
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
-def clip(chunk: Chunk, norm: float, limit: float) -> None:
-    """Scale all gradients so that their global norm is at most `limit`."""
-    if norm > limit:
-        for parameter in chunk.parameters():
-            if parameter.grad is not None:
-                _local(parameter.grad).mul_(limit / norm)
+def clip(chunks: Sequence[Chunk], norm: torch.Tensor, limit: float) -> None:
+    """Scale all gradients so that their global norm, a scalar tensor, is at most `limit`."""
+    if norm.device.type == "cpu" and norm <= limit:
+        return  # on a GPU to look at it would make the host wait
+    scale = (limit / norm).clamp(max=1.0)
+    for parameter in parameters_of(chunks):
+        if parameter.grad is not None:
+            gradient = _local(parameter.grad)
+            gradient.mul_(scale.to(gradient.dtype))
 
 
-def _by_copies(parameters: Iterable[torch.nn.Parameter]) -> Iterable[tuple[int, list[torch.Tensor]]]:
+def _by_copies(parameters: Iterable[nn.Parameter]) -> Iterable[tuple[int, list[torch.Tensor]]]:
     """Local gradients, grouped by how many ranks of the parameter's mesh hold the same numbers."""
     groups: dict[int, list[torch.Tensor]] = {}
     for parameter in parameters:

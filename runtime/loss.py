@@ -1,40 +1,151 @@
-"""The loss of a microbatch: its share of the mean cross-entropy over all tokens of the step."""
+"""The vocabulary head's cross-entropy, some tokens at a time: the logits of a microbatch never exist as a whole.
+
+[Note: Loss in pieces]
+For every `LOSS_TOKENS` tokens the logits are computed, turned into the loss and into its gradient in place, and that
+into the gradients of the hidden states and of the head's weight; then they are gone. So the backward pass is left with
+nothing to compute, and what is kept has the size of the hidden states and of the weight, not of the logits. Schedules
+that hold many microbatches before their first backward would hold as many gradients of the weight; there the logits
+are computed once more in the backward pass (`logits_again`).
+
+With the vocabulary cut over tp each rank has the logits of its rows. All that the ranks must agree on is the logarithm
+of the sum of exponentials of each token: one all-gather of a number a token and rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import loss_parallel
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+from planner.layout import LOSS_TOKENS
 
 
-def token_loss(tokens_per_step: int) -> Loss:
-    """A function of logits [batch, sequence, vocabulary] and targets [batch, sequence] -> scalar, in nats.
+@dataclass(frozen=True)
+class LossWay:
+    """How a head computes its loss.
 
-    It is the sum of cross-entropies over `tokens_per_step`, the tokens of the whole step: the shares of
-    microbatches and dp ranks add up to the mean, and gradients are summed, never averaged. bfloat16 logits
-    are widened first.
+    `tokens_per_step`: tokens of the whole step, by which the sum of cross-entropies is divided, so that the shares of
+    microbatches, dp ranks and tp ranks add up to the mean and gradients are summed, never averaged. `first_row`,
+    `group`: the rows of the vocabulary that this rank holds start there, and the group of those that hold the others.
+    `backward_twice`: the schedule runs a backward in two halves, each of which asks for all gradients.
     """
 
-    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if logits.dtype == torch.bfloat16:
-            logits = logits.float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / tokens_per_step
-
-    return loss
-
-
-def loss_context(tp: int) -> AbstractContextManager[None]:
-    """What must surround loss and backward when logits are split over the vocabulary."""
-    return loss_parallel() if tp > 1 else nullcontext()
+    tokens_per_step: int = 1
+    first_row: int = 0
+    group: dist.ProcessGroup | None = None
+    logits_again: bool = False
+    backward_twice: bool = False
 
 
-def plain_loss(loss: torch.Tensor) -> float:
-    """The loss as a number; the same on every tp rank."""
-    loss = loss.detach()
-    return (loss.to_local() if isinstance(loss, DTensor) else loss).item()
+def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay) -> torch.Tensor:
+    """This rank's share of the loss, in nats; a scalar in float32, or float64 for float64.
+
+    hidden [batch, sequence, hidden_size] whole, weight [rows, hidden_size] of this rank, targets [batch, sequence].
+    The loss is the end of its graph: it must be added to others or scaled after its backward, not before.
+    """
+    return _HeadLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), way, torch.is_grad_enabled())
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay, wanted: bool
+    ) -> torch.Tensor:
+        ctx.way = way
+        now = wanted and not way.logits_again
+        gradients = _Gradients(hidden, weight, way) if now else None
+        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        normalisers = []
+        for piece in _pieces(len(hidden)):
+            logits = (hidden[piece] @ weight.T).to(total.dtype)
+            log_probabilities, normaliser = _log_probabilities(logits, way.group)
+            rows, present = _rows(targets[piece], len(weight), way)
+            total -= (log_probabilities.gather(-1, rows.unsqueeze(-1)).squeeze(-1) * present).sum()
+            if gradients is not None:
+                gradients.add(piece, log_probabilities, rows, present)
+            elif wanted:
+                normalisers.append(normaliser)
+        if gradients is not None:
+            ctx.gradients = gradients
+        elif wanted:
+            ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
+        return total / way.tokens_per_step
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (of_loss,) = outputs
+        assert of_loss.is_cuda or type(of_loss) is not torch.Tensor or of_loss.item() == 1, "the loss ends its graph"
+        way: LossWay = ctx.way
+        if way.logits_again:
+            hidden, weight, targets, normalisers = ctx.saved_tensors
+            gradients = _Gradients(hidden, weight, way)
+            for piece in _pieces(len(hidden)):
+                logits = (hidden[piece] @ weight.T).to(normalisers.dtype)
+                rows, present = _rows(targets[piece], len(weight), way)
+                gradients.add(piece, logits.sub_(normalisers[piece].unsqueeze(-1)), rows, present)
+            return *gradients.take(), None, None, None
+        gradients = ctx.gradients
+        if not way.backward_twice:
+            ctx.gradients = None  # so that autograd may keep the weight's as the parameter's, without a copy
+        return *gradients.take(), None, None, None
+
+
+class _Gradients:
+    """The gradients of hidden states and weight, filled piece by piece."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, way: LossWay) -> None:
+        self.inputs, self.weights, self.way = hidden.detach(), weight.detach(), way
+        self.hidden = torch.empty_like(self.inputs)
+        self.weight: torch.Tensor | None = None
+
+    def add(self, piece: slice, log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> None:
+        """d loss / d logits = (probability - [row is the target]) / tokens, computed in place of what is given."""
+        of_logits = log_probabilities.exp_()
+        of_logits.scatter_add_(-1, rows.unsqueeze(-1), -present.to(of_logits.dtype).unsqueeze(-1))
+        of_logits = of_logits.div_(self.way.tokens_per_step).to(self.weights.dtype)
+        torch.mm(of_logits, self.weights, out=self.hidden[piece])
+        if len(self.inputs) <= LOSS_TOKENS:
+            self.weight = of_logits.T @ self.inputs[piece]
+        elif self.weight is None:
+            self.weight = (of_logits.T @ self.inputs[piece]).to(_wide(self.weights.dtype))
+        elif self.weight.dtype == self.weights.dtype:
+            self.weight.addmm_(of_logits.T, self.inputs[piece])
+        else:
+            self.weight += of_logits.T @ self.inputs[piece]
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(of the hidden states [tokens, hidden_size], of the weight), in the precision of each."""
+        assert self.weight is not None
+        hidden, weight = self.hidden, self.weight.to(self.weights.dtype)
+        if not self.way.backward_twice:
+            del self.hidden, self.weight
+        return hidden, weight
+
+
+def _pieces(tokens: int) -> list[slice]:
+    return [slice(start, min(start + LOSS_TOKENS, tokens)) for start in range(0, tokens, LOSS_TOKENS)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rows(targets: torch.Tensor, rows: int, way: LossWay) -> tuple[torch.Tensor, torch.Tensor]:
+    """(target's row on this rank, whether it is there); any row where it is not."""
+    own = targets - way.first_row
+    present = (own >= 0) & (own < rows)
+    return own.clamp(0, rows - 1), present
+
+
+def _log_probabilities(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities [tokens, rows], log Σ exp over the whole vocabulary [tokens])."""
+    own = torch.log_softmax(logits, dim=-1)
+    normaliser = logits[:, 0] - own[:, 0]
+    if group is None:
+        return own, normaliser
+    gathered = collectives.wait_tensor(collectives.all_gather_tensor(normaliser.unsqueeze(0), 0, group))
+    whole = torch.logsumexp(gathered, dim=0)
+    return own.add_((normaliser - whole).unsqueeze(-1)), whole

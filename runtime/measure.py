@@ -36,7 +36,7 @@ class OperationTimer(TorchDispatchMode):
     def __init__(self, mesh: RankMesh, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
-        self.axis_of_group: dict[str, str] = {mesh.axis(axis).get_group().group_name: axis for axis in AXES}
+        self.axis_of_group: dict[str, str] = {group.group_name: axis for axis in AXES for group in mesh.groups(axis)}
         self.counts: dict[str, int] = {}
         self._marks: list[bool] = []  # of the spans that are open: whether each is FSDP2's
         self._entered: Any = None

@@ -9,7 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.layout import Layout
 
-AXES = ("pp", "dp", "tp")
+AXES = ("pp", "dp", "tp")  # dp as a whole; under HSDP it is two axes of the mesh
+_HSDP = ("dp_replicate", "dp_shard")
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,38 @@ def rank_of(coordinate: Coordinate, layout: Layout) -> int:
 
 @dataclass(frozen=True)
 class RankMesh:
-    """This rank's view of the grid. `tied_group` joins first and last stage at the same (dp, tp); it is None
-    on other stages, with pp=1, and where embeddings are not tied."""
+    """This rank's view of the grid. `tied_group` joins the ranks of the first and the last stage at the same (dp, tp);
+    it is None on other ranks, where one rank has both stages, and where embeddings are not tied."""
 
     device_mesh: DeviceMesh
     coordinate: Coordinate
     tied_group: dist.ProcessGroup | None
 
     def axis(self, name: str) -> DeviceMesh:
-        return self.device_mesh[name]
+        """One of AXES, as one or two dimensions: (replicate, shard) is HSDP's dp."""
+        names = self.device_mesh.mesh_dim_names
+        assert names is not None
+        return self.device_mesh[_HSDP if name == "dp" and name not in names else name]
+
+    def groups(self, name: str) -> list[dist.ProcessGroup]:
+        """The process groups of an axis."""
+        return self.axis(name).get_all_groups()
 
 
 def build_mesh(layout: Layout, device_type: str, *, tied_embeddings: bool) -> RankMesh:
     """The mesh and groups of a layout. Every rank creates every group, in the same order, or torch can hang."""
-    shape = (layout.pp, layout.dp, layout.tp)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
+    shape, names = (layout.pp, layout.dp, layout.tp), AXES
+    if layout.zero and layout.dp_shard < layout.dp:
+        shape = (layout.pp, layout.dp // layout.dp_shard, layout.dp_shard, layout.tp)
+        names = ("pp", *_HSDP, "tp")
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
     here = coordinate_of(dist.get_rank(), layout)
     tied_group = None
-    if tied_embeddings and layout.pp > 1:
+    last = layout.pipeline(1).rank_of(layout.stages - 1)
+    if tied_embeddings and last > 0:
         for dp in range(layout.dp):
             for tp in range(layout.tp):
-                ends = [rank_of(Coordinate(pp, dp, tp), layout) for pp in (0, layout.pp - 1)]
+                ends = [rank_of(Coordinate(pp, dp, tp), layout) for pp in (0, last)]
                 group = dist.new_group(ends)
                 if dist.get_rank() in ends:
                     assert isinstance(group, dist.ProcessGroup)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
+from .parameters import parameters_of
 from .transformer import Chunk
 
 
-def build_optimizer(chunk: Chunk, *, weight_decay: float) -> torch.optim.AdamW:
+def build_optimizer(chunks: Sequence[Chunk], *, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101); matrices decay, norms and biases do not. The learning rate is set each step.
 
     Fused: one kernel a dtype instead of a Python loop, and it takes DTensors, whose shards it updates in
     place without communication.
     """
-    matrices = [p for p in chunk.parameters() if p.ndim >= 2]
-    vectors = [p for p in chunk.parameters() if p.ndim < 2]
+    matrices = [p for p in parameters_of(chunks) if p.ndim >= 2]
+    vectors = [p for p in parameters_of(chunks) if p.ndim < 2]
     groups = [
         {"params": parameters, "weight_decay": decay}
         for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))

@@ -1,46 +1,67 @@
-"""The order of parallelisation, on one screen: tensor parallel, recomputation, data parallel."""
+"""The order of parallelisation, on one screen: tensor parallel, recomputation, compilation, data parallel."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
+from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from planner.plan import Plan, Stage
 
+from .loss import LossWay
 from .mesh import RankMesh
 from .parameters import initialise
 from .tensor_parallel import apply_tensor_parallel
 from .transformer import Chunk, build_chunk
 
-
-def build_stage(plan: Plan, mesh: RankMesh, device: torch.device, *, dtype: torch.dtype, seed: int) -> Chunk:
-    """This rank's stage, parallel as the plan says, in memory and with first values. Parameters are `dtype`."""
-    chunk = shape_stage(plan, mesh, dtype=dtype)
-    fill_stage(chunk, plan, device, seed=seed)
-    return chunk
-
-
-def shape_stage(plan: Plan, mesh: RankMesh, *, dtype: torch.dtype) -> Chunk:
-    """This rank's stage, parallel as the plan says, on the meta device: no memory yet."""
-    stage = plan.stages[mesh.coordinate.pp]
-    chunk = build_chunk(plan.model, stage).to(dtype)
-    parallelize(chunk, plan, stage, mesh)
-    return chunk
+# What selective recomputation keeps: outputs of products and of attention, and of the sums over tp, so that nothing
+# is sent twice. Everything else is computed again. Attention goes by its name, one a backend.
+_KEPT_OPERATIONS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+}
+_KEPT_NAMES = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
 
 
-def fill_stage(chunk: Chunk, plan: Plan, device: torch.device, *, seed: int) -> None:
-    """Give a stage its memory and first values."""
-    chunk.to_empty(device=device)
-    chunk.tie()
-    initialise(chunk, layers=plan.model.layers, seed=seed)
+def build_chunks(plan: Plan, mesh: RankMesh, device: torch.device, *, dtype: torch.dtype, seed: int) -> list[Chunk]:
+    """This rank's chunks, parallel as the plan says, in memory and with first values. Parameters are `dtype`."""
+    chunks = shape_chunks(plan, mesh, dtype=dtype)
+    fill_chunks(chunks, plan, device, seed=seed)
+    return chunks
+
+
+def shape_chunks(plan: Plan, mesh: RankMesh, *, dtype: torch.dtype) -> list[Chunk]:
+    """This rank's chunks in the order of their stages, parallel as the plan says, on the meta device: no memory yet."""
+    chunks = []
+    for place in plan.layout.stages_of(mesh.coordinate.pp):
+        stage = plan.stages[place]
+        chunk = build_chunk(plan.model, stage).to(dtype)
+        parallelize(chunk, plan, stage, mesh)
+        chunks.append(chunk)
+    return chunks
+
+
+def fill_chunks(chunks: list[Chunk], plan: Plan, device: torch.device, *, seed: int) -> None:
+    """Give chunks their memory and first values."""
+    for chunk in chunks:
+        chunk.to_empty(device=device)
+        chunk.tie()
+    initialise(chunks, layers=plan.model.layers, seed=seed)
 
 
 def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh) -> None:
     """Everything that happens to a chunk, in the only order in which the parts compose."""
     layout = plan.layout
+    choose_loss(chunk, plan)
     if layout.tp > 1:
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
     apply_recompute(chunk, stage)
@@ -48,20 +69,45 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh) -> None:
         apply_data_parallel(chunk, mesh.axis("dp"), zero=layout.zero, precision=plan.job.precision)
 
 
+def choose_loss(chunk: Chunk, plan: Plan) -> None:
+    """How the head computes its loss under this plan's schedule ([Note: Loss in pieces])."""
+    if chunk.head is not None:
+        chunk.head.way = LossWay(
+            tokens_per_step=plan.job.tokens,
+            logits_again=plan.layout.forwards_first and plan.microbatches > 1,
+            backward_twice=plan.layout.splits_backward,
+        )
+
+
 def apply_recompute(chunk: Chunk, stage: Stage) -> None:
-    """Wrap the blocks that keep only their input and run forward again in the backward pass."""
+    """Wrap the blocks that run forward again in the backward pass, all of it or what is cheap."""
     for name, block in list(chunk.blocks.items()):
-        if stage.recompute_mode(int(name)) == "full":
-            # Nothing here draws random numbers, so there is no state to keep for the second forward.
-            chunk.blocks[name] = checkpoint_wrapper(block, preserve_rng_state=False)
+        mode = stage.recompute_mode(int(name))
+        if mode != "none":
+            chunk.blocks[name] = _recomputing(block, selective=mode == "selective")
+
+
+def _recomputing(block: nn.Module, *, selective: bool) -> nn.Module:
+    # Nothing here draws random numbers, so there is no state to keep for the second forward.
+    contexts: dict[str, Any] = {}
+    if selective:
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    return checkpoint_wrapper(block, preserve_rng_state=False, **contexts)
+
+
+def _keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = operation.name().partition("::")[2] if hasattr(operation, "name") else ""
+    if operation in _KEPT_OPERATIONS or name.startswith(_KEPT_NAMES):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_data_parallel(chunk: Chunk, mesh: DeviceMesh, *, zero: int, precision: str) -> None:
     """Shard (zero 1 to 3) or replicate (zero 0) block by block over the dp axis, then what is left at the root.
 
-    Root last: torch's pipeline looks only at the stage's top module. Embedding and head stay in the root, so
-    that a tied pair is one parameter of one group. Under zero 3 the root keeps its parameters from forward
-    to backward, since nothing runs between the two.
+    A mesh of two dimensions, (replicate, shard), is HSDP. Root last: torch's pipeline looks only at the stage's top
+    module. Embedding and head stay in the root, so that a tied pair is one parameter of one group. Under zero 3 the
+    root keeps its parameters from forward to backward, since nothing runs between the two.
     """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":

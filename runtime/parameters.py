@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -15,36 +15,46 @@ WEIGHT_STD = 0.02  # of every matrix, as in GPT-2 (Radford et al. 2019) and most
 _RECOMPUTE_PREFIX = "_checkpoint_wrapped_module."  # what torch's checkpoint_wrapper puts into names
 
 
-def named_parameters(chunk: Chunk) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter of the chunk once, by its name in the whole model.
+def parameters_of(chunks: Sequence[Chunk]) -> list[nn.Parameter]:
+    """Every parameter of a rank's chunks once."""
+    return [parameter for chunk in chunks for parameter in chunk.parameters()]
 
-    The head of a tied pair goes by the embedding's name, also where pp > 1 gives it a copy of its own.
+
+def named_parameters(chunks: Sequence[Chunk]) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter of a rank's chunks by its name in the whole model.
+
+    The head of a tied pair goes by the embedding's name, also where pp > 1 gives it a copy of its own: a rank that
+    holds both ends of a folded pipeline has two parameters of that name.
     """
-    for path, parameter in chunk.named_parameters():
-        name = path.replace(_RECOMPUTE_PREFIX, "")
-        tied_head = chunk.tied and name == "head.weight"
-        yield ("embedding.tokens.weight" if tied_head else name), parameter
+    for chunk in chunks:
+        for path, parameter in chunk.named_parameters():
+            name = path.replace(_RECOMPUTE_PREFIX, "")
+            tied_head = chunk.tied and name == "head.weight"
+            yield ("embedding.tokens.weight" if tied_head else name), parameter
 
 
-def tied_copy(chunk: Chunk) -> tuple[torch.Tensor | None, bool]:
-    """The parameter that another stage holds a copy of, and whether this stage's is the one that counts."""
-    if not chunk.tied or (chunk.embedding is None) == (chunk.head is None):
-        return None, True
-    if chunk.embedding is not None:
-        return chunk.embedding.tokens.weight, True
-    assert chunk.head is not None
-    return chunk.head.weight, False
+def tied_copies(chunks: Sequence[Chunk]) -> list[tuple[torch.Tensor, bool]]:
+    """The parameters here of which another chunk holds a copy, and whether each is the one that counts."""
+    copies: list[tuple[torch.Tensor, bool]] = []
+    for chunk in chunks:
+        if not chunk.tied or (chunk.embedding is None) == (chunk.head is None):
+            continue
+        if chunk.embedding is not None:
+            copies.append((chunk.embedding.tokens.weight, True))
+        elif chunk.head is not None:
+            copies.append((chunk.head.weight, False))
+    return copies
 
 
-def initialise(chunk: Chunk, *, layers: int, seed: int) -> None:
-    """Draw first values into a chunk that has memory, before or after it is sharded.
+def initialise(chunks: Sequence[Chunk], *, layers: int, seed: int) -> None:
+    """Draw first values into chunks that have memory, before or after they are sharded.
 
     Each parameter is drawn whole from a generator seeded with (seed, name), in float32 on the CPU, and this
     rank's shard is cut out: torch's own random init of DTensors gives every CPU rank the same numbers.
     `layers` is the whole model's, which scales the projections into the residual stream.
     """
     with torch.no_grad():
-        for name, parameter in named_parameters(chunk):
+        for name, parameter in named_parameters(chunks):
             whole = _first_value(name, parameter.shape, layers, seed)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             local.copy_(cut(whole, parameter))

@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
 from planner.plan import Plan
 
 from .clock import Clock
-from .loss import Loss, loss_context, plain_loss, token_loss
 from .mesh import RankMesh
 from .transformer import Chunk
 
-SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+# Our names of the schedules -> torch's.
+SCHEDULES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved-1f1b": "Interleaved1F1B",
+    "looped-bfs": "LoopedBFS",
+    "zb1p": "InterleavedZeroBubble",
+    "zbv": "ZBVZeroBubble",
+    "dualpipev": "DualPipeV",
+}
 
 
 class StepRunner(Protocol):
     """Runs the microbatches of a step.
 
-    `clock` sums under forward, backward, schedule (the whole) and, with pp > 1, reduce (gradients over dp
-    after the last backward).
+    `clock` sums under forward (the loss with it), backward, schedule (the whole) and, with pp > 1, reduce (gradients
+    over dp after the last backward).
     """
 
     clock: Clock
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Forward and backward of this dp rank's samples [microbatches · micro_batch, sequence].
 
-        Gradients end up summed over microbatches and dp. Returns this dp rank's share of the step's loss in
-        nats on the last stage, 0.0 on others.
+        Gradients end up summed over microbatches and dp. Returns this rank's share of the step's loss in nats, a
+        float64 scalar on the device; the shares of all ranks add up to it.
         """
         ...
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The same loss share, without gradients."""
         ...
 
 
-def build_runner(plan: Plan, chunk: Chunk, mesh: RankMesh, device: torch.device, dtype: torch.dtype) -> StepRunner:
+def build_runner(
+    plan: Plan, chunks: Sequence[Chunk], mesh: RankMesh, device: torch.device, dtype: torch.dtype
+) -> StepRunner:
     """The runner of this rank. `dtype` is that of the activations that cross stage boundaries."""
     if plan.layout.pp > 1:
-        return PipelineRunner(plan, chunk, mesh, device, dtype)
-    return AccumulationRunner(plan, chunk, device)
+        return PipelineRunner(plan, chunks, mesh, device, dtype)
+    return AccumulationRunner(plan, chunks[0], device)
 
 
 class AccumulationRunner:
@@ -56,31 +67,27 @@ class AccumulationRunner:
         self.chunk = chunk
         self.microbatches = plan.microbatches
         self.zero = plan.layout.zero
-        self.tp = plan.layout.tp
-        self.loss = _timed(token_loss(plan.job.tokens), self.clock)
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        start, total = self.clock.point(), 0.0
-        with loss_context(self.tp):
-            for index, (ids, wanted) in enumerate(self._microbatches(inputs, targets)):
-                self._set_sync(last=index == self.microbatches - 1)
-                forward = self.clock.point()
-                logits = self.chunk(ids)
-                self.clock.add("forward", forward)
-                loss = self.loss(logits, wanted)
-                backward = self.clock.point()
-                loss.backward()
-                self.clock.add("backward", backward)
-                total += plain_loss(loss)
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        start, losses = self.clock.point(), []
+        for index, (ids, wanted) in enumerate(self._microbatches(inputs, targets)):
+            self._set_sync(last=index == self.microbatches - 1)
+            forward = self.clock.point()
+            loss = self.chunk(ids, wanted)
+            self.clock.add("forward", forward)
+            backward = self.clock.point()
+            loss.backward()
+            self.clock.add("backward", backward)
+            losses.append(loss.detach())
         self.clock.add("schedule", start)
-        return total
+        return _sum(losses, inputs.device)
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        with torch.no_grad(), loss_context(self.tp):
-            losses = [self.loss(self.chunk(ids), wanted) for ids, wanted in self._microbatches(inputs, targets)]
-        _reshard(self.chunk)
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            losses = [self.chunk(ids, wanted) for ids, wanted in self._microbatches(inputs, targets)]
+        _reshard([self.chunk])
         self.clock.read()
-        return sum(map(plain_loss, losses))
+        return _sum(losses, inputs.device)
 
     def _microbatches(self, inputs: torch.Tensor, targets: torch.Tensor) -> Any:
         return zip(inputs.chunk(self.microbatches), targets.chunk(self.microbatches), strict=True)
@@ -113,6 +120,11 @@ class TimedStage(PipelineStage):
         super().backward_one_chunk(*args, **kwargs)
         self.clock.add("backward", start)
 
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+        start = self.clock.point()
+        super().backward_weight_one_chunk(*args, **kwargs)
+        self.clock.add("backward", start)
+
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         if not self.has_backward:
             return
@@ -122,53 +134,69 @@ class TimedStage(PipelineStage):
 
 
 class PipelineRunner:
-    """pp > 1: one stage a rank, under torch's GPipe or 1F1B schedule."""
+    """pp > 1: one chunk a rank or several, under a schedule of torch's."""
 
-    def __init__(self, plan: Plan, chunk: Chunk, mesh: RankMesh, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, plan: Plan, chunks: Sequence[Chunk], mesh: RankMesh, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.clock = Clock(device)
-        self.chunk = chunk
-        self.tp = plan.layout.tp
-        rank, stages = mesh.coordinate.pp, plan.layout.pp
-        self.first, self.last = rank == 0, rank == stages - 1
-        inputs, outputs = _boundaries(plan, mesh, dtype)
-        self.stage = TimedStage(
-            chunk, rank, stages, device, input_args=inputs, output_args=outputs, group=mesh.axis("pp").get_group()
-        )
-        self.stage.clock = self.clock
-        self.schedule = SCHEDULES[plan.layout.schedule](
-            self.stage,
-            plan.microbatches,
-            loss_fn=_timed(token_loss(plan.job.tokens), self.clock),
-            scale_grads=False,  # the loss is divided by the tokens of the step already
-        )
+        self.chunks = chunks
+        layout = plan.layout
+        places = layout.stages_of(mesh.coordinate.pp)
+        self.first, self.last = 0 in places, layout.stages - 1 in places
+        self.stages = [
+            self._stage(plan, chunk, place, mesh, device, dtype) for chunk, place in zip(chunks, places, strict=True)
+        ]
+        schedule = get_schedule_class(SCHEDULES[layout.schedule])
+        # The last chunk's output is the loss, divided by the tokens of the step already.
+        options: dict[str, Any] = {"loss_fn": _is_the_loss, "scale_grads": False}
+        self.schedule: PipelineScheduleSingle | PipelineScheduleMulti
+        if issubclass(schedule, PipelineScheduleSingle):
+            self.schedule = schedule(self.stages[0], plan.microbatches, **options)
+        else:
+            self.schedule = schedule(self.stages, plan.microbatches, **options)
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def _stage(
+        self, plan: Plan, chunk: Chunk, place: int, mesh: RankMesh, device: torch.device, dtype: torch.dtype
+    ) -> TimedStage:
+        inputs, outputs = _boundaries(plan, place, dtype)
+        group, stages = mesh.axis("pp").get_group(), plan.layout.stages
+        stage = TimedStage(chunk, place, stages, device, input_args=inputs, output_args=outputs, group=group)
+        stage.clock = self.clock
+        return stage
+
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         start = self.clock.point()
         total = self._run(self.schedule.step, inputs, targets)
         self.clock.add("schedule", start)
         return total
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             total = self._run(self.schedule.eval, inputs, targets)
-        _reshard(self.chunk)
+        _reshard(self.chunks)
         self.clock.read()
         return total
 
-    def _run(self, run: Callable[..., Any], inputs: torch.Tensor, targets: torch.Tensor) -> float:
+    def _run(self, run: Callable[..., Any], inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         losses: list[torch.Tensor] = []
-        with loss_context(self.tp):
-            run(
-                *((inputs,) if self.first else ()),
-                target=targets if self.last else None,
-                losses=losses if self.last else None,
-                return_outputs=False,  # else the logits of every microbatch stay in memory
-            )
-        return sum(map(plain_loss, losses))
+        run(
+            *((inputs,) if self.first else ()),
+            # For the chunk that has the head; torch wants them as `target` too, to call its loss function.
+            **({"targets": targets} if self.last else {}),
+            target=targets if self.last else None,
+            losses=losses if self.last else None,
+            return_outputs=False,
+        )
+        return _sum(losses, inputs.device)
 
 
-def _boundaries(plan: Plan, mesh: RankMesh, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """What enters and leaves this rank's stage, on the meta device.
+def _is_the_loss(output: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
+    return output
+
+
+def _boundaries(plan: Plan, place: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters and leaves the stage at `place`, on the meta device.
 
     Given to torch so that it need not run a microbatch to find out. Hidden states are marked as requiring
     gradients, without which no gradient is sent back; under sequence parallelism they are sequence shards.
@@ -178,27 +206,18 @@ def _boundaries(plan: Plan, mesh: RankMesh, dtype: torch.dtype) -> tuple[torch.T
     size = (layout.micro_batch, local_sequence, model.hidden_size)
     hidden = torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
     ids = torch.empty((layout.micro_batch, sequence), dtype=torch.int64, device="meta")
-    logits = torch.empty(
-        (layout.micro_batch, sequence, model.vocab_size), dtype=dtype, device="meta", requires_grad=True
-    )
-    rank = mesh.coordinate.pp
-    return (ids if rank == 0 else hidden), (logits if rank == layout.pp - 1 else hidden)
+    loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
+    return (ids if place == 0 else hidden), (loss if place == layout.stages - 1 else hidden)
 
 
-def _timed(loss: Loss, clock: Clock) -> Loss:
-    """The loss, its seconds booked as forward."""
-
-    def timed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        start = clock.point()
-        value = loss(logits, targets)
-        clock.add("forward", start)
-        return value
-
-    return timed
+def _sum(losses: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    if not losses:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([loss.detach() for loss in losses]).sum(dtype=torch.float64)
 
 
-def _reshard(chunk: Chunk) -> None:
+def _reshard(chunks: Sequence[Chunk]) -> None:
     """Free what an evaluation gathered; there is no backward pass that would."""
-    for module in chunk.modules():
+    for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, FSDPModule):
             module.reshard()

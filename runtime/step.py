@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +16,18 @@ from planner.plan import Plan
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
 from .optimizer import build_optimizer, set_learning_rate
-from .parallelize import build_stage
+from .parallelize import build_chunks
 from .pipeline import StepRunner, build_runner
 from .transformer import Chunk
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a rank trains: its stage, how it runs, its optimizer."""
+    """What a rank trains: its chunks of the model, how they run, their optimizer."""
 
     device: torch.device
-    tp: int
     mesh: RankMesh
-    chunk: Chunk
+    chunks: Sequence[Chunk]
     runner: StepRunner
     optimizer: torch.optim.AdamW
 
@@ -48,18 +48,24 @@ class StepResult:
 def build_state(plan: Plan, device: torch.device, *, dtype: torch.dtype, seed: int, weight_decay: float) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it."""
     mesh = build_mesh(plan.layout, device.type, tied_embeddings=plan.model.tied_embeddings)
-    chunk = build_stage(plan, mesh, device, dtype=dtype, seed=seed)
-    return state_of(plan, mesh, chunk, device, dtype=dtype, weight_decay=weight_decay)
+    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed)
+    return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay)
 
 
 def state_of(
-    plan: Plan, mesh: RankMesh, chunk: Chunk, device: torch.device, *, dtype: torch.dtype, weight_decay: float
+    plan: Plan,
+    mesh: RankMesh,
+    chunks: Sequence[Chunk],
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    weight_decay: float,
 ) -> TrainState:
-    """The state that trains `chunk`, whose parameters are `dtype`."""
+    """The state that trains `chunks`, whose parameters are `dtype`."""
     activation_dtype = torch.bfloat16 if plan.job.precision == "bf16" else dtype
-    runner = build_runner(plan, chunk, mesh, device, activation_dtype)
-    optimizer = build_optimizer(chunk, weight_decay=weight_decay)
-    return TrainState(device, plan.layout.tp, mesh, chunk, runner, optimizer)
+    runner = build_runner(plan, chunks, mesh, device, activation_dtype)
+    optimizer = build_optimizer(chunks, weight_decay=weight_decay)
+    return TrainState(device, mesh, chunks, runner, optimizer)
 
 
 def training_step(
@@ -78,28 +84,28 @@ def training_step(
     with watch or nullcontext():
         loss_share = state.runner.step(inputs, targets)
         complete_start = state.runner.clock.point()
-        complete_gradients(state.chunk, state.mesh)
+        complete_gradients(state.chunks, state.mesh)
         state.runner.clock.add("complete", complete_start)
 
     start = time.perf_counter()
-    loss_of_rank = torch.tensor(loss_share / state.tp, dtype=torch.float64)
-    shares = torch.stack([loss_of_rank, square_sum(state.chunk).cpu()])
+    sums = torch.stack([loss_share, square_sum(state.chunks)])
     reduce_start = time.perf_counter()
-    loss, square = sum_over_ranks(shares, state.device)
+    dist.all_reduce(sums)
     synchronise_seconds = time.perf_counter() - reduce_start
-    norm = square**0.5
+    norm = sums[1].sqrt()
     if clip_norm is not None:
-        clip(state.chunk, norm, clip_norm)
+        clip(state.chunks, norm, clip_norm)
     set_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()
     state.optimizer.zero_grad()
+    # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
+    loss, _ = sums.tolist()
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
-    return StepResult(loss, norm, time.perf_counter() - start - synchronise_seconds, synchronise_seconds)
+    return StepResult(loss, norm.item(), time.perf_counter() - start - synchronise_seconds, synchronise_seconds)
 
 
-def sum_over_ranks(values: torch.Tensor, device: torch.device) -> list[float]:
-    """The sums over all ranks of a vector of float64, in one all-reduce."""
-    values = values.to(device)
-    dist.all_reduce(values)
-    return values.tolist()
+def sum_over_ranks(value: torch.Tensor) -> float:
+    """The sum over all ranks of a float64 scalar."""
+    dist.all_reduce(value)
+    return value.item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from profiles.model import ModelSpec
 
-from .transformer import Chunk, LearnedPositions, LocalParameters, TokenTable
+from .transformer import Chunk, Head, LearnedPositions, LocalParameters, TokenTable
 
 SEQUENCE_DIM = 1
 
@@ -32,7 +33,6 @@ def apply_tensor_parallel(chunk: Chunk, model: ModelSpec, mesh: DeviceMesh, *, s
     sequence parallelism (arXiv 2205.05198, section 4.2). One redistribution at the input of attention and
     one of the feed-forward: two all-reduces each way and block, or two all-gathers and two reduce-scatters.
     """
-    stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
     plan: dict[str, ParallelStyle] = {}
     if chunk.embedding is not None:
         plan["embedding.tokens"] = _VocabularyRows(sequence_parallel)
@@ -43,7 +43,7 @@ def apply_tensor_parallel(chunk: Chunk, model: ModelSpec, mesh: DeviceMesh, *, s
             plan[f"blocks.{index}.{path}"] = style
     if chunk.head is not None:
         plan["norm"] = _Whole(sequence_parallel)
-        plan["head"] = ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False)
+        plan["head"] = _VocabularyHead(sequence_parallel)
     # src_data_rank None: each rank draws the same whole values itself, so nothing is sent from rank 0.
     parallelize_module(chunk, mesh, plan, src_data_rank=None)
     chunk.tie()
@@ -97,6 +97,14 @@ class _Whole(ParallelStyle):
         return module
 
 
+def _split_rows(module: TokenTable | Head, mesh: DeviceMesh) -> int:
+    """Cut a matrix by the rows of the vocabulary; returns this rank's first row."""
+    weight = distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None)
+    rows_per_rank = -(-len(module.weight) // mesh.size())
+    module.register_parameter("weight", nn.Parameter(weight))
+    return mesh.get_local_rank() * rows_per_rank
+
+
 class _VocabularyRows(ParallelStyle):
     """Rows of the token table over the ranks, and one sum for the lookup.
 
@@ -108,16 +116,33 @@ class _VocabularyRows(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, TokenTable)
-        rows_per_rank = -(-len(module.weight) // device_mesh.size())
-        module.first_row = device_mesh.get_local_rank() * rows_per_rank
-        weight = distribute_tensor(module.weight, device_mesh, [Shard(0)], src_data_rank=None)
-        module.register_parameter("weight", nn.Parameter(weight))
+        module.first_row = _split_rows(module, device_mesh)
         sum_lookup: Any = partial(_sum_lookup, self.stream)  # torch's annotation forgets that a hook may return
         return distribute_module(module, device_mesh, output_fn=sum_lookup)
 
 
 def _sum_lookup(stream: Placement, _module: nn.Module, output: Any, mesh: DeviceMesh) -> torch.Tensor:
     return DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(placements=[stream]).to_local()
+
+
+class _VocabularyHead(ParallelStyle):
+    """Rows of the output matrix over the ranks. Each takes the whole stream and leaves a part of its gradient."""
+
+    def __init__(self, sequence_parallel: bool) -> None:
+        self.stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, Head)
+        first_row = _split_rows(module, device_mesh)
+        module.way = replace(module.way, first_row=first_row, group=device_mesh.get_group())
+        gather: Any = partial(_gather_stream, self.stream)
+        return distribute_module(module, device_mesh, input_fn=gather)
+
+
+def _gather_stream(stream: Placement, _module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    x, *others = inputs
+    whole = DTensor.from_local(x, mesh, [stream], run_check=False).redistribute(placements=[Replicate()])
+    return whole.to_local(grad_placements=[Partial()]), *others
 
 
 class _SharedKeyValue(ParallelStyle):

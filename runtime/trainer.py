@@ -70,7 +70,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
         check_vocabulary(plan)
         state = build_state(plan, device, dtype=options.dtype, seed=options.seed, weight_decay=options.weight_decay)
         folder = checkpoint.latest(options.run_dir) if options.resume else None
-        done = checkpoint.load(folder, state.chunk, state.optimizer) if folder is not None else 0
+        done = checkpoint.load(folder, state.chunks, state.optimizer) if folder is not None else 0
         meter = StepMeter(state.mesh, state.runner.clock, layout.pp, options.steps - done)
         writer = stack.enter_context(MetricsWriter(options.run_dir)) if dist.get_rank() == 0 else None
         record: Record = {}
@@ -108,7 +108,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 if on_progress is not None:
                     on_progress(record)
             if _due(step, options.checkpoint_every, options.steps):
-                checkpoint.save(options.run_dir, step, state.chunk, state.optimizer)
+                checkpoint.save(options.run_dir, step, state.chunks, state.optimizer)
 
         ranks = _gather_measurements(meter, device)
         if writer is not None:
@@ -138,7 +138,7 @@ def _own_tensors(batch: Any, plan: Plan, state: TrainState) -> tuple[torch.Tenso
 
 def _validate(plan: Plan, options: TrainOptions, corpus: Corpus, state: TrainState) -> float:
     """Mean cross-entropy in nats on held-out samples, the same ones each time. Every rank must call it."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=state.device)
     for index in range(options.validation_batches):
         batch = validation_batch(
             corpus,
@@ -148,8 +148,7 @@ def _validate(plan: Plan, options: TrainOptions, corpus: Corpus, state: TrainSta
             sequence=plan.job.sequence,
         )
         total += state.runner.evaluate(*_own_tensors(batch, plan, state))
-    share = total / options.validation_batches / state.tp
-    return sum_over_ranks(torch.tensor([share], dtype=torch.float64), state.device)[0]
+    return sum_over_ranks(total / options.validation_batches)
 
 
 def _step_record(

@@ -13,6 +13,7 @@ from torch.distributed.tensor.placement_types import Placement
 from planner.plan import Stage
 from profiles.model import ModelSpec
 
+from .loss import LossWay, head_loss
 from .rotary import rotary_tables, rotate
 
 
@@ -163,6 +164,22 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class Head(LocalParameters):
+    """The output matrix. A tp rank may hold only the rows of `way`; then there is only the loss, no logits."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.vocab_size, model.hidden_size))
+        self.way = LossWay()
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        weight = self.plain(self.weight)
+        if targets is not None:
+            return head_loss(x, weight, targets, self.way)
+        assert self.way.group is None, "the logits of a vocabulary that is cut over tp are nowhere whole"
+        return F.linear(x, weight)
+
+
 class Chunk(nn.Module):
     """What one pipeline stage holds. `blocks` is keyed by the block's index in the whole model, so that a
     parameter has the same name under every layout."""
@@ -172,7 +189,7 @@ class Chunk(nn.Module):
         self.embedding = Embedding(model) if stage.embedding else None
         self.blocks = nn.ModuleDict({str(index): Block(model) for index in range(stage.first, stage.end)})
         self.norm = Norm(model) if stage.head else None
-        self.head = nn.Linear(model.hidden_size, model.vocab_size, bias=False) if stage.head else None
+        self.head = Head(model) if stage.head else None
         self.tied = model.tied_embeddings
         self.tie()
 
@@ -184,14 +201,17 @@ class Chunk(nn.Module):
         if self.tied and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.tokens.weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Ids [batch, sequence], past the first stage hidden states -> hidden states, on the last stage logits."""
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Ids [batch, sequence], past the first stage hidden states -> hidden states.
+
+        On the last stage: this rank's share of the loss, or without targets the logits. Other stages ignore targets.
+        """
         if self.embedding is not None:
             x = self.embedding(x)
         for block in self.blocks.values():
             x = block(x)
         if self.norm is not None and self.head is not None:
-            x = self.head(self.norm(x))
+            x = self.head(self.norm(x), targets)
         return x
 
 

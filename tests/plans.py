@@ -53,11 +53,12 @@ def make_plan(
     job: TrainingJob,
     cuts: Sequence[int] | None = None,
     recompute: Sequence[int] | None = None,
+    selective: Sequence[int] | None = None,
 ) -> Plan:
     """A legal plan on layout.world_size devices.
 
-    `cuts` are the pp - 1 block indices where a new stage begins (even by default); `recompute` is how many
-    blocks of each stage recompute in full (none by default).
+    `cuts` are the block indices where a new stage begins (even by default); `recompute` and `selective` are how many
+    blocks of each stage recompute in full and selectively (none by default).
     """
     cluster = ClusterSpec(
         name="test",
@@ -69,21 +70,22 @@ def make_plan(
     )
     reasons = violations(layout, RuleContext(model, job, layout.world_size))
     assert not reasons, reasons
-    ends = [0, *(cuts or [model.layers * i // layout.pp for i in range(1, layout.pp)]), model.layers]
-    full = recompute or [0] * layout.pp
+    count, pipeline = layout.stages, layout.pipeline(1)
+    ends = [0, *(cuts or [model.layers * i // count for i in range(1, count)]), model.layers]
+    full, partly = recompute or [0] * count, selective or [0] * count
     stages = tuple(
         Stage(
-            rank=rank,
-            chunk=0,
-            first=ends[rank],
-            end=ends[rank + 1],
-            embedding=rank == 0,
-            head=rank == layout.pp - 1,
-            recompute_none=ends[rank + 1] - ends[rank] - full[rank],
-            recompute_selective=0,
-            recompute_full=full[rank],
+            rank=pipeline.rank_of(place),
+            chunk=layout.stages_of(pipeline.rank_of(place)).index(place),
+            first=ends[place],
+            end=ends[place + 1],
+            embedding=place == 0,
+            head=place == count - 1,
+            recompute_none=ends[place + 1] - ends[place] - full[place] - partly[place],
+            recompute_selective=partly[place],
+            recompute_full=full[place],
         )
-        for rank in range(layout.pp)
+        for place in range(count)
     )
     prediction = Prediction(
         step_seconds=1.0,

@@ -95,7 +95,7 @@ def hugging_face(model: ModelSpec) -> Any:
 def loaded(model: ModelSpec, tensors: dict[str, torch.Tensor]) -> Chunk:
     chunk = build_chunk(model, whole(model)).to_empty(device="cpu")
     chunk.tie()
-    ours = dict(named_parameters(chunk))
+    ours = dict(named_parameters([chunk]))
     with torch.no_grad():
         for name, tensor in from_hugging_face(model.family, tensors, tied=model.tied_embeddings):
             ours.pop(name).copy_(tensor)
@@ -126,8 +126,8 @@ def test_names_are_those_of_the_whole_model_on_every_stage() -> None:
         return replace(whole(GPT2), first=first, end=end, embedding=embedding, head=head, recompute_none=end - first)
 
     parts = [stage(0, 0, True, False), stage(0, 3, False, False), stage(3, 4, False, True)]
-    names = [name for part in parts for name, _ in named_parameters(build_chunk(GPT2, part))]
-    expected = [name for name, _ in named_parameters(build_chunk(GPT2, whole(GPT2)))]
+    names = [name for part in parts for name, _ in named_parameters([build_chunk(GPT2, part)])]
+    expected = [name for name, _ in named_parameters([build_chunk(GPT2, whole(GPT2))])]
     assert names[-1] == "embedding.tokens.weight"  # the head's copy goes by the name of what it is a copy of
     assert names[:-1] == expected
 
@@ -136,8 +136,8 @@ def test_first_values_depend_on_seed_and_name_only() -> None:
     def first(seed: int) -> dict[str, torch.Tensor]:
         chunk = build_chunk(GPT2, whole(GPT2)).to_empty(device="cpu")
         chunk.tie()
-        initialise(chunk, layers=GPT2.layers, seed=seed)
-        return {name: parameter.detach() for name, parameter in named_parameters(chunk)}
+        initialise([chunk], layers=GPT2.layers, seed=seed)
+        return {name: parameter.detach() for name, parameter in named_parameters([chunk])}
 
     values, again, other = first(3), first(3), first(4)
     assert all(torch.equal(values[name], again[name]) for name in values)

@@ -47,7 +47,7 @@ def run_plan(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None
     losses, norms, clipped_norms = [], [], []
 
     def read_clipped_norm(*_: object) -> None:
-        square = square_sum(state.chunk)
+        square = square_sum(state.chunks)
         dist.all_reduce(square)
         clipped_norms.append(square.sqrt().item())
 
@@ -72,7 +72,7 @@ def run_plain(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | Non
     model = plan.model
     chunk = build_chunk(model, plan.stages[0]).to(dtype).to_empty(device="cpu")
     chunk.tie()
-    initialise(chunk, layers=model.layers, seed=SEED)
+    initialise([chunk], layers=model.layers, seed=SEED)
     groups = [
         {"params": [p for p in chunk.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in chunk.parameters() if p.ndim == 1], "weight_decay": 0.0},

@@ -18,7 +18,7 @@ from runtime import checkpoint
 from runtime.gradients import complete_gradients
 from runtime.mesh import build_mesh
 from runtime.optimizer import build_optimizer, set_learning_rate
-from runtime.parallelize import build_stage
+from runtime.parallelize import build_chunks
 from runtime.parameters import named_parameters
 from runtime.pipeline import build_runner
 from tests.distributed.harness import RankError, run_ranks
@@ -35,10 +35,10 @@ def plan_of(model: ModelSpec, **layout: Any) -> Plan:
     )
 
 
-def values(chunk: Any, optimizer: torch.optim.AdamW) -> Values:
-    """Every parameter and moment of this rank's stage, whole."""
+def values(chunks: Any, optimizer: torch.optim.AdamW) -> Values:
+    """Every parameter and moment of this rank's chunks, whole."""
     found = {}
-    for name, parameter in named_parameters(chunk):
+    for name, parameter in named_parameters(chunks):
         for key, tensor in {"value": parameter.detach(), **optimizer.state[parameter]}.items():
             found[f"{name}.{key}"] = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
     return found
@@ -46,23 +46,23 @@ def values(chunk: Any, optimizer: torch.optim.AdamW) -> Values:
 
 def train_and_save(plan: Plan, run_dir: Path) -> Values:
     mesh = build_mesh(plan.layout, "cpu", tied_embeddings=plan.model.tied_embeddings)
-    chunk = build_stage(plan, mesh, torch.device("cpu"), dtype=torch.float32, seed=0)
-    optimizer = build_optimizer(chunk, weight_decay=0.1)
-    runner = build_runner(plan, chunk, mesh, torch.device("cpu"), torch.float32)
+    chunks = build_chunks(plan, mesh, torch.device("cpu"), dtype=torch.float32, seed=0)
+    optimizer = build_optimizer(chunks, weight_decay=0.1)
+    runner = build_runner(plan, chunks, mesh, torch.device("cpu"), torch.float32)
     tokens = own_samples(plan, tokens_of(plan, 0), mesh.coordinate.dp)
     runner.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
-    complete_gradients(chunk, mesh)
+    complete_gradients(chunks, mesh)
     set_learning_rate(optimizer, 1e-2)
     optimizer.step()
-    checkpoint.save(run_dir, 7, chunk, optimizer)
-    return values(chunk, optimizer)
+    checkpoint.save(run_dir, 7, chunks, optimizer)
+    return values(chunks, optimizer)
 
 
 def load(plan: Plan, folder: Path) -> tuple[int, Values]:
     mesh = build_mesh(plan.layout, "cpu", tied_embeddings=plan.model.tied_embeddings)
-    chunk = build_stage(plan, mesh, torch.device("cpu"), dtype=torch.float32, seed=1)
-    optimizer = build_optimizer(chunk, weight_decay=0.1)
-    return checkpoint.load(folder, chunk, optimizer), values(chunk, optimizer)
+    chunks = build_chunks(plan, mesh, torch.device("cpu"), dtype=torch.float32, seed=1)
+    optimizer = build_optimizer(chunks, weight_decay=0.1)
+    return checkpoint.load(folder, chunks, optimizer), values(chunks, optimizer)
 
 
 def merged(ranks: list[Values]) -> Values:

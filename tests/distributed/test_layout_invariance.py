@@ -32,20 +32,28 @@ class Case:
     layout: dict[str, Any]
     cuts: tuple[int, ...] | None = None
     recompute: tuple[int, ...] | None = None
+    selective: tuple[int, ...] | None = None
 
     def plan(self) -> Plan:
         layout = Layout(**self.layout)
-        if layout.zero:
+        if layout.zero and "dp_shard" not in self.layout:
             layout = Layout(**self.layout, dp_shard=layout.dp)
-        return make_plan(self.model, layout, JOB, self.cuts, self.recompute)
+        return make_plan(self.model, layout, JOB, self.cuts, self.recompute, self.selective)
 
 
-def llama(cuts: tuple[int, ...] | None = None, recompute: tuple[int, ...] | None = None, **layout: Any) -> Case:
-    return Case(LLAMA, {"micro_batch": 2} | layout, cuts, recompute)
+Counts = tuple[int, ...] | None
 
 
-def gpt2(cuts: tuple[int, ...] | None = None, recompute: tuple[int, ...] | None = None, **layout: Any) -> Case:
-    return Case(GPT2, {"micro_batch": 2} | layout, cuts, recompute)
+def llama(cuts: Counts = None, recompute: Counts = None, selective: Counts = None, **layout: Any) -> Case:
+    return Case(LLAMA, {"micro_batch": 2} | layout, cuts, recompute, selective)
+
+
+def gpt2(cuts: Counts = None, recompute: Counts = None, selective: Counts = None, **layout: Any) -> Case:
+    return Case(GPT2, {"micro_batch": 2} | layout, cuts, recompute, selective)
+
+
+def looped(schedule: str, chunks: int = 2, **layout: Any) -> dict[str, Any]:
+    return {"pp": 2, "schedule": schedule, "virtual_stages": chunks} | layout
 
 
 CASES = {
@@ -79,6 +87,34 @@ CASES = {
     "pp2 dp2 zero0": llama(pp=2, dp=2),
     "pp2 dp2 zero1": llama(pp=2, dp=2, zero=1),
     "pp2 dp2 zero3": llama(pp=2, dp=2, zero=3, recompute=(0, 2)),
+    "selective": llama(selective=(4,)),
+    "tp2 selective": llama(tp=2, selective=(4,), micro_batch=6),
+    "tp2 sp selective and full": llama(tp=2, sequence_parallel=True, recompute=(1,), selective=(2,), micro_batch=6),
+    "dp2 zero3 selective": llama(dp=2, zero=3, selective=(3,)),
+    "pp2 dp2 zero1 selective": llama(pp=2, dp=2, zero=1, selective=(2, 1)),
+    "dp4 hsdp2 zero1": llama(dp=4, dp_shard=2, zero=1, micro_batch=1),
+    "dp4 hsdp2 zero3": llama(dp=4, dp_shard=2, zero=3, micro_batch=1),
+    "interleaved": llama(**looped("interleaved-1f1b")),
+    "interleaved, 3 chunks, uneven": llama(**looped("interleaved-1f1b", 3), cuts=(0, 1, 2, 3, 4)),
+    "interleaved recompute": llama(**looped("interleaved-1f1b"), recompute=(1, 0, 1, 0), selective=(0, 1, 0, 1)),
+    "interleaved dp2 zero1": llama(**looped("interleaved-1f1b", dp=2, zero=1)),
+    "interleaved dp2 zero3": llama(**looped("interleaved-1f1b", dp=2, zero=3)),
+    "interleaved tp2 sp": llama(**looped("interleaved-1f1b", tp=2, sequence_parallel=True, micro_batch=6)),
+    "looped bfs": llama(**looped("looped-bfs")),
+    "looped bfs dp2 zero0": llama(**looped("looped-bfs", dp=2)),
+    "zb1p": llama(**looped("zb1p", 1)),
+    "zb1p, 2 chunks, uneven": llama(**looped("zb1p"), cuts=(0, 2, 3)),
+    "zb1p dp2 zero1": llama(**looped("zb1p", 1, dp=2, zero=1)),
+    "zb1p tp2": llama(**looped("zb1p", 1, tp=2, micro_batch=6)),
+    "zbv": llama(**looped("zbv")),
+    "zbv dp2 zero0": llama(**looped("zbv", dp=2)),
+    "zbv dp2 zero1": llama(**looped("zbv", dp=2, zero=1)),
+    "zbv tp2 sp": llama(**looped("zbv", tp=2, sequence_parallel=True, micro_batch=3)),
+    "dualpipev": llama(**looped("dualpipev")),
+    "dualpipev dp2 zero1": llama(**looped("dualpipev", dp=2, zero=1, micro_batch=1)),
+    "gpt2 zbv": gpt2(**looped("zbv")),
+    "gpt2 interleaved": gpt2(**looped("interleaved-1f1b")),
+    "gpt2 zbv dp2 zero1": gpt2(**looped("zbv", dp=2, zero=1)),
     "gpt2 one rank": gpt2(),
     "gpt2 tp2": gpt2(tp=2, micro_batch=6),
     "gpt2 tp2 sp": gpt2(tp=2, sequence_parallel=True, micro_batch=6),

@@ -32,7 +32,7 @@ def chunk_with_gradients() -> Chunk:
     plan = make_plan(tiny_gpt2(), Layout(), TrainingJob(global_batch=1, sequence=16, precision="fp32"))
     chunk = build_chunk(plan.model, plan.stages[0]).to_empty(device="cpu")
     chunk.tie()
-    initialise(chunk, layers=4, seed=0)
+    initialise([chunk], layers=4, seed=0)
     for parameter in chunk.parameters():
         parameter.grad = torch.ones_like(parameter)
     return chunk
@@ -40,17 +40,17 @@ def chunk_with_gradients() -> Chunk:
 
 def test_only_gradients_above_the_limit_are_clipped() -> None:
     chunk = chunk_with_gradients()
-    norm = square_sum(chunk).sqrt().item()
-    assert norm == pytest.approx(sum(p.numel() for p in chunk.parameters()) ** 0.5)  # the tied pair once
-    clip(chunk, norm, 1.001 * norm)
-    assert square_sum(chunk).sqrt().item() == norm
-    clip(chunk, norm, 0.999 * norm)
-    assert square_sum(chunk).sqrt().item() == pytest.approx(0.999 * norm)
+    norm = square_sum([chunk]).sqrt()
+    assert norm.item() == pytest.approx(sum(p.numel() for p in chunk.parameters()) ** 0.5)  # the tied pair once
+    clip([chunk], norm, 1.001 * norm.item())
+    assert square_sum([chunk]).sqrt() == norm
+    clip([chunk], norm, 0.999 * norm.item())
+    assert square_sum([chunk]).sqrt().item() == pytest.approx(0.999 * norm.item())
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     chunk = chunk_with_gradients()
-    decaying, constant = build_optimizer(chunk, weight_decay=0.1).param_groups
+    decaying, constant = build_optimizer([chunk], weight_decay=0.1).param_groups
     assert (decaying["weight_decay"], constant["weight_decay"]) == (0.1, 0.0)
     assert {p.ndim for p in decaying["params"]} == {2}
     assert {p.ndim for p in constant["params"]} == {1}

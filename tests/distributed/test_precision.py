@@ -11,7 +11,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
 from runtime.mesh import build_mesh
-from runtime.parallelize import build_stage
+from runtime.parallelize import build_chunks
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import run_plain, run_plan
 from tests.plans import make_plan, tiny_llama
@@ -28,7 +28,7 @@ def bf16_plan(**layout: Any) -> Plan:
 def dtypes(plan: Plan) -> tuple[set[torch.dtype], torch.dtype]:
     """Of the parameters between steps, and of what the embedding gives."""
     mesh = build_mesh(plan.layout, "cpu", tied_embeddings=False)
-    chunk = build_stage(plan, mesh, torch.device("cpu"), dtype=torch.float32, seed=0)
+    (chunk,) = build_chunks(plan, mesh, torch.device("cpu"), dtype=torch.float32, seed=0)
     seen: list[torch.dtype] = []
     chunk.blocks["0"].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].dtype))
     chunk(torch.zeros(1, 16, dtype=torch.int64))
