@@ -12,8 +12,7 @@ class Capabilities:
     """What a target trains today.
 
     `software` names its entry in the catalogue of trainers: the facts that its costs follow. `zero` and
-    `zero_with_pipeline` are levels; under `hsdp` a shard group may be smaller than dp. `zero_reason` says why a level
-    that exists elsewhere does not here. `even_microbatch_groups` is Megatron's rule for interleaving.
+    `zero_with_pipeline` are levels, and `zero_reason` says why a level that exists elsewhere does not here.
     """
 
     software: str
@@ -23,7 +22,6 @@ class Capabilities:
     zero: tuple[int, ...]
     zero_with_pipeline: tuple[int, ...]
     zero_reason: str
-    hsdp: bool = False
     cp_styles: tuple[str, ...] = ()
     experts: bool = False
     expert_tp: bool = False  # etp may be tp as well as 1
@@ -43,7 +41,6 @@ CAPABILITIES = {
         zero_with_pipeline=(0, 1, 3),
         zero_reason="torch's pipeline keeps gradients unsharded until the last microbatch, so zero 2 is zero 1 there; "
         "ask for zero=1",
-        hsdp=True,
     ),
     # Megatron-LM core: --use-distributed-optimizer is zero 1, --num-distributed-optimizer-instances its HSDP.
     "megatron": Capabilities(
@@ -54,7 +51,6 @@ CAPABILITIES = {
         zero=(0, 1),
         zero_with_pipeline=(0, 1),
         zero_reason="Megatron-LM's distributed optimizer is zero 1; ask for zero=0 or zero=1",
-        hsdp=True,
         cp_styles=("ring", "all-to-all"),
         experts=True,
         expert_tp=True,
@@ -70,7 +66,6 @@ CAPABILITIES = {
         zero=(0, 2, 3),
         zero_with_pipeline=(0, 1),
         zero_reason="torchtitan reshards after forward (zero 3) or not (zero 2, under torch's pipeline zero 1)",
-        hsdp=True,
         cp_styles=("ring",),
     ),
 }

@@ -192,17 +192,14 @@ def _zero(layout: Layout, context: RuleContext) -> str | None:
 
 
 def _dp_shard(layout: Layout, context: RuleContext) -> str | None:
-    able = context.capabilities
-    if layout.zero and able.hsdp and layout.dp_shard < layout.dp:
-        if layout.dp % layout.dp_shard:
-            return f"dp_shard={layout.dp_shard} does not divide dp={layout.dp}"
-        return None
-    wanted = layout.dp if layout.zero else 1
-    if layout.dp_shard != wanted:
-        reason = "shards over all of dp or not at all" + ("" if able.hsdp else " today")
+    shard, dp = layout.dp_shard, layout.dp
+    if layout.zero == 0:
+        return f"dp_shard={shard} with zero=0: nothing is sharded, so dp_shard=1" if shard != 1 else None
+    if dp % shard:
+        return f"dp_shard={shard} does not divide dp={dp}"
+    if shard == 1 and dp > 1 and layout.cp == 1:
         return (
-            f"dp_shard={layout.dp_shard} with zero={layout.zero} and dp={layout.dp}: {context.executor} "
-            f"{reason}, so dp_shard={wanted}"
+            f"dp_shard=1 with zero={layout.zero}: a group of one rank shards nothing; ask for dp_shard={dp} or zero=0"
         )
     return None
 

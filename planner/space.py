@@ -147,7 +147,7 @@ class _Space:
     def _sharding(self, base: Layout) -> list[tuple[int, int]]:
         found = [(0, 1)] if self._held("zero", 0) and self._held("dp_shard", 1) else []
         inner = {span // (base.tp * base.cp) for span in self._context.spans if span % (base.tp * base.cp) == 0}
-        shards = sorted({base.dp} | ({n for n in inner if 1 < n < base.dp} if self._able.hsdp else set()))
+        shards = sorted({base.dp} | ({n for n in inner if 1 < n < base.dp}))
         for zero in range(1, 4):
             if self._held("zero", zero):
                 found += [(zero, shard) for shard in shards if self._held("dp_shard", shard)]

@@ -126,7 +126,7 @@ def test_the_space_of_every_target_is_what_trying_every_number_leaves(
         assert (max(axes["cp"]) > 1) == (target != "meshwright")
         assert (max(axes["ep"]), max(axes["etp"])) == ((4, 2) if experts else (1, 1))
         hsdp = {(layout.dp, layout.dp_shard) for layout in layouts if layout.zero and layout.dp_shard < layout.dp}
-        assert (hsdp == set()) == (nodes == 1 or target == "meshwright")
+        assert (hsdp == set()) == (nodes == 1)
 
 
 def test_pins_of_any_key_hold() -> None:

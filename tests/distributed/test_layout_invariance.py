@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from planner.job import TrainingJob
-from planner.layout import Layout
+from planner.layout import SCHEDULES, Layout
 from planner.plan import Plan
 from profiles.model import ModelSpec
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import Trajectory, run_plain, run_plan, run_plan_in
+from tests.distributed.pairwise import legal_settings, pairwise_settings
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 
 STEPS = 10
@@ -42,6 +43,7 @@ class Case:
 
 
 Counts = tuple[int, ...] | None
+References = dict[tuple[ModelSpec, TrainingJob, torch.dtype], Trajectory]
 
 
 def llama(cuts: Counts = None, recompute: Counts = None, selective: Counts = None, **layout: Any) -> Case:
@@ -52,105 +54,55 @@ def gpt2(cuts: Counts = None, recompute: Counts = None, selective: Counts = None
     return Case(GPT2, {"micro_batch": 2} | layout, cuts, recompute, selective)
 
 
-def looped(schedule: str, chunks: int = 2, **layout: Any) -> dict[str, Any]:
-    return {"pp": 2, "schedule": schedule, "virtual_stages": chunks} | layout
-
-
+# What the generated layouts do not reach: more of an axis, shards that do not divide, stages without blocks.
 CASES = {
-    "one rank": llama(),
     "one rank, micro_batch 1": llama(micro_batch=1),
-    "tp2": llama(tp=2, micro_batch=6),
-    "tp2 sp": llama(tp=2, sequence_parallel=True, micro_batch=6),
-    "tp2 sp recompute": llama(tp=2, sequence_parallel=True, micro_batch=6, recompute=(4,)),
     "tp2 of 1 kv head": Case(LLAMA_ONE_KV, {"tp": 2, "micro_batch": 6}),
     "tp4 of 2 kv heads": llama(tp=4, micro_batch=12),
     "tp4 sp of 2 kv heads": llama(tp=4, sequence_parallel=True, micro_batch=12),
-    "pp2 gpipe": llama(pp=2, schedule="gpipe"),
-    "pp2 gpipe, 2 microbatches": llama(pp=2, schedule="gpipe", micro_batch=6),
-    "pp2 1f1b": llama(pp=2),
     "pp2 1f1b, 12 microbatches": llama(pp=2, micro_batch=1),
-    "pp2 recompute on one stage": llama(pp=2, recompute=(1, 0)),
+    "pp2 gpipe, one microbatch": llama(pp=2, schedule="gpipe", micro_batch=12),
     "pp4 uneven": llama(pp=4, cuts=(1, 2, 4), recompute=(0, 1, 1, 0)),
     "pp3, embedding alone": llama(pp=3, cuts=(0, 2)),
-    "dp2 zero0": llama(dp=2),
-    "dp2 zero1": llama(dp=2, zero=1),
-    "dp2 zero2": llama(dp=2, zero=2),
-    "dp2 zero3": llama(dp=2, zero=3),
-    "dp2 zero3 recompute": llama(dp=2, zero=3, recompute=(2,)),
+    "pp2 zbv, head alone": llama(pp=2, schedule="zbv", virtual_stages=2, cuts=(1, 3, 4)),
     "dp3 zero1, uneven shards": llama(dp=3, zero=1),
     "dp4 zero2": llama(dp=4, zero=2, micro_batch=1),
-    "tp2 pp2": llama(tp=2, pp=2, micro_batch=6),
-    "tp2 sp pp2 gpipe": llama(tp=2, pp=2, sequence_parallel=True, schedule="gpipe", micro_batch=6),
-    "tp2 dp2 zero0": llama(tp=2, dp=2, micro_batch=3),
-    "tp2 sp dp2 zero1": llama(tp=2, dp=2, sequence_parallel=True, zero=1, micro_batch=3),
-    "tp2 sp dp2 zero3": llama(tp=2, dp=2, sequence_parallel=True, zero=3, micro_batch=3),
-    "pp2 dp2 zero0": llama(pp=2, dp=2),
-    "pp2 dp2 zero1": llama(pp=2, dp=2, zero=1),
-    "pp2 dp2 zero3": llama(pp=2, dp=2, zero=3, recompute=(0, 2)),
-    "selective": llama(selective=(4,)),
-    "tp2 selective": llama(tp=2, selective=(4,), micro_batch=6),
-    "tp2 sp selective and full": llama(tp=2, sequence_parallel=True, recompute=(1,), selective=(2,), micro_batch=6),
-    "dp2 zero3 selective": llama(dp=2, zero=3, selective=(3,)),
-    "pp2 dp2 zero1 selective": llama(pp=2, dp=2, zero=1, selective=(2, 1)),
-    "dp4 hsdp2 zero1": llama(dp=4, dp_shard=2, zero=1, micro_batch=1),
-    "dp4 hsdp2 zero3": llama(dp=4, dp_shard=2, zero=3, micro_batch=1),
-    "interleaved": llama(**looped("interleaved-1f1b")),
-    "interleaved, 3 chunks, uneven": llama(**looped("interleaved-1f1b", 3), cuts=(0, 1, 2, 3, 4)),
-    "interleaved recompute": llama(**looped("interleaved-1f1b"), recompute=(1, 0, 1, 0), selective=(0, 1, 0, 1)),
-    "interleaved dp2 zero1": llama(**looped("interleaved-1f1b", dp=2, zero=1)),
-    "interleaved dp2 zero3": llama(**looped("interleaved-1f1b", dp=2, zero=3)),
-    "interleaved tp2 sp": llama(**looped("interleaved-1f1b", tp=2, sequence_parallel=True, micro_batch=6)),
-    "looped bfs": llama(**looped("looped-bfs")),
-    "looped bfs dp2 zero0": llama(**looped("looped-bfs", dp=2)),
-    "zb1p": llama(**looped("zb1p", 1)),
-    "zb1p, 2 chunks, uneven": llama(**looped("zb1p"), cuts=(0, 2, 3)),
-    "zb1p dp2 zero1": llama(**looped("zb1p", 1, dp=2, zero=1)),
-    "zb1p tp2": llama(**looped("zb1p", 1, tp=2, micro_batch=6)),
-    "zbv": llama(**looped("zbv")),
-    "zbv dp2 zero0": llama(**looped("zbv", dp=2)),
-    "zbv dp2 zero1": llama(**looped("zbv", dp=2, zero=1)),
-    "zbv tp2 sp": llama(**looped("zbv", tp=2, sequence_parallel=True, micro_batch=3)),
-    "dualpipev": llama(**looped("dualpipev")),
-    "dualpipev dp2 zero1": llama(**looped("dualpipev", dp=2, zero=1, micro_batch=1)),
-    "gpt2 zbv": gpt2(**looped("zbv")),
-    "gpt2 interleaved": gpt2(**looped("interleaved-1f1b")),
-    "gpt2 zbv dp2 zero1": gpt2(**looped("zbv", dp=2, zero=1)),
-    "gpt2 one rank": gpt2(),
-    "gpt2 tp2": gpt2(tp=2, micro_batch=6),
-    "gpt2 tp2 sp": gpt2(tp=2, sequence_parallel=True, micro_batch=6),
-    "gpt2 pp2": gpt2(pp=2),
-    "gpt2 pp2 gpipe uneven": gpt2(pp=2, schedule="gpipe", cuts=(3,)),
-    "gpt2 dp2 zero1": gpt2(dp=2, zero=1),
-    "gpt2 dp2 zero3": gpt2(dp=2, zero=3),
-    "gpt2 pp2 dp2 zero1": gpt2(pp=2, dp=2, zero=1),
-    "gpt2 pp2 dp2 zero0": gpt2(pp=2, dp=2),
     "gpt2 tp2 sp pp2": gpt2(tp=2, pp=2, sequence_parallel=True, micro_batch=6),
-    "gpt2 tp2 sp dp2 zero3": gpt2(tp=2, dp=2, sequence_parallel=True, zero=3, micro_batch=3),
+}
+GENERATED = {str(setting): setting for setting in pairwise_settings()}
+PLANS = {name: case.plan() for name, case in CASES.items()} | {
+    name: setting.plan() for name, setting in GENERATED.items()
 }
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[tuple[str, torch.dtype], Trajectory]:
-    """Plain torch, one process, by model and dtype."""
-    plans = [Case(model, {"micro_batch": 2}).plan() for model in (LLAMA, LLAMA_ONE_KV, GPT2)]
-    return {(plan.model.name, dtype): run_plain(plan, STEPS, dtype) for plan in plans for dtype in TOLERANCE}
+def references() -> References:
+    """Plain torch, one process, by model, job and dtype."""
+    plans = {(plan.model, plan.job): make_plan(plan.model, Layout(), plan.job) for plan in PLANS.values()}
+    return {(*key, dtype): run_plain(plan, STEPS, dtype) for key, plan in plans.items() for dtype in TOLERANCE}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_loss_and_norm_do_not_depend_on_the_layout(
-    name: str, references: dict[tuple[str, torch.dtype], Trajectory]
-) -> None:
-    plan = CASES[name].plan()
+def test_every_pair_of_settings_that_is_trained_is_tried() -> None:
+    tried = {pair for setting in GENERATED.values() for pair in setting.pairs}
+    assert tried == {pair for setting in legal_settings() for pair in setting.pairs}
+    assert len(GENERATED) >= 30
+    schedules = {plan.layout.schedule for plan in PLANS.values() if plan.layout.pp > 1}
+    assert schedules == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_loss_and_norm_do_not_depend_on_the_layout(name: str, references: References) -> None:
+    plan = PLANS[name]
     steps = dict.fromkeys(TOLERANCE, STEPS)
     ranks = run_ranks(run_plan_in, plan.layout.world_size, plan, steps)
     for dtype, tolerance in TOLERANCE.items():
-        expected = references[plan.model.name, dtype]
+        expected = references[plan.model, plan.job, dtype]
         for trajectory in (ranks[0][dtype], ranks[-1][dtype]):
             assert trajectory.losses == pytest.approx(expected.losses, rel=tolerance)
             assert trajectory.norms == pytest.approx(expected.norms, rel=tolerance)
 
 
-def test_the_reference_learns(references: dict[tuple[str, torch.dtype], Trajectory]) -> None:
+def test_the_reference_learns(references: References) -> None:
     # Equal numbers would prove little if the weights never moved.
     for trajectory in references.values():
         assert len(set(trajectory.norms)) == STEPS

@@ -79,11 +79,8 @@ class NoMesh:
 
     group_name = "a group"
 
-    def axis(self, _axis: str) -> NoMesh:
-        return self
-
-    def get_group(self) -> NoMesh:
-        return self
+    def groups(self, _axis: str) -> list[NoMesh]:
+        return [self]
 
 
 def test_all_that_fsdp_does_is_booked_once_and_as_dp() -> None:
