@@ -272,6 +272,12 @@ def train(
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
     timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
+    balance_loss: Annotated[
+        float, typer.Option("--balance-loss", min=0.0, help="Weight of the experts' balance loss; 0 for none.")
+    ] = 1e-3,
+    bias_rate: Annotated[
+        float, typer.Option("--bias-rate", min=0.0, help="Step of routers' selection biases, where they have them.")
+    ] = 1e-3,
 ) -> None:
     """Train as a plan says; without one, profile this machine, plan, and train a small model."""
     joins = "RANK" in os.environ  # one of the ranks that torchrun has started
@@ -286,6 +292,7 @@ def train(
     from profiles.catalogue import resolve_hardware_path
     from profiles.hardware import load_hardware
     from profiles.store import parse_yaml, read_text
+    from runtime.experts import Balance
     from runtime.launch import train as launch
     from runtime.progress import step_progress
     from runtime.run_folder import default_run_dir
@@ -311,6 +318,7 @@ def train(
         resume=resume,
         timeout_seconds=timeout,
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
+        balance=Balance(balance_loss, bias_rate),
     )
     try:
         with step_progress(steps, chosen.job.tokens) as on_progress:

@@ -41,6 +41,9 @@ CAPABILITIES = {
         zero_with_pipeline=(0, 1, 3),
         zero_reason="torch's pipeline keeps gradients unsharded until the last microbatch, so zero 2 is zero 1 there; "
         "ask for zero=1",
+        experts=True,
+        expert_tp=True,
+        experts_need_sequence_parallel=True,
     ),
     # Megatron-LM core: --use-distributed-optimizer is zero 1, --num-distributed-optimizer-instances its HSDP.
     "megatron": Capabilities(
@@ -74,10 +77,11 @@ CAPABILITIES = {
 # What a model may have beyond a dense, causal pre-norm decoder (`ModelSpec.features`) -> the executors that train
 # it. Beside megatron stands the argument of Megatron-LM's own training scripts that switches it on.
 FEATURES: dict[str, tuple[str, ...]] = {
-    "experts": ("megatron",),  # --num-experts, with all that the router may be: --moe-router-*, --moe-layer-freq
+    # --num-experts, with all that the router may be: --moe-router-*, --moe-layer-freq
+    "experts": ("meshwright", "megatron"),
     "latent attention": ("megatron",),  # --multi-latent-attention
     "sliding-window attention": ("megatron",),  # --window-size, --window-attn-skip-freq
-    "QK norm": ("megatron",),  # --qk-layernorm
+    "QK norm": ("meshwright", "megatron"),  # --qk-layernorm
     "attention sinks": ("megatron",),  # --softmax-type learnable
     "bidirectional attention": ("megatron",),  # pretrain_bert.py, as all that BERT has
     "ALiBi positions": (),

@@ -60,7 +60,9 @@ def dry_run(plan: Plan, rank: int, *, fake: bool = True) -> DryRun:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.layout.world_size)
     rotary_tables.cache_clear()
     try:
-        mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=plan.model.tied_embeddings)
+        model = plan.model
+        experts = model.experts is not None
+        mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=model.tied_embeddings, experts=experts)
         chunks = shape_chunks(plan, mesh, dtype=torch.float32)
         live = LiveBytes("transient")
         with ExitStack() as stack:
