@@ -26,6 +26,7 @@ class Capabilities:
     experts: bool = False
     expert_tp: bool = False  # etp may be tp as well as 1
     experts_need_sequence_parallel: bool = False
+    experts_with_selective: bool = True  # whether layers with experts may recompute selectively
     vocabulary_padding: bool = False
     stages_without_layers: bool = True
 
@@ -44,6 +45,7 @@ CAPABILITIES = {
         experts=True,
         expert_tp=True,
         experts_need_sequence_parallel=True,
+        experts_with_selective=False,
     ),
     # Megatron-LM core: --use-distributed-optimizer is zero 1, --num-distributed-optimizer-instances its HSDP.
     "megatron": Capabilities(
@@ -79,7 +81,7 @@ CAPABILITIES = {
 FEATURES: dict[str, tuple[str, ...]] = {
     # --num-experts, with all that the router may be: --moe-router-*, --moe-layer-freq
     "experts": ("meshwright", "megatron"),
-    "latent attention": ("megatron",),  # --multi-latent-attention
+    "latent attention": ("meshwright", "megatron"),  # --multi-latent-attention
     "sliding-window attention": ("megatron",),  # --window-size, --window-attn-skip-freq
     "QK norm": ("meshwright", "megatron"),  # --qk-layernorm
     "attention sinks": ("megatron",),  # --softmax-type learnable

@@ -135,7 +135,7 @@ def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, precision: s
     experts = [module for module in chunk.modules() if isinstance(module, Experts)]
     for module in (*experts, *chunk.blocks.values(), chunk):
         axis = mesh.axis("edp" if isinstance(module, Experts) else "dp")
-        if zero == 0 and axis.size() > 1:
+        if zero == 0:
             replicate(module, mesh=axis, mp_policy=policy)
         else:
             free = zero == 3 and module is not chunk

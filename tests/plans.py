@@ -9,6 +9,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import TIME_PARTS, Certificate, Plan, Prediction, Stage
 from planner.rules import RuleContext, violations
+from profiles.attention_spec import LatentAttention
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.experts_spec import Experts
 from profiles.model import ModelSpec
@@ -56,6 +57,13 @@ def tiny_experts(**changes: Any) -> ModelSpec:
 def tiny_shared_experts(**changes: Any) -> ModelSpec:
     """A dense layer, then 8 experts scored by sigmoid in 4 groups beside a shared one, as in DeepSeek-V3; QK norm."""
     return tiny_llama(**({"name": "tiny-shared", "qk_norm": True, "experts": DEEPSEEK_EXPERTS} | changes))
+
+
+def tiny_latent(**changes: Any) -> ModelSpec:
+    """The same experts under multi-head latent attention, as in DeepSeek-V3."""
+    latent = LatentAttention(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, q_lora_rank=12)
+    fields: dict[str, Any] = {"name": "tiny-latent", "kv_heads": 4, "head_dim": 12, "qk_norm": False}
+    return tiny_shared_experts(**(fields | {"latent_attention": latent} | changes))
 
 
 MIXTRAL_EXPERTS = Experts(number=4, top_k=2, ffn_hidden_size=48)
