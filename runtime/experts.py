@@ -185,7 +185,7 @@ class Experts(LocalParameters):
         order = expert.argsort(stable=True)
         done = self._products(gathered[order], all_loads.sum(dim=0))
         parts = _all_to_all(done[_inverse(order)], [own] * ranks, counts, self.etp_group)
-        return parts.view(ranks, own, -1).sum(dim=0)
+        return parts.view(ranks, own, rows.shape[-1]).sum(dim=0)
 
     def _products(self, rows: torch.Tensor, loads: torch.Tensor) -> torch.Tensor:
         """w2(silu(w1 x) · w3 x) of each expert on its rows."""
