@@ -92,7 +92,7 @@ def test_a_groups_bound_knows_that_idle_ranks_leave_their_node_to_the_others() -
     """Two stages in a node of two: while one waits, the other has its memory bandwidth, and is faster than measured."""
     contention = (ContentionPoint(active=1, slowdown=1.0), ContentionPoint(active=2, slowdown=3.0))
     hardware = small_hardware(flops=1e8, contention_points=contention)
-    question = small_question(devices=2, hardware=hardware, global_batch=2, pins={"pp": 2})
+    question = small_question(devices=2, hardware=hardware, global_batch=2, pins={"pp": 2, "virtual_stages": 1})
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     for group in layout_groups(question.rules):
         for layout in group:
