@@ -22,7 +22,8 @@ from .data_parallel_cost import DataParallelModel
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
-from .memory_cost import MemoryBytes, MemoryModel, PartMemory
+from .memory_bytes import MemoryBytes, PartMemory
+from .memory_cost import MemoryModel
 from .part_seconds import PartSeconds, Seconds
 from .schedule import BLOCKING, SPLIT_BACKWARD, in_flight
 from .space import LayoutGroup
