@@ -80,7 +80,7 @@ class HeadMemory:
     def _pieces(self, layout: Layout) -> tuple[MemoryBytes, MemoryBytes, float]:
         """[Note: Loss in pieces] in bytes; n tokens a piece, T in all, V rows, width h, e bytes an element.
 
-        A piece has the logits widened and their log-softmax, 8nV, then its gradients in place and, where e < 4, narrowed.
+        A piece has the logits widened and their log-softmax, 8nV, then its gradients in place and, if e < 4, narrowed.
         The gradient of the hidden states, eTh, is there from the first piece on. That of the weight is one product of
         eVh, or where pieces add up their sum of 4Vh, besides which a product of 16 bits stands before it is added.
         """

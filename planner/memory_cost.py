@@ -16,9 +16,9 @@ from .activation_bytes import ActivationModel, KeptBytes
 from .head_memory import HeadMemory, reduces_each_microbatch
 from .job import TrainingJob
 from .layout import Layout
-from .local_shapes import expert_linear_shapes, local_linear_shape, local_tokens, outside_tokens
+from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
-from .schedule import in_flight
+from .schedule import in_flight, input_halves
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
@@ -118,7 +118,11 @@ class MemoryModel:
         if expert:
             state = state + self._state(layout, expert, expert=True)
         modes = (kept.none, kept.selective, kept.full)
-        transients = [self._transient(layout, dense, expert, kept, held) for held in modes]
+        comes_back = (kept.none, kept.none + kept.unclaimed, kept.none)
+        transients = [
+            self._transient(layout, dense, expert, kept, held, whole)
+            for held, whole in zip(modes, comes_back, strict=True)
+        ]
         held = [
             MemoryBytes(activations=bytes_, gradients=self._late_gradients(layout, dense + expert, bytes_))
             for bytes_ in modes
@@ -134,8 +138,11 @@ class MemoryModel:
             transient_recomputed=transients[2],
         )
 
-    def _transient(self, layout: Layout, dense: float, expert: float, kept: KeptBytes, held: float) -> float:
-        """The most that a layer's backward has beyond what its stage holds, `held` of it by this layer.
+    def _transient(
+        self, layout: Layout, dense: float, expert: float, kept: KeptBytes, held: float, whole: float
+    ) -> float:
+        """The most that a layer's backward has beyond what its stage holds, `held` of it by this layer, whose
+        activations are `whole` once what it recomputes has come back.
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it. Where each microbatch's gradients
         are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
@@ -149,7 +156,7 @@ class MemoryModel:
         fsdp = self._software.on_fsdp
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp)
         gathered = 2 * element * parameters if gathers else 0.0
-        start = kept.transient + gathered + kept.none - held
+        start = kept.transient + gathered + whole - held
         if not fsdp or (layout.dp * layout.cp == 1 and self._job.precision == "fp32"):
             return start
         reduced = _FP32_BYTES * parameters
@@ -171,7 +178,7 @@ class MemoryModel:
         """Last norm, product and loss (`HeadMemory`)."""
         state = self._state(layout, self.head_parameters(layout), root=True)
         held, weight, passing = self._head.bytes_of(layout)
-        passing += self._root_reduction(layout)
+        passing += self._root_reduction(layout) + self._last_gather(layout)
         return PartMemory(state, held, held, passing, passing, held, passing, weight)
 
     def _root_reduction(self, layout: Layout) -> float:
@@ -181,6 +188,15 @@ class MemoryModel:
         if not self._reduces_each_microbatch(layout):
             return 0.0
         return _FP32_BYTES * (self.embedding_parameters(layout) + self.head_parameters(layout))
+
+    def _last_gather(self, layout: Layout) -> float:
+        """The buffer that FSDP2 gathered the last layer into, which it keeps to the end of the forward it was for
+        (torch 2.13, `all_gather_state`): every microbatch's under zero 3, else the first's."""
+        gathers = layout.zero == 3 or (layout.zero > 0 and layout.microbatches(self._job.global_batch) == 1)
+        if not self._software.on_fsdp or layout.pp > 1 or layout.shards == 1 or not gathers:
+            return 0.0
+        dense, expert = self.block_parameters(layout, self._model.segments[-1].kind)
+        return self._element_bytes * (dense + expert)
 
     # ---- the rest --------------------------------------------------------------------------------------
 
@@ -193,27 +209,44 @@ class MemoryModel:
 
         torch's pipeline allocates a receive buffer for every microbatch at once: activations on every stage
         but the first, gradients on every stage but the last (torch 2.13, `_setup_forward_recv_info`). Others
-        receive into a buffer or two. It also keeps the output of each microbatch in flight, which no layer of the
-        stage needs for its backward (`fwd_cache`); the last stage's are the logits. The input that a stage's first norm
-        or recomputation keeps is the receive buffer, unless the norm widens it first.
+        receive into a buffer or two.
         """
         stages = layout.pp * layout.virtual_stages
         boundary = self.boundary_bytes(layout) if layout.pp > 1 else 0.0
         directions = sum((stage > 0) + (stage < stages - 1) for stage in layout.stages_of(rank))
         buffers = microbatches if self._software.on_torch_pipeline else 2
-        outputs = 0
-        if self._software.on_torch_pipeline and layout.pp > 1:
-            widens = self._activations.composite_norm and self._element_bytes != _FP32_BYTES
-            own = [(s < stages - 1) - (s > 0 and not widens) for s in layout.stages_of(rank)]
-            vectors = in_flight(layout.pipeline(microbatches))[rank]
-            outputs = max(0, *(sum(full * times for full, times in zip(v.full, own, strict=True)) for v in vectors))
+        beside = self._beside_buffers(layout, rank, microbatches) if self._software.on_torch_pipeline else 0
         groups = sum(axis > 1 for axis in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep * layout.etp))
         return MemoryBytes(
             pipeline_buffers=boundary * buffers * directions,
-            activations=boundary * outputs,
+            activations=boundary * beside,
             communicators=groups * self._hardware.communicator_bytes,
             context=self._hardware.context_bytes,
         )
+
+    def _beside_buffers(self, layout: Layout, rank: int, microbatches: int) -> int:
+        """Activations of a stage boundary that torch's pipeline holds on a rank beside its receive buffers.
+
+        It keeps the output of each microbatch in flight, which no layer of the stage needs for its backward
+        (`fwd_cache`); the last stage's is the loss. From the input's half of a split backward on, the gradient of that
+        output, counted with the last layer's, is a receive buffer. So is the input that a stage's first norm or
+        recomputation keeps, unless the norm widens it first. Where the next stage is on the same rank its output is the
+        buffer. An input's half leaves the gradient of each input it was for until the step is over (torch 2.13,
+        `stage_backward_input`, `clear_runtime_states`).
+        """
+        if layout.pp == 1:
+            return 0
+        widens = self._activations.composite_norm and self._element_bytes != _FP32_BYTES
+        pipeline, held = layout.pipeline(microbatches), layout.stages_of(rank)
+        received = [s > 0 and not widens for s in held]
+        sent = [s < layout.stages - 1 and s + 1 not in held for s in held]
+        kept = [0]
+        for moment in in_flight(pipeline)[rank]:
+            full = sum(n * (s - r) for n, s, r in zip(moment.full, sent, received, strict=True))
+            kept.append(full - sum(n * r for n, r in zip(moment.weight_only, received, strict=True)))
+        halves = input_halves(pipeline)[rank] if layout.splits_backward else (0,) * len(held)
+        left = sum(n for s, n in zip(held, halves, strict=True) if s > 0 and s - 1 not in held)
+        return max(kept) + left
 
     # ---- parameters of one rank --------------------------------------------------------------------------
 

@@ -250,10 +250,11 @@ class CostModel:
     # ---- the pipeline and the step -----------------------------------------------------------------------
 
     def _fixed_memory(self, layout: Layout, microbatches: int) -> tuple[MemoryBytes, ...]:
-        """The ranks between the first and the last hold the same."""
-        kinds = [0, *[1] * (layout.pp - 2), layout.pp - 1][: layout.pp]
-        fixed = {rank: self._memory.fixed(layout, rank, microbatches) for rank in set(kinds)}
-        return tuple(fixed[rank] for rank in kinds)
+        """The ranks between the first and the last count as holding the same: the more of those next to the ends."""
+        ends = [self._memory.fixed(layout, rank, microbatches) for rank in sorted({0, layout.pp - 1})]
+        inner = [self._memory.fixed(layout, rank, microbatches) for rank in {1, layout.pp - 2} if layout.pp > 2]
+        middle = [max(inner, key=lambda held: held.total)] * (layout.pp - 2) if inner else []
+        return (ends[0], *middle, *ends[1:])
 
     def _send(self, layout: Layout) -> float:
         """One message between stages; cut over tp and gathered again where the trainer does so."""
