@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .layout import RECOMPUTE_MODES, Layout
-from .memory_cost import MemoryBytes, PartMemory
+from .memory_bytes import MemoryBytes, PartMemory
 from .part_seconds import PartSeconds, Seconds
 from .schedule import InFlight, Pipeline
 from .simulation import Simulation, StageSeconds, simulate

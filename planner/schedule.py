@@ -32,6 +32,7 @@ __all__ = [
     "Pipeline",
     "action_lists",
     "in_flight",
+    "input_halves",
     "least_in_flight",
     "why_illegal",
 ]
@@ -140,6 +141,24 @@ def in_flight(pipeline: Pipeline, part_of_full: bool = False) -> tuple[tuple[InF
     `part_of_full`: only sums that weigh a chunk's weight_only no more than its full, which takes far fewer moments.
     """
     return _in_flight(_shortest(pipeline), part_of_full)
+
+
+@lru_cache(maxsize=4096)
+def input_halves(pipeline: Pipeline) -> tuple[tuple[int, ...], ...]:
+    """Per rank and chunk, input-halves of backwards that have begun when a rank is last as full as it gets: up to the
+    first after its last forward."""
+    shortest = _shortest(pipeline)
+    # Microbatches beyond those of the shortest list are as many input-halves more, but in DualPipeV, which splits
+    # backwards at its ends only.
+    more = 0 if pipeline.schedule == "dualpipev" else pipeline.microbatches - shortest.microbatches
+    counts = []
+    for rank in range(pipeline.ranks):
+        order = [part for action in _order(shortest, rank) for part in action.parts or (action,)]
+        last = max(n for n, part in enumerate(order) if part.kind == orders.FORWARD)
+        after = [n for n, part in enumerate(order) if n > last and part.kind == orders.INPUT][:1]
+        begun = [part.stage for part in order[: after[0] + 1 if after else last] if part.kind == orders.INPUT]
+        counts.append(tuple(begun.count(stage) + more for stage in pipeline.stages_of(rank)))
+    return tuple(counts)
 
 
 def _shortest(pipeline: Pipeline) -> Pipeline:

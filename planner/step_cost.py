@@ -7,6 +7,7 @@ parallelism, the pipeline and the state.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
@@ -21,7 +22,8 @@ from .data_parallel_cost import DataParallelModel
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
-from .memory_cost import MemoryBytes, MemoryModel, PartMemory
+from .memory_bytes import MemoryBytes, PartMemory
+from .memory_cost import MemoryModel
 from .part_seconds import PartSeconds, Seconds
 from .schedule import BLOCKING, SPLIT_BACKWARD, in_flight
 from .space import LayoutGroup
@@ -111,16 +113,18 @@ class CostModel:
 
         All microbatches' work shared evenly by the stages, or one microbatch through all stages one after the other
         and on some stage the backwards of all others (`bounds._one_stage`). Of several expert grids the least; what ep
-        sends is left out then.
+        sends is left out then. Of schedules that compute logits again and others the least too.
         """
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
+        again = {self._logits_again(replace(layout, schedule=s)): s for s, _ in group.pipelines}
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
         grids = {(state[2], state[3]) for state in group.states}
         pace, least = self._pace(layout, microbatches), float("inf")
-        for ep, etp in grids:
-            forward, backward, weight = self._once(replace(layout, ep=ep, etp=etp), pace, len(grids) == 1)
+        for (ep, etp), schedule in product(grids, again.values()):
+            one = replace(layout, ep=ep, etp=etp, schedule=schedule)
+            forward, backward, weight = self._once(one, pace, len(grids) == 1)
             shared = microbatches * (forward + backward) / layout.pp
             in_chain = backward - weight if split else backward
             least = min(least, max(shared, forward + in_chain + (microbatches - 1) * in_chain / stages))
@@ -131,7 +135,7 @@ class CostModel:
         # No stride among what is sent here depends on pp, dp or the state but those of ep.
         key = (
             *(layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
-            *(layout.ep, layout.etp, pace, with_ep),
+            *(layout.ep, layout.etp, self._logits_again(layout), pace, with_ep),
         )
         if key not in self._once_cache:
             compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
@@ -181,8 +185,15 @@ class CostModel:
             pace *= spent / slots / self._hardware.contention(ranks)
         return pace
 
+    def _logits_again(self, layout: Layout) -> bool:
+        """What the head's compute depends on besides its shapes."""
+        return self._software.loss_in_pieces and layout.logits_again(layout.microbatches(self._job.global_batch))
+
     def _part_compute(self, layout: Layout) -> dict[str, ComputeCost]:
-        key = (layout.tp, layout.cp, layout.sequence_parallel, layout.micro_batch, layout.ep, layout.etp)
+        key = (
+            *(layout.tp, layout.cp, layout.sequence_parallel, layout.micro_batch, layout.ep, layout.etp),
+            self._logits_again(layout),
+        )
         if key not in self._compute_cache:
             costs = {segment.kind: self._compute.block(layout, segment.kind) for segment in self._model.segments}
             costs |= {"embedding": self._compute.embedding(layout), "head": self._compute.head(layout)}
@@ -241,10 +252,11 @@ class CostModel:
     # ---- the pipeline and the step -----------------------------------------------------------------------
 
     def _fixed_memory(self, layout: Layout, microbatches: int) -> tuple[MemoryBytes, ...]:
-        """The ranks between the first and the last hold the same."""
-        kinds = [0, *[1] * (layout.pp - 2), layout.pp - 1][: layout.pp]
-        fixed = {rank: self._memory.fixed(layout, rank, microbatches) for rank in set(kinds)}
-        return tuple(fixed[rank] for rank in kinds)
+        """The ranks between the first and the last count as holding the same: the more of those next to the ends."""
+        ends = [self._memory.fixed(layout, rank, microbatches) for rank in sorted({0, layout.pp - 1})]
+        inner = [self._memory.fixed(layout, rank, microbatches) for rank in {1, layout.pp - 2} if layout.pp > 2]
+        middle = [max(inner, key=lambda held: held.total)] * (layout.pp - 2) if inner else []
+        return (ends[0], *middle, *ends[1:])
 
     def _send(self, layout: Layout) -> float:
         """One message between stages; cut over tp and gathered again where the trainer does so."""

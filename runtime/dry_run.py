@@ -108,6 +108,7 @@ class _Watch:
 
     def _span(self, name: str) -> None:
         """A span of the runner's clock has ended."""
+        self.book_buffers()
         if name == "forward":
             self._book_weights()
             self._book_gathered()
@@ -146,7 +147,8 @@ class _Watch:
                 self.live.book(value, "optimizer")
 
     def book_buffers(self) -> None:
-        """The receive buffers of a pipeline stage, which torch makes in the first step and keeps."""
+        """The receive buffers of a pipeline stage, which torch makes in the first step and keeps; between two stages
+        of one rank it puts what passes in their place."""
         if not isinstance(self.state.runner, PipelineRunner):
             return
         for stage in self.state.runner.stages:

@@ -60,14 +60,14 @@ class _HeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
         normalisers = []
         for piece in _pieces(len(hidden)):
-            logits = (hidden[piece] @ weight.T).to(total.dtype)
-            log_probabilities, normaliser = _log_probabilities(logits, way.group)
+            log_probabilities, normaliser = _log_probabilities((hidden[piece] @ weight.T).to(total.dtype), way.group)
             rows, present = _rows(targets[piece], len(weight), way)
             total -= (log_probabilities.gather(-1, rows.unsqueeze(-1)).squeeze(-1) * present).sum()
             if gradients is not None:
                 gradients.add(piece, log_probabilities, rows, present)
             elif wanted:
                 normalisers.append(normaliser)
+            del log_probabilities  # before the next piece's
         if gradients is not None:
             ctx.gradients = gradients
         elif wanted:
@@ -86,6 +86,7 @@ class _HeadLoss(torch.autograd.Function):
                 logits = (hidden[piece] @ weight.T).to(normalisers.dtype)
                 rows, present = _rows(targets[piece], len(weight), way)
                 gradients.add(piece, logits.sub_(normalisers[piece].unsqueeze(-1)), rows, present)
+                del logits  # before the next piece's
             return *gradients.take(), None, None, None
         gradients = ctx.gradients
         if not way.backward_twice:

@@ -77,7 +77,7 @@ def choose_loss(chunk: Chunk, plan: Plan) -> None:
     if chunk.head is not None:
         chunk.head.way = LossWay(
             tokens_per_step=plan.job.tokens,
-            logits_again=plan.layout.forwards_first and plan.microbatches > 1,
+            logits_again=plan.layout.logits_again(plan.microbatches),
             backward_twice=plan.layout.splits_backward,
         )
 
