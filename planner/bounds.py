@@ -31,6 +31,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
+from .layout_seconds import LayoutSeconds, SegmentSeconds
 from .schedule import BLOCKING, SPLIT_BACKWARD, least_in_flight
 from .simulation import blocked_sends, late_forwards
 
@@ -57,10 +58,31 @@ def lower_bound(
     if not modes:
         return None
     commonest = max(costs.segments, key=lambda segment: segment.layers)
+    limits = _rank_limits(costs, commonest, limit_bytes, modes)
+    return _bound(costs, modes, [limit.least_recompute for limit in limits], enough_seconds)
+
+
+def least_seconds(costs: LayoutSeconds, modes: Sequence[str], enough_seconds: float = math.inf) -> float:
+    """`lower_bound` with all the memory there could be, for a layout whose bytes are not priced."""
+    commonest = max(costs.segments, key=lambda segment: segment.layers)
+    each = min(commonest.seconds.recompute(mode).total for mode in modes)
+    bound = _bound(costs, modes, [lambda layers: layers * each] * costs.layout.pp, enough_seconds)
+    assert bound is not None, costs.layout
+    return bound
+
+
+# Layers of a rank -> seconds a microbatch that they recompute at least, None when they do not fit.
+_Recompute = Callable[[int], float | None]
+
+
+def _bound(
+    costs: LayoutSeconds, modes: Sequence[str], recompute: Sequence[_Recompute], enough_seconds: float
+) -> float | None:
+    commonest = max(costs.segments, key=lambda segment: segment.layers)
     simple = costs.layout.schedule in BLOCKING and len(costs.segments) == 1
     heads, tails = _heads_and_tails(costs)
     cost = _round_trip(costs, commonest) if simple else _around(costs, commonest, heads, tails)
-    dealt = _deal(costs, commonest, limit_bytes, modes, cost, enough_seconds)
+    dealt = _deal(costs, commonest, recompute, cost, enough_seconds)
     if dealt is None:
         return None
     poured = 0.0 if simple else _poured(costs, modes, heads, tails)
@@ -150,28 +172,34 @@ def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[flo
 RankCost = Callable[[int, int, float], float]
 
 
+def _rank_limits(
+    costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str]
+) -> list[RankLimits]:
+    """The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
+    the limit fits, here as in `fits`."""
+    layout = costs.layout
+    flights, limit = least_in_flight(costs.pipeline), limit_bytes * (1 + ROUNDING)
+    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, layout.pp - 1), layout.pp - 1}}
+    middle = edges[min(1, layout.pp - 1)][0][0]
+    return [
+        RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes)
+        for rank in range(layout.pp)
+    ]
+
+
 def _deal(
-    costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str], cost: RankCost, enough: float
+    costs: LayoutSeconds, segment: SegmentSeconds, recompute: Sequence[_Recompute], cost: RankCost, enough: float
 ) -> float | None:
     """The least possible maximum over the ranks, or None when the layers of the segment do not fit.
 
     Once it is above `enough` it may be given as it is.
     """
     layout, alone = costs.layout, len(costs.segments) == 1
-    # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
-    # the limit fits, here as in `fits`.
-    flights, limit = least_in_flight(costs.pipeline), limit_bytes * (1 + ROUNDING)
-    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, layout.pp - 1), layout.pp - 1}}
-    middle = edges[min(1, layout.pp - 1)][0][0]
-    limits = [
-        RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes)
-        for rank in range(layout.pp)
-    ]
     heap: list[tuple[float, int]] = []
     counts, most = [0] * layout.pp, 0.0
 
     def offer(rank: int) -> None:
-        again = limits[rank].least_recompute(counts[rank] + 1)
+        again = recompute[rank](counts[rank] + 1)
         if again is not None:
             heapq.heappush(heap, (cost(rank, counts[rank] + 1, again), rank))
 
@@ -179,7 +207,7 @@ def _deal(
         # Stages between the first and the last are never empty; of other segments they may hold those.
         inner = sum(0 < stage < layout.stages - 1 for stage in layout.stages_of(rank))
         counts[rank] = inner if alone else 0
-        again = limits[rank].least_recompute(counts[rank])
+        again = recompute[rank](counts[rank])
         if again is None:
             return None
         most = max(most, cost(rank, counts[rank], again))
@@ -200,7 +228,7 @@ def _deal(
     return most
 
 
-def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
+def _round_trip(costs: LayoutSeconds, segment: SegmentSeconds) -> RankCost:
     """Of GPipe and 1F1B with layers of one kind."""
     stages, count, layer = costs.layout.pp, costs.microbatches, segment.seconds
     ends = costs.stage_ends
@@ -228,7 +256,7 @@ def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     return cost
 
 
-def _around(costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], tails: Sequence[float]) -> RankCost:
+def _around(costs: LayoutSeconds, segment: SegmentSeconds, heads: Sequence[float], tails: Sequence[float]) -> RankCost:
     """Of any schedule: what passes before and after a rank's own work."""
     layout, count, layer = costs.layout, costs.microbatches, segment.seconds
     first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
@@ -254,8 +282,9 @@ def _around(costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], t
 # ---- heads, tails and water ----------------------------------------------------------------------------------
 
 
-def _heads_and_tails(costs: LayoutCosts) -> tuple[list[float], list[float]]:
-    """What passes before and after rank r works: the forwards down to its first stage, the backwards up from it."""
+def _heads_and_tails(costs: LayoutSeconds) -> tuple[list[float], list[float]]:
+    """What passes before and after rank r works: the forwards down to its first stage, the backwards up from it and
+    what the first stage then reduces."""
     each = min(s.seconds.forward.total for s in costs.segments) + costs.microbatch.forward.total
     back = min(s.seconds.backward.total for s in costs.segments) + costs.microbatch.backward.total
     first, send = costs.stage_ends[0], costs.send_seconds
@@ -263,10 +292,11 @@ def _heads_and_tails(costs: LayoutCosts) -> tuple[list[float], list[float]]:
     heads = [0.0] + [first.forward.total + (rank - 1) * each + rank * send for rank in ranks]
     if costs.layout.schedule in SPLIT_BACKWARD:
         return heads, [0.0] * len(heads)
-    return heads, [0.0] + [first.backward.total + (rank - 1) * back + rank * send for rank in ranks]
+    up = first.backward.total + first.reduce.total
+    return heads, [0.0] + [up + (rank - 1) * back + rank * send for rank in ranks]
 
 
-def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:
+def _poured(costs: LayoutSeconds, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:
     layout, count = costs.layout, costs.microbatches
     bare = costs.microbatch.forward.total + costs.microbatch.backward.total
     each, reduce, update, work = layout.stages * bare, 0.0, 0.0, 0.0
@@ -283,7 +313,7 @@ def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], ta
     return max(_least_maximum(around, work), _least_maximum(heads, work + reduce)) + update / layout.pp
 
 
-def _one_stage(costs: LayoutCosts, modes: Sequence[str]) -> float:
+def _one_stage(costs: LayoutSeconds, modes: Sequence[str]) -> float:
     """One microbatch all the way, and on some stage the backwards of all the others.
 
     A stage runs its M backwards one after the other, between the first microbatch's way down and back to it and the

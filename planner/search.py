@@ -14,13 +14,14 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import ROUNDING, fits, lower_bound
+from .bounds import ROUNDING, fits, least_seconds, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
+from .layout_seconds import LayoutSeconds
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
@@ -53,7 +54,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
     ties = count()
-    left: list[tuple[float, int, LayoutGroup | LayoutCosts]] = [
+    left: list[tuple[float, int, LayoutGroup | LayoutSeconds]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
@@ -77,23 +78,30 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                 if prices.least_state_bytes(group) > group.base.pp * question.limit_bytes * (1 + ROUNDING):
                     pruned_memory += len(group)
                 else:
-                    heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
+                    bound = max(least, prices.least_work(group), prices.least_step(group))
+                    heapq.heappush(left, (bound, next(ties), group))
             continue
         if isinstance(item, LayoutGroup) and len(item.pipelines) > 1:
             for group in item.by_pipeline():
-                heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
+                heapq.heappush(left, (max(least, prices.least_step(group)), next(ties), group))
             continue
         if isinstance(item, LayoutGroup):
             for layout in item:
-                costs = prices.price(layout)
-                bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, rules), cutoff)
-                if bound is None:
-                    pruned_memory += 1
-                else:
-                    heapq.heappush(left, (max(least, bound), next(ties), costs))
-                    first = guesses.look_at(costs, bound, cutoff, first)
+                timed = prices.time(layout)
+                bound = least_seconds(timed, recompute_modes(layout, rules), cutoff)
+                heapq.heappush(left, (max(least, bound), next(ties), timed))
             continue
-        costs, modes = item, recompute_modes(item.layout, rules)
+        modes = recompute_modes(item.layout, rules)
+        if not isinstance(item, LayoutCosts):
+            costs = prices.price_bytes(item)
+            bound = lower_bound(costs, question.limit_bytes, modes, cutoff)
+            if bound is None:
+                pruned_memory += 1
+            else:
+                heapq.heappush(left, (max(least, bound), next(ties), costs))
+                first = guesses.look_at(costs, bound, cutoff, first)
+            continue
+        costs = item
         start = first_assignment(costs, question.limit_bytes, modes)
         if not fits(costs, start, question.limit_bytes):
             start = None
