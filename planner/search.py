@@ -14,7 +14,7 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import ROUNDING, fits, least_seconds, lower_bound
+from .bounds import ROUNDING, fits, least_seconds, lower_bound, rank_costs
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
@@ -22,6 +22,7 @@ from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
 from .layout_seconds import LayoutSeconds
+from .path_bounds import PathBounds
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
@@ -29,6 +30,9 @@ from .rules import recompute_modes
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
 from .step_cost import CostModel
+
+# Microbatches through stages that are simulated again and again for a bound.
+_MOST_VISITS = 20_000
 
 
 def search(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan:
@@ -60,10 +64,11 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     heapq.heapify(left)
     legal = sum(len(group) for _, _, group in left if isinstance(group, LayoutGroup))
     guesses = Guesses(question)
-    first = guesses.plain([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
+    first = guesses.first([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
     best: list[Solved] = []
     proven = float("inf")  # the least that any layout could still reach
     pruned_memory = ilps = 0
+    paths, tightened = PathBounds(), set[Layout]()
     while left:
         cutoff = best[top - 1].step_seconds if len(best) >= top else float("inf")
         if first is not None and top == 1:
@@ -87,6 +92,9 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             continue
         if isinstance(item, LayoutGroup):
             for layout in item:
+                if prices.is_too_big(layout, question.limit_bytes, recompute_modes(layout, rules)):
+                    pruned_memory += 1
+                    continue
                 timed = prices.time(layout)
                 bound = least_seconds(timed, recompute_modes(layout, rules), cutoff)
                 heapq.heappush(left, (max(least, bound), next(ties), timed))
@@ -102,6 +110,19 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                 first = guesses.look_at(costs, bound, cutoff, first)
             continue
         costs = item
+        if (
+            costs.layout.pp > 1
+            and costs.layout not in tightened
+            and (visits := costs.layout.stages * costs.microbatches) <= _MOST_VISITS
+        ):
+            tightened.add(costs.layout)
+            ranks = rank_costs(costs, modes, question.limit_bytes)
+            bound = paths.known(costs, ranks, cutoff)
+            if bound < cutoff * (1 - RELATIVE_TOLERANCE):
+                improved, point = paths.improve(costs, ranks, cutoff)
+                bound = max(bound, improved)
+            heapq.heappush(left, (max(least, bound), next(ties), costs))
+            continue
         start = first_assignment(costs, question.limit_bytes, modes)
         if not fits(costs, start, question.limit_bytes):
             start = None
@@ -112,6 +133,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             cutoff_seconds=cutoff,
             start=start,
             modes=modes,
+            paths=paths.paths(costs.pipeline) if costs.layout in tightened else None,
             deadline=deadline if best or first is not None or start is not None else float("inf"),
         )
         ilps += solution.ilps_solved

@@ -6,6 +6,7 @@ parallelism, the pipeline and the state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from profiles.cluster import ClusterSpec
@@ -14,6 +15,7 @@ from profiles.model import ModelSpec
 from profiles.software import Software, load_software
 
 from .axis_cost import AxisModel, Passes
+from .bounds import ROUNDING
 from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
@@ -24,13 +26,13 @@ from .layout_costs import LayoutCosts, SegmentCosts
 from .layout_seconds import LayoutSeconds, SegmentSeconds
 from .memory_cost import MemoryBytes, MemoryModel, PartMemory
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, SPLIT_BACKWARD, in_flight
+from .schedule import BLOCKING, SPLIT_BACKWARD, first_flight, in_flight
 from .space import LayoutGroup
 
 # Seconds and bytes of a layer by its kind, of "embedding" and "head"; the seconds besides of "microbatch".
 _PartSeconds = dict[str, PartSeconds]
 _PartBytes = dict[str, PartMemory]
-_MOST_PARTS = 256
+_MOST_PARTS = 2048
 
 
 class CostModel:
@@ -202,6 +204,28 @@ class CostModel:
             total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
             least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
         return least
+
+    def is_too_big(self, layout: Layout, limit_bytes: float, modes: Sequence[str]) -> bool:
+        """Whether no assignment of the layout fits, by what ranks hold when their first backward begins.
+
+        It takes no in-flight vectors but those of that moment, and leaves out buffers and what is transient.
+        """
+        memory, pipeline = self._part_bytes(layout), layout.pipeline(layout.microbatches(self._job.global_batch))
+        slack, room = 1.0 + self._hardware.allocator_slack, 0.0
+        flights = first_flight(pipeline)
+        layers = sum(segment.count for segment in self._model.segments)
+        kinds = [memory[segment.kind].totals for segment in self._model.segments]
+        state = min(kind.state for kind in kinds)
+        held = min(kind.held[mode] for kind in kinds for mode in modes)
+        for rank, flight in enumerate(flights):
+            free = (limit_bytes * (1 + ROUNDING) - self._hardware.context_bytes) / slack
+            free -= memory["embedding"].totals.state if rank == 0 else 0.0
+            free -= memory["head"].totals.state if rank == pipeline.rank_of(pipeline.stages - 1) else 0.0
+            if free < 0:
+                return True
+            each = state + flight * held
+            room += free // each if each > 0 else layers
+        return room < layers
 
     # ---- compute ---------------------------------------------------------------------------------------
 
