@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from .bounds import fits
+from .bounds import fits, lower_bound
 from .first_assignment import first_assignment
 from .layout_costs import LayoutCosts, StageCount
 from .question import Question
@@ -57,15 +57,19 @@ class Guesses:
             if best is not None and estimate >= best.step_seconds:
                 break
             if len(group.states) > 1 or len(group.pipelines) > 1:
-                for part in group.by_state() if len(group.states) > 1 else group.by_pipeline():
-                    if prices.least_state_bytes(part) <= part.base.pp * limit:
+                by_state = len(group.states) > 1
+                for part in group.by_state() if by_state else group.by_pipeline():
+                    if not by_state or prices.least_state_bytes(part) <= part.base.pp * limit:
                         heapq.heappush(left, (prices.least_step(part) * self._uneven(part), next(ties), part))
                 continue
             for layout in group:
                 modes = recompute_modes(layout, self._question.rules)
                 visits = layout.stages * layout.microbatches(self._question.job.global_batch)
-                if visits <= _MOST_VISITS and not prices.is_too_big(layout, limit, modes):
-                    best = self._better(prices.price(layout), best)
+                if visits > _MOST_VISITS or prices.is_too_big(layout, limit, modes):
+                    continue
+                costs = prices.price(layout)
+                if lower_bound(costs, limit, modes) is not None:
+                    best = self._better(costs, best)
                     looks += 1
         return best
 

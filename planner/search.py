@@ -88,13 +88,14 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             continue
         if isinstance(item, LayoutGroup) and len(item.pipelines) > 1:
             for group in item.by_pipeline():
-                heapq.heappush(left, (max(least, prices.least_step(group)), next(ties), group))
+                layout = next(iter(group))
+                if prices.is_too_big(layout, question.limit_bytes, recompute_modes(layout, rules)):
+                    pruned_memory += 1
+                else:
+                    heapq.heappush(left, (max(least, prices.least_step(group)), next(ties), group))
             continue
         if isinstance(item, LayoutGroup):
             for layout in item:
-                if prices.is_too_big(layout, question.limit_bytes, recompute_modes(layout, rules)):
-                    pruned_memory += 1
-                    continue
                 timed = prices.time(layout)
                 bound = least_seconds(timed, recompute_modes(layout, rules), cutoff)
                 heapq.heappush(left, (max(least, bound), next(ties), timed))

@@ -56,6 +56,7 @@ class CostModel:
         self._memory = MemoryModel(model, hardware, job, software)
         self._seconds_cache: dict[Layout, _PartSeconds] = {}
         self._bytes_cache: dict[Layout, _PartBytes] = {}
+        self._step_cache: dict[Layout, tuple[float, float]] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
@@ -97,7 +98,8 @@ class CostModel:
 
     def _part_seconds(self, layout: Layout, microbatches: int) -> _PartSeconds:
         """What takes the same time in every schedule with any number of chunks."""
-        key = replace(layout, schedule="1f1b", virtual_stages=1)
+        plain = layout.schedule == "1f1b" and layout.virtual_stages == 1
+        key = layout if plain else replace(layout, schedule="1f1b", virtual_stages=1)
         if key not in self._seconds_cache:
             if len(self._seconds_cache) >= _MOST_PARTS:
                 self._seconds_cache.clear()
@@ -121,8 +123,10 @@ class CostModel:
         return parts
 
     def _part_bytes(self, layout: Layout) -> _PartBytes:
-        """What does not depend on the number of chunks: layouts that differ in that alone share it."""
-        key = replace(layout, virtual_stages=1)
+        """What does not depend on the number of chunks. `memory_cost` tells gpipe and 1f1b from all other schedules."""
+        schedule = layout.schedule if layout.schedule in BLOCKING else "interleaved-1f1b"
+        same = layout.schedule == schedule and layout.virtual_stages == 1
+        key = layout if same else replace(layout, schedule=schedule, virtual_stages=1)
         if key not in self._bytes_cache:
             if len(self._bytes_cache) >= _MOST_PARTS:
                 self._bytes_cache.clear()
@@ -158,18 +162,23 @@ class CostModel:
         Any rank's own work, the reduction of its gradients included, is a path of any schedule, and the slowest update
         takes the mean of the ranks' at least.
         """
-        layout = group.base
+        if group.base not in self._step_cache:
+            self._step_cache[group.base] = self._mean_step(group.base)
+        fixed, each_chunk = self._step_cache[group.base]
+        return fixed + each_chunk * min(chunks for _, chunks in group.pipelines)
+
+    def _mean_step(self, layout: Layout) -> tuple[float, float]:
+        """(seconds whatever the chunks, seconds more for each chunk) of the mean rank."""
         microbatches = layout.microbatches(self._job.global_batch)
         parts = self._part_seconds(layout, microbatches)
-        stages = layout.pp * min(chunks for _, chunks in group.pipelines)
-        bare = parts["microbatch"]
-        total = stages * microbatches * (bare.forward.total + bare.backward.total)
+        total, bare = 0.0, parts["microbatch"]
         numbers = [*((s.kind, s.count) for s in self._model.segments), ("embedding", 1), ("head", 1)]
         for kind, number in numbers:
             part = parts[kind]
             once = part.gather.total + part.reduce.total + part.optimizer.total
             total += number * (microbatches * (part.forward.total + part.backward.total) + once)
-        return total / layout.pp + self._tied_seconds(layout) + self._clip_seconds(layout)
+        fixed = total / layout.pp + self._tied_seconds(layout) + self._clip_seconds(layout)
+        return fixed, microbatches * (bare.forward.total + bare.backward.total)
 
     def _once(self, layout: Layout, pace: float, with_ep: bool) -> tuple[float, float, float]:
         """One microbatch through the whole model: (forward, whole backward, of that the weights')."""
@@ -197,12 +206,14 @@ class CostModel:
     def least_state_bytes(self, group: LayoutGroup) -> float:
         """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
         assignment holds less on all its ranks together."""
-        memory, least = self._memory, float("inf")
-        for schedule in {schedule for schedule, _ in group.pipelines}:
-            layout = replace(group.base, schedule=schedule)
-            layers = {segment.kind: memory.block(layout, segment.kind).state.total for segment in self._model.segments}
-            total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
-            least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
+        least = float("inf")
+        # GPipe's gradients come late (`memory_cost`); of all other schedules the state is the same.
+        late = [schedule for schedule, _ in group.pipelines if schedule == "gpipe"]
+        others = [schedule for schedule, _ in group.pipelines if schedule != "gpipe"]
+        for schedule in late[:1] + others[:1]:
+            memory = self._part_bytes(replace(group.base, schedule=schedule))
+            total = sum(segment.count * memory[segment.kind].totals.state for segment in self._model.segments)
+            least = min(least, total + memory["embedding"].totals.state + memory["head"].totals.state)
         return least
 
     def is_too_big(self, layout: Layout, limit_bytes: float, modes: Sequence[str]) -> bool:
