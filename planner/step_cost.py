@@ -23,9 +23,9 @@ from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
-from .memory_cost import MemoryModel
+from .memory_cost import STAGES_GATHERED, MemoryModel
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, SPLIT_BACKWARD, in_flight
+from .schedule import BLOCKING, SPLIT_BACKWARD, held_by_torch, in_flight
 from .space import LayoutGroup
 
 # Segments, embedding and head with their bytes, and what a microbatch costs besides.
@@ -78,13 +78,15 @@ class CostModel:
             embedding_memory=embedding[1],
             head_memory=head[1],
             fixed_memory=self._fixed_memory(layout, microbatches),
-            in_flight=in_flight(layout.pipeline(microbatches)),
+            in_flight=(held_by_torch if software.on_torch_pipeline else in_flight)(layout.pipeline(microbatches)),
             allocator_slack=self._hardware.allocator_slack,
         )
 
     def _parts(self, layout: Layout, microbatches: int) -> _Parts:
-        """What does not depend on the number of chunks: layouts that differ in that alone share it."""
-        key = replace(layout, virtual_stages=1)
+        """What does not depend on the number of chunks: layouts that differ in that alone share it, but where torch's
+        pipeline keeps only some chunks' weights gathered, or gradients of some chunks apart."""
+        some = self._software.on_torch_pipeline and (layout.virtual_stages > STAGES_GATHERED or layout.splits_backward)
+        key = layout if some else replace(layout, virtual_stages=1)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
                 self._part_cache.clear()
