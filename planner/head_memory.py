@@ -103,8 +103,10 @@ class HeadMemory:
         if self._held_share(layout):
             held = MemoryBytes(activations=norm, logits=of_hidden + kept)
             return held, held, most - of_hidden - kept
-        between = MemoryBytes(activations=norm, logits=of_hidden + kept)
-        return MemoryBytes(logits=after), between, norm + most - after
+        held, between = MemoryBytes(logits=after), MemoryBytes(activations=norm, logits=of_hidden + kept)
+        # A split backward goes on to the moment between its halves, which has all but what passes in the head.
+        passing = max(0.0, most - of_hidden - kept) if layout.splits_backward else norm + most - after
+        return held, between, passing
 
     def _weight_gradient_after(self, layout: Layout, matrix: float) -> float:
         """The weight's gradient of the microbatch, from the head's backward to the end of that of all layers.

@@ -18,10 +18,12 @@ from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
-from .schedule import in_flight, input_halves
+from .schedule import held_by_torch, input_halves
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
+# Chunks of a rank whose weights torch's pipeline has gathered at once (torch 2.13, `_add_unshard_reshard`).
+STAGES_GATHERED = 3
 
 
 class MemoryModel:
@@ -58,8 +60,13 @@ class MemoryModel:
         wrapped = shared or self._job.precision != "fp32"
         stays = wrapped and (layout.zero < 3 or layout.pp > 1 or root)
         gathered = self._element_bytes * parameters if stays else 0.0
+        if not root:  # of even chunks; which of them has the root's cannot be said
+            gathered *= min(1.0, STAGES_GATHERED / layout.virtual_stages)
         late = self._gradients_come_late(layout) and not (root and layout.pp > 1)  # embeddings hold no activations
         gradients = 0.0 if late else self._gradient_bytes(layout, parameters, shards)
+        if wrapped and self._halves_apart(layout):
+            others = 1.0 - 1.0 / layout.virtual_stages
+            gradients += others * self._narrow_bytes * parameters
         return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
 
     def _gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
@@ -76,6 +83,17 @@ class MemoryModel:
         if layout.pp == 1:
             return layout.microbatches(self._job.global_batch) == 1
         return layout.forwards_first
+
+    def _halves_apart(self, layout: Layout) -> bool:
+        """Whether weights' halves of backwards leave gradients in the compute precision, which FSDP2 widens and adds to
+        its sums at the end of the layer's next input's half. By then those of the rank's other chunks have had theirs.
+        DualPipeV splits backwards at its ends only."""
+        return layout.splits_backward and layout.schedule != "dualpipev"
+
+    @property
+    def _narrow_bytes(self) -> int:
+        """Bytes of a gradient that must be widened."""
+        return self._element_bytes if self._element_bytes != _FP32_BYTES else 0
 
     def _late_gradients(self, layout: Layout, parameters: float, activations: float) -> float:
         """What a layer's gradients add to each microbatch in flight, where they come late.
@@ -157,6 +175,8 @@ class MemoryModel:
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp)
         gathered = 2 * element * parameters if gathers else 0.0
         start = kept.transient + gathered + whole - held
+        if fsdp and self._halves_apart(layout):
+            start += self._narrow_bytes * parameters - self._left_between(kept)
         if not fsdp or (layout.dp * layout.cp == 1 and self._job.precision == "fp32"):
             return start
         reduced = _FP32_BYTES * parameters
@@ -167,12 +187,20 @@ class MemoryModel:
         share = max(1, self._model.layers // layout.pp)
         return max(start, reduced * (1 + 1 / layout.shards) - share * (element * parameters + held))
 
+    def _left_between(self, kept: KeptBytes) -> float:
+        """Of a layer's passing gradients those that a split backward leaves between its halves: there they are held,
+        and that moment comes after each input's half."""
+        return min(kept.transient, kept.weight - kept.none)
+
     def embedding(self, layout: Layout) -> PartMemory:
         state = self._state(layout, self.embedding_parameters(layout), root=True)
-        # The gradient of the table is a tensor of its own before it is added to the sum.
-        again = self._software.on_fsdp and layout.microbatches(self._job.global_batch) > 1
-        passing = self._element_bytes * self._head_matrix(layout) if again else 0.0
+        passing = self._table_gradient(layout)
         return PartMemory(state, NO_BYTES, NO_BYTES, passing, passing, NO_BYTES, passing)
+
+    def _table_gradient(self, layout: Layout) -> float:
+        """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
+        again = self._software.on_fsdp and layout.microbatches(self._job.global_batch) > 1
+        return self._element_bytes * self._head_matrix(layout) if again else 0.0
 
     def head(self, layout: Layout) -> PartMemory:
         """Last norm, product and loss (`HeadMemory`)."""
@@ -220,9 +248,22 @@ class MemoryModel:
         return MemoryBytes(
             pipeline_buffers=boundary * buffers * directions,
             activations=boundary * beside,
+            transient=self._first_stage_passing(layout) if rank == 0 else 0.0,
             communicators=groups * self._hardware.communicator_bytes,
             context=self._hardware.context_bytes,
         )
+
+    def _first_stage_passing(self, layout: Layout) -> float:
+        """The first stage has no input's half: what `_left_between` takes off its layers' backward passes there, as far
+        as the table's gradient does not pass anyway."""
+        if not (self._software.on_torch_pipeline and self._halves_apart(layout)):
+            return 0.0
+        most, table = 0.0, self._table_gradient(layout)
+        for kind in {segment.kind for segment in self._model.segments}:
+            kept, parameters = self._activations.layer(layout, kind), sum(self.block_parameters(layout, kind))
+            whole = kept.transient + self._narrow_bytes * parameters
+            most = max(most, min(self._left_between(kept), whole - table))
+        return most
 
     def _beside_buffers(self, layout: Layout, rank: int, microbatches: int) -> int:
         """Activations of a stage boundary that torch's pipeline holds on a rank beside its receive buffers.
@@ -241,7 +282,7 @@ class MemoryModel:
         received = [s > 0 and not widens for s in held]
         sent = [s < layout.stages - 1 and s + 1 not in held for s in held]
         kept = [0]
-        for moment in in_flight(pipeline)[rank]:
+        for moment in held_by_torch(pipeline)[rank]:
             full = sum(n * (s - r) for n, s, r in zip(moment.full, sent, received, strict=True))
             kept.append(full - sum(n * r for n, r in zip(moment.weight_only, received, strict=True)))
         halves = input_halves(pipeline)[rank] if layout.splits_backward else (0,) * len(held)

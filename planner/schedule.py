@@ -32,6 +32,7 @@ __all__ = [
     "Pipeline",
     "action_lists",
     "first_flight",
+    "held_by_torch",
     "in_flight",
     "input_halves",
     "least_in_flight",
@@ -142,6 +143,17 @@ def in_flight(pipeline: Pipeline, part_of_full: bool = False) -> tuple[tuple[InF
     `part_of_full`: only sums that weigh a chunk's weight_only no more than its full, which takes far fewer moments.
     """
     return _in_flight(_shortest(pipeline), part_of_full)
+
+
+@lru_cache(maxsize=1024)
+def held_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+    """`in_flight` as torch's runtime has it: on the first stage, whose input has no gradient, the input's half of a
+    backward does nothing and all stays until the weights' (torch 2.13, `backward_one_chunk`)."""
+    first, *others = in_flight(pipeline)
+    if pipeline.schedule not in SPLIT_BACKWARD:
+        return (first, *others)
+    whole = {InFlight((v.full[0] + v.weight_only[0], *v.full[1:]), (0, *v.weight_only[1:])) for v in first}
+    return (_largest(sorted(whole), part_of_full=False), *others)
 
 
 @lru_cache(maxsize=4096)

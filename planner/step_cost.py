@@ -26,9 +26,9 @@ from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
 from .layout_seconds import LayoutSeconds, SegmentSeconds
 from .memory_bytes import MemoryBytes, PartMemory
-from .memory_cost import MemoryModel
+from .memory_cost import STAGES_GATHERED, MemoryModel
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, first_flight, in_flight
+from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, first_flight, held_by_torch, in_flight
 from .space import LayoutGroup
 
 # Seconds and bytes of a layer by its kind, of "embedding" and "head"; the seconds besides of "microbatch".
@@ -94,7 +94,7 @@ class CostModel:
             embedding_memory=memory["embedding"],
             head_memory=memory["head"],
             fixed_memory=self._fixed_memory(layout, timed.microbatches),
-            in_flight=in_flight(timed.pipeline),
+            in_flight=(held_by_torch if self._software.on_torch_pipeline else in_flight)(timed.pipeline),
             allocator_slack=self._hardware.allocator_slack,
         )
 
@@ -126,8 +126,10 @@ class CostModel:
         return parts
 
     def _part_bytes(self, layout: Layout) -> _PartBytes:
-        """What does not depend on the number of chunks."""
-        key = layout if layout.virtual_stages == 1 else replace(layout, virtual_stages=1)
+        """What does not depend on the number of chunks, but where torch's pipeline keeps only some chunks' weights
+        gathered, or gradients of some chunks apart."""
+        some = self._software.on_torch_pipeline and (layout.virtual_stages > STAGES_GATHERED or layout.splits_backward)
+        key = layout if some or layout.virtual_stages == 1 else replace(layout, virtual_stages=1)
         if key not in self._bytes_cache:
             if len(self._bytes_cache) >= _MOST_PARTS:
                 self._bytes_cache.clear()
@@ -210,11 +212,16 @@ class CostModel:
         """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
         assignment holds less on all its ranks together."""
         least = float("inf")
-        # Gradients come late where all forwards are first (`memory_cost`); all other schedules have the same state.
-        late = [schedule for schedule, _ in group.pipelines if schedule in FORWARDS_FIRST]
-        others = [schedule for schedule, _ in group.pipelines if schedule not in FORWARDS_FIRST]
-        for schedule in late[:1] + others[:1]:
-            memory = self._part_bytes(replace(group.base, schedule=schedule))
+        # Gradients come late where all forwards are first, more chunks have fewer weights gathered at once, and split
+        # backwards have gradients besides (`memory_cost`).
+        most = {"gpipe": 0, "1f1b": 0}
+        for schedule, chunks in group.pipelines:
+            like = "gpipe" if schedule in FORWARDS_FIRST else "1f1b"
+            most[like] = max(most[like], chunks)
+        for schedule, chunks in most.items():
+            if not chunks:
+                continue
+            memory = self._part_bytes(replace(group.base, schedule=schedule, virtual_stages=chunks))
             total = sum(segment.count * memory[segment.kind].totals.state for segment in self._model.segments)
             least = min(least, total + memory["embedding"].totals.state + memory["head"].totals.state)
         return least
