@@ -31,7 +31,7 @@ from .data import load_corpus
 from .failure import RunFailed
 from .mesh import coordinate_of
 from .metrics import METRICS_FILE
-from .trainer import Record, TrainOptions, check_vocabulary, run
+from .trainer import Record, TrainOptions, check_target, check_vocabulary, run
 
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
 # this process it has no threads and no CUDA context that a fork would break.
@@ -55,6 +55,7 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
     WORLD_SIZE set) it is one of them, and rank 0 reports progress. Raises InputError for what a person can
     put right, RunFailed when a rank dies, and KeyboardInterrupt on Ctrl-C, in each case with no rank left.
     """
+    check_target(plan)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if os.environ["RANK"] == "0":
             run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume)
@@ -82,7 +83,10 @@ def _check(plan: Plan, options: TrainOptions) -> None:
 
 
 def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None]) -> None:
-    """Run `body` (a module's function, `trainer.run` but in tests of failure) on each rank, to the end."""
+    """Run `body` (a module's function: `trainer.run`, or what `verify` compares) on each rank, to the end.
+
+    Of the options this reads where the logs go. Raises RunFailed and KeyboardInterrupt as `train` does.
+    """
     world_size = plan.layout.world_size
     with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch, _one_thread_a_rank(), _torch_silent():
         config = LaunchConfig(

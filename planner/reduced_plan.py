@@ -1,0 +1,247 @@
+"""A plan at reduced size: the same kinds of everything, so few of each that one small machine runs it in seconds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from profiles.model import ModelSpec
+
+from .layout import LOSS_TOKENS, RECOMPUTE_MODES, Layout
+from .plan import Plan, Stage
+from .rules import RuleContext, violations
+from .schedule import why_illegal
+
+MOST_RANKS = 8  # processes of one small machine; 8 hold two of each of tp, pp and dp
+# What is small enough to run at once and large enough that no axis of at most 8 ranks gets an empty share.
+_HEAD_DIM, _SEQUENCE, _ROWS = 8, 16, 64
+_PRIME_ROWS = 61  # no tp from 2 to 8 divides it, and each leaves the last rank some
+_MOST_OF_A_MICROBATCH = 2  # sequences
+_ACCUMULATED = 3  # microbatches without a pipeline; with one, twice its ranks, which has a steady state
+_BLOCKS = 2  # of a stage that has at least so many; one more where it has more blocks than another
+_HSDP_RANKS = 4  # of dp: two copies of two shards
+
+SIZE, RANKS, ROUNDING = (
+    "seconds instead of hours",
+    f"at most {MOST_RANKS} ranks here",
+    "rounding in 16 bits would hide what differs",
+)
+
+Counts = dict[str, int]  # blocks by recompute mode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What is smaller than in the plan, or other, and why."""
+
+    what: str
+    before: str
+    after: str
+    why: str
+
+    def to_dict(self) -> dict[str, str]:
+        return dict(vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedPlan:
+    """`plan` is what to run; its prediction and certificate are still those of the whole plan.
+
+    `loss_tokens` are the tokens of a piece of the loss, so that a plan whose loss comes in pieces keeps several.
+    """
+
+    plan: Plan
+    loss_tokens: int
+    changes: tuple[Change, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "layout": self.plan.layout.to_dict(),
+            "model": self.plan.model.to_dict(),
+            "global_batch": self.plan.job.global_batch,
+            "sequence": self.plan.job.sequence,
+            "reduced": [change.to_dict() for change in self.changes],
+        }
+
+
+def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
+    """The plan on at most `most_ranks` ranks, of a model of the same form.
+
+    Kept are the schedule and its chunks, zero, sequence parallelism, every axis above 1 (as much of pp as fits, then of
+    tp, then of dp), HSDP where 4 ranks of dp fit, which stages have more blocks than others and which none, every
+    recompute mode, grouped and shared key-value heads, whether tp divides the vocabulary, and all that the model is
+    besides its sizes. Precision is fp32.
+    """
+    before = plan.layout
+    pp, tp, dp, dp_shard = _degrees(before, most_ranks)
+    layout = replace(
+        before, pp=pp, tp=tp, dp=dp, dp_shard=dp_shard, micro_batch=min(before.micro_batch, _MOST_OF_A_MICROBATCH)
+    )
+    stages = _stages(plan, layout)
+    sequence = -(-min(plan.job.sequence, _SEQUENCE) // tp) * tp
+    model = _small_model(plan.model, before.tp, tp, sequence, plan.job.sequence, stages[-1].end)
+    microbatches = _microbatches(plan.microbatches, layout)
+    job = replace(
+        plan.job,
+        global_batch=layout.micro_batch * dp * microbatches,
+        sequence=sequence,
+        precision="fp32",
+        memory_limit_bytes=None,
+        pins={},
+        bans=(),
+    )
+    reasons = violations(layout, RuleContext(model, job, layout.world_size))
+    assert not reasons, reasons
+    ranks = layout.world_size
+    links = (replace(plan.cluster.links[0], span=ranks),)
+    cluster = replace(plan.cluster, nodes=1, devices_per_node=ranks, links=links)
+    small = replace(plan, model=model, cluster=cluster, job=job, layout=layout, stages=stages, alternatives=())
+    whole, tokens = before.micro_batch * plan.job.sequence, layout.micro_batch * sequence
+    loss_tokens = max(1, 2 * tokens // 5) if whole > LOSS_TOKENS else tokens  # three pieces, the last one smaller
+    return ReducedPlan(plan=small, loss_tokens=loss_tokens, changes=tuple(_changes(plan, small)))
+
+
+# ---- layout --------------------------------------------------------------------------------------------------
+
+
+def _degrees(layout: Layout, most_ranks: int) -> tuple[int, int, int, int]:
+    """(pp, tp, dp, dp_shard)."""
+
+    def down(degree: int) -> range:
+        return range(min(degree, most_ranks), min(degree, 2) - 1, -1)
+
+    hsdp = bool(layout.zero) and layout.dp_shard < layout.dp
+    for replicas, dps in ((2, (_HSDP_RANKS,) if hsdp else ()), (1, down(layout.dp))):
+        for pp, tp, dp in itertools.product(down(layout.pp), down(layout.tp), dps):
+            if pp * tp * dp <= most_ranks:
+                return pp, tp, dp, dp // replicas if layout.zero else 1
+    raise AssertionError(f"no two ranks of each axis in {most_ranks}")
+
+
+def _microbatches(number: int, layout: Layout) -> int:
+    """Microbatches of a step, few and such that torch runs the schedule with them."""
+    if layout.pp == 1:
+        return min(number, _ACCUMULATED)
+    most = min(number, 2 * layout.pp)
+    legal = (count for count in range(most, 0, -1) if why_illegal(layout.pipeline(count)) is None)
+    return next(legal)
+
+
+# ---- stages --------------------------------------------------------------------------------------------------
+
+
+def _stages(plan: Plan, layout: Layout) -> tuple[Stage, ...]:
+    """Stages evenly chosen from the plan's, the first and the last among them, with few blocks each."""
+    places, pipeline = range(layout.stages), layout.pipeline(1)
+    step = (len(plan.stages) - 1) / max(1, layout.stages - 1)
+    chosen = [plan.stages[round(place * step)] for place in places]
+    sizes = [stage.end - stage.first for stage in chosen]
+    fewest = min((size for size in sizes if size), default=0)
+    counts = [_few(_modes(stage), _BLOCKS + (size > fewest)) for stage, size in zip(chosen, sizes, strict=True)]
+    for mode in RECOMPUTE_MODES:  # those that only stages had which were not chosen
+        having = [index for index, stage in enumerate(plan.stages) if _modes(stage)[mode]]
+        if having and not any(count[mode] for count in counts):
+            counts[round(having[0] / step) if step else 0][mode] = 1
+    ends = list(itertools.accumulate(sum(count.values()) for count in counts))
+    return tuple(
+        Stage(
+            rank=pipeline.rank_of(place),
+            chunk=pipeline.stages_of(pipeline.rank_of(place)).index(place),
+            first=ends[place - 1] if place else 0,
+            end=ends[place],
+            embedding=place == 0,
+            head=place == places[-1],
+            recompute_none=counts[place]["none"],
+            recompute_selective=counts[place]["selective"],
+            recompute_full=counts[place]["full"],
+        )
+        for place in places
+    )
+
+
+def _modes(stage: Stage) -> Counts:
+    return {mode: getattr(stage, f"recompute_{mode}") for mode in RECOMPUTE_MODES}
+
+
+def _few(counts: Counts, most: int) -> Counts:
+    """One block of each mode that there is, and up to `most` in all, the rest of the commonest mode."""
+    few = {mode: min(count, 1) for mode, count in counts.items()}
+    common = max(counts, key=lambda mode: counts[mode])
+    few[common] += max(0, min(sum(counts.values()), most) - sum(few.values()))
+    return few
+
+
+# ---- model ---------------------------------------------------------------------------------------------------
+
+
+def _small_model(
+    model: ModelSpec, tp_before: int, tp: int, sequence: int, sequence_before: int, layers: int
+) -> ModelSpec:
+    heads, kv_heads = _heads(model, tp_before, tp)
+    hidden = heads * _HEAD_DIM
+    if model.query_width != model.hidden_size:
+        hidden += _HEAD_DIM
+    rows = -(-_ROWS // tp) * tp if model.vocab_size % tp_before == 0 else _PRIME_ROWS
+    return replace(
+        model,
+        name=f"{model.name} reduced",
+        layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=-(-2 * hidden // tp) * tp,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_HEAD_DIM,
+        vocab_size=rows,
+        max_positions=sequence * (2 if model.max_positions > sequence_before else 1),
+    )
+
+
+def _heads(model: ModelSpec, tp_before: int, tp: int) -> tuple[int, int]:
+    """(heads, key-value heads), grouped as the model's and shared by ranks of tp as there."""
+    shared = tp_before // model.kv_heads  # ranks to a key-value head
+    if shared > 1:
+        return (tp if model.heads == tp_before else 2 * tp), (tp // 2 if tp % 2 == 0 else 1)
+    kv_heads = tp if model.kv_heads == tp_before else 2 * tp
+    return (kv_heads if model.heads == model.kv_heads else 2 * kv_heads), kv_heads
+
+
+# ---- what changed --------------------------------------------------------------------------------------------
+
+
+def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
+    layout, model, job = small.layout, small.model, small.job
+    rows = [
+        ("layout", plan.layout.short(), layout.short(), _why_layout(plan.layout, layout)),
+        ("ranks", plan.layout.world_size, layout.world_size, RANKS),
+        ("microbatches", plan.microbatches, small.microbatches, SIZE),
+        ("blocks a stage", _blocks(plan.stages), _blocks(small.stages), SIZE),
+        ("hidden size, feed-forward", *(f"{m.hidden_size}, {m.ffn_hidden_size}" for m in (plan.model, model)), SIZE),
+        ("heads × width", *(_heads_text(m) for m in (plan.model, model)), SIZE),
+        ("vocabulary", plan.model.vocab_size, model.vocab_size, SIZE),
+        ("sequence", plan.job.sequence, job.sequence, SIZE),
+        ("precision", plan.job.precision, "fp32" if plan.job.precision == "fp32" else "fp32, float64", ROUNDING),
+    ]
+    for what, before, after, why in rows:
+        if str(before) != str(after):
+            yield Change(what=what, before=str(before), after=str(after), why=why)
+
+
+def _why_layout(before: Layout, after: Layout) -> str:
+    if after.zero and before.dp_shard < before.dp and after.dp_shard == after.dp:
+        return f"{RANKS}; HSDP is left out, it needs {_HSDP_RANKS} of dp"
+    return RANKS if after.world_size < before.world_size else SIZE
+
+
+def _heads_text(model: ModelSpec) -> str:
+    kv = f" ({model.kv_heads} key-value)" if model.kv_heads != model.heads else ""
+    return f"{model.heads} × {model.head_dim}{kv}"
+
+
+def _blocks(stages: Sequence[Stage]) -> str:
+    """`12` where all stages have as many, else `17, 15`; of very many the least and the most."""
+    sizes = [stage.end - stage.first for stage in stages]
+    if len(set(sizes)) == 1:
+        return str(sizes[0])
+    return ", ".join(map(str, sizes)) if len(sizes) <= MOST_RANKS else f"{min(sizes)} to {max(sizes)}"
