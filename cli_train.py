@@ -107,7 +107,7 @@ def _dry_run(plan_file: Path | None, model: str | None, rank: int | None, as_jso
     from runtime.dry_run import dry_run, forwards
     from runtime.gpu_rank import run_on_gpu
     from runtime.progress import counted_progress
-    from runtime.trainer import check_target
+    from runtime.target import check_target
 
     if plan_file is None:
         raise _goes_with_dry_run("PLAN.YAML")
@@ -142,7 +142,7 @@ def verify(
     from planner.reduced_plan import reduce_plan
     from planner.verify_report import verify_report
     from runtime.progress import spinner
-    from runtime.trainer import check_target
+    from runtime.target import check_target
     from runtime.verify import verify as run_beside_one_process
 
     plan = load(plan_file)

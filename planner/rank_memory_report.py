@@ -68,8 +68,8 @@ def _difference(size: float) -> str:
 
 
 def _gpu_text(found: RankMemory, gpu: Mapping[str, Any]) -> str:
-    if gpu["allocated_bytes"] is None:
-        return f"on this machine's {gpu['device']} the rank runs out of memory"
+    if gpu["failed"] is not None:
+        return f"on this machine's {gpu['device']}: {gpu['failed']}"
     return (
         f"on this machine's {gpu['device']}: peak {bytes_text(gpu['allocated_bytes'])} allocated, "
         f"{bytes_text(gpu['reserved_bytes'])} reserved; a step takes {seconds_text(gpu['step_seconds'])} without "

@@ -26,7 +26,7 @@ _HSDP_RANKS = 4  # of dp: two copies of two shards
 SIZE, RANKS, ROUNDING = (
     "seconds instead of hours",
     f"at most {MOST_RANKS} ranks here",
-    "rounding in 16 bits would hide what differs",
+    "16 bits would hide what differs",
 )
 
 Counts = dict[str, int]  # blocks by recompute mode
@@ -211,16 +211,18 @@ def _heads(model: ModelSpec, tp_before: int, tp: int) -> tuple[int, int]:
 
 
 def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
-    layout, model, job = small.layout, small.model, small.job
+    old, new = plan.layout, small.layout
+    models = (plan.model, small.model)
     rows = [
-        ("layout", plan.layout.short(), layout.short(), _why_layout(plan.layout, layout)),
-        ("ranks", plan.layout.world_size, layout.world_size, RANKS),
+        ("ranks, pp·tp·dp", *(f"{o.world_size} = {o.pp}·{o.tp}·{o.dp}" for o in (old, new)), RANKS),
+        ("shards of HSDP", *map(_hsdp_text, (old, new)), f"HSDP needs {_HSDP_RANKS} ranks of dp"),
+        ("micro batch", old.micro_batch, new.micro_batch, SIZE),
         ("microbatches", plan.microbatches, small.microbatches, SIZE),
         ("blocks a stage", _blocks(plan.stages), _blocks(small.stages), SIZE),
-        ("hidden size, feed-forward", *(f"{m.hidden_size}, {m.ffn_hidden_size}" for m in (plan.model, model)), SIZE),
-        ("heads × width", *(_heads_text(m) for m in (plan.model, model)), SIZE),
-        ("vocabulary", plan.model.vocab_size, model.vocab_size, SIZE),
-        ("sequence", plan.job.sequence, job.sequence, SIZE),
+        ("hidden, feed-forward", *(f"{model.hidden_size:,}, {model.ffn_hidden_size:,}" for model in models), SIZE),
+        ("heads × width", *map(_heads_text, models), SIZE),
+        ("vocabulary", *(f"{model.vocab_size:,}" for model in models), SIZE),
+        ("sequence", f"{plan.job.sequence:,}", f"{small.job.sequence:,}", SIZE),
         ("precision", plan.job.precision, "fp32" if plan.job.precision == "fp32" else "fp32, float64", ROUNDING),
     ]
     for what, before, after, why in rows:
@@ -228,10 +230,8 @@ def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
             yield Change(what=what, before=str(before), after=str(after), why=why)
 
 
-def _why_layout(before: Layout, after: Layout) -> str:
-    if after.zero and before.dp_shard < before.dp and after.dp_shard == after.dp:
-        return f"{RANKS}; HSDP is left out, it needs {_HSDP_RANKS} of dp"
-    return RANKS if after.world_size < before.world_size else SIZE
+def _hsdp_text(layout: Layout) -> str:
+    return str(layout.dp_shard) if layout.zero and layout.dp_shard < layout.dp else "none"
 
 
 def _heads_text(model: ModelSpec) -> str:

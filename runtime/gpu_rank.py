@@ -16,8 +16,6 @@ import torch
 from planner.plan import Plan
 
 from .dry_run import in_its_world, no_tokens, skip_vote
-from .failure import RunFailed
-from .mesh import coordinate_of
 from .step import build_state, training_step
 
 STEPS = 3  # the first makes the optimizer's state and loads kernels, the rest are timed
@@ -28,23 +26,22 @@ class GpuRank:
     """Peaks of the allocator over all steps, and the seconds of the fastest step but the first.
 
     `allocated_bytes` are in tensors and kernels' workspaces, `reserved_bytes` with what the allocator could not use.
-    Collectives move nothing and take no time, so the seconds are compute and the host's. All None: out of memory.
+    Collectives move nothing and take no time, so the seconds are compute and the host's. `failed` says why there are
+    none of these.
     """
 
     device: str
-    allocated_bytes: int | None
-    reserved_bytes: int | None
-    step_seconds: float | None
+    allocated_bytes: int = 0
+    reserved_bytes: int = 0
+    step_seconds: float = 0.0
+    failed: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def run_on_gpu(plan: Plan, rank: int) -> GpuRank | None:
-    """Train as `rank` does, in a process of its own; None on a machine without CUDA.
-
-    Raises RunFailed when that process dies.
-    """
+    """Train as `rank` does, in a process of its own; None on a machine without CUDA."""
     if not torch.cuda.is_available():
         return None
     # Spawned: a fork would take a used CUDA context with it.
@@ -54,13 +51,11 @@ def run_on_gpu(plan: Plan, rank: int) -> GpuRank | None:
     process.start()
     sender.close()
     try:
-        return receiver.recv()
+        found = receiver.recv()
     except EOFError:
-        process.join()
-        stage = coordinate_of(rank, plan.layout).pp
-        raise RunFailed(rank=rank, stage=stage, exit_code=process.exitcode or 0) from None
-    finally:
-        process.join()
+        found = None
+    process.join()
+    return found or GpuRank(torch.cuda.get_device_name(), failed=f"its process ended with exit code {process.exitcode}")
 
 
 def _child(plan: Plan, rank: int, sender: Connection) -> None:
@@ -70,7 +65,7 @@ def _child(plan: Plan, rank: int, sender: Connection) -> None:
     try:
         sender.send(_run(plan, rank, device, name))
     except torch.cuda.OutOfMemoryError:
-        sender.send(GpuRank(name, None, None, None))
+        sender.send(GpuRank(name, failed="it runs out of memory"))
 
 
 def _run(plan: Plan, rank: int, device: torch.device, name: str) -> GpuRank:

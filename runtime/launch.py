@@ -31,7 +31,8 @@ from .data import load_corpus
 from .failure import RunFailed
 from .mesh import coordinate_of
 from .metrics import METRICS_FILE
-from .trainer import Record, TrainOptions, check_target, check_vocabulary, run
+from .target import check_target
+from .trainer import Record, TrainOptions, check_vocabulary, run
 
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
 # this process it has no threads and no CUDA context that a fork would break.
@@ -83,10 +84,7 @@ def _check(plan: Plan, options: TrainOptions) -> None:
 
 
 def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None]) -> None:
-    """Run `body` (a module's function: `trainer.run`, or what `verify` compares) on each rank, to the end.
-
-    Of the options this reads where the logs go. Raises RunFailed and KeyboardInterrupt as `train` does.
-    """
+    """Run `body` (a module's function, `trainer.run` but in tests of failure) on each rank, to the end."""
     world_size = plan.layout.world_size
     with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch, _one_thread_a_rank(), _torch_silent():
         config = LaunchConfig(

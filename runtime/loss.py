@@ -1,7 +1,7 @@
 """The vocabulary head's cross-entropy, some tokens at a time: the logits of a microbatch never exist as a whole.
 
 [Note: Loss in pieces]
-For every `tokens_at_once` tokens the logits are computed, turned into the loss and into its gradient in place, and that
+For every `LOSS_TOKENS` tokens the logits are computed, turned into the loss and into its gradient in place, and that
 into the gradients of the hidden states and of the head's weight; then they are gone. So the backward pass is left with
 nothing to compute, and what is kept has the size of the hidden states and of the weight, not of the logits. Schedules
 that hold many microbatches before their first backward would hold as many gradients of the weight; there the logits
@@ -31,7 +31,6 @@ class LossWay:
     microbatches, dp ranks and tp ranks add up to the mean and gradients are summed, never averaged. `first_row`,
     `group`: the rows of the vocabulary that this rank holds start there, and the group of those that hold the others.
     `backward_twice`: the schedule runs a backward in two halves, each of which asks for all gradients.
-    `tokens_at_once`: of a piece.
     """
 
     tokens_per_step: int = 1
@@ -39,7 +38,6 @@ class LossWay:
     group: dist.ProcessGroup | None = None
     logits_again: bool = False
     backward_twice: bool = False
-    tokens_at_once: int = LOSS_TOKENS
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay) -> torch.Tensor:
@@ -61,7 +59,7 @@ class _HeadLoss(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, way) if now else None
         total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
         normalisers = []
-        for piece in _pieces(len(hidden), way):
+        for piece in _pieces(len(hidden)):
             logits = (hidden[piece] @ weight.T).to(total.dtype)
             log_probabilities, normaliser = _log_probabilities(logits, way.group)
             rows, present = _rows(targets[piece], len(weight), way)
@@ -84,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
         if way.logits_again:
             hidden, weight, targets, normalisers = ctx.saved_tensors
             gradients = _Gradients(hidden, weight, way)
-            for piece in _pieces(len(hidden), way):
+            for piece in _pieces(len(hidden)):
                 logits = (hidden[piece] @ weight.T).to(normalisers.dtype)
                 rows, present = _rows(targets[piece], len(weight), way)
                 gradients.add(piece, logits.sub_(normalisers[piece].unsqueeze(-1)), rows, present)
@@ -109,7 +107,7 @@ class _Gradients:
         of_logits.scatter_add_(-1, rows.unsqueeze(-1), -present.to(of_logits.dtype).unsqueeze(-1))
         of_logits = of_logits.div_(self.way.tokens_per_step).to(self.weights.dtype)
         torch.mm(of_logits, self.weights, out=self.hidden[piece])
-        if len(self.inputs) <= self.way.tokens_at_once:
+        if len(self.inputs) <= LOSS_TOKENS:
             self.weight = of_logits.T @ self.inputs[piece]
         elif self.weight is None:
             self.weight = (of_logits.T @ self.inputs[piece]).to(_wide(self.weights.dtype))
@@ -127,9 +125,8 @@ class _Gradients:
         return hidden, weight
 
 
-def _pieces(tokens: int, way: LossWay) -> list[slice]:
-    size = way.tokens_at_once
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+def _pieces(tokens: int) -> list[slice]:
+    return [slice(start, min(start + LOSS_TOKENS, tokens)) for start in range(0, tokens, LOSS_TOKENS)]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -29,7 +29,6 @@ from .process_group import process_group
 from .step import StepResult, TrainState, build_state, sum_over_ranks, training_step
 
 Record = dict[str, Any]
-TARGET = "meshwright"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             )
             result = training_step(
                 state,
-                *own_tensors(batch, plan, state),
+                *_own_tensors(batch, plan, state),
                 learning_rate=learning_rate,
                 clip_norm=options.clip_norm,
                 watch=meter.watch(step - done),
@@ -116,18 +115,6 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             _write_record(plan, options, record, ranks, corpus)
 
 
-def check_target(plan: Plan) -> None:
-    """Raise InputError for a plan that another trainer is to carry out."""
-    if plan.job.target != TARGET:
-        raise InputError(
-            f"the plan is for {plan.job.target}, and this is another trainer",
-            where="plan: job.target",
-            expected=TARGET,
-            got=plan.job.target,
-            hint=f"plan again with --target {TARGET}",
-        )
-
-
 def check_vocabulary(plan: Plan) -> None:
     """Raise InputError where the model has fewer tokens than there are bytes."""
     if plan.model.vocab_size < VOCABULARY:
@@ -143,7 +130,7 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def own_tensors(batch: Any, plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
+def _own_tensors(batch: Any, plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets [microbatches · micro_batch, sequence] of this dp rank."""
     ids = torch.from_numpy(own_samples(batch, plan.layout, state.mesh.coordinate.dp))
     return ids[:, :-1].contiguous().to(state.device), ids[:, 1:].contiguous().to(state.device)
@@ -160,7 +147,7 @@ def _validate(plan: Plan, options: TrainOptions, corpus: Corpus, state: TrainSta
             samples=plan.job.global_batch,
             sequence=plan.job.sequence,
         )
-        total += state.runner.evaluate(*own_tensors(batch, plan, state))
+        total += state.runner.evaluate(*_own_tensors(batch, plan, state))
     return sum_over_ranks(total / options.validation_batches)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from planner.plan import Plan
 
+from . import loss
+from .data import own_samples
 from .launch import start_ranks
 from .parameters import WEIGHT_STD, cut, named_parameters
 from .plain_loop import PlainRun, run_plain
 from .process_group import process_group
 from .run_folder import LOGS_FOLDER
-from .step import TrainState, build_state, training_step
-from .trainer import TrainOptions, own_tensors
+from .step import StepResult, TrainState, build_state, training_step
+from .trainer import TrainOptions
 
 PRECISIONS = {"fp32": torch.float32, "float64": torch.float64}
 # Relative. Sums are taken in another order under every layout, and rounding differs with it.
@@ -36,7 +38,6 @@ _PLAIN_FILE = "plain.pt"
 Found = dict[
     str, Any
 ]  # what a rank writes: {precision: {quantity: [a figure a step]}, "parameters": {name: difference}}
-Body = Callable[[Plan, TrainOptions, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +82,10 @@ class Verdict:
         return {"holds": self.holds, "steps": self.steps, "checks": checks}
 
 
-def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float, body: Body | None = None) -> Verdict:
+def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float) -> Verdict:
     """Train `steps` steps in fp32 and in float64, on the plan's ranks (gloo, on this machine) and in this process.
 
-    The loss is computed `loss_tokens` at a time. `body` is what a rank runs, `run_rank` but in tests of what must not
-    pass. Raises RunFailed when a rank dies or waits longer than the timeout, KeyboardInterrupt on Ctrl-C.
+    The loss is computed `loss_tokens` at a time. Raises RunFailed when a rank dies or waits longer than the timeout, KeyboardInterrupt on Ctrl-C.
     """
     with tempfile.TemporaryDirectory(prefix="meshwright-") as name:
         folder = Path(name)
@@ -105,7 +105,7 @@ def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float, 
             for precision, dtype in PRECISIONS.items()
         }
         torch.save(plain[_FINEST].parameters, folder / _PLAIN_FILE)
-        start_ranks(plan, options, partial(body or run_rank, loss_tokens=loss_tokens))
+        start_ranks(plan, options, partial(run_rank, loss_tokens=loss_tokens))
         ranks = [json.loads(_found_path(folder, rank).read_text()) for rank in range(plan.layout.world_size)]
     return judge(plain, ranks)
 
@@ -113,21 +113,11 @@ def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float, 
 def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
     """One rank's part of `verify`, in a process that the launcher has started; its findings go to the run folder."""
     found: Found = {}
+    loss.LOSS_TOKENS = loss_tokens  # of this process, which ends with this function
     with process_group(plan.layout.world_size, options.timeout_seconds, on_cpu=True) as device:
         for precision, dtype in PRECISIONS.items():
             state = build_state(plan, device, dtype=dtype, seed=options.seed, weight_decay=options.weight_decay)
-            for chunk in state.chunks:
-                if chunk.head is not None:
-                    chunk.head.way = replace(chunk.head.way, tokens_at_once=loss_tokens)
-            results = [
-                training_step(
-                    state,
-                    *own_tensors(batch.numpy(), plan, state),
-                    learning_rate=options.learning_rate,
-                    clip_norm=None,
-                )
-                for batch in _batches(plan, options.steps)
-            ]
+            results = [_step(plan, options, state, batch) for batch in _batches(plan, options.steps)]
             found[precision] = {
                 "loss": [result.loss for result in results],
                 "gradient norm": [result.grad_norm for result in results],
@@ -135,6 +125,12 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
             if precision == _FINEST:
                 found["parameters"] = _differences(state, torch.load(options.run_dir / _PLAIN_FILE))
         _found_path(options.run_dir, dist.get_rank()).write_text(json.dumps(found))
+
+
+def _step(plan: Plan, options: TrainOptions, state: TrainState, batch: torch.Tensor) -> StepResult:
+    own = torch.from_numpy(own_samples(batch.numpy(), plan.layout, state.mesh.coordinate.dp))
+    inputs, targets = own[:, :-1].contiguous(), own[:, 1:].contiguous()
+    return training_step(state, inputs, targets, learning_rate=options.learning_rate, clip_norm=None)
 
 
 def judge(plain: Mapping[str, PlainRun], ranks: Sequence[Found]) -> Verdict:
