@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli_checks import run_dry, verify
 from cli_parts import (
     Cluster,
     Devices,
@@ -24,7 +26,6 @@ from cli_parts import (
     print_json,
     print_report,
 )
-from cli_train import train, verify
 
 if TYPE_CHECKING:
     from planner.errors import NoPlanError
@@ -211,10 +212,98 @@ def profile(
         print_report(answer.report)
 
 
-app.command(
+@app.command(
     epilog="Examples: cli.py train (this machine, a small model) | cli.py train plan.yaml --steps 1000 | "
     "cli.py train plan.yaml --dry-run (the memory of one rank, for a plan of any size)"
-)(train)
+)
+def train(
+    plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.YAML]", help="None: plan first.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model to plan for, or that the plan must be for.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Text file or folder; default Python's library.")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 300,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; default runs/DATE-TIME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --run-dir.")] = False,
+    global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Without a plan: sequences a step.")] = 16,
+    sequence: Annotated[int, typer.Option("--seq", min=1, help="Without a plan: tokens a sequence.")] = 256,
+    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 3e-3,
+    min_learning_rate: Annotated[float, typer.Option("--min-lr", min=0.0, help="Where the cosine ends.")] = 3e-4,
+    warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
+    clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
+    timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
+    balance_loss: Annotated[
+        float, typer.Option("--balance-loss", min=0.0, help="Weight of the experts' balance loss; 0 for none.")
+    ] = 1e-3,
+    bias_rate: Annotated[
+        float, typer.Option("--bias-rate", min=0.0, help="Step of routers' selection biases, where they have them.")
+    ] = 1e-3,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: one rank's memory, for a plan of any size.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="With --dry-run: which; default one that should hold the most.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")] = False,
+) -> None:
+    """Train as a plan says; without one, profile this machine, plan, and train a small model."""
+    if dry_run or rank is not None or as_json:
+        run_dry(plan_file, model, rank, as_json, asked=dry_run)
+        return
+    joins = "RANK" in os.environ  # one of the ranks that torchrun has started
+    if joins and (run_dir is None or (plan_file is None and not resume)):
+        from runtime.run_folder import torchrun_needs_files
+
+        raise torchrun_needs_files()
+
+    from planner.planning import PlanAnswer, plan_to_train
+    from planner.record import RECORD_FILE
+    from planner.report import record_report
+    from profiles.catalogue import resolve_hardware_path
+    from profiles.hardware import load_hardware
+    from profiles.store import parse_yaml, read_text
+    from runtime.experts import Balance
+    from runtime.launch import train as launch
+    from runtime.progress import step_progress
+    from runtime.run_folder import default_run_dir
+    from runtime.trainer import TrainOptions
+
+    found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line())
+    if isinstance(found, PlanAnswer):
+        print_report(found.report())
+    chosen = found.plan if isinstance(found, PlanAnswer) else found
+    assert chosen is not None
+    folder = run_dir or default_run_dir()
+    hardware = load_hardware(resolve_hardware_path(chosen.cluster.hardware))
+    options = TrainOptions(
+        run_dir=folder,
+        steps=steps,
+        learning_rate=learning_rate,
+        min_learning_rate=min(min_learning_rate, learning_rate),
+        warmup_steps=warmup,
+        clip_norm=clip or None,
+        seed=seed,
+        data=data,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        timeout_seconds=timeout,
+        peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
+        balance=Balance(balance_loss, bias_rate),
+    )
+    try:
+        with step_progress(steps, chosen.job.tokens) as on_progress:
+            launch(chosen, options, on_progress)
+    except KeyboardInterrupt:
+        print_report(f"interrupted; the ranks have ended, and {folder} holds what was done", error=True)
+        raise typer.Exit(130) from None
+    record = folder / RECORD_FILE
+    if record.exists() and os.environ.get("RANK", "0") == "0":
+        print_report(record_report(parse_yaml(read_text(record, "record"), str(record))))
+        print_report(f"run folder: {folder}")
+
+
 app.command(
     epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
 )(verify)

@@ -250,6 +250,11 @@ def why_no_recompute(mode: str, layout: Layout, context: RuleContext) -> str | N
             f"recompute={mode} with {layout.schedule}: torch 2.11 to 2.13 runs the recomputation of a split backward "
             "several times over (full) or raises (selective)"
         )
+    if mode == "selective" and context.model.experts is not None and not context.capabilities.experts_with_selective:
+        return (
+            "recompute=selective with experts: torch 2.11 to 2.13 may raise where FSDP2 wraps a part of what is "
+            "recomputed; ask for full"
+        )
     return None
 
 

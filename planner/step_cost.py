@@ -165,18 +165,20 @@ class CostModel:
     def _pace(self, layout: Layout, microbatches: int) -> float:
         """How many times its measured seconds compute takes: the slowest of the ranks, and those that are idle.
 
-        Points were measured with all ranks computing. Where stages share a node, a stage in its bubble leaves cores,
-        memory bandwidth or power to the others: of M + p - 1 slots, slot t has min(t + 1, p, M, M + p - 1 - t) stages
-        at work (arXiv 2104.04473, figure 3), and the mean over all that work counts.
+        Points were measured with all ranks computing. Where stages share cores, memory bandwidth or power, a stage in
+        its bubble leaves them to the others: of M + p - 1 slots, slot t has min(t + 1, p, M, M + p - 1 - t) stages
+        at work (arXiv 2104.04473, figure 3) and is as long as that many make it; the step is the sum of the slots. How
+        many ranks share anything is what contention was measured up to, whether or not they are one node.
         """
         pace = self._hardware.straggler_slowdown if layout.world_size > 1 else 1.0
-        ranks = min(self._devices_per_node, layout.world_size)
+        points = self._hardware.contention_points
+        ranks = min(layout.world_size, max((point.active for point in points), default=1))
         in_stage = layout.world_size // layout.pp
-        if layout.pp > 1 and ranks > in_stage and self._hardware.contention_points:
+        if layout.pp > 1 and ranks > in_stage:
             most, slots = ranks // in_stage, microbatches + layout.pp - 1
             busy = [min(t + 1, layout.pp, microbatches, slots - t) * most / layout.pp for t in range(slots)]
-            spent = sum(stages * self._hardware.contention(stages * in_stage) for stages in busy)
-            pace *= spent / sum(busy) / self._hardware.contention(ranks)
+            spent = sum(self._hardware.contention(stages * in_stage) for stages in busy)
+            pace *= spent / slots / self._hardware.contention(ranks)
         return pace
 
     def _part_compute(self, layout: Layout) -> dict[str, ComputeCost]:

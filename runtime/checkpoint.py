@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from profiles.input_error import InputError
 
-from .parameters import named_parameters, tied_copies
+from .parameters import named_buffers, named_parameters, tied_copies
 from .transformer import Chunk
 
 FOLDER = "checkpoints"
@@ -92,6 +92,7 @@ def _state(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int) -> 
     A rank that holds two copies of a tied matrix saves the last; `_refresh_tied` fills the other.
     """
     state: dict[str, Any] = {"step": torch.tensor(step)}
+    state |= {f"model.{name}": buffer for name, buffer in named_buffers(chunks)}
     for name, parameter in named_parameters(chunks):
         moments = _moments(optimizer, parameter)
         state[f"model.{name}"] = parameter.detach()

@@ -68,8 +68,10 @@ def dry_run(
     what it learns of the process groups.
     """
     assert fake or not gpu_kernels, "stand-ins compute nothing"
+    model = plan.model
     with in_its_world(plan, rank), ExitStack() as stack:
-        mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=plan.model.tied_embeddings)
+        experts = model.experts is not None
+        mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=model.tied_embeddings, experts=experts)
         chunks = shape_chunks(plan, mesh, dtype=torch.float32)
         live = LiveBytes("transient")
         stack.enter_context(_quiet_metadata())

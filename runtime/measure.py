@@ -36,7 +36,12 @@ class OperationTimer(TorchDispatchMode):
     def __init__(self, mesh: RankMesh, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
-        self.axis_of_group: dict[str, str] = {group.group_name: axis for axis in AXES for group in mesh.groups(axis)}
+        axes = {axis: axis for axis in AXES}
+        if mesh.expert_mesh is not None:  # experts are reduced over edp, and ep and etp move their tokens
+            axes |= {"edp": "dp", "ep": "ep", "etp": "ep"}
+        self.axis_of_group: dict[str, str] = {
+            group.group_name: booked for axis, booked in axes.items() for group in mesh.groups(axis)
+        }
         self.counts: dict[str, int] = {}
         self._marks: list[bool] = []  # of the spans that are open: whether each is FSDP2's
         self._entered: Any = None
@@ -117,7 +122,7 @@ class StepMeter:
     watched_steps: tuple[int, ...] = ()
     _tables: dict[int, dict[str, float]] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)
-    _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": []})
+    _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": [], "ep": []})
     _kernels: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KERNELS})
 
     def watched(self, step: int) -> bool:
@@ -165,10 +170,10 @@ class StepMeter:
     def table(self, step: int) -> dict[str, float]:
         """Seconds of each part of `step`; they sum to its seconds.
 
-        tp and dp_exposed are medians over the watched steps and are taken out of compute.
+        tp, ep and dp_exposed are medians over the watched steps and are taken out of compute.
         """
         parts = dict(self._tables[step])
-        for part, axis in (("tp", "tp"), ("dp_exposed", "dp")):
+        for part, axis in (("tp", "tp"), ("ep", "ep"), ("dp_exposed", "dp")):
             seconds = statistics.median(self._communication[axis]) if self._communication[axis] else 0.0
             seconds = min(seconds, parts["compute"])
             parts[part] += seconds

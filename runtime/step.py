@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from planner.plan import Plan
 
+from .experts import Balance, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
 from .optimizer import build_optimizer, set_learning_rate
@@ -45,10 +46,24 @@ class StepResult:
     synchronise_seconds: float
 
 
-def build_state(plan: Plan, device: torch.device, *, dtype: torch.dtype, seed: int, weight_decay: float) -> TrainState:
+def build_state(
+    plan: Plan,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    weight_decay: float,
+    balance: Balance | None = None,
+) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it."""
-    mesh = build_mesh(plan.layout, device.type, tied_embeddings=plan.model.tied_embeddings)
+    model = plan.model
+    mesh = build_mesh(
+        plan.layout, device.type, tied_embeddings=model.tied_embeddings, experts=model.experts is not None
+    )
     chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed)
+    for router in routers_of(chunks):
+        router.balance = balance or Balance()
+        router.sequences_per_step = plan.job.global_batch
     return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay)
 
 
@@ -98,6 +113,7 @@ def training_step(
     set_learning_rate(state.optimizer, learning_rate)
     state.optimizer.step()
     state.optimizer.zero_grad()
+    update_selection_bias(routers_of(state.chunks), [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
     loss, _ = sums.tolist()
     if state.device.type == "cuda":

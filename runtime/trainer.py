@@ -22,6 +22,7 @@ from profiles.store import dump_yaml, write_atomically
 
 from . import checkpoint
 from .data import VOCABULARY, Corpus, bigram_loss, global_batch, load_corpus, own_samples, validation_batch
+from .experts import Balance
 from .measure import StepMeter, busiest
 from .metrics import MetricsWriter, peak_memory_bytes
 from .optimizer import learning_rate_at
@@ -56,6 +57,7 @@ class TrainOptions:
     timeout_seconds: float = 120.0
     dtype: torch.dtype = torch.float32
     peak_flops_per_second: float | None = None
+    balance: Balance | None = None
 
 
 def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None] | None = None) -> None:
@@ -68,7 +70,14 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
     with process_group(layout.world_size, options.timeout_seconds) as device, ExitStack() as stack:
         corpus = load_corpus(options.data, job.sequence)
         check_vocabulary(plan)
-        state = build_state(plan, device, dtype=options.dtype, seed=options.seed, weight_decay=options.weight_decay)
+        state = build_state(
+            plan,
+            device,
+            dtype=options.dtype,
+            seed=options.seed,
+            weight_decay=options.weight_decay,
+            balance=options.balance,
+        )
         folder = checkpoint.latest(options.run_dir) if options.resume else None
         done = checkpoint.load(folder, state.chunks, state.optimizer) if folder is not None else 0
         meter = StepMeter(state.mesh, state.runner.clock, layout.pp, options.steps - done)

@@ -81,7 +81,13 @@ def test_the_table() -> None:
 
 
 def test_a_gpu_says_its_peak_and_seconds_or_that_it_is_too_small() -> None:
-    device = {"device": "NVIDIA X", "allocated_bytes": 3 * 2**30, "reserved_bytes": 4 * 2**30, "step_seconds": 1.5, "failed": None}
+    device = {
+        "device": "NVIDIA X",
+        "allocated_bytes": 3 * 2**30,
+        "reserved_bytes": 4 * 2**30,
+        "step_seconds": 1.5,
+        "failed": None,
+    }
     text = " ".join(printed(found(device)).split())
     assert "NVIDIA X: peak 3.00 GiB allocated, 4.00 GiB reserved;" in text
     assert "a step takes 1.5 s without communication, 1 s by the plan" in text

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from planner.plan import Plan
+from runtime.experts import Balance, routers_of, update_selection_bias
 from runtime.gradients import square_sum
 from runtime.parameters import initialise
 from runtime.step import build_state, training_step
@@ -17,6 +18,7 @@ from runtime.transformer import build_chunk
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 SEED = 7
+BALANCE = Balance(loss_weight=0.1, bias_rate=0.01)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def own_samples(plan: Plan, tokens: torch.Tensor, dp_rank: int) -> torch.Tensor:
 
 def run_plan(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None = None) -> Trajectory:
     """Train through the runtime; on every rank of an initialised process group. All ranks return the same."""
-    state = build_state(plan, torch.device("cpu"), dtype=dtype, seed=SEED, weight_decay=WEIGHT_DECAY)
+    state = build_state(plan, torch.device("cpu"), dtype=dtype, seed=SEED, weight_decay=WEIGHT_DECAY, balance=BALANCE)
     losses, norms, clipped_norms = [], [], []
 
     def read_clipped_norm(*_: object) -> None:
@@ -73,6 +75,9 @@ def run_plain(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | Non
     chunk = build_chunk(model, plan.stages[0]).to(dtype).to_empty(device="cpu")
     chunk.tie()
     initialise([chunk], layers=model.layers, seed=SEED)
+    routers = routers_of([chunk])
+    for router in routers:
+        router.balance, router.sequences_per_step = BALANCE, plan.job.global_batch
     groups = [
         {"params": [p for p in chunk.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in chunk.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -90,6 +95,7 @@ def run_plain(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | Non
         )
         optimizer.step()
         optimizer.zero_grad()
+        update_selection_bias(routers, [])
         losses.append(loss.item())
         norms.append(norm.item())
     return Trajectory(losses, norms, clipped_norms)
