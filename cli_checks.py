@@ -26,13 +26,14 @@ def run_dry(plan_file: Path | None, model: str | None, rank: int | None, as_json
     from planner.rank_memory_report import rank_memory_report
     from profiles.catalogue import resolve_hardware_path
     from profiles.hardware import load_hardware
-    from runtime.dry_run import dry_run, forwards
+    from runtime.dry_run import check_plan, dry_run, forwards
     from runtime.gpu_rank import run_on_gpu
     from runtime.progress import counted_progress
     from runtime.target import check_target
 
     plan = plan_of_file(plan_file, model)
     check_target(plan)
+    check_plan(plan)
     rank = chosen_rank(plan, rank)
     on_gpus = load_hardware(resolve_hardware_path(plan.cluster.hardware)).backend == "nccl"
     start = time.perf_counter()

@@ -11,13 +11,13 @@ from profiles.model import ModelSpec
 
 from .layout import LOSS_TOKENS, RECOMPUTE_MODES, Layout
 from .plan import Plan, Stage
+from .reduced_model import small_model
 from .rules import RuleContext, violations
 from .schedule import why_illegal
+from .space import divisors
 
 MOST_RANKS = 8  # processes of one small machine; 8 hold two of each of tp, pp and dp
-# What is small enough to run at once and large enough that no axis of at most 8 ranks gets an empty share.
-_HEAD_DIM, _SEQUENCE, _ROWS = 8, 16, 64
-_PRIME_ROWS = 61  # no tp from 2 to 8 divides it, and each leaves the last rank some
+_SEQUENCE = 16  # tokens
 _MOST_OF_A_MICROBATCH = 2  # sequences
 _ACCUMULATED = 3  # microbatches without a pipeline; with one, twice its ranks, which has a steady state
 _BLOCKS = 2  # of a stage that has at least so many; one more where it has more blocks than another
@@ -71,21 +71,17 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
 
     Kept are the schedule and its chunks, zero, sequence parallelism, every axis above 1 (as much of pp as fits, then of
     tp, then of dp), HSDP where 4 ranks of dp fit, which stages have more blocks than others and which none, every
-    recompute mode, grouped and shared key-value heads, whether tp divides the vocabulary, and all that the model is
-    besides its sizes. Precision is fp32.
+    recompute mode, experts' axes above 1, and all that the model is besides its sizes. Precision is fp32.
     """
     before = plan.layout
-    pp, tp, dp, dp_shard = _degrees(before, most_ranks)
-    layout = replace(
-        before, pp=pp, tp=tp, dp=dp, dp_shard=dp_shard, micro_batch=min(before.micro_batch, _MOST_OF_A_MICROBATCH)
-    )
+    layout = _small_layout(before, most_ranks)
     stages = _stages(plan, layout)
-    sequence = -(-min(plan.job.sequence, _SEQUENCE) // tp) * tp
-    model = _small_model(plan.model, before.tp, tp, sequence, plan.job.sequence, stages[-1].end)
-    microbatches = _microbatches(plan.microbatches, layout)
+    sequence = -(-min(plan.job.sequence, _SEQUENCE) // layout.tp) * layout.tp
+    positions = sequence * (2 if plan.model.max_positions > plan.job.sequence else 1)
+    model = small_model(plan.model, before, layout, stages[-1].end, positions)
     job = replace(
         plan.job,
-        global_batch=layout.micro_batch * dp * microbatches,
+        global_batch=layout.micro_batch * layout.dp * _microbatches(plan.microbatches, layout),
         sequence=sequence,
         precision="fp32",
         memory_limit_bytes=None,
@@ -104,6 +100,18 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
 
 
 # ---- layout --------------------------------------------------------------------------------------------------
+
+
+def _small_layout(before: Layout, most_ranks: int) -> Layout:
+    pp, tp, dp, dp_shard = _degrees(before, most_ranks)
+    etp = tp if before.etp > 1 else 1
+    ep = 1
+    if before.ep > 1:  # the least, so that the same experts are on several ranks where they were, and their copies
+        replicas = dp // dp_shard if before.zero else 1
+        grids = [(n, tp * dp // etp // n) for n in divisors(tp * dp // etp) if n > 1]
+        ep = next((n for n, edp in grids if (edp > 1) == (before.edp > 1) and edp % replicas == 0), grids[0][0])
+    micro_batch = min(before.micro_batch, _MOST_OF_A_MICROBATCH)
+    return replace(before, pp=pp, tp=tp, dp=dp, dp_shard=dp_shard, ep=ep, etp=etp, micro_batch=micro_batch)
 
 
 def _degrees(layout: Layout, most_ranks: int) -> tuple[int, int, int, int]:
@@ -173,54 +181,23 @@ def _few(counts: Counts, most: int) -> Counts:
     return few
 
 
-# ---- model ---------------------------------------------------------------------------------------------------
-
-
-def _small_model(
-    model: ModelSpec, tp_before: int, tp: int, sequence: int, sequence_before: int, layers: int
-) -> ModelSpec:
-    heads, kv_heads = _heads(model, tp_before, tp)
-    hidden = heads * _HEAD_DIM
-    if model.query_width != model.hidden_size:
-        hidden += _HEAD_DIM
-    rows = -(-_ROWS // tp) * tp if model.vocab_size % tp_before == 0 else _PRIME_ROWS
-    return replace(
-        model,
-        name=f"{model.name} reduced",
-        layers=layers,
-        hidden_size=hidden,
-        ffn_hidden_size=-(-2 * hidden // tp) * tp,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=_HEAD_DIM,
-        vocab_size=rows,
-        max_positions=sequence * (2 if model.max_positions > sequence_before else 1),
-    )
-
-
-def _heads(model: ModelSpec, tp_before: int, tp: int) -> tuple[int, int]:
-    """(heads, key-value heads), grouped as the model's and shared by ranks of tp as there."""
-    shared = tp_before // model.kv_heads  # ranks to a key-value head
-    if shared > 1:
-        return (tp if model.heads == tp_before else 2 * tp), (tp // 2 if tp % 2 == 0 else 1)
-    kv_heads = tp if model.kv_heads == tp_before else 2 * tp
-    return (kv_heads if model.heads == model.kv_heads else 2 * kv_heads), kv_heads
-
-
 # ---- what changed --------------------------------------------------------------------------------------------
 
 
 def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
     old, new = plan.layout, small.layout
     models = (plan.model, small.model)
+    has_experts = plan.model.experts is not None
     rows = [
         ("ranks, pp·tp·dp", *(f"{o.world_size} = {o.pp}·{o.tp}·{o.dp}" for o in (old, new)), RANKS),
+        ("expert grid, edp·ep·etp", *(f"{o.edp}·{o.ep}·{o.etp}" if has_experts else "" for o in (old, new)), RANKS),
         ("shards of HSDP", *map(_hsdp_text, (old, new)), f"HSDP needs {_HSDP_RANKS} ranks of dp"),
         ("micro batch", old.micro_batch, new.micro_batch, SIZE),
         ("microbatches", plan.microbatches, small.microbatches, SIZE),
         ("blocks a stage", _blocks(plan.stages), _blocks(small.stages), SIZE),
         ("hidden, feed-forward", *(f"{model.hidden_size:,}, {model.ffn_hidden_size:,}" for model in models), SIZE),
         ("heads × width", *map(_heads_text, models), SIZE),
+        ("experts", *map(_experts_text, models), SIZE),
         ("vocabulary", *(f"{model.vocab_size:,}" for model in models), SIZE),
         ("sequence", f"{plan.job.sequence:,}", f"{small.job.sequence:,}", SIZE),
         ("precision", plan.job.precision, "fp32" if plan.job.precision == "fp32" else "fp32, float64", ROUNDING),
@@ -232,6 +209,11 @@ def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
 
 def _hsdp_text(layout: Layout) -> str:
     return str(layout.dp_shard) if layout.zero and layout.dp_shard < layout.dp else "none"
+
+
+def _experts_text(model: ModelSpec) -> str:
+    experts = model.experts
+    return f"{experts.top_k} of {experts.number}, width {experts.ffn_hidden_size}" if experts is not None else ""
 
 
 def _heads_text(model: ModelSpec) -> str:

@@ -1,8 +1,9 @@
-"""One rank of a plan's whole world in one process: optimizer steps without numbers, and what they hold in memory."""
+"""One rank of a plan's whole world in one process: an optimizer step without numbers, and what it holds in memory."""
 
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
 from planner.plan import Plan
+from profiles.input_error import InputError
 
+from .checkpoint import moments_of
 from .clock import Clock
 from .live_bytes import LiveBytes
 from .mesh import build_mesh
@@ -32,12 +35,11 @@ from .stand_ins import gpu_norms
 from .step import TrainState, state_of, training_step
 
 DEVICE = torch.device("cpu")  # stock wheels without CUDA refuse fake tensors of another
-STEPS = 2  # the first makes the optimizer's state, the second meets it
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """The peak of one rank over its steps, and its parts at that moment, in bytes of tensors.
+    """The peak of one rank over a step, and its parts at that moment, in bytes of tensors.
 
     `parts` are named as the planner's: weights, gradients, optimizer, gathered_weights, activations, logits,
     pipeline_buffers; transient is what only passes, inputs the token ids. Left out is what is no tensor of the
@@ -52,6 +54,18 @@ class DryRun:
         return sum(self.parts.values())
 
 
+def check_plan(plan: Plan) -> None:
+    """Raise InputError for a plan of which no rank can run alone."""
+    if plan.model.experts is not None:
+        raise InputError(
+            f"{plan.model.name} cannot run dry",
+            where="plan: model.experts",
+            expected="a model without experts, whose tensors have the same shapes whatever the numbers",
+            got=f"{plan.model.experts.number} experts: how many tokens each rank gets is known only when all route",
+            hint="cli.py verify runs its ranks at reduced size",
+        )
+
+
 def dry_run(
     plan: Plan,
     rank: int,
@@ -60,7 +74,8 @@ def dry_run(
     gpu_kernels: bool = False,
     on_forward: Callable[[], None] | None = None,
 ) -> DryRun:
-    """Run two optimizer steps of `rank` as the trainer does, with collectives that move nothing.
+    """Run an optimizer step of `rank` as the trainer does, with collectives that move nothing; not the first step, so
+    the optimizer's state is there from its start.
 
     With `fake` tensors have shapes and no memory, so that a rank of any size runs on a laptop; without, they are
     real ones of the CPU. `gpu_kernels` (of fake tensors only): keep what a GPU's kernels keep where a CPU's differ.
@@ -68,10 +83,8 @@ def dry_run(
     what it learns of the process groups.
     """
     assert fake or not gpu_kernels, "stand-ins compute nothing"
-    model = plan.model
     with in_its_world(plan, rank), ExitStack() as stack:
-        experts = model.experts is not None
-        mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=model.tied_embeddings, experts=experts)
+        mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=plan.model.tied_embeddings)
         chunks = shape_chunks(plan, mesh, dtype=torch.float32)
         live = LiveBytes("transient")
         stack.enter_context(_quiet_metadata())
@@ -79,24 +92,27 @@ def dry_run(
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if gpu_kernels:
             stack.enter_context(gpu_norms())
+        stack.enter_context(warnings.catch_warnings(action="ignore"))  # torch's own, about itself
         stack.enter_context(live)
         allocate_chunks(chunks, DEVICE)  # first values do not matter, and to cut them takes longer than a step
         state = state_of(plan, mesh, chunks, DEVICE, dtype=torch.float32, weight_decay=0.1)
         skip_vote(state.runner)
+        with live.during("optimizer"):
+            for parameter in parameters_of(chunks):
+                moments_of(state.optimizer, parameter)
         watch = _Watch(state, live, on_forward or (lambda: None))
         with live.during("inputs"):
             inputs, targets = no_tokens(plan, DEVICE)
         gc.collect()
         start = live.mark()
-        for _ in range(STEPS):
-            training_step(state, inputs, targets, learning_rate=1e-3, clip_norm=1.0)
+        training_step(state, inputs, targets, learning_rate=1e-3, clip_norm=1.0)
         watch.book_buffers()
         return DryRun(rank, live.peak(start))
 
 
 def forwards(plan: Plan) -> int:
     """Forward passes of a chunk in a dry run."""
-    return STEPS * plan.microbatches * plan.layout.virtual_stages
+    return plan.microbatches * plan.layout.virtual_stages
 
 
 @contextmanager

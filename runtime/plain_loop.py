@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from planner.plan import Stage
 from profiles.model import ModelSpec
 
-from .parameters import initialise, named_parameters
+from .experts import Balance, routers_of, update_selection_bias
+from .parameters import initialise, named_buffers, named_parameters
 from .transformer import build_chunk
 
 
 @dataclass(frozen=True)
 class PlainRun:
-    """Loss, gradient norm, and gradient norm after clipping of each step; parameters by name after the last."""
+    """Loss, gradient norm, and gradient norm after clipping of each step; parameters and
+    selection biases by name after the last."""
 
     losses: list[float]
     norms: list[float]
@@ -34,8 +36,12 @@ def run_plain(
     weight_decay: float,
     seed: int,
     clip_norm: float | None = None,
+    balance: Balance | None = None,
 ) -> PlainRun:
-    """A step on each of `batches`, token ids [samples, sequence + 1], from the first values that `seed` gives."""
+    """A step on each of `batches`, token ids [samples, sequence + 1], from the first values that `seed` gives.
+
+    `balance` is of experts, where the model has some.
+    """
     whole = Stage(
         rank=0,
         chunk=0,
@@ -56,7 +62,10 @@ def run_plain(
     ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
     losses, norms, clipped_norms = [], [], []
+    routers = routers_of([chunk])
     for tokens in batches:
+        for router in routers:
+            router.balance, router.sequences_per_step = balance or Balance(), len(tokens)
         logits = chunk(tokens[:, :-1])
         loss = F.cross_entropy(logits.reshape(-1, model.vocab_size), tokens[:, 1:].reshape(-1))
         loss.backward()
@@ -65,7 +74,9 @@ def run_plain(
         clipped_norms.append(torch.nn.utils.get_total_norm(gradients).item())
         optimizer.step()
         optimizer.zero_grad()
+        update_selection_bias(routers, [])
         losses.append(loss.item())
         norms.append(norm.item())
-    parameters = {name: parameter.detach() for name, parameter in named_parameters([chunk])}
+    trained = (*named_parameters([chunk]), *named_buffers([chunk]))
+    parameters = {name: tensor.detach() for name, tensor in trained}
     return PlainRun(losses, norms, clipped_norms, parameters)

@@ -17,7 +17,8 @@ from profiles.input_error import InputError
 def process_group(world_size: int, timeout_seconds: float, *, on_cpu: bool = False) -> Iterator[torch.device]:
     """Join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; gives this rank's device.
 
-    NCCL on CUDA, gloo on CPUs and where `on_cpu` asks for it. A collective that some rank never joins raises after `timeout_seconds`.
+    NCCL on CUDA, gloo on CPUs and where `on_cpu` asks for it. A collective that some rank never joins raises after
+    `timeout_seconds`.
     Raises InputError when the group has another size than the plan's `world_size`.
     """
     running = int(os.environ["WORLD_SIZE"])

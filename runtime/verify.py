@@ -19,8 +19,9 @@ from planner.plan import Plan
 
 from . import loss
 from .data import own_samples
+from .experts import Balance
 from .launch import start_ranks
-from .parameters import WEIGHT_STD, cut, named_parameters
+from .parameters import WEIGHT_STD, cut, named_buffers, named_parameters
 from .plain_loop import PlainRun, run_plain
 from .process_group import process_group
 from .run_folder import LOGS_FOLDER
@@ -32,6 +33,7 @@ PRECISIONS = {"fp32": torch.float32, "float64": torch.float64}
 TOLERANCES = {"fp32": 1e-5, "float64": 1e-9}
 _FINEST = "float64"  # whose parameters are compared
 _LEARNING_RATE = 1e-3
+_BALANCE = Balance(loss_weight=0.1, bias_rate=0.01)  # large enough to be seen beside the loss
 _NAMES = 5  # of parameters that differ, in the verdict
 _PLAIN_FILE = "plain.pt"
 
@@ -85,13 +87,18 @@ class Verdict:
 def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float) -> Verdict:
     """Train `steps` steps in fp32 and in float64, on the plan's ranks (gloo, on this machine) and in this process.
 
-    The loss is computed `loss_tokens` at a time. Raises RunFailed when a rank dies or waits longer than the timeout, KeyboardInterrupt on Ctrl-C.
+    The loss is computed `loss_tokens` at a time. Raises RunFailed when a rank dies or waits longer than the timeout,
+    KeyboardInterrupt on Ctrl-C.
     """
     with tempfile.TemporaryDirectory(prefix="meshwright-") as name:
         folder = Path(name)
         (folder / LOGS_FOLDER).mkdir()
         options = TrainOptions(
-            run_dir=folder, steps=steps, learning_rate=_LEARNING_RATE, timeout_seconds=timeout_seconds
+            run_dir=folder,
+            steps=steps,
+            learning_rate=_LEARNING_RATE,
+            timeout_seconds=timeout_seconds,
+            balance=_BALANCE,
         )
         plain = {
             precision: run_plain(
@@ -101,6 +108,7 @@ def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float) 
                 learning_rate=options.learning_rate,
                 weight_decay=options.weight_decay,
                 seed=options.seed,
+                balance=options.balance,
             )
             for precision, dtype in PRECISIONS.items()
         }
@@ -116,7 +124,14 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
     loss.LOSS_TOKENS = loss_tokens  # of this process, which ends with this function
     with process_group(plan.layout.world_size, options.timeout_seconds, on_cpu=True) as device:
         for precision, dtype in PRECISIONS.items():
-            state = build_state(plan, device, dtype=dtype, seed=options.seed, weight_decay=options.weight_decay)
+            state = build_state(
+                plan,
+                device,
+                dtype=dtype,
+                seed=options.seed,
+                weight_decay=options.weight_decay,
+                balance=options.balance,
+            )
             results = [_step(plan, options, state, batch) for batch in _batches(plan, options.steps)]
             found[precision] = {
                 "loss": [result.loss for result in results],
@@ -193,7 +208,7 @@ def _differences(state: TrainState, plain: Mapping[str, torch.Tensor]) -> dict[s
     start at zero, and those of keys, which no loss depends on, move by rounding alone.
     """
     differences: dict[str, float] = {}
-    for name, parameter in named_parameters(state.chunks):
+    for name, parameter in (*named_parameters(state.chunks), *named_buffers(state.chunks)):
         whole = plain[name]
         local = parameter.detach()
         local = local.to_local() if isinstance(local, DTensor) else local
