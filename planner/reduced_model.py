@@ -62,8 +62,8 @@ def _heads(model: ModelSpec, tp_before: int, tp: int) -> tuple[int, int]:
 
 def _few_experts(experts: Experts, layout: Layout, ep_before: int, layers: int) -> Experts:
     """At most two experts a rank, as long as routing has a choice; a dense layer before them where there are some."""
-    top_k, groups = min(experts.top_k, 2), min(experts.groups, 2)
-    top_groups = 1 if experts.top_groups < experts.groups else groups
+    top_k, top_groups = min(experts.top_k, 2), min(experts.top_groups, 2)
+    groups = min(experts.groups, top_groups if experts.top_groups == experts.groups else 2 * top_groups)
     number = layout.ep * min(experts.number // ep_before, 2)
     while number <= top_k or number % groups or number // groups * top_groups < top_k:
         number += layout.ep

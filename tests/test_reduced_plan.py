@@ -103,7 +103,7 @@ def test_whatever_is_legal_becomes_small_and_stays_legal(data: st.DataObject) ->
     assert (small.model.kv_heads < small.layout.tp) == (model.kv_heads < layout.tp)
     assert (small.model.kv_heads == small.model.heads) == (model.kv_heads == model.heads)
     assert (small.model.vocab_size % small.layout.tp == 0) == (model.vocab_size % layout.tp == 0)
-    assert small.model.hidden_size <= 2 * MOST_RANKS * 9
+    assert small.model.hidden_size <= 4 * MOST_RANKS * 8 + 8
 
 
 def test_a_plan_for_a_thousand_gpus() -> None:
@@ -185,6 +185,39 @@ def test_heads_shared_by_ranks_stay_shared() -> None:
 
 def _heads(found: ReducedPlan) -> tuple[int, int]:
     return found.plan.model.heads, found.plan.model.kv_heads
+
+
+EXPERTS = {
+    "mixtral-8x7b": {"dp": 64, "ep": 8, "zero": 1},
+    "mixtral-8x22b": {"tp": 8, "sequence_parallel": True, "etp": 8, "pp": 4, "dp": 8, "ep": 8, "zero": 1},
+    "qwen3-235b-a22b": {"tp": 4, "sequence_parallel": True, "dp": 64, "dp_shard": 8, "ep": 32, "zero": 3},
+    "deepseek-v2": {"pp": 4, "dp": 32, "ep": 32, "zero": 1, "schedule": "zb1p"},
+    "deepseek-v3": {"pp": 16, "dp": 64, "ep": 64, "schedule": "dualpipev", "virtual_stages": 2},
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_stay_on_several_ranks(name: str) -> None:
+    model, layout = replace(resolve_model(name), rope_stretch=None), Layout(**EXPERTS[name])
+    layout = replace(layout, dp_shard=layout.dp) if layout.zero and layout.dp_shard == 1 else layout
+    small = reduce_plan(make_plan(model, layout, TrainingJob(global_batch=4096, sequence=4096))).plan
+    document = {key: value for key, value in small.to_dict().items() if key != "schema"}
+    document["prediction"]["memory_bytes"] = document["prediction"]["memory_bytes"][: small.layout.pp]
+    assert Plan.from_dict(Reader(document, source="reduced")).model == small.model
+    assert small.layout.world_size <= MOST_RANKS
+    for axis in ("tp", "pp", "dp", "ep", "etp", "edp"):
+        assert (getattr(small.layout, axis) > 1) == (getattr(layout, axis) > 1), axis
+    before, after = model.experts, small.model.experts
+    assert before is not None
+    assert after is not None
+    for fact in ("router_score", "router_bias", "expert_bias", "selection_bias", "normalize_top_k", "router_scale"):
+        assert getattr(after, fact) == getattr(before, fact)
+    assert after.dense_layers == min(before.dense_layers, 1)
+    for count in ("top_k", "shared", "groups", "top_groups"):
+        assert min(getattr(after, count), 2) == min(getattr(before, count), 2)
+    assert (after.top_groups < after.groups) == (before.top_groups < before.groups)
+    assert after.top_k < after.number
+    assert (small.model.latent_attention is None) == (model.latent_attention is None)
 
 
 def test_a_loss_in_one_piece_stays_so() -> None:

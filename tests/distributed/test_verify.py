@@ -15,13 +15,13 @@ from planner import plan as plan_file
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
-from planner.reduced_plan import ReducedPlan, reduce_plan
+from planner.reduced_plan import MOST_RANKS, ReducedPlan, reduce_plan
 from runtime import verify as verifying
 from runtime.failure import RunFailed
 from runtime.plain_loop import PlainRun
 from runtime.verify import TOLERANCES, Verdict, judge, verify
 from tests.distributed import faults
-from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, tiny_gpt2, tiny_llama, tiny_shared_experts
 
 GPT2 = tiny_gpt2(layers=12, vocab_size=509, max_positions=2048)
 LLAMA = tiny_llama(layers=12, vocab_size=512)
@@ -38,11 +38,13 @@ PLANS = {
     "tp sp, zero 3, recompute": big(
         LLAMA, tp=2, sequence_parallel=True, dp=2, dp_shard=2, zero=3, recompute=[5], selective=[3]
     ),
+    "experts": big(tiny_shared_experts(layers=6), dp=8, dp_shard=8, zero=1, ep=4),
     "zbv, zero 1": big(GPT2, pp=2, schedule="zbv", virtual_stages=2, dp=2, dp_shard=2, zero=1),
 }
 
 
 def run(found: ReducedPlan, steps: int = 2, timeout_seconds: float = 60.0) -> Verdict:
+    assert found.plan.layout.world_size <= MOST_RANKS
     return verify(found.plan, found.loss_tokens, steps=steps, timeout_seconds=timeout_seconds)
 
 
@@ -57,27 +59,29 @@ def test_what_the_runtime_does_is_what_one_process_does(name: str) -> None:
         ("parameters", "float64"),
     ]
     assert verdict.holds, verdict
-    # Not so small that nothing was compared, nor so large that the tolerance is what holds.
-    assert all(0 < check.difference < check.tolerance / 2 for check in verdict.checks), verdict
+    # Rounding is seen, so something was compared, and is far from the tolerance.
+    assert any(check.difference > 0 for check in verdict.checks), verdict
+    assert all(check.difference < check.tolerance / 5 for check in verdict.checks), verdict
 
 
+# The fault, where it is seen first, and in which step in float64 and in fp32, which does not see the third in two.
 FAULTS = {
-    "loss of one rank scaled": (faults.loss_wrong_on_rank_one, "loss", 1),
-    "tied copies drift": (faults.tied_copies_drift, "gradient norm", 1),
-    "one rank decays more": (faults.decay_wrong_on_rank_one, "loss", 2),
-    "one rank is lost in nan": (faults.not_a_number_on_rank_one, "loss", 2),
+    "loss of one rank scaled": (faults.loss_wrong_on_rank_one, "loss", 1, 1),
+    "tied copies drift": (faults.tied_copies_drift, "gradient norm", 1, 1),
+    "one rank decays more": (faults.decay_wrong_on_rank_one, "loss", 2, None),
+    "one rank is lost in nan": (faults.not_a_number_on_rank_one, "loss", 2, 2),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_runtime_that_is_wrong_is_found_and_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fault, first, step = FAULTS[name]
+    fault, first, step, fp32_step = FAULTS[name]
     monkeypatch.setattr(verifying, "run_rank", fault)
     verdict = run(reduce_plan(PLANS["tied pipeline"]))
     assert not verdict.holds
     checks = {(check.quantity, check.precision): check for check in verdict.checks}
     assert checks[first, "float64"].first_step == step
-    assert checks[first, "fp32"].first_step == step
+    assert checks[first, "fp32"].first_step == fp32_step
     parameters = checks["parameters", "float64"]
     assert not parameters.holds
     assert len(parameters.names) == 5
