@@ -101,7 +101,7 @@ def _state(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int) -> 
     return state
 
 
-def moments_of(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+def moments_of(optimizer: torch.optim.AdamW, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """AdamW's state of a parameter, made as torch makes it in the first step if it is not there yet."""
     moments = optimizer.state[parameter]
     if not moments:

@@ -77,7 +77,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; a difference that is no number is null."""
-        checks = [asdict(check) | {"holds": check.holds} for check in self.checks]
+        checks: list[dict[str, Any]] = [asdict(check) | {"holds": check.holds} for check in self.checks]
         for check in checks:
             check["difference"] = _finite(check["difference"])
             check["names"] = {name: _finite(difference) for name, difference in check["names"].items()}

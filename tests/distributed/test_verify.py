@@ -38,7 +38,7 @@ PLANS = {
     "tp sp, zero 3, recompute": big(
         LLAMA, tp=2, sequence_parallel=True, dp=2, dp_shard=2, zero=3, recompute=[5], selective=[3]
     ),
-    "experts": big(tiny_shared_experts(layers=6), dp=8, dp_shard=8, zero=1, ep=4),
+    "experts": big(tiny_shared_experts(layers=6), dp=2, dp_shard=2, zero=1, ep=2),
     "zbv, zero 1": big(GPT2, pp=2, schedule="zbv", virtual_stages=2, dp=2, dp_shard=2, zero=1),
 }
 
