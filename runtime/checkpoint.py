@@ -94,14 +94,15 @@ def _state(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int) -> 
     state: dict[str, Any] = {"step": torch.tensor(step)}
     state |= {f"model.{name}": buffer for name, buffer in named_buffers(chunks)}
     for name, parameter in named_parameters(chunks):
-        moments = _moments(optimizer, parameter)
+        moments = moments_of(optimizer, parameter)
         state[f"model.{name}"] = parameter.detach()
         for key in ("step", *_MOMENTS):
             state[f"optimizer.{name}.{key}"] = moments[key]
     return state
 
 
-def _moments(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+def moments_of(optimizer: torch.optim.AdamW, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdamW's state of a parameter, made as torch makes it in the first step if it is not there yet."""
     moments = optimizer.state[parameter]
     if not moments:
         moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -119,7 +120,7 @@ def _refresh_tied(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> None
     with torch.no_grad():
         _local(stale).copy_(_local(loaded))
         for key in ("step", *_MOMENTS):
-            target, source = (_moments(optimizer, copy)[key] for copy in (stale, loaded))
+            target, source = (moments_of(optimizer, copy)[key] for copy in (stale, loaded))
             _local(target).copy_(_local(source))
 
 

@@ -31,6 +31,7 @@ from .data import load_corpus
 from .failure import RunFailed
 from .mesh import coordinate_of
 from .metrics import METRICS_FILE
+from .target import check_target
 from .trainer import Record, TrainOptions, check_vocabulary, run
 
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
@@ -55,6 +56,7 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
     WORLD_SIZE set) it is one of them, and rank 0 reports progress. Raises InputError for what a person can
     put right, RunFailed when a rank dies, and KeyboardInterrupt on Ctrl-C, in each case with no rank left.
     """
+    check_target(plan)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         if os.environ["RANK"] == "0":
             run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume)

@@ -54,10 +54,15 @@ def shape_chunks(plan: Plan, mesh: RankMesh, *, dtype: torch.dtype) -> list[Chun
 
 def fill_chunks(chunks: list[Chunk], plan: Plan, device: torch.device, *, seed: int) -> None:
     """Give chunks their memory and first values."""
+    allocate_chunks(chunks, device)
+    initialise(chunks, layers=plan.model.layers, seed=seed)
+
+
+def allocate_chunks(chunks: list[Chunk], device: torch.device) -> None:
+    """Give chunks their memory alone."""
     for chunk in chunks:
         chunk.to_empty(device=device)
         chunk.tie()
-    initialise(chunks, layers=plan.model.layers, seed=seed)
 
 
 def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh) -> None:

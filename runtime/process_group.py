@@ -14,10 +14,11 @@ from profiles.input_error import InputError
 
 
 @contextmanager
-def process_group(world_size: int, timeout_seconds: float) -> Iterator[torch.device]:
+def process_group(world_size: int, timeout_seconds: float, *, on_cpu: bool = False) -> Iterator[torch.device]:
     """Join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; gives this rank's device.
 
-    NCCL on CUDA, gloo on CPUs. A collective that some rank never joins raises after `timeout_seconds`.
+    NCCL on CUDA, gloo on CPUs and where `on_cpu` asks for it. A collective that some rank never joins raises after
+    `timeout_seconds`.
     Raises InputError when the group has another size than the plan's `world_size`.
     """
     running = int(os.environ["WORLD_SIZE"])
@@ -29,7 +30,7 @@ def process_group(world_size: int, timeout_seconds: float) -> Iterator[torch.dev
             got=f"{running} ranks",
             hint=f"start {world_size} ranks, or plan again for {running} devices",
         )
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not on_cpu:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:

@@ -119,7 +119,7 @@ CASES = {
 }
 
 
-def in_child(function: Callable[..., Any], cases: Iterable[MemoryCase]) -> list[Any]:
+def in_child(function: Callable[..., Any], cases: Iterable[Any]) -> list[Any]:
     """`function` of each case, in a process of its own: torch remembers process groups.
 
     Forked from a server that has imported torch and done nothing, since a fork of the tests' own process inherits what
@@ -139,6 +139,14 @@ def plan_of(case: MemoryCase) -> Plan:
 def run(case: MemoryCase, *, fake: bool = True) -> DryRun:
     """The case's rank, in this process, which must run no other."""
     return dry_run(plan_of(case), case.pipeline_rank * case.layout.dp * case.layout.tp, fake=fake)
+
+
+def parts_of(plan_and_rank: tuple[Plan, int], **options: Any) -> dict[str, int]:
+    """Bytes by part of a plan's rank, and how many forwards there were; in this process, which must run no other."""
+    plan, rank = plan_and_rank
+    told: list[None] = []
+    parts = dry_run(plan, rank, on_forward=lambda: told.append(None), **options).parts
+    return parts | {"forwards": len(told)}
 
 
 def compare(case: MemoryCase) -> Compared:
