@@ -40,4 +40,6 @@ def step_progress(steps: int, tokens_per_step: int) -> Iterator[Callable[[dict[s
 
 
 def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
+    if record["skipped"]:
+        return "no update: loss or gradient norm is not finite"
     return f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s"
