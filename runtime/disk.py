@@ -93,7 +93,7 @@ def _failed(rank: int, layout: Layout, run_dir: Path, what: str, reason: str) ->
 def last_checkpoint(run_dir: Path) -> str:
     """What --resume would go on from, in words."""
     steps = complete_steps(run_dir)
-    return f"the last complete checkpoint is step_{max(steps)}" if steps else "and no complete checkpoint"
+    return f"the last complete checkpoint is step_{max(steps)}" if steps else "there is no complete checkpoint"
 
 
 def _size(size_bytes: float) -> str:

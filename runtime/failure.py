@@ -47,9 +47,13 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + signal_  # as a shell says it
 
 
-def is_timeout(error: BaseException) -> bool:
-    """Whether a collective gave up waiting, or the meeting before the first."""
-    return isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)) is not None
+def is_timeout(error: BaseException | None) -> bool:
+    """Whether a collective gave up waiting, or the meeting before the first; torch's pipeline wraps such errors."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def told(error: BaseException) -> dict[str, Any]:
@@ -60,9 +64,16 @@ def told(error: BaseException) -> dict[str, Any]:
         fields = ("what", "where", "expected", "got", "hint")
         return {"kind": "input", **{field: getattr(error, field)[:_MOST_CHARACTERS] for field in fields}}
     if is_timeout(error):
-        return {"kind": "timeout"}
+        return {"kind": "timeout", "at": _own_frame(error)}
     lines = "".join(traceback.format_exception(error)).splitlines()
     return {"kind": "raised", "lines": [line[:150] for line in lines[-LOG_LINES:]]}
+
+
+def _own_frame(error: BaseException) -> str:
+    """The innermost call of ours, which says what was waited for; torch's own calls are many and alike."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/site-packages/" not in frame.filename] or list(frames)
+    return f"{own[-1].filename}:{own[-1].lineno} {own[-1].name}" if own else "an unknown place"
 
 
 def retold(said: dict[str, Any]) -> Exception | None:

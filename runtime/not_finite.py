@@ -26,7 +26,7 @@ _HEAD = 1 << 30  # the place of the head among the layers; the embedding's is -1
 
 
 @dataclass(frozen=True, order=True)
-class _Finding:
+class Finding:
     """What one rank saw. The smallest is where it began: the first layer, and there a rank whose own weights are
     not finite before those that only were given what it computed."""
 
@@ -78,7 +78,7 @@ def failure(
     )
 
 
-def _finding(state: TrainState, inputs: torch.Tensor, targets: torch.Tensor) -> _Finding | None:
+def _finding(state: TrainState, inputs: torch.Tensor, targets: torch.Tensor) -> Finding | None:
     """The first layer of this rank that gives something not finite in a forward pass of these samples."""
     spoilt: dict[int, nn.Module] = {}
 
@@ -97,7 +97,7 @@ def _finding(state: TrainState, inputs: torch.Tensor, targets: torch.Tensor) -> 
         return None
     first = min(spoilt)
     finite = all(bool(_local(parameter).isfinite().all()) for parameter in spoilt[first].parameters())
-    return _Finding(first, finite, dist.get_rank())
+    return Finding(first, finite, dist.get_rank())
 
 
 def _layers(chunks: Sequence[Chunk]) -> list[tuple[int, nn.Module]]:

@@ -92,7 +92,9 @@ def _hang(first: int, layout: Layout, logs: Path, watch: RankWatch, timeout_seco
     patience = f"{timeout_seconds:g} s (--timeout)"
     recorder = flight_recorder.place_of_dumps(logs)
     if not elsewhere:
-        lines = [f"rank {rank} at {places[rank] or 'the start'}: {_innermost(found[rank])}" for rank in ranks]
+        at = {rank: said["at"] for rank, said in reversed(watch.failures) if said["kind"] == "timeout"}
+        calls = {rank: at.get(rank, str(found[rank][0]) if found[rank] else "lost a peer") for rank in ranks}
+        lines = [f"rank {rank} at {places[rank] or 'the start'}: {calls[rank]}" for rank in ranks]
         how = f"waited {patience} for others in a collective, and so did every other rank, for different ones"
         lines = [*lines[:LOG_LINES], *([recorder] if recorder else [])]
         return RunFailed(how, rank=first, stage=coordinate_of(first, layout).pp, log_lines=tuple(lines))
@@ -119,12 +121,6 @@ def _names(ranks: list[int]) -> str:
         return f"rank {ranks[0]}"
     shown = ", ".join(map(str, ranks[:8]))
     return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-
-
-def _innermost(stack: tuple[stacks.Frame, ...]) -> str:
-    """The innermost call of ours, which says what was waited for; torch's own calls are many and alike."""
-    own = next((frame for frame in stack if "/site-packages/" not in frame.file), None)
-    return str(own) if own is not None else "raised"
 
 
 def _log(logs: Path, rank: int) -> str:

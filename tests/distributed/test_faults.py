@@ -23,7 +23,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
 from profiles.input_error import InputError
-from runtime import flight_recorder, launch, run_folder, whereabouts
+from runtime import flight_recorder, launch, not_finite, run_folder, whereabouts
 from runtime.checkpoint import complete_steps, latest
 from runtime.disk import check_room, checkpoint_bytes, free_bytes
 from runtime.failure import RunFailed, is_timeout, retold, told
@@ -51,6 +51,8 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_launch import QUICK_SECONDS, ROOT, alive, process_of, steps_in
 from tests.plans import make_plan, tiny_llama
 
+PATIENCE_SECONDS = 300.0  # with ranks that compute; idle they take under 3
+
 Body = Callable[[Plan, TrainOptions], None]
 
 
@@ -63,6 +65,11 @@ def fail(plan: Plan, options: TrainOptions, body: Body) -> RunFailed:
     return error.value
 
 
+def seconds_since(path: Path) -> float:
+    """Since the file was last written: a rank's note of where it is, just before it goes wrong."""
+    return time.time() - path.stat().st_mtime
+
+
 def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
@@ -72,9 +79,8 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_a_rank_that_sleeps_is_named_with_what_it_did(tmp_path: Path) -> None:
     options = TrainOptions(run_dir=tmp_path, timeout_seconds=8.0)
-    start = time.monotonic()
     error = fail(small_plan(pp=2, tp=2), options, sleep_on_last_rank)
-    assert time.monotonic() - start < options.timeout_seconds + 2 * QUICK_SECONDS
+    assert seconds_since(tmp_path / LOGS_FOLDER / "rank_3.at") < options.timeout_seconds + QUICK_SECONDS
     assert (error.rank, error.stage) == (3, 1)
     assert error.how == (
         "did not come to a collective in which ranks 0, 1, 2 waited for it for 8 s (--timeout); it was at step 3, "
@@ -91,9 +97,8 @@ def test_a_rank_that_sleeps_is_named_with_what_it_did(tmp_path: Path) -> None:
 
 def test_a_stopped_rank_is_killed_and_named(tmp_path: Path) -> None:
     options = TrainOptions(run_dir=tmp_path, timeout_seconds=5.0)
-    start = time.monotonic()
     error = fail(small_plan(dp=2), options, stop_rank_one)
-    assert time.monotonic() - start < options.timeout_seconds + 2 * QUICK_SECONDS
+    assert seconds_since(tmp_path / LOGS_FOLDER / "rank_1.at") < options.timeout_seconds + QUICK_SECONDS
     assert str(error).startswith(
         "rank 1 (pipeline stage 0) did not come to a collective in which rank 0 waited for it for 5 s (--timeout); it "
         "was at step 3, data, and its process obeyed no signal: stopped"
@@ -104,6 +109,8 @@ def test_ranks_that_wait_for_each_other_are_not_blamed_on_one(tmp_path: Path) ->
     error = fail(small_plan(dp=2), TrainOptions(run_dir=tmp_path, timeout_seconds=2.0), wait_for_each_other)
     assert "waited 2 s (--timeout) for others in a collective, and so did every other rank" in error.how
     assert len(error.log_lines) == 2
+    assert error.log_lines[0].startswith("rank 0 at the start: ")
+    assert any(line.endswith(" wait_for_each_other") for line in error.log_lines)
 
 
 def log_with_stacks(*calls: str, before: str = "") -> str:
@@ -254,7 +261,7 @@ def snapshot(state: Any) -> list[torch.Tensor]:
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(layout: dict[str, Any], rank: int) -> None:
     job = TrainingJob(global_batch=8, sequence=16, precision="fp32")
     plan = make_plan(tiny_llama(), Layout(**{"micro_batch": 1, **layout}), job)
-    results = run_ranks(poison_a_step, plan.layout.world_size, plan, rank)
+    results = run_ranks(poison_a_step, plan.layout.world_size, plan, rank, timeout_seconds=PATIENCE_SECONDS)
     for finite, kept, updates, loss in results:
         assert finite == [True, True, False, True, True]
         assert kept
@@ -274,6 +281,50 @@ def test_spoilt_weights_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
     assert [record["skipped"] for record in seen] == [False, False, True, True, True]
     assert [record["loss"] is None for record in seen] == [False, False, True, True, True]
     assert sorted(complete_steps(tmp_path)) == [1, 2]
+
+
+def spoil(plan: Plan, rank: int, where: str) -> tuple[int, int, str]:
+    """(rank, stage, how) of the error after a step that is spoilt on one rank in the backward pass alone (of its own
+    weights, or from the last stage on), or in a forward pass that goes well the second time."""
+    state = build_state(plan, torch.device("cpu"), dtype=torch.float32, seed=0, weight_decay=0.1)
+    samples = torch.arange(plan.job.global_batch * 17).reshape(-1, 17) % plan.model.vocab_size
+    inputs, targets = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+    spoilt: list[Any] = []
+    if dist.get_rank() == rank:
+        block, *_, last = state.chunks[0].blocks.values()
+        if where == "weights":
+            spoilt.append(next(block.parameters()).register_hook(lambda gradient: gradient * math.inf))
+        elif where == "backward":
+            spoilt.append(last.register_full_backward_hook(lambda _, before, __: (before[0] * math.nan,)))
+        else:
+            spoilt.append(block.register_forward_hook(lambda *call: call[2] * math.nan))
+    result = training_step(state, inputs, targets, learning_rate=1e-2, clip_norm=1.0)
+    if where == "forward":
+        for hook in spoilt:
+            hook.remove()
+    error = not_finite.failure(state, inputs, targets, result, plan.layout, Path("none"), step=9, in_a_row=2)
+    return error.rank, error.stage, error.how
+
+
+@pytest.mark.parametrize(
+    ("rank", "where", "blamed", "what"),
+    [
+        (0, "weights", 0, "losses are finite, its gradients are not"),
+        (1, "backward", 1, "losses are finite, its gradients are not"),
+        (0, "forward", 1, "its loss was not finite, but is when the same samples run once more"),
+    ],
+)
+def test_where_it_began_is_named_beside_what_it_spoilt(rank: int, where: str, blamed: int, what: str) -> None:
+    job = TrainingJob(global_batch=8, sequence=16, precision="fp32")
+    plan = make_plan(tiny_llama(), Layout(pp=2, micro_batch=2), job)
+    expected = f"made 2 steps in a row not finite, up to step 9: {what}. None of them changed the weights; there is no"
+    for found in run_ranks(spoil, 2, plan, rank, where, timeout_seconds=PATIENCE_SECONDS):
+        assert found == (blamed, blamed, f"{expected} complete checkpoint")
+
+
+def test_of_ranks_that_hold_one_layer_the_one_with_spoilt_weights_is_named() -> None:
+    findings = [not_finite.Finding(3, True, 0), not_finite.Finding(3, False, 1), not_finite.Finding(4, False, 2)]
+    assert min(findings).rank == 1
 
 
 def test_a_record_has_no_number_that_json_lacks() -> None:
@@ -334,7 +385,8 @@ def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint_whole(small_
     folder = latest(options.run_dir)
     assert [path.name for path in folder.parent.iterdir()] == ["step_1"]  # and nothing half
     size = sum(path.stat().st_size for path in folder.iterdir())
-    assert checkpoint_bytes(plan.model, torch.float32) < size < 1.3 * checkpoint_bytes(plan.model, torch.float32)
+    needed = checkpoint_bytes(plan.model, torch.float32)
+    assert needed < size < needed + 200_000  # what torch writes about it
     assert steps_in(options.run_dir) == [1, 2]
 
 
@@ -355,7 +407,7 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"rank 0 \(pipeline stage 0\) could not write") as error:
         start_ranks(plan, TrainOptions(run_dir=tmp_path, steps=5), launch.run)
     assert f"{metrics}: No space left on device; " in error.value.how
-    assert error.value.how.endswith("and no complete checkpoint")
+    assert error.value.how.endswith("there is no complete checkpoint")
 
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
@@ -407,6 +459,10 @@ def test_what_a_rank_knows_reaches_the_launcher() -> None:
     bad = InputError("wrong", where="here", expected="this", got="that", hint="so")
     assert str(retold(told(bad))) == str(bad)
     assert is_timeout(RuntimeError("Timed out waiting 2000ms for recv operation to complete"))
+    wrapped = RuntimeError("[Stage 1] failed to run forward")
+    assert not is_timeout(wrapped)
+    wrapped.__cause__ = RuntimeError("Timed out waiting 2000ms for recv operation to complete")
+    assert is_timeout(wrapped)
     assert not is_timeout(ValueError("timed out"))
     assert told(RuntimeError("Connection closed by peer"))["lines"][-1] == "RuntimeError: Connection closed by peer"
     assert retold(told(RuntimeError("Connection closed"))) is None
