@@ -232,6 +232,7 @@ def train(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
     clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
+    skip_limit: Annotated[int, typer.Option("--skip-limit", min=1, help="End after so many bad steps in a row.")] = 3,
     timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
     balance_loss: Annotated[
@@ -288,6 +289,7 @@ def train(
         data=data,
         checkpoint_every=checkpoint_every,
         resume=resume,
+        skip_limit=skip_limit,
         timeout_seconds=timeout,
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
         balance=Balance(balance_loss, bias_rate),
@@ -295,9 +297,9 @@ def train(
     try:
         with step_progress(steps, chosen.job.tokens) as on_progress:
             launch(chosen, options, on_progress)
-    except KeyboardInterrupt:
-        print_report(f"interrupted; the ranks have ended, and {folder} holds what was done", error=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        print_report(f"{error or 'interrupted'}; the ranks have ended, and {folder} holds what was done", error=True)
+        raise typer.Exit(getattr(error, "exit_code", 130)) from None
     record = folder / RECORD_FILE
     if record.exists() and os.environ.get("RANK", "0") == "0":
         print_report(record_report(parse_yaml(read_text(record, "record"), str(record))))
@@ -326,7 +328,7 @@ def validate(
 
 
 def main() -> None:
-    """Run a verb; exit with 0 done, 1 no plan or a failed run, 2 bad input, 130 interrupted."""
+    """Run a verb; exit with 0 done, 1 no plan or a failed run, 2 bad input, 128 + signal when a signal ended it."""
     try:
         code = app(standalone_mode=False)
     except Exception as error:

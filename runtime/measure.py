@@ -64,8 +64,7 @@ class OperationTimer(TorchDispatchMode):
         if func.namespace == "c10d":
             _wait_for_work(output)
         else:
-            for tensor in output if isinstance(output, list | tuple) else (output,):
-                torch.ops._c10d_functional.wait_tensor(tensor)
+            _wait_for_tensors(output)
         if not any(self._marks):
             self.clock.add(f"communication_{axis}", start)
         name = f"{axis}:{func.__name__.split('.')[0]}"
@@ -195,6 +194,12 @@ def busiest(tables: Sequence[dict[str, float]]) -> int:
 
 def _is_group(boxed: Any) -> bool:
     return "ProcessGroup" in str(boxed._type())
+
+
+def _wait_for_tensors(output: Any) -> None:
+    """Wait for the tensors that a functional collective gives."""
+    for tensor in output if isinstance(output, list | tuple) else (output,):
+        torch.ops._c10d_functional.wait_tensor(tensor)
 
 
 def _wait_for_work(output: Any) -> None:

@@ -31,6 +31,16 @@ def build_optimizer(chunks: Sequence[Chunk], *, weight_decay: float) -> torch.op
     return torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
+def update(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> None:
+    """One step of `optimizer`, but where `finite`, a bool on its device, is False: then all stays as it is.
+
+    Fused AdamW is told as torch.amp's GradScaler tells it, by `found_inf`: weights, moments and counts of steps are
+    left alone by the kernel, so the host need not know.
+    """
+    optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.step()
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -64,4 +64,6 @@ def _bar(title: str, console: Console) -> Progress:
 
 
 def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
+    if record["skipped"]:
+        return "no update: loss or gradient norm is not finite"
     return f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from planner.plan import Plan
 from .experts import Balance, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
-from .optimizer import build_optimizer, set_learning_rate
+from .optimizer import build_optimizer, set_learning_rate, update
 from .parallelize import build_chunks
 from .pipeline import StepRunner, build_runner
 from .transformer import Chunk
@@ -37,13 +38,20 @@ class TrainState:
 class StepResult:
     """Loss in nats per token and gradient norm, the same on every rank; seconds of the parts after backward.
 
-    `synchronise_seconds` is the one wait for all ranks, `optimizer_seconds` norm, clipping and update.
+    `shares` are this rank's parts of loss and squared norm, on its device and not read. `synchronise_seconds` is the
+    one wait for all ranks, `optimizer_seconds` norm, clipping and update.
     """
 
     loss: float
     grad_norm: float
+    shares: torch.Tensor
     optimizer_seconds: float
     synchronise_seconds: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update was made: where loss or norm is not finite on any rank, no rank makes it."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def build_state(
@@ -103,7 +111,8 @@ def training_step(
         state.runner.clock.add("complete", complete_start)
 
     start = time.perf_counter()
-    sums = torch.stack([loss_share, square_sum(state.chunks)])
+    shares = torch.stack([loss_share, square_sum(state.chunks)])
+    sums = shares.clone()
     reduce_start = time.perf_counter()
     dist.all_reduce(sums)
     synchronise_seconds = time.perf_counter() - reduce_start
@@ -111,14 +120,14 @@ def training_step(
     if clip_norm is not None:
         clip(state.chunks, norm, clip_norm)
     set_learning_rate(state.optimizer, learning_rate)
-    state.optimizer.step()
+    update(state.optimizer, sums.isfinite().all())
     state.optimizer.zero_grad()
     update_selection_bias(routers_of(state.chunks), [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
     loss, _ = sums.tolist()
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
-    return StepResult(loss, norm.item(), time.perf_counter() - start - synchronise_seconds, synchronise_seconds)
+    return StepResult(loss, norm.item(), shares, time.perf_counter() - start - synchronise_seconds, synchronise_seconds)
 
 
 def sum_over_ranks(value: torch.Tensor) -> float:
