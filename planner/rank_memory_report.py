@@ -31,9 +31,10 @@ _SMALLEST_SHARE = 1e-5  # of the total; smaller parts have no row
 def rank_memory_report(found: RankMemory) -> RenderableType:
     """The table, what it leaves out, and how the figures came about."""
     plan = found.plan
+    microbatches = f"{plan.microbatches} microbatch" + ("es" if plan.microbatches > 1 else "")
     head = Text(
         f"dry run of rank {found.rank} of {plan.layout.world_size}: {plan.model.name}, {plan.layout.short()}, "
-        f"{plan.microbatches} microbatches\npipeline rank {found.pipeline_rank}, layers {layers_text(found.stages)} "
+        f"{microbatches}\npipeline rank {found.pipeline_rank}, layers {layers_text(found.stages)} "
         "(E embedding, H head)\n"
     )
     table = plain_table("tensors at the peak", "part", "predicted", "live", "difference", "of live")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,7 +26,8 @@ from tests.distributed.memory_cases import in_child, parts_of
 from tests.plans import make_plan, tiny_experts, tiny_llama
 
 ROOT = Path(__file__).parents[2]
-SMALL = TrainingJob(global_batch=16, sequence=32, precision="fp32")
+FULL = os.environ.get("MESHWRIGHT_FULL_TESTS") == "1"
+SMALL = TrainingJob(global_batch=8, sequence=32, precision="fp32")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "gpipe": {},
     "1f1b": {},
@@ -39,23 +41,27 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 def piped(schedule: str) -> Plan:
     layout = Layout(pp=2, dp=2, dp_shard=2, zero=1, schedule=schedule, **SCHEDULES[schedule])
-    return make_plan(tiny_llama(layers=8, hidden_size=64, head_dim=16), layout, SMALL)
+    return make_plan(tiny_llama(hidden_size=64, head_dim=16), layout, SMALL)
 
 
 def test_every_schedule_runs_with_all_chunks_of_a_rank() -> None:
-    plans = {schedule: piped(schedule) for schedule in SCHEDULES}
+    # Each rank takes a process of its own; the others are among the cases of test_memory.py.
+    plans = {schedule: piped(schedule) for schedule in (SCHEDULES if FULL else ("gpipe", "1f1b", "zbv"))}
     found = iter(in_child(parts_of, [(plan, rank) for plan in plans.values() for rank in (0, 2)]))
     ranks = {schedule: (next(found), next(found)) for schedule in plans}
     for schedule, (first, second) in ranks.items():
         plan = plans[schedule]
-        # Each rank holds its half of its stages' weights in fp32, and twice as much of moments beside counts of steps.
-        assert first["weights"] + second["weights"] == pytest.approx(4 * plan.model.parameters / 2, rel=1e-3), schedule
+        # Each rank holds its half of its stages' weights in fp32, of 61 rows of embedding and head the larger half, and
+        # twice as much of moments beside counts of steps.
+        model = plan.model
+        odd_rows = model.vocab_size % 2 * model.hidden_size
+        assert first["weights"] + second["weights"] == 4 * (model.parameters + 2 * odd_rows) / 2, schedule
         for rank in (first, second):
             assert rank["optimizer"] == pytest.approx(2 * rank["weights"], rel=0.01), schedule
             assert rank["forwards"] == plan.microbatches * plan.layout.virtual_stages, schedule
             assert rank["pipeline_buffers"] > 0, schedule
-    # Of the last rank eight microbatches are in flight, or one.
-    assert ranks["gpipe"][1]["activations"] > 4 * ranks["1f1b"][1]["activations"]
+    # Of the last rank four microbatches are in flight, or one.
+    assert ranks["gpipe"][1]["activations"] > 2 * ranks["1f1b"][1]["activations"]
 
 
 def test_a_rank_keeps_what_a_gpus_norm_keeps() -> None:
