@@ -271,6 +271,7 @@ def train(
     clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
     timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
+    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
 ) -> None:
     """Train as a plan says; without one, profile this machine, plan, and train a small model."""
@@ -311,6 +312,7 @@ def train(
         resume=resume,
         timeout_seconds=timeout,
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
+        compile=compiled,
     )
     try:
         with step_progress(steps, chosen.job.tokens) as on_progress:

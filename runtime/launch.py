@@ -27,6 +27,7 @@ from planner.plan import Plan
 from profiles.input_error import InputError
 
 from . import run_folder
+from .compilation import choose_compilation
 from .data import load_corpus
 from .failure import RunFailed
 from .mesh import coordinate_of
@@ -69,6 +70,7 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
 def _check(plan: Plan, options: TrainOptions) -> None:
     """What every rank would find wrong, found once and before any starts."""
     check_vocabulary(plan)
+    choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
     load_corpus(options.data, plan.job.sequence)
     devices, wanted = torch.cuda.device_count(), plan.layout.world_size
     if torch.cuda.is_available() and devices < wanted:

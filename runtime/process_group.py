@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from profiles.input_error import InputError
 
@@ -45,3 +46,9 @@ def process_group(world_size: int, timeout_seconds: float) -> Iterator[torch.dev
     # Not after an error: the other ranks may be waiting for this one, and its death is what tells them.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def set_timeout(groups: Iterable[dist.ProcessGroup], seconds: float) -> None:
+    """From now on, for collectives of the world and of `groups`, all of which this rank is in."""
+    for group in (None, *groups):
+        _set_pg_timeout(datetime.timedelta(seconds=seconds), group)

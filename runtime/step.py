@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from planner.plan import Plan
 
+from .compilation import Compilation
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
 from .optimizer import build_optimizer, set_learning_rate
@@ -45,10 +47,18 @@ class StepResult:
     synchronise_seconds: float
 
 
-def build_state(plan: Plan, device: torch.device, *, dtype: torch.dtype, seed: int, weight_decay: float) -> TrainState:
+def build_state(
+    plan: Plan,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    weight_decay: float,
+    compilation: Compilation | None = None,
+) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it."""
     mesh = build_mesh(plan.layout, device.type, tied_embeddings=plan.model.tied_embeddings)
-    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed)
+    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation)
     return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay)
 
 
@@ -99,10 +109,10 @@ def training_step(
     state.optimizer.step()
     state.optimizer.zero_grad()
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
-    loss, _ = sums.tolist()
+    loss, square = sums.tolist()
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
-    return StepResult(loss, norm.item(), time.perf_counter() - start - synchronise_seconds, synchronise_seconds)
+    return StepResult(loss, math.sqrt(square), time.perf_counter() - start - synchronise_seconds, synchronise_seconds)
 
 
 def sum_over_ranks(value: torch.Tensor) -> float:

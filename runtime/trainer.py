@@ -21,14 +21,18 @@ from profiles.input_error import InputError
 from profiles.store import dump_yaml, write_atomically
 
 from . import checkpoint
+from .compilation import choose_compilation
 from .data import VOCABULARY, Corpus, bigram_loss, global_batch, load_corpus, own_samples, validation_batch
 from .measure import StepMeter, busiest
 from .metrics import MetricsWriter, peak_memory_bytes
 from .optimizer import learning_rate_at
-from .process_group import process_group
+from .process_group import process_group, set_timeout
 from .step import StepResult, TrainState, build_state, sum_over_ranks, training_step
 
 Record = dict[str, Any]
+# Compilation happens in the first step, pipeline stage after pipeline stage, while the others wait in a collective.
+# An allowance for each, not a measurement.
+COMPILE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,8 @@ class TrainOptions:
 
     `steps` counts from the first step of the run, also after a resume. `data` is a text file or folder; None
     is Python's standard library. `validation_every` and `checkpoint_every` are in steps, 0 for only at the
-    end. `peak_flops_per_second` of one device is what mfu divides by; without it mfu is null.
+    end. `peak_flops_per_second` of one device is what mfu divides by; without it mfu is null. `compile` None is
+    yes on CUDA where no rule forbids it.
     """
 
     run_dir: Path
@@ -56,6 +61,7 @@ class TrainOptions:
     timeout_seconds: float = 120.0
     dtype: torch.dtype = torch.float32
     peak_flops_per_second: float | None = None
+    compile: bool | None = None
 
 
 def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None] | None = None) -> None:
@@ -65,10 +71,19 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
     of each step.
     """
     layout, job = plan.layout, plan.job
-    with process_group(layout.world_size, options.timeout_seconds) as device, ExitStack() as stack:
+    compilation, said = choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
+    patience = options.timeout_seconds + (layout.pp * COMPILE_SECONDS if compilation is not None else 0.0)
+    with process_group(layout.world_size, patience) as device, ExitStack() as stack:
         corpus = load_corpus(options.data, job.sequence)
         check_vocabulary(plan)
-        state = build_state(plan, device, dtype=options.dtype, seed=options.seed, weight_decay=options.weight_decay)
+        state = build_state(
+            plan,
+            device,
+            dtype=options.dtype,
+            seed=options.seed,
+            weight_decay=options.weight_decay,
+            compilation=compilation,
+        )
         folder = checkpoint.latest(options.run_dir) if options.resume else None
         done = checkpoint.load(folder, state.chunks, state.optimizer) if folder is not None else 0
         meter = StepMeter(state.mesh, state.runner.clock, layout.pp, options.steps - done)
@@ -93,6 +108,8 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 watch=meter.watch(step - done),
             )
             step_seconds = time.perf_counter() - step_start
+            if step == done + 1:
+                set_timeout(state.mesh.all_groups(), options.timeout_seconds)
             meter.end_step(
                 step - done,
                 step_seconds=step_seconds,
@@ -112,7 +129,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
 
         ranks = _gather_measurements(meter, device)
         if writer is not None:
-            _write_record(plan, options, record, ranks, corpus)
+            _write_record(plan, options, record, ranks, corpus, said)
 
 
 def check_vocabulary(plan: Plan) -> None:
@@ -191,7 +208,9 @@ def _gather_measurements(meter: StepMeter, device: torch.device) -> list[Record]
     return [{"rank": rank, **measured} for rank, measured in enumerate(ranks)]
 
 
-def _write_record(plan: Plan, options: TrainOptions, last: Record, ranks: list[Record], corpus: Corpus) -> None:
+def _write_record(
+    plan: Plan, options: TrainOptions, last: Record, ranks: list[Record], corpus: Corpus, compiled: str
+) -> None:
     """record.yaml: predicted beside measured. The measured parts are those of the rank with the most compute."""
     busy = ranks[busiest([rank["parts"] for rank in ranks])]
     document = {
@@ -212,6 +231,7 @@ def _write_record(plan: Plan, options: TrainOptions, last: Record, ranks: list[R
         "host": platform.node(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": str(torch.__version__),
+        "compile": compiled,
         "steps": options.steps,
         "train_loss": last["loss"],
         "validation_loss": last["validation_loss"],

@@ -1,0 +1,86 @@
+"""Compilation: each block and the loss of a few tokens by torch.compile, with tp's collectives in pieces on CUDA.
+
+[Note: What is compiled]
+A block's `forward` alone, replaced on the instance. Hooks of the block itself (FSDP2's gathers, which are no graph)
+stay outside; tensor parallelism's and recomputation are inside. No module is wrapped, so no parameter changes its name.
+Blocks of one kind share their compiled code. The graph is whole or an error: nothing falls back to eager in silence.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+from torch.distributed.device_mesh import DeviceMesh
+
+from planner.compile_rules import why_no_asynchronous_tp, why_not_compiled
+from planner.plan import Plan
+from profiles.input_error import InputError
+
+from .loss_kernels import LossKernels
+from .transformer import Chunk
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How blocks and loss are compiled: by which of torch's backends; under `asynchronous_tp` tp's gathers and
+    reduce-scatters run in pieces beside the pieces of their products."""
+
+    backend: str = "inductor"
+    asynchronous_tp: bool = False
+
+
+def choose_compilation(plan: Plan, wanted: bool | None, device_type: str) -> tuple[Compilation | None, str]:
+    """How this run compiles, None for not at all, and a line that says so and why.
+
+    `wanted` is a person's word; None is yes on CUDA, where no rule forbids it. Raises InputError where it is wanted and
+    forbidden.
+    """
+    reason = why_not_compiled(plan.layout)
+    if wanted and reason is not None:
+        raise InputError("the plan cannot be compiled", where="--compile", expected="--no-compile", got=reason)
+    if reason is None and wanted is None and device_type != "cuda":
+        reason = "by default only on CUDA"
+    if reason is not None or wanted is False:
+        return None, f"off: {reason or 'as asked'}"
+    asynchronous = why_no_asynchronous_tp(plan.layout, plan.cluster.devices_per_node)
+    if device_type != "cuda":
+        asynchronous = "it exists on CUDA alone"
+    how = Compilation(asynchronous_tp=asynchronous is None)
+    return how, "blocks and loss" + (", asynchronous tp" if asynchronous is None else "")
+
+
+def compile_chunk(chunk: Chunk, how: Compilation, tp: DeviceMesh | None) -> None:
+    """Compile the chunk's blocks, as they are now, and its loss ([Note: What is compiled]).
+
+    It happens in the first step. `tp` is the axis that cuts the chunk, if any.
+    """
+    # The shapes of a run never change, and constants make better code than symbols.
+    compiled: Any = partial(torch.compile, backend=how.backend, fullgraph=True, dynamic=False)
+    if how.asynchronous_tp:
+        assert tp is not None
+        _share_memory(tp)
+        compiled = partial(compiled, options={"_micro_pipeline_tp": True})
+    for block in chunk.blocks.values():
+        _replace_forward(block, compiled(block.forward))
+    if chunk.head is not None:
+        way = chunk.head.way
+        kernels = {field.name: compiled(getattr(way.kernels, field.name)) for field in fields(LossKernels)}
+        chunk.head.way = replace(way, kernels=LossKernels(**kernels))
+
+
+def _replace_forward(block: nn.Module, forward: Any) -> None:
+    block.forward = forward
+
+
+def _share_memory(tp: DeviceMesh) -> None:
+    """Let inductor's pass over the graph know the group: it leaves out groups that it was not told of, although torch
+    2.13 calls the telling deprecated (`is_symm_mem_enabled_for_group`). Never run yet: it takes GPUs with NVLink."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(tp.get_group().group_name)
