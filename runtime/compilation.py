@@ -2,8 +2,13 @@
 
 [Note: What is compiled]
 A block's `forward` alone, replaced on the instance. Hooks of the block itself (FSDP2's gathers, which are no graph)
-stay outside; tensor parallelism's and recomputation are inside. No module is wrapped, so no parameter changes its name.
-Blocks of one kind share their compiled code. The graph is whole or an error: nothing falls back to eager in silence.
+stay outside, those of its parts (tensor parallelism's) are inside. No module is wrapped, so no parameter changes its
+name. Blocks of one kind share their compiled code. The graph is whole or an error: nothing falls back to eager in
+silence.
+
+Selective recomputation is inside too, since torch's compiler must see which operations are kept. Full recomputation
+is outside and calls the compiled block twice: inside, torch 2.13 saves the device mesh of a DTensor as if it were a
+tensor of the block, and raises.
 """
 
 from __future__ import annotations
@@ -14,12 +19,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 
 from planner.compile_rules import why_no_asynchronous_tp, why_not_compiled
-from planner.plan import Plan
+from planner.plan import Plan, Stage
 from profiles.input_error import InputError
 
 from .loss_kernels import LossKernels
@@ -55,8 +59,8 @@ def choose_compilation(plan: Plan, wanted: bool | None, device_type: str) -> tup
     return how, "blocks and loss" + (", asynchronous tp" if asynchronous is None else "")
 
 
-def compile_chunk(chunk: Chunk, how: Compilation, tp: DeviceMesh | None) -> None:
-    """Compile the chunk's blocks, as they are now, and its loss ([Note: What is compiled]).
+def compile_chunk(chunk: Chunk, stage: Stage, how: Compilation, tp: DeviceMesh | None) -> None:
+    """Compile the blocks and the loss of `stage`, as they are now ([Note: What is compiled]).
 
     It happens in the first step. `tp` is the axis that cuts the chunk, if any.
     """
@@ -66,16 +70,14 @@ def compile_chunk(chunk: Chunk, how: Compilation, tp: DeviceMesh | None) -> None
         assert tp is not None
         _share_memory(tp)
         compiled = partial(compiled, options={"_micro_pipeline_tp": True})
-    for block in chunk.blocks.values():
-        _replace_forward(block, compiled(block.forward))
+    for name, block in chunk.blocks.items():
+        inner = getattr(block, "_checkpoint_wrapped_module", block)
+        target = inner if stage.recompute_mode(int(name)) == "full" else block
+        target.forward = compiled(target.forward)
     if chunk.head is not None:
         way = chunk.head.way
         kernels = {field.name: compiled(getattr(way.kernels, field.name)) for field in fields(LossKernels)}
         chunk.head.way = replace(way, kernels=LossKernels(**kernels))
-
-
-def _replace_forward(block: nn.Module, forward: Any) -> None:
-    block.forward = forward
 
 
 def _share_memory(tp: DeviceMesh) -> None:

@@ -77,7 +77,7 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
     apply_recompute(chunk, stage)
     if compilation is not None:
-        compile_chunk(chunk, compilation, mesh.axis("tp") if layout.tp > 1 else None)
+        compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
     if layout.dp > 1 or plan.job.precision == "bf16":
         apply_data_parallel(chunk, mesh.axis("dp"), zero=layout.zero, precision=plan.job.precision)
 
