@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from profiles.model import ModelSpec
+
 from .layout import Layout
 
 
@@ -15,7 +17,7 @@ def why_not_compiled(layout: Layout) -> str | None:
     return None
 
 
-def why_no_asynchronous_tp(layout: Layout, devices_per_node: int) -> str | None:
+def why_no_asynchronous_tp(layout: Layout, model: ModelSpec, devices_per_node: int) -> str | None:
     """The reason why tp's collectives do not run in pieces beside the pieces of their products.
 
     torch does it in compiled code, and through memory that the devices of a node open to each other.
@@ -27,6 +29,8 @@ def why_no_asynchronous_tp(layout: Layout, devices_per_node: int) -> str | None:
             f"tp={layout.tp} without sequence_parallel: torch cuts gathers and reduce-scatters into pieces, and here "
             "are all-reduces"
         )
+    if all(model.has_bias(name) for name in model.linear_shapes):
+        return f"{model.name} adds a bias in every product, and torch cuts only products without"
     if devices_per_node % layout.tp:
         return f"tp={layout.tp} and nodes of {devices_per_node} devices: the pieces pass through the memory of one node"
     return why_not_compiled(layout)

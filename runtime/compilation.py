@@ -6,9 +6,9 @@ stay outside, those of its parts (tensor parallelism's) are inside. No module is
 name. Blocks of one kind share their compiled code. The graph is whole or an error: nothing falls back to eager in
 silence.
 
-Selective recomputation is inside too, since torch's compiler must see which operations are kept. Full recomputation
-is outside and calls the compiled block twice: inside, torch 2.13 saves the device mesh of a DTensor as if it were a
-tensor of the block, and raises.
+Recomputation is inside, where torch's compiler sees what is kept and leaves out what the backward pass does not need.
+Only full recomputation over tp is outside and calls the compiled block twice, to its end: inside, torch 2.13 saves the
+device mesh of a DTensor as if it were a tensor of the block, and raises.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def choose_compilation(plan: Plan, wanted: bool | None, device_type: str) -> tup
         reason = "by default only on CUDA"
     if reason is not None or wanted is False:
         return None, f"off: {reason or 'as asked'}"
-    asynchronous = why_no_asynchronous_tp(plan.layout, plan.cluster.devices_per_node)
+    asynchronous = why_no_asynchronous_tp(plan.layout, plan.model, plan.cluster.devices_per_node)
     if device_type != "cuda":
         asynchronous = "it exists on CUDA alone"
     how = Compilation(asynchronous_tp=asynchronous is None)
@@ -71,13 +71,18 @@ def compile_chunk(chunk: Chunk, stage: Stage, how: Compilation, tp: DeviceMesh |
         _share_memory(tp)
         compiled = partial(compiled, options={"_micro_pipeline_tp": True})
     for name, block in chunk.blocks.items():
-        inner = getattr(block, "_checkpoint_wrapped_module", block)
-        target = inner if stage.recompute_mode(int(name)) == "full" else block
+        outside = _outside(stage.recompute_mode(int(name)), tp)
+        target = block._checkpoint_wrapped_module if outside else block
         target.forward = compiled(target.forward)
     if chunk.head is not None:
         way = chunk.head.way
         kernels = {field.name: compiled(getattr(way.kernels, field.name)) for field in fields(LossKernels)}
         chunk.head.way = replace(way, kernels=LossKernels(**kernels))
+
+
+def _outside(recompute: str, tp: DeviceMesh | None) -> bool:
+    """Whether a block's recomputation stays outside of what is compiled."""
+    return recompute == "full" and tp is not None
 
 
 def _share_memory(tp: DeviceMesh) -> None:

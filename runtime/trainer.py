@@ -127,7 +127,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             if _due(step, options.checkpoint_every, options.steps):
                 checkpoint.save(options.run_dir, step, state.chunks, state.optimizer)
 
-        ranks = _gather_measurements(meter, device)
+        ranks = _gather_measurements(meter, device, kernels_seen=compilation is None)
         if writer is not None:
             _write_record(plan, options, record, ranks, corpus, said)
 
@@ -193,14 +193,17 @@ def _step_record(
     }
 
 
-def _gather_measurements(meter: StepMeter, device: torch.device) -> list[Record]:
-    """Every rank's parts of one and the same step: rank 0's median one. Every rank must call it."""
+def _gather_measurements(meter: StepMeter, device: torch.device, *, kernels_seen: bool) -> list[Record]:
+    """Every rank's parts of one and the same step: rank 0's median one. Every rank must call it.
+
+    Of compiled kernels torch's dispatcher, by which they would be timed, sees none.
+    """
     chosen = [meter.median_step()]
     dist.broadcast_object_list(chosen, src=0)
     own = {
         "step_seconds": meter.seconds(chosen[0]),
         "parts": meter.table(chosen[0]),
-        "kernels": meter.kernels(),
+        "kernels": meter.kernels() if kernels_seen else {},
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     ranks: list[Record] = [{}] * dist.get_world_size()
