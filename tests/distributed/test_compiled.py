@@ -33,7 +33,7 @@ from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.layout_runs import Trajectory, own_samples, run_plain, run_plan, tokens_of
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 
-STEPS = 3
+STEPS = 2
 JOB = TrainingJob(global_batch=12, sequence=16, precision="fp32")
 LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
 # torch's tracing and its split into forward and backward, without its code generator, which takes too long here.
@@ -64,20 +64,17 @@ def run_compiled(plan: Plan, dtype: torch.dtype, how: Compilation = EAGER_CODE) 
 
 # name -> plan, and the graphs of the first and of the last rank: a block of each kind, and the loss.
 CASES = {
-    "one rank": (plan_of(), 2, 2),
     "full and selective": (plan_of(recompute=(1,), selective=(2,)), 4, 4),
     "dp2 zero0": (plan_of(dp=2), 2, 2),
     "dp2 zero3 full": (plan_of(dp=2, zero=3, recompute=(2,)), 3, 3),
-    "tp2": (plan_of(tp=2, micro_batch=6), 2, 2),
     "tp2 sp full and selective": (
         plan_of(tp=2, sequence_parallel=True, micro_batch=6, recompute=(2,), selective=(2,)),
         3,
         3,
     ),
-    "pp2 1f1b": (plan_of(pp=2), 1, 2),
     "pp2 gpipe": (plan_of(pp=2, schedule="gpipe"), 1, 3),  # the loss forward, and its gradient in the backward pass
     "interleaved": (plan_of(pp=2, schedule="interleaved-1f1b", virtual_stages=2), 1, 2),
-    "gpt2 tp2 sp dp2 zero1": (plan_of(GPT2, tp=2, sequence_parallel=True, dp=2, zero=1, micro_batch=3), 2, 2),
+    "gpt2 tp2": (plan_of(GPT2, tp=2, micro_batch=6), 2, 2),
 }
 
 
@@ -160,10 +157,10 @@ def watched_counts(plan: Plan, how: Compilation | None) -> dict[str, int]:
 
 
 def test_collectives_of_compiled_blocks_are_timed() -> None:
-    plan = plan_of(tp=2, sequence_parallel=True, dp=2, zero=3, micro_batch=3, selective=(2,))
-    compiled = run_ranks(watched_counts, 4, plan, EAGER_CODE)
-    assert compiled == run_ranks(watched_counts, 4, plan, None)
-    assert {name.split(":")[0] for name in compiled[0]} == {"tp", "dp"}
+    plan = plan_of(tp=2, sequence_parallel=True, micro_batch=6)
+    compiled = run_ranks(watched_counts, 2, plan, EAGER_CODE, timeout_seconds=180.0)
+    assert compiled == run_ranks(watched_counts, 2, plan, None)
+    assert compiled[0]["tp:reduce_scatter_tensor"] == 2 * (4 * LLAMA.layers + 2)
 
 
 # ---- where nothing is compiled, and why ----------------------------------------------------------------------
