@@ -67,6 +67,7 @@ class _HeadLoss(torch.autograd.Function):
                     hidden[piece] @ weight.T, targets[piece], way.first_row, way.tokens_per_step, way.group
                 )
                 gradients.add(piece, of_logits)
+                del of_logits  # before the next piece's
             else:
                 loss, normaliser = way.kernels.loss(hidden[piece] @ weight.T, targets[piece], way.first_row, way.group)
                 normalisers.append(normaliser)
@@ -90,6 +91,7 @@ class _HeadLoss(torch.autograd.Function):
                     hidden[piece] @ weight.T, normalisers[piece], targets[piece], way.first_row, way.tokens_per_step
                 )
                 gradients.add(piece, of_logits)
+                del of_logits  # before the next piece's
             return *gradients.take(), None, None, None
         gradients = ctx.gradients
         if not way.backward_twice:

@@ -31,7 +31,8 @@ def _loss_and_gradient(
     dtype = logits.dtype
     logits = logits.to(wide(dtype))
     log_probabilities, _ = _log_probabilities(logits, group)
-    rows, present = _rows(targets, logits.shape[-1], first_row)
+    del logits  # the caller keeps none either
+    rows, present = _rows(targets, log_probabilities.shape[-1], first_row)
     loss = _cross_entropy(log_probabilities, rows, present)
     return loss, _of_logits(log_probabilities, rows, present, tokens).to(dtype)
 
@@ -44,8 +45,8 @@ def _gradient(
     In place of the logits, where they are wide already.
     """
     dtype = logits.dtype
-    log_probabilities = logits.to(normaliser.dtype).sub_(normaliser.unsqueeze(-1))
-    return _of_logits(log_probabilities, *_rows(targets, logits.shape[-1], first_row), tokens).to(dtype)
+    logits = logits.to(normaliser.dtype).sub_(normaliser.unsqueeze(-1))
+    return _of_logits(logits, *_rows(targets, logits.shape[-1], first_row), tokens).to(dtype)
 
 
 @dataclass(frozen=True)
