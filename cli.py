@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cli_checks import run_dry, verify
+from cli_parts import (
+    Cluster,
+    Devices,
+    GlobalBatch,
+    Imbalance,
+    Json,
+    MemoryLimit,
+    Model,
+    Precision,
+    Price,
+    SequenceLength,
+    Target,
+    command_line,
+    print_json,
+    print_report,
+)
 
 if TYPE_CHECKING:
     from planner.errors import NoPlanError
@@ -25,65 +41,8 @@ app = typer.Typer(
 )
 
 
-def _count(flag: str) -> Callable[[str], int]:
-    """A parser of whole numbers from 1 on whose error says what it got."""
-
-    def parse(text: str) -> int:
-        from profiles.input_error import InputError
-
-        if not text.isdecimal() or int(text) < 1:
-            raise InputError(f"{flag} cannot be {text!r}", where=flag, expected="a whole number >= 1", got=text)
-        return int(text)
-
-    return parse
-
-
-Model = Annotated[str, typer.Option("--model", help="Catalogue name, Hugging Face folder or config.json, or YAML.")]
-Cluster = Annotated[str, typer.Option("--cluster", help="Catalogue name with nodes (dgx-h100:64), YAML, or local.")]
-Devices = Annotated[
-    int | None,
-    typer.Option("--devices", parser=_count("--devices"), metavar="N", help="Use so many devices; default all."),
-]
-GlobalBatch = Annotated[
-    int,
-    typer.Option("--global-batch", parser=_count("--global-batch"), metavar="N", help="Sequences per optimizer step."),
-]
-SequenceLength = Annotated[int, typer.Option("--seq", parser=_count("--seq"), metavar="N", help="Tokens per sequence.")]
-Precision = Annotated[str | None, typer.Option("--precision", help="bf16 or fp32; default bf16 on GPUs, fp32 on CPUs.")]
-MemoryLimit = Annotated[
-    str | None, typer.Option("--memory-limit", help="Bytes per device to stay under, as 76GiB; default its memory.")
-]
-Target = Annotated[str, typer.Option("--target", help="Executor to plan for: meshwright, megatron or torchtitan.")]
-Price = Annotated[float | None, typer.Option("--price", min=0.0, help="Dollars per GPU-hour: says what tokens cost.")]
-Imbalance = Annotated[
-    float,
-    typer.Option("--expert-imbalance", min=1.0, help="Tokens of the fullest expert rank over its even share."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
-
-
-# ---- what several verbs share ------------------------------------------------------------------------------
-
-
-def _show(renderable: Any, *, error: bool = False) -> None:
-    from rich.console import Console
-
-    console = Console(stderr=error, highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width of its own
-        console.width = 120
-    console.print(renderable)
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=2) + "\n")
-
-
 def _answer(answer: PlanAnswer, as_json: bool) -> None:
-    _print_json(answer.document) if as_json else _show(answer.report())
-
-
-def _command() -> str:
-    return " ".join(["cli.py", *sys.argv[1:]])
+    print_json(answer.document) if as_json else print_report(answer.report())
 
 
 # ---- verbs -----------------------------------------------------------------------------------------------------
@@ -145,7 +104,7 @@ def plan(
     )
     _answer(answer, as_json)
     if output is not None and not as_json:
-        _show(f"\nplan written to {output}; train it with: cli.py train {output}")
+        print_report(f"\nplan written to {output}; train it with: cli.py train {output}")
 
 
 @app.command(
@@ -228,7 +187,7 @@ def profile(
     from planner.profiling import ProfileOrder, carry_out
 
     order = ProfileOrder(
-        command=_command(),
+        command=command_line(),
         nproc=nproc,
         output=output,
         quick=quick,
@@ -248,12 +207,15 @@ def profile(
     if answer is None:  # a rank of torchrun's that is not the first
         return
     if as_json:
-        _print_json(answer.document)
+        print_json(answer.document)
     else:
-        _show(answer.report)
+        print_report(answer.report)
 
 
-@app.command(epilog="Example: cli.py train (this machine, a small model), or cli.py train plan.yaml --steps 1000")
+@app.command(
+    epilog="Examples: cli.py train (this machine, a small model) | cli.py train plan.yaml --steps 1000 | "
+    "cli.py train plan.yaml --dry-run (the memory of one rank, for a plan of any size)"
+)
 def train(
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.YAML]", help="None: plan first.")] = None,
     model: Annotated[
@@ -270,11 +232,28 @@ def train(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
     clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
+    skip_limit: Annotated[int, typer.Option("--skip-limit", min=1, help="End after so many bad steps in a row.")] = 3,
     timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
     compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
+    balance_loss: Annotated[
+        float, typer.Option("--balance-loss", min=0.0, help="Weight of the experts' balance loss; 0 for none.")
+    ] = 1e-3,
+    bias_rate: Annotated[
+        float, typer.Option("--bias-rate", min=0.0, help="Step of routers' selection biases, where they have them.")
+    ] = 1e-3,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing: one rank's memory, for a plan of any size.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option("--rank", help="With --dry-run: which; default one that should hold the most.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON document.")] = False,
 ) -> None:
     """Train as a plan says; without one, profile this machine, plan, and train a small model."""
+    if dry_run or rank is not None or as_json:
+        run_dry(plan_file, model, rank, as_json, asked=dry_run)
+        return
     joins = "RANK" in os.environ  # one of the ranks that torchrun has started
     if joins and (run_dir is None or (plan_file is None and not resume)):
         from runtime.run_folder import torchrun_needs_files
@@ -287,14 +266,15 @@ def train(
     from profiles.catalogue import resolve_hardware_path
     from profiles.hardware import load_hardware
     from profiles.store import parse_yaml, read_text
+    from runtime.experts import Balance
     from runtime.launch import train as launch
     from runtime.progress import step_progress
     from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
 
-    found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, _command())
+    found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line())
     if isinstance(found, PlanAnswer):
-        _show(found.report())
+        print_report(found.report())
     chosen = found.plan if isinstance(found, PlanAnswer) else found
     assert chosen is not None
     folder = run_dir or default_run_dir()
@@ -310,20 +290,27 @@ def train(
         data=data,
         checkpoint_every=checkpoint_every,
         resume=resume,
+        skip_limit=skip_limit,
         timeout_seconds=timeout,
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
         compile=compiled,
+        balance=Balance(balance_loss, bias_rate),
     )
     try:
         with step_progress(steps, chosen.job.tokens) as on_progress:
             launch(chosen, options, on_progress)
-    except KeyboardInterrupt:
-        _show(f"interrupted; the ranks have ended, and {folder} holds what was done", error=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as error:
+        print_report(f"{error or 'interrupted'}; the ranks have ended, and {folder} holds what was done", error=True)
+        raise typer.Exit(getattr(error, "exit_code", 130)) from None
     record = folder / RECORD_FILE
     if record.exists() and os.environ.get("RANK", "0") == "0":
-        _show(record_report(parse_yaml(read_text(record, "record"), str(record))))
-        _show(f"run folder: {folder}")
+        print_report(record_report(parse_yaml(read_text(record, "record"), str(record))))
+        print_report(f"run folder: {folder}")
+
+
+app.command(
+    epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
+)(verify)
 
 
 @app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")
@@ -336,14 +323,14 @@ def validate(
     from planner.validate_report import validation_report
 
     found = compare(runs)
-    _print_json(found.to_dict()) if as_json else _show(validation_report(found))
+    print_json(found.to_dict()) if as_json else print_report(validation_report(found))
 
 
 # ---- running it ----------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    """Run a verb; exit with 0 done, 1 no plan or a failed run, 2 bad input, 130 interrupted."""
+    """Run a verb; exit with 0 done, 1 no plan or a failed run, 2 bad input, 128 + signal when a signal ended it."""
     try:
         code = app(standalone_mode=False)
     except Exception as error:
@@ -369,20 +356,22 @@ def _explain(error: Exception) -> int:
     if show is not None and format_message is not None:
         show()
         if as_json:
-            _print_json({"error": {"error": format_message()}})
+            print_json({"error": {"error": format_message()}})
         return 2
     if isinstance(error, InputError):
-        _show(input_error_report(error), error=True)
+        print_report(input_error_report(error), error=True)
         if as_json:
-            _print_json({"error": dict(error.lines())})
+            print_json({"error": dict(error.lines())})
         return 2
     if isinstance(error, NoPlanError):
-        _show(no_plan_report(error), error=True)
+        print_report(no_plan_report(error), error=True)
         if as_json:
-            _print_json(_no_plan(error))
+            print_json(_no_plan(error))
         return 1
     if type(error).__name__ == "RunFailed":
         sys.stderr.write(f"{error}\n")
+        if as_json:
+            print_json({"error": {"error": str(error)}})
         return 1
     raise error
 

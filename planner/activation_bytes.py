@@ -24,7 +24,10 @@ _FORWARD_ORDER = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 @dataclass(frozen=True)
 class KeptBytes:
     """Of one layer and microbatch: `none`, `selective` and `full` by mode; `weight` between the two halves of a
-    split backward; `heads` what goes into attention and comes out; `transient` while its backward runs."""
+    split backward; `heads` what goes into attention and comes out; `transient` while its backward runs.
+
+    `unclaimed` is what selective recomputation keeps and does not ask for, so that it stays while all else comes back.
+    """
 
     none: float
     selective: float
@@ -32,6 +35,7 @@ class KeptBytes:
     weight: float
     heads: float
     transient: float
+    unclaimed: float = 0.0
 
 
 class ActivationModel:
@@ -64,13 +68,30 @@ class ActivationModel:
         scores = self._scores(layout)
         feed_forward, transient = self._feed_forward(layout, kind, tokens, outside)
         none = norms + masks + heads + scores + feed_forward
+        unclaimed = 0.0
         if software.selective_keeps_matmuls:
-            selective = min(none, stream + self._every_second_product(layout, kind, tokens, outside))
+            products, unclaimed = self._kept_products(layout, kind, tokens, outside)
+            selective = stream + products
         else:
             selective = none - scores  # Megatron: core attention runs again
-        products = self._products(layout, kind, tokens, outside)
-        weight = norms / 2 + feed_forward / 2 + e * tokens * model.attention_output_width / layout.tp + products
-        return KeptBytes(none, selective, stream, min(none, weight), heads, transient)
+        if software.on_torch_pipeline and kind == "dense":
+            weight = none + self._gradients_between(layout, tokens, outside)
+        else:
+            products = self._products(layout, kind, tokens, outside)
+            weight = norms / 2 + feed_forward / 2 + e * tokens * model.attention_output_width / layout.tp + products
+            weight = min(none, weight)
+        return KeptBytes(none, selective, stream, weight, heads, transient, unclaimed)
+
+    def _gradients_between(self, layout: Layout, tokens: float, outside: float) -> float:
+        """What torch's split backward holds of a layer besides all that it kept, from the input's half to the weights'.
+
+        The first half runs with `retain_graph`, so nothing saved is freed. It leaves the gradient of the output of
+        every operation that has a parameter: of each product, and of both norms (torch 2.13, `stage_backward_input`).
+        """
+        model = self._model
+        widths = [local_linear_shape(model, name, layout.tp)[0] for name in model.linear_shapes]
+        each = _FP32_BYTES if self.composite_norm else self.element_bytes
+        return self.element_bytes * tokens * sum(widths) + 2 * each * outside * model.hidden_size
 
     def _heads(self, layout: Layout, tokens: float) -> float:
         """Queries, keys, values and the heads' outputs; of latent attention the latents and their norms besides."""
@@ -110,17 +131,26 @@ class ActivationModel:
         scores = 2 * _FP32_BYTES * outside * experts.number
         return e * (kept * width + sorted_rows) + scores, e * passing * width
 
-    def _every_second_product(self, layout: Layout, kind: str, tokens: float, outside: float) -> float:
-        """What torchtitan's selective recomputation keeps: attention's output, and of the products in the order of the
-        forward (queries, keys, values, output, up, gate, down) the first, third and so on (pytorch/torchtitan,
-        `_custom_policy`: all but every second mm). Of latent attention and of experts, all products.
+    def _kept_products(self, layout: Layout, kind: str, tokens: float, outside: float) -> tuple[float, float]:
+        """(what selective recomputation keeps of attention and products, what of it nothing asks for again).
+
+        Our own keeps attention's output, all products, and what tp sums of two of them. torchtitan's keeps of the
+        products in the order of the forward (queries, keys, values, output, up, gate, down) the first, third and so on
+        (pytorch/torchtitan, `_custom_policy`: all but every second mm). Of latent attention and of experts, all
+        products. The recomputation ends where it has all that the backward needs, which is before the last product.
         """
-        model = self._model
+        model, e = self._model, self.element_bytes
         if kind != "dense" or model.latent_attention is not None:
-            return self._heads(layout, tokens) + self._products(layout, kind, tokens, outside)
+            return self._heads(layout, tokens) + self._products(layout, kind, tokens, outside), 0.0
         names = sorted(model.linear_shapes, key=_FORWARD_ORDER.index)
-        widths = [local_linear_shape(model, name, layout.tp)[0] for name in names]
-        return self.element_bytes * tokens * (model.attention_output_width / layout.tp + sum(widths[::2]))
+        kept = names[::2] if self._software.selective == "keep_half_matmuls" else names
+        widths = [local_linear_shape(model, name, layout.tp)[0] for name in kept]
+        products = e * tokens * (model.attention_output_width / layout.tp + sum(widths))
+        last = e * tokens * model.hidden_size if names[-1] in kept else 0.0
+        if kept == names and layout.tp > 1:
+            summed = e * outside * model.hidden_size
+            return products + 2 * summed, last + summed
+        return products, last
 
     def _products(self, layout: Layout, kind: str, tokens: float, outside: float) -> float:
         """Outputs of the products outside of attention: of the output projection, and of the feed-forward."""

@@ -17,7 +17,9 @@ from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost
 from .job import TrainingJob
 from .layout import Layout
-from .local_shapes import local_kv_width, local_tokens, outside_tokens
+from .local_shapes import local_kv_width, local_tokens, loss_pieces, outside_tokens
+
+_FP32_BYTES = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +125,20 @@ class AxisModel:
         return Passes(self._tp("all_reduce", layout, size))
 
     def head_tp(self, layout: Layout) -> Passes:
-        """Input gathered (SP) or its gradient summed; three reductions of one number a token for the loss."""
+        """Input gathered (SP) or its gradient summed, and what the ranks tell each other for the loss.
+
+        Three reductions of one number a token (maximum, sum, the target's logit; arXiv 1909.08053, section 3). In
+        pieces one gather a piece, of the logarithm of each rank's sum for each token.
+        """
         size = self._whole_bytes(layout)
-        loss = 3 * self._tp("all_reduce", layout, 4.0 * local_tokens(layout, self._job.sequence))
+        tokens = local_tokens(layout, self._job.sequence)
+        if self._software.loss_in_pieces:
+            loss = sum(
+                number * self._tp("all_gather", layout, _FP32_BYTES * layout.tp * rows)
+                for rows, number in loss_pieces(tokens)
+            )
+        else:
+            loss = 3 * self._tp("all_reduce", layout, _FP32_BYTES * tokens)
         if layout.sequence_parallel:
             forward = self._tp("all_gather", layout, size)
             return Passes(forward + loss, self._tp("reduce_scatter", layout, size))

@@ -26,6 +26,7 @@ class Capabilities:
     experts: bool = False
     expert_tp: bool = False  # etp may be tp as well as 1
     experts_need_sequence_parallel: bool = False
+    experts_with_selective: bool = True  # whether layers with experts may recompute selectively
     vocabulary_padding: bool = False
     stages_without_layers: bool = True
 
@@ -41,6 +42,10 @@ CAPABILITIES = {
         zero_with_pipeline=(0, 1, 3),
         zero_reason="torch's pipeline keeps gradients unsharded until the last microbatch, so zero 2 is zero 1 there; "
         "ask for zero=1",
+        experts=True,
+        expert_tp=True,
+        experts_need_sequence_parallel=True,
+        experts_with_selective=False,
     ),
     # Megatron-LM core: --use-distributed-optimizer is zero 1, --num-distributed-optimizer-instances its HSDP.
     "megatron": Capabilities(
@@ -74,10 +79,11 @@ CAPABILITIES = {
 # What a model may have beyond a dense, causal pre-norm decoder (`ModelSpec.features`) -> the executors that train
 # it. Beside megatron stands the argument of Megatron-LM's own training scripts that switches it on.
 FEATURES: dict[str, tuple[str, ...]] = {
-    "experts": ("megatron",),  # --num-experts, with all that the router may be: --moe-router-*, --moe-layer-freq
-    "latent attention": ("megatron",),  # --multi-latent-attention
+    # --num-experts, with all that the router may be: --moe-router-*, --moe-layer-freq
+    "experts": ("meshwright", "megatron"),
+    "latent attention": ("meshwright", "megatron"),  # --multi-latent-attention
     "sliding-window attention": ("megatron",),  # --window-size, --window-attn-skip-freq
-    "QK norm": ("megatron",),  # --qk-layernorm
+    "QK norm": ("meshwright", "megatron"),  # --qk-layernorm
     "attention sinks": ("megatron",),  # --softmax-type learnable
     "bidirectional attention": ("megatron",),  # pretrain_bert.py, as all that BERT has
     "ALiBi positions": (),

@@ -7,8 +7,13 @@ from profiles.model import ModelSpec
 from .layout import Layout
 
 
-def why_not_compiled(layout: Layout) -> str | None:
-    """The reason why the blocks of this layout are not compiled."""
+def why_not_compiled(layout: Layout, model: ModelSpec) -> str | None:
+    """The reason why the blocks of this model in this layout are not compiled."""
+    if model.experts is not None:
+        return (
+            f"{model.name} has experts: how many tokens each gets is read by the host, and a graph that is whole cannot "
+            "wait for it"
+        )
     if layout.splits_backward:
         return (
             f"{layout.schedule} splits each backward in two, which torch 2.11 to 2.13 does not do with compiled "
@@ -33,4 +38,4 @@ def why_no_asynchronous_tp(layout: Layout, model: ModelSpec, devices_per_node: i
         return f"{model.name} adds a bias in every product, and torch cuts only products without"
     if devices_per_node % layout.tp:
         return f"tp={layout.tp} and nodes of {devices_per_node} devices: the pieces pass through the memory of one node"
-    return why_not_compiled(layout)
+    return why_not_compiled(layout, model)

@@ -20,6 +20,7 @@ from .local_shapes import (
     local_kv_width,
     local_linear_shape,
     local_tokens,
+    loss_pieces,
     outside_tokens,
     routed_tokens,
 )
@@ -312,20 +313,45 @@ class ComputeModel:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
         outside = outside_tokens(layout, self._job.sequence)
         rows = -(-model.vocab_size // layout.tp)
-        loss = {"eager": "cross_entropy"}.get(
-            self._software.cross_entropy, f"cross_entropy_{self._software.cross_entropy}"
-        )
         parts = [self._norm(outside * model.hidden_size)]
         if model.output_transform:
             parts += [
                 self._linear(tokens, model.hidden_size, model.hidden_size),
                 self._norm(tokens * model.hidden_size),
             ]
-        # Trainers in fp8 keep the last product as it was.
-        parts += [self._linear(tokens, rows, model.hidden_size, dtype=self._dtype), self._memory(loss, tokens * rows)]
+        if self._software.loss_in_pieces:
+            parts.append(self._loss_in_pieces(layout, tokens, rows))
+        else:
+            kernels = {"eager": "cross_entropy"}
+            loss = kernels.get(self._software.cross_entropy, f"cross_entropy_{self._software.cross_entropy}")
+            # Trainers in fp8 keep the last product as it was.
+            product = self._linear(tokens, rows, model.hidden_size, dtype=self._dtype)
+            parts += [product, self._memory(loss, tokens * rows)]
         if self._software.loss_metrics:  # cross-entropy and perplexity
             parts += [self._memory("loss_metric", tokens * rows)] * 2
         return _total(parts)
+
+    def _loss_in_pieces(self, layout: Layout, tokens: float, rows: int) -> ComputeCost:
+        """Product, loss and gradients of one piece after the other, all in the forward pass ([Note: Loss in pieces]).
+
+        The kernels cross memory as often as those of torch's cross-entropy: cast and log-softmax; exponential, quotient
+        and cast. Where the logits are computed again the backward has the gradients, after the product and a
+        difference, which is as long as the loss. Of several pieces in 16 bits the weight's gradient is summed in fp32,
+        widened and narrowed once; in fp32 the product itself adds up.
+        """
+        hidden, pieces = self._model.hidden_size, loss_pieces(tokens)
+        whole = ComputeCost()
+        for size, number in pieces:
+            once = self._linear(size, rows, hidden, dtype=self._dtype) + self._memory("cross_entropy", size * rows)
+            whole = whole + _total([once] * number)
+        weight_sum = ComputeSeconds()
+        if (again := sum(number for _, number in pieces) - 1) and self._dtype != "fp32":
+            width = self._hardware.memory_seconds("cast", self._state_dtype, rows * hidden)
+            weight_sum = ComputeSeconds(memory=again * self.accumulate_seconds(rows * hidden) + 2 * width)
+        loss, gradients = whole.forward, whole.backward + weight_sum
+        if layout.logits_again(layout.microbatches(self._job.global_batch)):
+            return ComputeCost(loss, loss + gradients)
+        return ComputeCost(loss + gradients)
 
     def microbatch(self) -> ComputeCost:
         """What a microbatch costs a rank besides the kernels: starting a forward and a backward."""

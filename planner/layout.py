@@ -78,6 +78,10 @@ class Layout:
         """Whether all microbatches are in flight before the first backward."""
         return self.pp > 1 and self.schedule in FORWARDS_FIRST
 
+    def logits_again(self, microbatches: int) -> bool:
+        """Whether our runtime computes the logits once more in the backward pass ([Note: Loss in pieces])."""
+        return self.forwards_first and microbatches > 1
+
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, from its first chunk to its last."""
         return self.pipeline(1).stages_of(rank)

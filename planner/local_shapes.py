@@ -5,7 +5,7 @@ from __future__ import annotations
 from profiles.model import ModelSpec
 
 from .job import TrainingJob
-from .layout import Layout
+from .layout import LOSS_TOKENS, Layout
 
 # Linears whose input is cut over tp; the others' output is, but for those of a latent, which every rank holds whole.
 ROW_WISE = ("wo", "w2")
@@ -21,6 +21,12 @@ def outside_tokens(layout: Layout, sequence: int) -> float:
     """Tokens between the products cut by tp: all, or the rank's share with sequence parallelism."""
     tokens = local_tokens(layout, sequence)
     return tokens / layout.tp if layout.sequence_parallel else tokens
+
+
+def loss_pieces(tokens: float) -> tuple[tuple[int, int], ...]:
+    """(tokens, how many) of the pieces in which our runtime computes its loss: whole ones, and what is left."""
+    whole, rest = divmod(round(tokens), LOSS_TOKENS)
+    return tuple((rows, number) for rows, number in ((LOSS_TOKENS, whole), (rest, 1)) if rows * number)
 
 
 def routed_tokens(layout: Layout, model: ModelSpec, job: TrainingJob) -> float:

@@ -8,102 +8,22 @@ microbatch, and only the latter depends on the layers of the stage.
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
-from functools import cached_property
-
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.software import Software
 
 from .activation_bytes import ActivationModel, KeptBytes
+from .head_memory import HeadMemory, reduces_each_microbatch
 from .job import TrainingJob
-from .layout import RECOMPUTE_MODES, Layout
-from .local_shapes import expert_linear_shapes, local_linear_shape, local_tokens, outside_tokens
-from .schedule import in_flight
+from .layout import Layout
+from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
+from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
+from .schedule import held_by_torch, input_halves
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
-
-
-@dataclass(frozen=True)
-class MemoryBytes:
-    """Bytes of one rank, by what they are for; they add up and scale."""
-
-    weights: float = 0.0
-    gradients: float = 0.0
-    optimizer: float = 0.0
-    gathered_weights: float = 0.0
-    activations: float = 0.0
-    logits: float = 0.0
-    transient: float = 0.0
-    pipeline_buffers: float = 0.0
-    communicators: float = 0.0
-    context: float = 0.0
-    allocator_slack: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(vars(self).values())
-
-    def items(self) -> dict[str, float]:
-        return dict(vars(self))
-
-    def __add__(self, other: MemoryBytes) -> MemoryBytes:
-        return MemoryBytes(*map(operator.add, vars(self).values(), vars(other).values()))
-
-    def with_slack(self, share: float) -> MemoryBytes:
-        """Add what the allocator loses: a share of the tensor bytes."""
-        tensors = self.total - self.context - self.communicators
-        return self + MemoryBytes(allocator_slack=share * tensors)
-
-    def __mul__(self, factor: float) -> MemoryBytes:
-        return MemoryBytes(*(value * factor for value in vars(self).values()))
-
-
-NO_BYTES = MemoryBytes()
-
-
-@dataclass(frozen=True)
-class PartTotals:
-    """A part's bytes without what they are for."""
-
-    state: float
-    held: dict[str, float]
-    held_weight: float
-
-
-@dataclass(frozen=True)
-class PartMemory:
-    """What one part of the model (a layer, the embedding, the head) adds to its rank.
-
-    `held` per in-flight microbatch without recomputation, `held_selective` and `held_recomputed` with it,
-    `held_weight` between the two halves of a split backward; `transient` is the most that its backward needs at
-    once beyond what is held, and with recomputation the activations that come back for one layer at a time.
-    """
-
-    state: MemoryBytes
-    held: MemoryBytes
-    held_recomputed: MemoryBytes
-    transient: float
-    transient_recomputed: float
-    held_selective: MemoryBytes = NO_BYTES
-    transient_selective: float = 0.0
-    held_weight: MemoryBytes = NO_BYTES
-
-    @cached_property
-    def totals(self) -> PartTotals:
-        return PartTotals(
-            state=self.state.total,
-            held={mode: self.held_by(mode).total for mode in RECOMPUTE_MODES},
-            held_weight=self.held_weight.total,
-        )
-
-    def held_by(self, mode: str) -> MemoryBytes:
-        return {"none": self.held, "selective": self.held_selective, "full": self.held_recomputed}[mode]
-
-    def transient_by(self, mode: str) -> float:
-        return {"none": self.transient, "selective": self.transient_selective, "full": self.transient_recomputed}[mode]
+# Chunks of a rank whose weights torch's pipeline has gathered at once (torch 2.13, `_add_unshard_reshard`).
+STAGES_GATHERED = 3
 
 
 class MemoryModel:
@@ -114,6 +34,7 @@ class MemoryModel:
         composite = model.norm == "rmsnorm" and hardware.backend == "gloo"
         self._activations = ActivationModel(model, job, software, composite)
         self._element_bytes = self._activations.element_bytes
+        self._head = HeadMemory(model, job, software, self._activations)
 
     # ---- state -----------------------------------------------------------------------------------------
 
@@ -139,8 +60,13 @@ class MemoryModel:
         wrapped = shared or self._job.precision != "fp32"
         stays = wrapped and (layout.zero < 3 or layout.pp > 1 or root)
         gathered = self._element_bytes * parameters if stays else 0.0
+        if not root:  # of even chunks; which of them has the root's cannot be said
+            gathered *= min(1.0, STAGES_GATHERED / layout.virtual_stages)
         late = self._gradients_come_late(layout) and not (root and layout.pp > 1)  # embeddings hold no activations
         gradients = 0.0 if late else self._gradient_bytes(layout, parameters, shards)
+        if wrapped and self._halves_apart(layout):
+            others = 1.0 - 1.0 / layout.virtual_stages
+            gradients += others * self._narrow_bytes * parameters
         return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
 
     def _gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
@@ -148,7 +74,7 @@ class MemoryModel:
         return _FP32_BYTES * parameters / (shards if self._reduces_each_microbatch(layout) else 1)
 
     def _reduces_each_microbatch(self, layout: Layout) -> bool:
-        return layout.pp == 1 and (layout.zero >= 2 or layout.microbatches(self._job.global_batch) == 1)
+        return reduces_each_microbatch(layout, self._job)
 
     def _gradients_come_late(self, layout: Layout) -> bool:
         """Whether all that is ever in flight is so before the first backward, that is before the first gradient."""
@@ -156,7 +82,18 @@ class MemoryModel:
             return False
         if layout.pp == 1:
             return layout.microbatches(self._job.global_batch) == 1
-        return layout.schedule == "gpipe"
+        return layout.forwards_first
+
+    def _halves_apart(self, layout: Layout) -> bool:
+        """Whether weights' halves of backwards leave gradients in the compute precision, which FSDP2 widens and adds to
+        its sums at the end of the layer's next input's half. By then those of the rank's other chunks have had theirs.
+        DualPipeV splits backwards at its ends only."""
+        return layout.splits_backward and layout.schedule != "dualpipev"
+
+    @property
+    def _narrow_bytes(self) -> int:
+        """Bytes of a gradient that must be widened."""
+        return self._element_bytes if self._element_bytes != _FP32_BYTES else 0
 
     def _late_gradients(self, layout: Layout, parameters: float, activations: float) -> float:
         """What a layer's gradients add to each microbatch in flight, where they come late.
@@ -199,7 +136,11 @@ class MemoryModel:
         if expert:
             state = state + self._state(layout, expert, expert=True)
         modes = (kept.none, kept.selective, kept.full)
-        transients = [self._transient(layout, dense, expert, kept, held) for held in modes]
+        comes_back = (kept.none, kept.none + kept.unclaimed, kept.none)
+        transients = [
+            self._transient(layout, dense, expert, kept, held, whole)
+            for held, whole in zip(modes, comes_back, strict=True)
+        ]
         held = [
             MemoryBytes(activations=bytes_, gradients=self._late_gradients(layout, dense + expert, bytes_))
             for bytes_ in modes
@@ -215,14 +156,17 @@ class MemoryModel:
             transient_recomputed=transients[2],
         )
 
-    def _transient(self, layout: Layout, dense: float, expert: float, kept: KeptBytes, held: float) -> float:
-        """The most that a layer's backward has beyond what its stage holds, `held` of it by this layer.
+    def _transient(
+        self, layout: Layout, dense: float, expert: float, kept: KeptBytes, held: float, whole: float
+    ) -> float:
+        """The most that a layer's backward has beyond what its stage holds, `held` of it by this layer, whose
+        activations are `whole` once what it recomputes has come back.
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it. Where each microbatch's gradients
         are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
         `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
         before reduced last, the root group. At the end of the backward this layer's activations are gone too, and its
-        gradients are there in the compute precision, as the head's are all the time. Where gradients are reduced after
+        gradients are there in the compute precision. Where gradients are reduced after
         the last microbatch, input and output of one layer's reduction come on top of all sums, when all is gone that
         an even share of the layers gathers and holds.
         """
@@ -230,48 +174,40 @@ class MemoryModel:
         fsdp = self._software.on_fsdp
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp)
         gathered = 2 * element * parameters if gathers else 0.0
-        start = kept.transient + gathered + kept.none - held
+        start = kept.transient + gathered + whole - held
+        if fsdp and self._halves_apart(layout):
+            start += self._narrow_bytes * parameters - self._left_between(kept)
         if not fsdp or (layout.dp * layout.cp == 1 and self._job.precision == "fp32"):
             return start
         reduced = _FP32_BYTES * parameters
         if self._reduces_each_microbatch(layout):
             end = kept.heads + gathered + element * parameters - held
             before = max(self._root_reduction(layout), reduced - held)
-            return max(start, end) + before + element * self._head_matrix(layout)
+            return max(start, end) + before
         share = max(1, self._model.layers // layout.pp)
         return max(start, reduced * (1 + 1 / layout.shards) - share * (element * parameters + held))
 
+    def _left_between(self, kept: KeptBytes) -> float:
+        """Of a layer's passing gradients those that a split backward leaves between its halves: there they are held,
+        and that moment comes after each input's half."""
+        return min(kept.transient, kept.weight - kept.none)
+
     def embedding(self, layout: Layout) -> PartMemory:
         state = self._state(layout, self.embedding_parameters(layout), root=True)
-        # The gradient of the table is a tensor of its own before it is added to the sum.
-        again = self._software.on_fsdp and layout.microbatches(self._job.global_batch) > 1
-        passing = self._element_bytes * self._head_matrix(layout) if again else 0.0
+        passing = self._table_gradient(layout)
         return PartMemory(state, NO_BYTES, NO_BYTES, passing, passing, NO_BYTES, passing)
 
-    def head(self, layout: Layout) -> PartMemory:
-        """Last norm, and the logits: as computed, and as log-probabilities in fp32; their gradients on the way back.
+    def _table_gradient(self, layout: Layout) -> float:
+        """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
+        again = self._software.on_fsdp and layout.microbatches(self._job.global_batch) > 1
+        return self._element_bytes * self._head_matrix(layout) if again else 0.0
 
-        The logits as computed live as long as the training loop names them, through the backward. A fused cross-entropy
-        keeps the logits alone, in their own precision; Megatron's the fp32 softmax alone.
-        """
-        tokens = local_tokens(layout, self._job.sequence)
-        rows = -(-self._model.vocab_size // layout.tp)
-        logits = self._element_bytes * tokens * rows
-        log_probabilities = _FP32_BYTES * tokens * rows
-        if self._software.on_fsdp:
-            stays, kept = logits, logits + log_probabilities
-            # Beside each other: the gradient of the log-probabilities and of the widened logits, and a third of
-            # this size in `loss_parallel` (torch 2.13, `_nll_loss_and_log_softmax_backward`).
-            gradients = (3 if layout.tp > 1 else 2) * log_probabilities
-        else:
-            stays, kept = 0.0, log_probabilities if self._software.logits == "fp32" else logits
-            gradients = kept
-        norm = self._activations.norm(layout)
-        share = self._head_held_share(layout)
-        held = MemoryBytes(activations=share * norm, logits=stays + share * (kept - stays))
-        passing = (norm + kept - stays if share < 1 else 0.0) + gradients + self._root_reduction(layout)
+    def head(self, layout: Layout) -> PartMemory:
+        """Last norm, product and loss (`HeadMemory`)."""
         state = self._state(layout, self.head_parameters(layout), root=True)
-        return PartMemory(state, held, held, passing, passing, held, passing, held)
+        held, weight, passing = self._head.bytes_of(layout)
+        passing += self._root_reduction(layout) + self._last_gather(layout)
+        return PartMemory(state, held, held, passing, passing, held, passing, weight)
 
     def _root_reduction(self, layout: Layout) -> float:
         """What went into FSDP2's last reduction of the microbatch before, that of embedding and head, in fp32."""
@@ -281,17 +217,14 @@ class MemoryModel:
             return 0.0
         return _FP32_BYTES * (self.embedding_parameters(layout) + self.head_parameters(layout))
 
-    def _head_held_share(self, layout: Layout) -> float:
-        """Of what the head keeps for its backward, how much counts as held by each microbatch in flight.
-
-        One microbatch's is freed before any layer's backward begins, so it counts as passing. The last stage has one
-        in flight under 1F1B and without a pipeline, all M under gpipe.
-        """
-        if layout.pp == 1 or layout.schedule == "1f1b":
+    def _last_gather(self, layout: Layout) -> float:
+        """The buffer that FSDP2 gathered the last layer into, which it keeps to the end of the forward it was for
+        (torch 2.13, `all_gather_state`): every microbatch's under zero 3, else the first's."""
+        gathers = layout.zero == 3 or (layout.zero > 0 and layout.microbatches(self._job.global_batch) == 1)
+        if not self._software.on_fsdp or layout.pp > 1 or layout.shards == 1 or not gathers:
             return 0.0
-        if layout.schedule == "gpipe":
-            return 1.0 - 1.0 / layout.microbatches(self._job.global_batch)
-        return 1.0
+        dense, expert = self.block_parameters(layout, self._model.segments[-1].kind)
+        return self._element_bytes * (dense + expert)
 
     # ---- the rest --------------------------------------------------------------------------------------
 
@@ -304,27 +237,57 @@ class MemoryModel:
 
         torch's pipeline allocates a receive buffer for every microbatch at once: activations on every stage
         but the first, gradients on every stage but the last (torch 2.13, `_setup_forward_recv_info`). Others
-        receive into a buffer or two. It also keeps the output of each microbatch in flight, which no layer of the
-        stage needs for its backward (`fwd_cache`); the last stage's are the logits. The input that a stage's first norm
-        or recomputation keeps is the receive buffer, unless the norm widens it first.
+        receive into a buffer or two.
         """
         stages = layout.pp * layout.virtual_stages
         boundary = self.boundary_bytes(layout) if layout.pp > 1 else 0.0
         directions = sum((stage > 0) + (stage < stages - 1) for stage in layout.stages_of(rank))
         buffers = microbatches if self._software.on_torch_pipeline else 2
-        outputs = 0
-        if self._software.on_torch_pipeline and layout.pp > 1:
-            widens = self._activations.composite_norm and self._element_bytes != _FP32_BYTES
-            own = [(s < stages - 1) - (s > 0 and not widens) for s in layout.stages_of(rank)]
-            vectors = in_flight(layout.pipeline(microbatches))[rank]
-            outputs = max(0, *(sum(full * times for full, times in zip(v.full, own, strict=True)) for v in vectors))
+        beside = self._beside_buffers(layout, rank, microbatches) if self._software.on_torch_pipeline else 0
         groups = sum(axis > 1 for axis in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep * layout.etp))
         return MemoryBytes(
             pipeline_buffers=boundary * buffers * directions,
-            activations=boundary * outputs,
+            activations=boundary * beside,
+            transient=self._first_stage_passing(layout) if rank == 0 else 0.0,
             communicators=groups * self._hardware.communicator_bytes,
             context=self._hardware.context_bytes,
         )
+
+    def _first_stage_passing(self, layout: Layout) -> float:
+        """The first stage has no input's half: what `_left_between` takes off its layers' backward passes there, as far
+        as the table's gradient does not pass anyway."""
+        if not (self._software.on_torch_pipeline and self._halves_apart(layout)):
+            return 0.0
+        most, table = 0.0, self._table_gradient(layout)
+        for kind in {segment.kind for segment in self._model.segments}:
+            kept, parameters = self._activations.layer(layout, kind), sum(self.block_parameters(layout, kind))
+            whole = kept.transient + self._narrow_bytes * parameters
+            most = max(most, min(self._left_between(kept), whole - table))
+        return most
+
+    def _beside_buffers(self, layout: Layout, rank: int, microbatches: int) -> int:
+        """Activations of a stage boundary that torch's pipeline holds on a rank beside its receive buffers.
+
+        It keeps the output of each microbatch in flight, which no layer of the stage needs for its backward
+        (`fwd_cache`); the last stage's is the loss. From the input's half of a split backward on, the gradient of that
+        output, counted with the last layer's, is a receive buffer. So is the input that a stage's first norm or
+        recomputation keeps, unless the norm widens it first. Where the next stage is on the same rank its output is the
+        buffer. An input's half leaves the gradient of each input it was for until the step is over (torch 2.13,
+        `stage_backward_input`, `clear_runtime_states`).
+        """
+        if layout.pp == 1:
+            return 0
+        widens = self._activations.composite_norm and self._element_bytes != _FP32_BYTES
+        pipeline, held = layout.pipeline(microbatches), layout.stages_of(rank)
+        received = [s > 0 and not widens for s in held]
+        sent = [s < layout.stages - 1 and s + 1 not in held for s in held]
+        kept = [0]
+        for moment in held_by_torch(pipeline)[rank]:
+            full = sum(n * (s - r) for n, s, r in zip(moment.full, sent, received, strict=True))
+            kept.append(full - sum(n * r for n, r in zip(moment.weight_only, received, strict=True)))
+        halves = input_halves(pipeline)[rank] if layout.splits_backward else (0,) * len(held)
+        left = sum(n for s, n in zip(held, halves, strict=True) if s > 0 and s - 1 not in held)
+        return max(kept) + left
 
     # ---- parameters of one rank --------------------------------------------------------------------------
 

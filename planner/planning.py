@@ -150,6 +150,11 @@ def plan_to_train(
 
         measure(None, "quick", None, command)
         return make(ask(model or "demo", "local", global_batch, sequence))
+    return plan_of_file(plan_file, model)
+
+
+def plan_of_file(plan_file: Path, model: str | None) -> Plan:
+    """The plan in the file; an InputError where it is for another model than `model`, if that is given."""
     found = load(plan_file)
     if model is not None and resolve_model(model) != found.model:
         raise InputError(

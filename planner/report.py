@@ -45,6 +45,7 @@ def record_report(record: dict[str, Any]) -> RenderableType:
     rows = [
         ("compute + recompute", parts["compute"] + parts["recompute"], found["compute"]),
         ("tp communication", parts["tp"], found["tp"]),
+        ("ep communication", parts["ep"], found.get("ep", 0.0)),
         ("pp + bubble", parts["pp"] + parts["bubble"], found["pp_bubble"]),
         ("dp exposed", parts["dp_exposed"], found["dp_exposed"]),
         ("optimizer", parts["optimizer"], found["optimizer"] + found["other"]),
@@ -65,11 +66,18 @@ def record_report(record: dict[str, Any]) -> RenderableType:
         )
     expected, seen = predicted["peak_memory_bytes"], measured["peak_memory_bytes"]
     table.add_row("peak memory", bytes_text(expected), bytes_text(seen), f"{expected / seen - 1:+.1%}", "")
+    train, validation, skipped = (record.get(key) for key in ("train_loss", "validation_loss", "skipped_steps"))
     loss = Text(
-        f"\ntrain loss {record['train_loss']:.3f}, validation loss {record['validation_loss']:.3f} nats per byte after "
+        f"\ntrain loss {_loss_text(train)}, validation loss {_loss_text(validation)} nats per byte after "
         f"{record['steps']} steps; a bigram model of the same text reaches {record['bigram_loss']:.3f}"
     )
+    if skipped:
+        loss.append(f"\n{skipped} steps made no update: loss or gradient norm was not finite", style="bold")
     return Group(table, loss)
+
+
+def _loss_text(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.3f}"
 
 
 # ---- errors --------------------------------------------------------------------------------------------------

@@ -106,8 +106,8 @@ def _experts(layout: Layout, context: RuleContext) -> str | None:
     if experts is None or not able.experts:
         for axis, degree in (("ep", ep), ("etp", etp)):
             if degree > 1:
-                why = "does not train" if not able.experts else "has no experts to train"
-                return f"{axis}={degree}: {context.executor} {why} with {axis} > 1" + ("" if able.experts else " today")
+                lacks = f"{context.model.name} has no experts" if experts is None else ""
+                return f"{axis}={degree}: " + (lacks or f"{context.executor} does not train with {axis} > 1 today")
         return None
     if experts.number % ep:
         return f"ep={ep} does not divide {experts.number} experts"
@@ -175,7 +175,7 @@ def _schedule(layout: Layout, context: RuleContext) -> str | None:
     return why_illegal(Pipeline(layout.schedule, layout.pp, layout.virtual_stages, microbatches))
 
 
-def _zero(layout: Layout, context: RuleContext) -> str | None:
+def zero_rule(layout: Layout, context: RuleContext) -> str | None:
     able = context.capabilities
     if layout.zero > 3:
         return f"zero={layout.zero}: the levels are 0, 1, 2 and 3"
@@ -216,7 +216,7 @@ DEGREE_RULES: tuple[Rule, ...] = (
     _stages,
     _batch,
 )
-KNOB_RULES: tuple[Rule, ...] = (_schedule, _zero, _dp_shard, _experts)
+KNOB_RULES: tuple[Rule, ...] = (_schedule, zero_rule, _dp_shard, _experts)
 RULES = DEGREE_RULES + KNOB_RULES
 
 
@@ -249,6 +249,11 @@ def why_no_recompute(mode: str, layout: Layout, context: RuleContext) -> str | N
         return (
             f"recompute={mode} with {layout.schedule}: torch 2.11 to 2.13 runs the recomputation of a split backward "
             "several times over (full) or raises (selective)"
+        )
+    if mode == "selective" and context.model.experts is not None and not context.capabilities.experts_with_selective:
+        return (
+            "recompute=selective with experts: torch 2.11 to 2.13 may raise where FSDP2 wraps a part of what is "
+            "recomputed; ask for full"
         )
     return None
 

@@ -31,7 +31,10 @@ __all__ = [
     "InFlight",
     "Pipeline",
     "action_lists",
+    "first_flight",
+    "held_by_torch",
     "in_flight",
+    "input_halves",
     "least_in_flight",
     "why_illegal",
 ]
@@ -142,6 +145,35 @@ def in_flight(pipeline: Pipeline, part_of_full: bool = False) -> tuple[tuple[InF
     return _in_flight(_shortest(pipeline), part_of_full)
 
 
+@lru_cache(maxsize=1024)
+def held_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+    """`in_flight` as torch's runtime has it: on the first stage, whose input has no gradient, the input's half of a
+    backward does nothing and all stays until the weights' (torch 2.13, `backward_one_chunk`)."""
+    first, *others = in_flight(pipeline)
+    if pipeline.schedule not in SPLIT_BACKWARD:
+        return (first, *others)
+    whole = {InFlight((v.full[0] + v.weight_only[0], *v.full[1:]), (0, *v.weight_only[1:])) for v in first}
+    return (_largest(sorted(whole), part_of_full=False), *others)
+
+
+@lru_cache(maxsize=4096)
+def input_halves(pipeline: Pipeline) -> tuple[tuple[int, ...], ...]:
+    """Per rank and chunk, input-halves of backwards that have begun when a rank is last as full as it gets: up to the
+    first after its last forward."""
+    shortest = _shortest(pipeline)
+    # Microbatches beyond those of the shortest list are as many input-halves more, but in DualPipeV, which splits
+    # backwards at its ends only.
+    more = 0 if pipeline.schedule == "dualpipev" else pipeline.microbatches - shortest.microbatches
+    counts = []
+    for rank in range(pipeline.ranks):
+        order = [part for action in _order(shortest, rank) for part in action.parts or (action,)]
+        last = max(n for n, part in enumerate(order) if part.kind == orders.FORWARD)
+        after = [n for n, part in enumerate(order) if n > last and part.kind == orders.INPUT][:1]
+        begun = [part.stage for part in order[: after[0] + 1 if after else last] if part.kind == orders.INPUT]
+        counts.append(tuple(begun.count(stage) + more for stage in pipeline.stages_of(rank)))
+    return tuple(counts)
+
+
 def _shortest(pipeline: Pipeline) -> Pipeline:
     """The fewest microbatches with the same vectors: between warm-up and cool-down the lists repeat themselves."""
     ranks, count = pipeline.ranks, pipeline.microbatches
@@ -238,6 +270,37 @@ def _largest(moments: Iterable[InFlight], part_of_full: bool) -> tuple[InFlight,
 
 def _within(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(map(int.__le__, a, b))
+
+
+@lru_cache(maxsize=4096)
+def first_flight(pipeline: Pipeline) -> tuple[int, ...]:
+    """Per rank, microbatches that any layer holds when the rank's first backward begins: forwards before it, of the
+    chunk with fewest. Takes no lists but the beginnings of the V-shaped ones'."""
+    ranks, chunks, count = pipeline.ranks, pipeline.chunks, pipeline.microbatches
+    if pipeline.schedule in FORWARDS_FIRST:
+        return (count,) * ranks
+    if pipeline.schedule == "1f1b":
+        return tuple(min(count, ranks - rank) for rank in range(ranks))
+    if pipeline.schedule in _IN_ROUNDS:
+        size, hops = orders.round_size(ranks, count), 2 if pipeline.schedule == "interleaved-1f1b" else 1
+        warmups = [orders.warmup_forwards(rank, ranks, chunks, count, hops) for rank in range(ranks)]
+        found = []
+        for warmup in warmups:  # the last chunk has fewest: it begins each round after the others
+            rounds, rest = divmod(min(warmup + 1, chunks * count), chunks * size)
+            found.append(rounds * size + max(0, rest - (chunks - 1) * size))
+        return tuple(found)
+    short = _shortest(pipeline)
+    found = []
+    for rank in range(ranks):
+        forwards = dict.fromkeys(pipeline.stages_of(rank), 0)
+        for action in _order(short, rank):
+            parts = action.parts or (action,)
+            if any(part.kind != orders.FORWARD for part in parts):
+                break
+            for part in parts:
+                forwards[part.stage] += 1
+        found.append(min(forwards.values()))
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ from itertools import product
 from .capabilities import Capabilities, missing_features
 from .job import TrainingJob
 from .layout import Layout
-from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, recompute_modes
+from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, recompute_modes, zero_rule
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ def layout_groups(context: RuleContext) -> Iterator[LayoutGroup]:
     space = _Space(context)
     for base in space.degrees():
         pipelines, states = space.pipelines(base), space.states(base)
-        if pipelines and states:
-            yield LayoutGroup(base, pipelines, states)
+        for together, apart in space.meeting(base, pipelines, states):
+            if together and apart:
+                yield LayoutGroup(base, together, apart)
 
 
 class _Space:
@@ -143,6 +144,19 @@ class _Space:
                         found.append((zero, shard, ep, etp))
             self._states[key] = tuple(found)
         return self._states[key]
+
+    def meeting(
+        self, base: Layout, pipelines: tuple[tuple[str, int], ...], states: tuple[tuple[int, int, int, int], ...]
+    ) -> Iterator[tuple[tuple[tuple[str, int], ...], tuple[tuple[int, int, int, int], ...]]]:
+        """(pipelines, states) of which each goes with each; only zero 3 does not go with every schedule."""
+        freed = tuple(state for state in states if state[0] == 3)
+        if not freed or base.pp == 1:
+            yield pipelines, states
+            return
+        yield pipelines, tuple(state for state in states if state[0] < 3)
+        zero, shard, _, _ = freed[0]
+        sharded = replace(base, zero=zero, dp_shard=shard)
+        yield tuple(p for p in pipelines if zero_rule(replace(sharded, schedule=p[0]), self._context) is None), freed
 
     def _sharding(self, base: Layout) -> list[tuple[int, int]]:
         found = [(0, 1)] if self._held("zero", 0) and self._held("dp_shard", 1) else []

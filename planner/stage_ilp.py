@@ -276,6 +276,7 @@ def solve_stages(
     cutoff_seconds: float = float("inf"),
     start: Sequence[StageCount] | None = None,
     modes: Sequence[str] = RECOMPUTE_MODES,
+    paths: Sequence[Path] | None = None,
     deadline: float = float("inf"),
 ) -> Solution:
     """The assignment with the least simulated step that fits `limit_bytes`.
@@ -285,6 +286,7 @@ def solve_stages(
         cutoff_seconds: stop when no assignment can be faster than this.
         start: an assignment that fits, if one is known.
         modes: what a layer may recompute.
+        paths: of the schedule, to begin with (`simulation.known_paths` by default).
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
     """
     best = tuple(start) if start is not None else None
@@ -302,7 +304,7 @@ def solve_stages(
     program.durations()
     program.optimizer_of_slowest()
     program.not_below_bound(bound_seconds)
-    for path in known_paths(costs.pipeline):
+    for path in known_paths(costs.pipeline) if paths is None else paths:
         program.longer_than_path(path)
     if best is not None:
         program.longer_than_path(costs.simulate(best).critical_path)

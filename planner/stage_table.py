@@ -99,7 +99,7 @@ def _rows(found: Answer) -> list[_Row]:
     for rank, items in enumerate(found.prediction.memory_bytes):
         own = sorted(i for i, stage in enumerate(found.stages) if stage.rank == rank)
         stages = [found.stages[i] for i in own]
-        row = _Row(rank, rank, _layers(stages), _recompute(stages), items, sum(found.stage_seconds[i] for i in own))
+        row = _Row(rank, rank, layers_text(stages), _recompute(stages), items, sum(found.stage_seconds[i] for i in own))
         if rows and _shown(rows[-1]) == _shown(row):
             row = _Row(rows[-1].first, *list(vars(row).values())[1:])
             rows.pop()
@@ -112,7 +112,7 @@ def _shown(row: _Row) -> tuple[object, ...]:
     return (row.layers, row.recompute, items, f"{row.seconds:.3g}")
 
 
-def _layers(stages: Sequence[Stage]) -> str:
+def layers_text(stages: Sequence[Stage]) -> str:
     """`6 E` of a stage, `2 E + 2 + 2` of a rank with chunks, `4 × 2` where they are alike."""
     words = [f"{stage.end - stage.first}" + " E" * stage.embedding + " H" * stage.head for stage in stages]
     if len(words) > 1 and len(set(words)) == 1:

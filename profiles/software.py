@@ -22,7 +22,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "activation": ("eager", "fused"),
     "dropout": None,
     "residual": ("eager", "fused"),
-    "cross_entropy": ("eager", "chain", "fused"),
+    "cross_entropy": ("eager", "chain", "fused", "pieces"),
     "logits": ("fp32", "compute"),
     "optimizer": ("eager", "fused"),
     "gradients": ("fp32", "compute"),
@@ -53,7 +53,8 @@ class Software:
     `attention`: "unfused" (a chain of eager kernels), "fused_softmax" (scale, mask and softmax in one kernel, the
     s × s scores in memory), or the FlashAttention generation whose speed it has. "fused" is one kernel where
     "eager" is several: `activation` with its bias, `residual` bias + dropout + sum, `cross_entropy` all of the loss
-    ("chain": of the elementary operations that a loss over a vocabulary cut by tp is written in).
+    ("chain": of the elementary operations that a loss over a vocabulary cut by tp is written in; "pieces": product,
+    loss and gradients of some tokens at a time, so that the logits of a microbatch never exist as a whole).
     "compute" is the dtype of the GEMMs: `logits` as kept for the loss, `gradients` as accumulated and reduced.
     `accumulation` "fused" happens inside the weight-gradient GEMM. `gradient_reduce` and `weight_gather` (of a
     distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's
@@ -129,6 +130,11 @@ class Software:
         """tp's collectives of the backward run beside the weight-gradient GEMM (arXiv 2205.05198, section 4.2.2, and
         Megatron-LM from 2022: --no-async-tensor-model-parallel-allreduce switches it off)."""
         return not self.on_fsdp and self.year >= 2022
+
+    @property
+    def loss_in_pieces(self) -> bool:
+        """The head's gradients are computed in its forward, a piece after the other ([Note: Loss in pieces])."""
+        return self.cross_entropy == "pieces"
 
     @property
     def selective_keeps_matmuls(self) -> bool:

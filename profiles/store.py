@@ -282,14 +282,14 @@ def write_atomically(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise InputError(f"{path} cannot be written", where=str(path), got=str(error)) from None
+        raise InputError(f"{path} cannot be written", where=str(path), got=str(error)) from error
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written", where=str(path), got=str(error)) from None
+        raise InputError(f"{path} cannot be written", where=str(path), got=str(error)) from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)

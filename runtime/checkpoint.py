@@ -17,11 +17,12 @@ from torch.distributed.tensor import DTensor
 
 from profiles.input_error import InputError
 
-from .parameters import named_parameters, tied_copies
+from .parameters import named_buffers, named_parameters, tied_copies
 from .transformer import Chunk
 
 FOLDER = "checkpoints"
 _COMPLETE = re.compile(r"step_(\d+)")
+_UNFINISHED = re.compile(r"\.step_\d+\.unfinished")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -29,6 +30,7 @@ def save(run_dir: Path, step: int, chunks: Sequence[Chunk], optimizer: torch.opt
     """Write run_dir/checkpoints/step_<step>. Every rank must call it.
 
     Written beside its place and renamed when it is whole, so that a killed run leaves no half checkpoint.
+    Raises CheckpointException, on every rank, when one cannot write its part.
     """
     target = run_dir / FOLDER / f"step_{step}"
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -36,7 +38,12 @@ def save(run_dir: Path, step: int, chunks: Sequence[Chunk], optimizer: torch.opt
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
-    state_dict_saver.save(_state(chunks, optimizer, step), checkpoint_id=str(unfinished))
+    try:
+        state_dict_saver.save(_state(chunks, optimizer, step), checkpoint_id=str(unfinished))
+    except CheckpointException:  # on every rank, whichever could not write
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)  # a full disk has better uses
+        raise
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(target, ignore_errors=True)
@@ -67,18 +74,32 @@ def load(folder: Path, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) ->
 
 def latest(run_dir: Path) -> Path:
     """The checkpoint with the highest step; an InputError when there is none."""
-    folder = run_dir / FOLDER
-    names = os.listdir(folder) if folder.is_dir() else []
-    steps = [int(match.group(1)) for name in names if (match := _COMPLETE.fullmatch(name))]
+    folder, steps = run_dir / FOLDER, complete_steps(run_dir)
     if not steps:
         raise InputError(
             f"{run_dir} has no checkpoint to resume from",
             where=str(folder),
             expected="a folder named step_N",
-            got=", ".join(sorted(names)) or "nothing",
+            got=", ".join(_names(folder)) or "nothing",
             hint="start without --resume",
         )
     return folder / f"step_{max(steps)}"
+
+
+def complete_steps(run_dir: Path) -> list[int]:
+    """The steps of the checkpoints that are whole."""
+    return [int(match.group(1)) for name in _names(run_dir / FOLDER) if (match := _COMPLETE.fullmatch(name))]
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Delete what a run that was killed while writing a checkpoint has left."""
+    for name in _names(run_dir / FOLDER):
+        if _UNFINISHED.fullmatch(name):
+            shutil.rmtree(run_dir / FOLDER / name)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
 
 
 def step_of(checkpoint: Path) -> int:
@@ -92,15 +113,17 @@ def _state(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int) -> 
     A rank that holds two copies of a tied matrix saves the last; `_refresh_tied` fills the other.
     """
     state: dict[str, Any] = {"step": torch.tensor(step)}
+    state |= {f"model.{name}": buffer for name, buffer in named_buffers(chunks)}
     for name, parameter in named_parameters(chunks):
-        moments = _moments(optimizer, parameter)
+        moments = moments_of(optimizer, parameter)
         state[f"model.{name}"] = parameter.detach()
         for key in ("step", *_MOMENTS):
             state[f"optimizer.{name}.{key}"] = moments[key]
     return state
 
 
-def _moments(optimizer: torch.optim.AdamW, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+def moments_of(optimizer: torch.optim.AdamW, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdamW's state of a parameter, made as torch makes it in the first step if it is not there yet."""
     moments = optimizer.state[parameter]
     if not moments:
         moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -118,7 +141,7 @@ def _refresh_tied(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> None
     with torch.no_grad():
         _local(stale).copy_(_local(loaded))
         for key in ("step", *_MOMENTS):
-            target, source = (_moments(optimizer, copy)[key] for copy in (stale, loaded))
+            target, source = (moments_of(optimizer, copy)[key] for copy in (stale, loaded))
             _local(target).copy_(_local(source))
 
 

@@ -45,7 +45,7 @@ def choose_compilation(plan: Plan, wanted: bool | None, device_type: str) -> tup
     `wanted` is a person's word; None is yes on CUDA, where no rule forbids it. Raises InputError where it is wanted and
     forbidden.
     """
-    reason = why_not_compiled(plan.layout)
+    reason = why_not_compiled(plan.layout, plan.model)
     if wanted and reason is not None:
         raise InputError("the plan cannot be compiled", where="--compile", expected="--no-compile", got=reason)
     if reason is None and wanted is None and device_type != "cuda":

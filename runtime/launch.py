@@ -8,14 +8,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -26,12 +24,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from planner.plan import Plan
 from profiles.input_error import InputError
 
-from . import run_folder
+from . import run_folder, stacks
 from .compilation import choose_compilation
 from .data import load_corpus
-from .failure import RunFailed
-from .mesh import coordinate_of
+from .failure import RAISED, Interrupted, is_timeout, told
 from .metrics import METRICS_FILE
+from .post_mortem import log_path, waited, why
+from .rank_watch import RankWatch, Voice, die_with_launcher
+from .target import check_target
 from .trainer import Record, TrainOptions, check_vocabulary, run
 
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
@@ -44,9 +44,6 @@ _PRELOAD = [
     "torch.utils.tensorboard",
 ]
 MONITOR_SECONDS = 0.1  # how often the launcher looks whether a rank has died, and the tail for a new line
-RAISED = 1  # exit code of a rank that ended with an exception
-LOG_LINES = 20  # of the rank that died, in the error
-_CONSEQUENCES = (signal.SIGTERM, signal.SIGABRT)  # what the launcher sends, and gloo's end when a peer is gone
 
 
 def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]) -> None:
@@ -54,17 +51,35 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
 
     On one machine this starts the ranks itself, with their output in RUN/logs; under torchrun (RANK and
     WORLD_SIZE set) it is one of them, and rank 0 reports progress. Raises InputError for what a person can
-    put right, RunFailed when a rank dies, and KeyboardInterrupt on Ctrl-C, in each case with no rank left.
+    put right, RunFailed when a rank dies, hangs or cannot go on, and Interrupted when a signal tells this
+    process to end, in each case with no rank left.
     """
+    check_target(plan)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if os.environ["RANK"] == "0":
-            run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume)
-        run(plan, options, on_progress)
+        _join(plan, options, on_progress)
         return
     _check(plan, options)
-    run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume)
+    _prepare(plan, options)
     with _tail(options.run_dir / METRICS_FILE, on_progress):
         start_ranks(plan, options, run)
+
+
+def _join(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]) -> None:
+    """Be one of torchrun's ranks; torchrun stops the others with SIGTERM when this one ends early."""
+    stacks.write_when_stopped()
+    if os.environ["RANK"] == "0":
+        _prepare(plan, options)
+    try:
+        run(plan, options, on_progress)
+    except RuntimeError as error:
+        if not is_timeout(error):
+            raise
+        logs = options.run_dir / run_folder.LOGS_FOLDER
+        raise waited(int(os.environ["RANK"]), plan.layout, logs, options.timeout_seconds) from error
+
+
+def _prepare(plan: Plan, options: TrainOptions) -> None:
+    run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume, dtype=options.dtype)
 
 
 def _check(plan: Plan, options: TrainOptions) -> None:
@@ -85,97 +100,55 @@ def _check(plan: Plan, options: TrainOptions) -> None:
 
 def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None]) -> None:
     """Run `body` (a module's function, `trainer.run` but in tests of failure) on each rank, to the end."""
-    world_size = plan.layout.world_size
-    with tempfile.TemporaryDirectory(prefix="meshwright-") as scratch, _one_thread_a_rank(), _torch_silent():
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=world_size,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=MONITOR_SECONDS,
-            start_method="forkserver",
-            logs_specs=DefaultLogsSpecs(log_dir=scratch),
-        )
-        multiprocessing.set_forkserver_preload(_PRELOAD)
-        lifeline, held_open = multiprocessing.Pipe(duplex=False)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=plan.layout.world_size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # any free port
+        max_restarts=0,
+        monitor_interval=MONITOR_SECONDS,
+        start_method="forkserver",
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # a rank writes its own
+    )
+    multiprocessing.set_forkserver_preload(_PRELOAD)
+    with _one_thread_a_rank(), _torch_silent(), RankWatch() as watch:
         try:
-            elastic_launch(config, _rank_main)(plan, options, body, lifeline)
+            elastic_launch(config, _rank_main)(plan, options, body, watch.voice)
         except SignalException as error:
-            if error.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            raise
+            raise Interrupted(signal.Signals(error.sigval)) from None
         except ChildFailedError as error:
-            raise _failure(error, plan, options) from None
-        finally:
-            held_open.close()
-            lifeline.close()
+            watch.settle()
+            rank, failure = next(iter(error.failures.items()))
+            logs = options.run_dir / run_folder.LOGS_FOLDER
+            raise why(rank, failure.exitcode, plan.layout, logs, watch, options.timeout_seconds) from None
 
 
-def _rank_main(
-    plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None], lifeline: Connection
-) -> None:
-    """A rank's process: its output goes to its own log, and it ends when `lifeline` does."""
+def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None], voice: Voice) -> None:
+    """A rank's process: its output goes to its own log, and it ends when the launcher does."""
     # Ctrl-C reaches the ranks too when it is typed; they end at once and the launcher reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_launcher()
     rank = int(os.environ["RANK"])
-    log = _log_path(options, rank)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    print(f"rank {rank} of {os.environ['WORLD_SIZE']}, process {os.getpid()}", flush=True)
+    voice.started(rank)
     try:
+        log = log_path(options.run_dir / run_folder.LOGS_FOLDER, rank)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        stacks.write_when_stopped()
+        print(f"rank {rank} of {os.environ['WORLD_SIZE']}, process {os.getpid()}", flush=True)
         body(plan, options)
-    except BaseException:
-        _died_path(options, rank).write_text(str(time.time_ns()))
-        traceback.print_exc()
-        sys.stderr.flush()
+    except BaseException as error:
+        voice.failed(rank, told(error))
+        with suppress(OSError):  # of a full disk
+            traceback.print_exc()
+            sys.stderr.flush()
         time.sleep(3 * MONITOR_SECONDS)  # so that a rank whose death made this one raise is found before it
-        os._exit(
-            RAISED
-        )  # not sys.exit: what a gloo thread still waits for would hold the process, and the others with it
-
-
-def _end_with(lifeline: Connection) -> None:
-    """End this process when the launcher, which holds the other end, is gone, even by kill -9."""
-    try:
-        lifeline.recv_bytes()
-    except EOFError:
+        # Not sys.exit: what a gloo thread still waits for would hold the process, and the others with it.
         os._exit(RAISED)
-
-
-def _failure(error: ChildFailedError, plan: Plan, options: TrainOptions) -> RunFailed:
-    """The rank that died first; that the others lost their connection is only a consequence.
-
-    torch reports one of the dead. A rank that was killed is named by it, since those that raise linger; of
-    ranks that raised, their own notes tell which was first.
-    """
-    rank, failure = next(iter(error.failures.items()))
-    exit_code = failure.exitcode
-    if exit_code > 0 or -exit_code in _CONSEQUENCES:
-        notes = {other: _died_path(options, other) for other in range(plan.layout.world_size)}
-        raised = {other: int(note.read_text()) for other, note in notes.items() if note.exists()}
-        if raised:
-            rank, exit_code = min(raised, key=raised.__getitem__), RAISED
-    log = _log_path(options, rank)
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return RunFailed(
-        rank=rank,
-        stage=coordinate_of(rank, plan.layout).pp,
-        exit_code=exit_code,
-        log_lines=tuple(lines[-LOG_LINES:]),
-    )
-
-
-def _log_path(options: TrainOptions, rank: int) -> Path:
-    return options.run_dir / run_folder.LOGS_FOLDER / f"rank_{rank}.log"
-
-
-def _died_path(options: TrainOptions, rank: int) -> Path:
-    return options.run_dir / run_folder.LOGS_FOLDER / f"rank_{rank}.died"
+    voice.done(rank)
 
 
 @contextmanager

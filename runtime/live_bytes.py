@@ -81,20 +81,18 @@ class LiveBytes(TorchDispatchMode):
 
     def peak(self, start: int) -> dict[str, int]:
         """Bytes by purpose at the moment since `start` at which they were most in all."""
-        live: dict[int, int] = {}
         total = most = 0
-        worst: dict[int, int] = {}
-        for moment, (serial, more) in enumerate(self._changes):
-            live[serial] = live.get(serial, 0) + more
+        worst: int | None = None
+        for moment, (_, more) in enumerate(self._changes):
             total += more
-            following = self._changes[moment + 1][1] if moment + 1 < len(self._changes) else 0
             if moment >= start and total > most:
-                most = total
-                if following <= 0:  # a copy only where the rise ends
-                    worst = dict(live)
+                most, worst = total, moment
+        if worst is None:
+            return {}
         summed: dict[str, int] = {}
-        for serial, size in worst.items():
-            summed[self._purposes[serial]] = summed.get(self._purposes[serial], 0) + size
+        for serial, more in self._changes[: worst + 1]:
+            purpose = self._purposes[serial]
+            summed[purpose] = summed.get(purpose, 0) + more
         return {purpose: size for purpose, size in summed.items() if size}
 
     def _see(self, storage: torch.UntypedStorage) -> None:

@@ -36,7 +36,12 @@ class OperationTimer(TorchDispatchMode):
     def __init__(self, mesh: RankMesh, clock: Clock) -> None:
         super().__init__()
         self.clock = clock
-        self.axis_of_group: dict[str, str] = {group.group_name: axis for axis in AXES for group in mesh.groups(axis)}
+        axes = {axis: axis for axis in AXES}
+        if mesh.expert_mesh is not None:  # experts are reduced over edp, and ep and etp move their tokens
+            axes |= {"edp": "dp", "ep": "ep", "etp": "ep"}
+        self.axis_of_group: dict[str, str] = {
+            group.group_name: booked for axis, booked in axes.items() for group in mesh.groups(axis)
+        }
         self.counts: dict[str, int] = {}
         self._marks: list[bool] = []  # of the spans that are open: whether each is FSDP2's
         self._entered: Any = None
@@ -64,8 +69,7 @@ class OperationTimer(TorchDispatchMode):
         if func.namespace == "c10d":
             _wait_for_work(output)
         else:
-            for tensor in output if isinstance(output, list | tuple) else (output,):
-                torch.ops._c10d_functional.wait_tensor(tensor)
+            _wait_for_tensors(output)
         if not any(self._marks):
             self.clock.add(f"communication_{axis}", start)
         name = f"{axis}:{func.__name__.split('.')[0]}"
@@ -122,7 +126,7 @@ class StepMeter:
     watched_steps: tuple[int, ...] = ()
     _tables: dict[int, dict[str, float]] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)
-    _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": []})
+    _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": [], "ep": []})
     _kernels: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KERNELS})
 
     def watched(self, step: int) -> bool:
@@ -170,10 +174,10 @@ class StepMeter:
     def table(self, step: int) -> dict[str, float]:
         """Seconds of each part of `step`; they sum to its seconds.
 
-        tp and dp_exposed are medians over the watched steps and are taken out of compute.
+        tp, ep and dp_exposed are medians over the watched steps and are taken out of compute.
         """
         parts = dict(self._tables[step])
-        for part, axis in (("tp", "tp"), ("dp_exposed", "dp")):
+        for part, axis in (("tp", "tp"), ("ep", "ep"), ("dp_exposed", "dp")):
             seconds = statistics.median(self._communication[axis]) if self._communication[axis] else 0.0
             seconds = min(seconds, parts["compute"])
             parts[part] += seconds
@@ -195,6 +199,12 @@ def busiest(tables: Sequence[dict[str, float]]) -> int:
 
 def _is_group(boxed: Any) -> bool:
     return "ProcessGroup" in str(boxed._type())
+
+
+def _wait_for_tensors(output: Any) -> None:
+    """Wait for the tensors that a functional collective gives."""
+    for tensor in output if isinstance(output, list | tuple) else (output,):
+        torch.ops._c10d_functional.wait_tensor(tensor)
 
 
 def _wait_for_work(output: Any) -> None:

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from planner.layout import Layout
 
-AXES = ("pp", "dp", "tp")  # dp as a whole; under HSDP it is two axes of the mesh
-_HSDP = ("dp_replicate", "dp_shard")
+AXES = ("pp", "dp", "tp")  # dp, and edp, as a whole; under HSDP they are two dimensions of the mesh
+EXPERT_AXES = ("edp", "ep", "etp")  # [Note: Expert grid] in planner/layout.py
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,16 @@ class RankMesh:
     device_mesh: DeviceMesh
     coordinate: Coordinate
     tied_group: dist.ProcessGroup | None
+    expert_mesh: DeviceMesh | None = None
 
     def axis(self, name: str) -> DeviceMesh:
-        """One of AXES, as one or two dimensions: (replicate, shard) is HSDP's dp."""
-        names = self.device_mesh.mesh_dim_names
-        assert names is not None
-        return self.device_mesh[_HSDP if name == "dp" and name not in names else name]
+        """One of AXES or, with experts, EXPERT_AXES, as one or two dimensions: HSDP's dp is (replicate, shard)."""
+        mesh = self.expert_mesh if name in EXPERT_AXES else self.device_mesh
+        assert mesh is not None, name
+        assert mesh.mesh_dim_names is not None
+        if name in mesh.mesh_dim_names:
+            return mesh[name]
+        return mesh[f"{name}_replicate", f"{name}_shard"]
 
     def groups(self, name: str) -> list[dist.ProcessGroup]:
         """The process groups of an axis."""
@@ -71,13 +75,17 @@ class RankMesh:
         return [group for axis in AXES for group in self.groups(axis)] + tied
 
 
-def build_mesh(layout: Layout, device_type: str, *, tied_embeddings: bool) -> RankMesh:
-    """The mesh and groups of a layout. Every rank creates every group, in the same order, or torch can hang."""
-    shape, names = (layout.pp, layout.dp, layout.tp), AXES
-    if layout.zero and layout.dp_shard < layout.dp:
-        shape = (layout.pp, layout.dp // layout.dp_shard, layout.dp_shard, layout.tp)
-        names = ("pp", *_HSDP, "tp")
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+def build_mesh(layout: Layout, device_type: str, *, tied_embeddings: bool, experts: bool = False) -> RankMesh:
+    """The mesh and groups of a layout; with `experts` the expert grid over the same ranks too.
+
+    Every rank creates every group, in the same order, or torch can hang.
+    """
+    replicas = layout.dp // layout.dp_shard if layout.zero else 1
+    mesh = _mesh(device_type, {"pp": layout.pp, "dp": layout.dp, "tp": layout.tp}, replicas)
+    expert_mesh = None
+    if experts:
+        sizes = {"pp": layout.pp, "edp": layout.edp, "ep": layout.ep, "etp": layout.etp}
+        expert_mesh = _mesh(device_type, sizes, replicas)
     here = coordinate_of(dist.get_rank(), layout)
     tied_group = None
     last = layout.pipeline(1).rank_of(layout.stages - 1)
@@ -89,4 +97,15 @@ def build_mesh(layout: Layout, device_type: str, *, tied_embeddings: bool) -> Ra
                 if dist.get_rank() in ends:
                     assert isinstance(group, dist.ProcessGroup)
                     tied_group = group
-    return RankMesh(mesh, here, tied_group)
+    return RankMesh(mesh, here, tied_group, expert_mesh)
+
+
+def _mesh(device_type: str, sizes: dict[str, int], replicas: int) -> DeviceMesh:
+    """Axes by name, slowest first; with several replicas the data-parallel one is cut in two."""
+    cut: dict[str, int] = {}
+    for name, size in sizes.items():
+        if name in ("dp", "edp") and replicas > 1:
+            cut |= {f"{name}_replicate": replicas, f"{name}_shard": size // replicas}
+        else:
+            cut[name] = size
+    return init_device_mesh(device_type, tuple(cut.values()), mesh_dim_names=tuple(cut))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,20 +14,36 @@ import torch
 METRICS_FILE = "metrics.jsonl"
 
 
+def only_finite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for numbers that are not finite, which JSON has no words for."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+
+
 class MetricsWriter:
-    """Appends records to metrics.jsonl, each line flushed at once, and scalars to TensorBoard in the same folder."""
+    """Appends records to metrics.jsonl, each line written at once, and scalars to TensorBoard in the same folder.
+
+    An OSError that a full disk raises names the file.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         # Slow to import, and needed on one rank only.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+        self._path = run_dir / METRICS_FILE
+        # Without a buffer: what could not be written would be tried again on closing, and raise again.
+        self._file = self._path.open("ab", buffering=0)
         self._events = SummaryWriter(log_dir=str(run_dir))
 
     def write(self, record: dict[str, Any]) -> None:
         """One step's record; its `step` is the x axis of every other number."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._events.add_scalar(name, value, record["step"])
@@ -37,7 +55,8 @@ class MetricsWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._events.close()
+        with suppress(OSError) if error is not None else nullcontext():  # the first error tells more
+            self._events.close()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .parameters import parameters_of
 from .transformer import Chunk
@@ -17,14 +19,26 @@ def build_optimizer(chunks: Sequence[Chunk], *, weight_decay: float) -> torch.op
     Fused: one kernel a dtype instead of a Python loop, and it takes DTensors, whose shards it updates in
     place without communication.
     """
-    matrices = [p for p in parameters_of(chunks) if p.ndim >= 2]
-    vectors = [p for p in parameters_of(chunks) if p.ndim < 2]
-    groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
-        if parameters
+    groups: dict[tuple[bool, int | None], list[nn.Parameter]] = {}
+    for parameter in parameters_of(chunks):
+        # The fused kernel takes DTensors of one mesh at a time: experts lie on another than what surrounds them.
+        mesh = hash(parameter.device_mesh) if isinstance(parameter, DTensor) else None
+        groups.setdefault((parameter.ndim >= 2, mesh), []).append(parameter)
+    options = [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        for (decays, _), parameters in sorted(groups.items(), key=lambda item: not item[0][0])
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def update(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> None:
+    """One step of `optimizer`, but where `finite`, a bool on its device, is False: then all stays as it is.
+
+    Fused AdamW is told as torch.amp's GradScaler tells it, by `found_inf`: weights, moments and counts of steps are
+    left alone by the kernel, so the host need not know.
+    """
+    optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

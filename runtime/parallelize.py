@@ -1,4 +1,4 @@
-"""The order of parallelisation, on one screen: tensor parallel, recomputation, compilation, data parallel."""
+"""The order of parallelisation, on one screen: tensor parallel, expert parallel, recomputation, data parallel."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from planner.plan import Plan, Stage
 
 from .compilation import Compilation, compile_chunk
+from .experts import Experts
 from .loss import LossWay
 from .mesh import RankMesh
 from .parameters import initialise
@@ -63,10 +65,15 @@ def shape_chunks(
 
 def fill_chunks(chunks: list[Chunk], plan: Plan, device: torch.device, *, seed: int) -> None:
     """Give chunks their memory and first values."""
+    allocate_chunks(chunks, device)
+    initialise(chunks, layers=plan.model.layers, seed=seed)
+
+
+def allocate_chunks(chunks: list[Chunk], device: torch.device) -> None:
+    """Give chunks their memory alone."""
     for chunk in chunks:
         chunk.to_empty(device=device)
         chunk.tie()
-    initialise(chunks, layers=plan.model.layers, seed=seed)
 
 
 def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilation: Compilation | None = None) -> None:
@@ -75,11 +82,12 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     choose_loss(chunk, plan)
     if layout.tp > 1:
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
+    apply_expert_parallel(chunk, mesh)
     apply_recompute(chunk, stage)
     if compilation is not None:
         compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
-    if layout.dp > 1 or plan.job.precision == "bf16":
-        apply_data_parallel(chunk, mesh.axis("dp"), zero=layout.zero, precision=plan.job.precision)
+    if layout.dp > 1 or plan.job.precision == "bf16" or (mesh.expert_mesh is not None and layout.edp > 1):
+        apply_data_parallel(chunk, mesh, zero=layout.zero, precision=plan.job.precision)
 
 
 def choose_loss(chunk: Chunk, plan: Plan) -> None:
@@ -87,9 +95,25 @@ def choose_loss(chunk: Chunk, plan: Plan) -> None:
     if chunk.head is not None:
         chunk.head.way = LossWay(
             tokens_per_step=plan.job.tokens,
-            logits_again=plan.layout.forwards_first and plan.microbatches > 1,
+            logits_again=plan.layout.logits_again(plan.microbatches),
             backward_twice=plan.layout.splits_backward,
         )
+
+
+def apply_expert_parallel(chunk: Chunk, mesh: RankMesh) -> None:
+    """Experts over ep, and their width over etp."""
+    for experts in (module for module in chunk.modules() if isinstance(module, Experts)):
+        cuts = {name: mesh.axis(name) for name in ("ep", "etp") if mesh.axis(name).size() > 1}
+        experts.ep_group, experts.etp_group = (
+            cuts[name].get_group() if name in cuts else None for name in ("ep", "etp")
+        )
+        if not cuts or mesh.expert_mesh is None:
+            continue
+        grid = mesh.expert_mesh[tuple(cuts)]
+        for name, width_dim in (("w1", 1), ("w3", 1), ("w2", 2)):
+            placements = [Shard({"ep": 0, "etp": width_dim}[axis]) for axis in cuts]
+            weight = distribute_tensor(getattr(experts, name), grid, placements, src_data_rank=None)
+            experts.register_parameter(name, nn.Parameter(weight))
 
 
 def apply_recompute(chunk: Chunk, stage: Stage) -> None:
@@ -115,23 +139,34 @@ def _keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_data_parallel(chunk: Chunk, mesh: DeviceMesh, *, zero: int, precision: str) -> None:
+def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, precision: str) -> None:
     """Shard (zero 1 to 3) or replicate (zero 0) block by block over the dp axis, then what is left at the root.
 
-    A mesh of two dimensions, (replicate, shard), is HSDP. Root last: torch's pipeline looks only at the stage's top
-    module. Embedding and head stay in the root, so that a tied pair is one parameter of one group. Under zero 3 the
-    root keeps its parameters from forward to backward, since nothing runs between the two.
+    A mesh of two dimensions, (replicate, shard), is HSDP. Experts go before their block, over the ranks that hold the
+    same ones. Root last: torch's pipeline looks only at the stage's top module. Embedding and head stay in the root,
+    so that a tied pair is one parameter of one group. Under zero 3 the root keeps its parameters from forward
+    to backward, since nothing runs between the two.
     """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for module in (*chunk.blocks.values(), chunk):
-        if zero == 0 and mesh.size() > 1:
-            replicate(module, mesh=mesh, mp_policy=policy)
+    experts = [module for module in chunk.modules() if isinstance(module, Experts)]
+    for module in (*experts, *chunk.blocks.values(), chunk):
+        axis = mesh.axis("edp" if isinstance(module, Experts) else "dp")
+        if zero == 0:
+            replicate(module, mesh=axis, mp_policy=policy)
         else:
             free = zero == 3 and module is not chunk
-            fully_shard(module, mesh=mesh, reshard_after_forward=free, mp_policy=policy)
+            by = partial(_shard_of_experts, axis) if isinstance(module, Experts) else None
+            fully_shard(module, mesh=axis, reshard_after_forward=free, mp_policy=policy, shard_placement_fn=by)
         assert isinstance(module, FSDPModule)
         # The loss is already divided by all tokens of the step, so gradients are summed over dp.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def _shard_of_experts(axis: DeviceMesh, weight: nn.Parameter) -> Shard | None:
+    """Whole experts to each rank where they divide, else slices of each, since whole ones would leave ranks empty."""
+    ranks = axis.size(axis.ndim - 1)
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return Shard(1) if local.shape[0] % ranks and local.shape[1] % ranks == 0 else None

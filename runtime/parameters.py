@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from .experts import Router
 from .transformer import Chunk
 
 WEIGHT_STD = 0.02  # of every matrix, as in GPT-2 (Radford et al. 2019) and most decoders since
@@ -31,6 +32,14 @@ def named_parameters(chunks: Sequence[Chunk]) -> Iterator[tuple[str, nn.Paramete
             name = path.replace(_RECOMPUTE_PREFIX, "")
             tied_head = chunk.tied and name == "head.weight"
             yield ("embedding.tokens.weight" if tied_head else name), parameter
+
+
+def named_buffers(chunks: Sequence[Chunk]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is trained but has no gradient, by its name in the whole model: routers' selection biases."""
+    for chunk in chunks:
+        for path, module in chunk.named_modules():
+            if isinstance(module, Router) and module.selection_bias is not None:
+                yield f"{path.replace(_RECOMPUTE_PREFIX, '')}.selection_bias", module.selection_bias
 
 
 def tied_copies(chunks: Sequence[Chunk]) -> list[tuple[torch.Tensor, bool]]:
@@ -58,6 +67,9 @@ def initialise(chunks: Sequence[Chunk], *, layers: int, seed: int) -> None:
             whole = _first_value(name, parameter.shape, layers, seed)
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             local.copy_(cut(whole, parameter))
+        for chunk in chunks:
+            for buffer in chunk.buffers():  # routers start without a bias and with no loads counted
+                buffer.zero_()
 
 
 def cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -87,7 +99,7 @@ def _first_value(name: str, shape: torch.Size, layers: int, seed: int) -> torch.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     # Two projections a block add to the residual stream, so 2·layers of them keep its variance (GPT-2).
-    residual = name.endswith(("wo.weight", "w2.weight"))
+    residual = name.endswith(("wo.weight", "w2.weight", "experts.w2"))
     return torch.empty(shape).normal_(
         0.0, WEIGHT_STD / (2 * layers) ** 0.5 if residual else WEIGHT_STD, generator=generator
     )

@@ -1,9 +1,9 @@
-"""The progress bar of a run: loss, tokens per second, time left."""
+"""Progress on a terminal: a run's loss, tokens per second and time left; a count; or that something goes on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -25,19 +25,45 @@ def step_progress(steps: int, tokens_per_step: int) -> Iterator[Callable[[dict[s
 
         yield print_line
         return
-    columns = (
-        TextColumn("training"),
+    with _bar("training", console) as bar:
+        task = bar.add_task("starting the ranks", total=steps)
+        yield lambda record: bar.update(task, completed=record["step"], description=_figures(record, tokens_per_step))
+
+
+@contextmanager
+def counted_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A callable to call `total` times; elsewhere than on a terminal nothing is shown."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda: None
+        return
+    with _bar(what, console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
+
+
+@contextmanager
+def spinner(what: str) -> Iterator[None]:
+    """Says `what` goes on; elsewhere than on a terminal nothing is shown."""
+    console = Console(stderr=True)
+    with console.status(what) if console.is_terminal else nullcontext():
+        yield
+
+
+def _bar(title: str, console: Console) -> Progress:
+    return Progress(
+        TextColumn(title),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        console=console,
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting the ranks", total=steps)
-        yield lambda record: bar.update(task, completed=record["step"], description=_figures(record, tokens_per_step))
 
 
 def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
+    if record["skipped"]:
+        return "no update: loss or gradient norm is not finite"
     return f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s"

@@ -7,11 +7,15 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from planner.plan import Plan, save
 from planner.record import PLAN_FILE, RECORD_FILE
 from profiles.input_error import InputError
+from profiles.store import write_atomically
 
-from .checkpoint import latest, step_of
+from .checkpoint import latest, remove_unfinished, step_of
+from .disk import check_room, unwritable_is_input_error
 from .metrics import METRICS_FILE
 
 LOGS_FOLDER = "logs"
@@ -33,11 +37,11 @@ def torchrun_needs_files() -> InputError:
     )
 
 
-def prepare(run_dir: Path, plan: Plan, *, steps: int, resume: bool) -> None:
+def prepare(run_dir: Path, plan: Plan, *, steps: int, resume: bool, dtype: torch.dtype = torch.float32) -> None:
     """Write the plan and make metrics.jsonl end where training begins. By one process, before the ranks start.
 
     Raises InputError when `resume` finds no checkpoint or one that has all the `steps`, or the folder cannot
-    be written.
+    be written or has no room for a checkpoint of `dtype`.
     """
     first_step = step_of(latest(run_dir)) + 1 if resume else 1
     if first_step > steps:
@@ -47,13 +51,17 @@ def prepare(run_dir: Path, plan: Plan, *, steps: int, resume: bool) -> None:
             expected=f"more than the {first_step - 1} steps of its last checkpoint",
             got=str(steps),
         )
-    save(plan, run_dir / PLAN_FILE)
-    shutil.rmtree(run_dir / LOGS_FOLDER, ignore_errors=True)
-    (run_dir / LOGS_FOLDER).mkdir()
-    (run_dir / RECORD_FILE).unlink(missing_ok=True)
-    metrics = run_dir / METRICS_FILE
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-    metrics.write_text("".join(line for line in lines if _is_before(line, first_step)), encoding="utf-8")
+    with unwritable_is_input_error(run_dir):
+        remove_unfinished(run_dir)
+    check_room(run_dir, plan.model, dtype)
+    with unwritable_is_input_error(run_dir):
+        save(plan, run_dir / PLAN_FILE)
+        shutil.rmtree(run_dir / LOGS_FOLDER, ignore_errors=True)
+        (run_dir / LOGS_FOLDER).mkdir()
+        (run_dir / RECORD_FILE).unlink(missing_ok=True)
+        metrics = run_dir / METRICS_FILE
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+        write_atomically(metrics, "".join(line for line in lines if _is_before(line, first_step)))
 
 
 def _is_before(line: str, step: int) -> bool:

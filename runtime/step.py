@@ -15,9 +15,10 @@ import torch.distributed as dist
 from planner.plan import Plan
 
 from .compilation import Compilation
+from .experts import Balance, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
-from .optimizer import build_optimizer, set_learning_rate
+from .optimizer import build_optimizer, set_learning_rate, update
 from .parallelize import build_chunks
 from .pipeline import StepRunner, build_runner
 from .transformer import Chunk
@@ -38,13 +39,20 @@ class TrainState:
 class StepResult:
     """Loss in nats per token and gradient norm, the same on every rank; seconds of the parts after backward.
 
-    `synchronise_seconds` is the one wait for all ranks, `optimizer_seconds` norm, clipping and update.
+    `shares` are this rank's parts of loss and squared norm, on its device and not read. `synchronise_seconds` is the
+    one wait for all ranks, `optimizer_seconds` norm, clipping and update.
     """
 
     loss: float
     grad_norm: float
+    shares: torch.Tensor
     optimizer_seconds: float
     synchronise_seconds: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update was made: where loss or norm is not finite on any rank, no rank makes it."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def build_state(
@@ -55,10 +63,17 @@ def build_state(
     seed: int,
     weight_decay: float,
     compilation: Compilation | None = None,
+    balance: Balance | None = None,
 ) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it."""
-    mesh = build_mesh(plan.layout, device.type, tied_embeddings=plan.model.tied_embeddings)
+    model = plan.model
+    mesh = build_mesh(
+        plan.layout, device.type, tied_embeddings=model.tied_embeddings, experts=model.experts is not None
+    )
     chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation)
+    for router in routers_of(chunks):
+        router.balance = balance or Balance()
+        router.sequences_per_step = plan.job.global_batch
     return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay)
 
 
@@ -98,7 +113,8 @@ def training_step(
         state.runner.clock.add("complete", complete_start)
 
     start = time.perf_counter()
-    sums = torch.stack([loss_share, square_sum(state.chunks)])
+    shares = torch.stack([loss_share, square_sum(state.chunks)])
+    sums = shares.clone()
     reduce_start = time.perf_counter()
     dist.all_reduce(sums)
     synchronise_seconds = time.perf_counter() - reduce_start
@@ -106,13 +122,16 @@ def training_step(
     if clip_norm is not None:
         clip(state.chunks, norm, clip_norm)
     set_learning_rate(state.optimizer, learning_rate)
-    state.optimizer.step()
+    update(state.optimizer, sums.isfinite().all())
     state.optimizer.zero_grad()
+    update_selection_bias(routers_of(state.chunks), [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
     loss, square = sums.tolist()
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
-    return StepResult(loss, math.sqrt(square), time.perf_counter() - start - synchronise_seconds, synchronise_seconds)
+    return StepResult(
+        loss, math.sqrt(square), shares, time.perf_counter() - start - synchronise_seconds, synchronise_seconds
+    )
 
 
 def sum_over_ranks(value: torch.Tensor) -> float:

@@ -21,7 +21,9 @@ from torch.distributed.tensor.placement_types import Placement
 
 from profiles.model import ModelSpec
 
-from .transformer import Chunk, Head, LearnedPositions, LocalParameters, TokenTable
+from .experts import Router
+from .local_parameters import LocalParameters
+from .transformer import Chunk, ExpertFeedForward, Head, LearnedPositions, TokenTable
 
 SEQUENCE_DIM = 1
 
@@ -38,8 +40,9 @@ def apply_tensor_parallel(chunk: Chunk, model: ModelSpec, mesh: DeviceMesh, *, s
         plan["embedding.tokens"] = _VocabularyRows(sequence_parallel)
         if chunk.embedding.positions is not None:
             plan["embedding.positions"] = _Whole(sequence_parallel)
-    for index in chunk.blocks:
-        for path, style in _block_plan(model, mesh, sequence_parallel).items():
+    for index, block in chunk.blocks.items():
+        routed = isinstance(block.mlp, ExpertFeedForward)
+        for path, style in _block_plan(model, mesh, sequence_parallel, routed=routed).items():
             plan[f"blocks.{index}.{path}"] = style
     if chunk.head is not None:
         plan["norm"] = _Whole(sequence_parallel)
@@ -49,7 +52,10 @@ def apply_tensor_parallel(chunk: Chunk, model: ModelSpec, mesh: DeviceMesh, *, s
     chunk.tie()
 
 
-def _block_plan(model: ModelSpec, mesh: DeviceMesh, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+def _block_plan(
+    model: ModelSpec, mesh: DeviceMesh, sequence_parallel: bool, *, routed: bool
+) -> dict[str, ParallelStyle]:
+    """Experts are cut elsewhere; where they are, only their router and the shared ones are tp's."""
     stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
 
     def whole_input() -> ParallelStyle:
@@ -59,20 +65,47 @@ def _block_plan(model: ModelSpec, mesh: DeviceMesh, sequence_parallel: bool) -> 
 
     plan: dict[str, ParallelStyle] = {
         "attention_norm": _Whole(sequence_parallel),
-        "attention": whole_input(),
-        "attention.wq": ColwiseParallel(),
         "attention.wo": RowwiseParallel(output_layouts=stream),
         "mlp_norm": _Whole(sequence_parallel),
-        "mlp": whole_input(),
-        "mlp.w1": ColwiseParallel(),
-        "mlp.w2": RowwiseParallel(output_layouts=stream),
     }
-    if model.activation == "swiglu":
-        plan["mlp.w3"] = ColwiseParallel()
-    enough = model.kv_heads % mesh.size() == 0
-    for name in ("attention.wk", "attention.wv"):
-        plan[name] = ColwiseParallel() if enough else _SharedKeyValue(model)
+    if model.latent_attention is not None:
+        plan |= _latent_plan(model, sequence_parallel)
+    else:
+        plan |= {"attention": whole_input(), "attention.wq": ColwiseParallel()}
+        enough = model.kv_heads % mesh.size() == 0
+        for name in ("wk", "wv"):
+            plan[f"attention.{name}"] = ColwiseParallel() if enough else _SharedKeyValue(model)
+    if model.qk_norm:  # each rank norms its own heads with the one weight of all
+        plan |= {f"attention.{name}": _Whole(sequence_parallel, partial=True) for name in ("q_norm", "k_norm")}
+    dense = "mlp"
+    if routed:
+        plan["mlp.router"] = _Whole(sequence_parallel)
+        dense = "mlp.shared" if model.experts is not None and model.experts.shared else ""
+    if dense:
+        plan |= {
+            dense: whole_input(),
+            f"{dense}.w1": ColwiseParallel(),
+            f"{dense}.w2": RowwiseParallel(output_layouts=stream),
+        }
+        if model.activation == "swiglu":
+            plan[f"{dense}.w3"] = ColwiseParallel()
     return plan
+
+
+def _latent_plan(model: ModelSpec, sequence_parallel: bool) -> dict[str, ParallelStyle]:
+    """Down to the latents on every rank alike, up from them each rank's own heads."""
+    latent = model.latent_attention
+    assert latent is not None
+    plan: dict[str, ParallelStyle] = {
+        "attention": _PlainInput(sequence_parallel),
+        "attention.wkv_a": _Whole(sequence_parallel, partial=True),
+        "attention.kv_norm": _Whole(sequence_parallel, partial=True),
+        "attention.wkv_b": _OwnRows(),
+    }
+    if latent.q_lora_rank is None:
+        return plan | {"attention.wq": _OwnRows()}
+    whole = {f"attention.{name}": _Whole(sequence_parallel, partial=True) for name in ("wq_a", "q_norm")}
+    return plan | whole | {"attention.wq_b": _OwnRows()}
 
 
 def _replicate_parameters(_name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -82,18 +115,21 @@ def _replicate_parameters(_name: str, module: nn.Module, mesh: DeviceMesh) -> No
 
 
 class _Whole(ParallelStyle):
-    """Parameters whole on every rank, used on this rank's part of the stream."""
+    """Parameters whole on every rank, used on this rank's part of the stream, or of the heads (`partial`)."""
 
-    def __init__(self, sequence_parallel: bool) -> None:
+    def __init__(self, sequence_parallel: bool, *, partial: bool = False) -> None:
         self.sequence_parallel = sequence_parallel
+        self.partial = partial or sequence_parallel
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, LocalParameters)
         _replicate_parameters("", module, device_mesh)
-        if self.sequence_parallel:
+        if self.partial:
             module.grad_placements = [Partial()]
-            if isinstance(module, LearnedPositions):
-                module.sequence_shard = (device_mesh.get_local_rank(), device_mesh.size())
+        if self.sequence_parallel and isinstance(module, LearnedPositions):
+            module.sequence_shard = (device_mesh.get_local_rank(), device_mesh.size())
+        if self.sequence_parallel and isinstance(module, Router):
+            module.sequence_group = device_mesh.get_group()
         return module
 
 
@@ -143,6 +179,27 @@ def _gather_stream(stream: Placement, _module: nn.Module, inputs: Any, mesh: Dev
     x, *others = inputs
     whole = DTensor.from_local(x, mesh, [stream], run_check=False).redistribute(placements=[Replicate()])
     return whole.to_local(grad_placements=[Partial()]), *others
+
+
+class _PlainInput(ParallelStyle):
+    """The whole stream as a plain tensor, of whose gradient each rank leaves a part."""
+
+    def __init__(self, sequence_parallel: bool) -> None:
+        self.stream = Shard(SEQUENCE_DIM) if sequence_parallel else Replicate()
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        gather: Any = partial(_gather_stream, self.stream, mesh=device_mesh)
+        module.register_forward_pre_hook(gather)
+        return module
+
+
+class _OwnRows(ParallelStyle):
+    """Outputs of a linear on plain tensors over the ranks."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        weight = distribute_tensor(module.get_parameter("weight"), device_mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter("weight", nn.Parameter(weight))
+        return module
 
 
 class _SharedKeyValue(ParallelStyle):

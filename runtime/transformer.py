@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 
 from planner.plan import Stage
 from profiles.model import ModelSpec
 
+from .experts import Experts, Router
+from .latent_attention import LatentAttention
+from .local_parameters import LocalParameters
 from .loss import LossWay, head_loss
+from .norm import Norm
 from .rotary import constant_tables, rotate
-
-
-class LocalParameters(nn.Module):
-    """A module that computes with what this tp rank holds of its parameters, as plain tensors.
-
-    `grad_placements` says what one rank's gradient is when tp > 1: None where it is the gradient of what the
-    rank holds, Partial where a parameter is whole on each rank but each sees a shard of the sequence (their
-    sum is the gradient).
-    """
-
-    grad_placements: Sequence[Placement] | None = None
-
-    def plain(self, parameter: torch.Tensor) -> torch.Tensor:
-        if isinstance(parameter, DTensor):
-            return parameter.to_local(grad_placements=self.grad_placements)
-        return parameter
-
-
-class Norm(LocalParameters):
-    """RMSNorm, or LayerNorm with a bias, over the last dim."""
-
-    def __init__(self, model: ModelSpec) -> None:
-        super().__init__()
-        self.epsilon = model.norm_epsilon
-        self.weight = nn.Parameter(torch.empty(model.hidden_size))
-        self.bias = nn.Parameter(torch.empty(model.hidden_size)) if model.norm == "layernorm" else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.plain(self.weight)
-        if self.bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.epsilon)
-        return F.layer_norm(x, weight.shape, weight, self.plain(self.bias), self.epsilon)
 
 
 class LearnedPositions(LocalParameters):
@@ -114,9 +82,13 @@ class Attention(nn.Module):
         self.rope_scaling = model.rope_scaling
         for name in ("wq", "wk", "wv", "wo"):
             self.add_module(name, _linear(model, name))
+        self.q_norm = Norm(model, model.head_dim, kind="rmsnorm") if model.qk_norm else None
+        self.k_norm = Norm(model, model.head_dim, kind="rmsnorm") if model.qk_norm else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = (self._heads(projection(x)) for projection in (self.wq, self.wk, self.wv))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             dtype = torch.promote_types(q.dtype, torch.float32)
             cosine, sine = constant_tables(
@@ -139,11 +111,11 @@ class FeedForward(nn.Module):
     w2: nn.Linear
     w3: nn.Linear
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, model: ModelSpec, width: int | None = None) -> None:
         super().__init__()
         self.activation = model.activation
         for name in ("w1", "w3", "w2") if model.activation == "swiglu" else ("w1", "w2"):
-            self.add_module(name, _linear(model, name))
+            self.add_module(name, _linear(model, name, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.activation == "swiglu":
@@ -151,15 +123,33 @@ class FeedForward(nn.Module):
         return self.w2(F.gelu(self.w1(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
-class Block(nn.Module):
-    """Attention and feed-forward, each on the normed residual stream [batch, sequence, hidden_size]."""
+class ExpertFeedForward(nn.Module):
+    """The sum of a token's chosen experts, by weight, and of the experts that all tokens share, which are one."""
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
+        spec = model.experts
+        assert spec is not None
+        self.router = Router(model, spec)
+        self.experts = Experts(model, spec)
+        self.shared = FeedForward(model, spec.shared_width) if spec.shared else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.router(x)
+        y = self.experts(x.flatten(0, 1), weights.flatten(0, 1), chosen.flatten(0, 1)).view_as(x)
+        return y if self.shared is None else y + self.shared(x)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each on the normed residual stream [batch, sequence, hidden_size]."""
+
+    def __init__(self, model: ModelSpec, index: int) -> None:
+        super().__init__()
         self.attention_norm = Norm(model)
-        self.attention = Attention(model)
+        self.attention = Attention(model) if model.latent_attention is None else LatentAttention(model)
         self.mlp_norm = Norm(model)
-        self.mlp = FeedForward(model)
+        routed = model.experts is not None and model.experts.in_layer(index)
+        self.mlp = ExpertFeedForward(model) if routed else FeedForward(model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -189,7 +179,7 @@ class Chunk(nn.Module):
     def __init__(self, model: ModelSpec, stage: Stage) -> None:
         super().__init__()
         self.embedding = Embedding(model) if stage.embedding else None
-        self.blocks = nn.ModuleDict({str(index): Block(model) for index in range(stage.first, stage.end)})
+        self.blocks = nn.ModuleDict({str(index): Block(model, index) for index in range(stage.first, stage.end)})
         self.norm = Norm(model) if stage.head else None
         self.head = Head(model) if stage.head else None
         self.tied = model.tied_embeddings
@@ -223,6 +213,9 @@ def build_chunk(model: ModelSpec, stage: Stage) -> Chunk:
         return Chunk(model, stage)
 
 
-def _linear(model: ModelSpec, name: str) -> nn.Linear:
+def _linear(model: ModelSpec, name: str, width: int | None = None) -> nn.Linear:
+    """A linear by its name; `width` replaces the feed-forward's."""
     outputs, inputs = model.linear_shapes[name]
+    if width is not None:
+        outputs, inputs = (outputs, width) if name == "w2" else (width, inputs)
     return nn.Linear(inputs, outputs, bias=model.has_bias(name))

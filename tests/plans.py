@@ -9,7 +9,9 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import TIME_PARTS, Certificate, Plan, Prediction, Stage
 from planner.rules import RuleContext, violations
+from profiles.attention_spec import LatentAttention
 from profiles.cluster import ClusterSpec, LinkTier
+from profiles.experts_spec import Experts
 from profiles.model import ModelSpec
 
 
@@ -45,6 +47,38 @@ def tiny_gpt2(**changes: Any) -> ModelSpec:
         "tied_embeddings": True,
     }
     return tiny_llama(**(fields | changes))
+
+
+def tiny_experts(**changes: Any) -> ModelSpec:
+    """tiny-llama with 4 experts of width 48 in every layer, two of them for a token, as in Mixtral."""
+    return tiny_llama(**({"name": "tiny-experts", "ffn_hidden_size": 48, "experts": MIXTRAL_EXPERTS} | changes))
+
+
+def tiny_shared_experts(**changes: Any) -> ModelSpec:
+    """A dense layer, then 8 experts scored by sigmoid in 4 groups beside a shared one, as in DeepSeek-V3; QK norm."""
+    return tiny_llama(**({"name": "tiny-shared", "qk_norm": True, "experts": DEEPSEEK_EXPERTS} | changes))
+
+
+def tiny_latent(**changes: Any) -> ModelSpec:
+    """The same experts under multi-head latent attention, as in DeepSeek-V3."""
+    latent = LatentAttention(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, q_lora_rank=12)
+    fields: dict[str, Any] = {"name": "tiny-latent", "kv_heads": 4, "head_dim": 12, "qk_norm": False}
+    return tiny_shared_experts(**(fields | {"latent_attention": latent} | changes))
+
+
+MIXTRAL_EXPERTS = Experts(number=4, top_k=2, ffn_hidden_size=48)
+DEEPSEEK_EXPERTS = Experts(
+    number=8,
+    top_k=3,
+    ffn_hidden_size=16,
+    shared=1,
+    dense_layers=1,
+    router_score="sigmoid",
+    selection_bias=True,
+    router_scale=1.5,
+    groups=4,
+    top_groups=2,
+)
 
 
 def make_plan(

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from planner.axis_cost import AxisModel
 from planner.comm_cost import CommModel, Group
 from planner.layout import Layout
 from planner.part_seconds import PHASES
+from profiles.software import load_software
 from tests.oracles.small_world import block_of, price, small_question
+from tests.plans import tiny_llama
 
 
 def test_what_tp_sends() -> None:
@@ -18,7 +21,7 @@ def test_what_tp_sends() -> None:
     comm = CommModel(question.cluster, question.hardware)
     hidden = 4.0 * 2 * 16 * 32
     reduced = comm.collective_seconds("all_reduce", Group(4, 1), hidden)
-    loss = 3 * comm.collective_seconds("all_reduce", Group(4, 1), 4.0 * 2 * 16)
+    loss = comm.collective_seconds("all_gather", Group(4, 1), 4.0 * 4 * 2 * 16)
     plain = price(layout)
     assert block_of(plain).forward.tp == block_of(plain).backward.tp == pytest.approx(2 * reduced)
     # The recomputation ends before the sum that ends the MLP.
@@ -32,6 +35,21 @@ def test_what_tp_sends() -> None:
     assert block_of(cut).recompute_full.tp == pytest.approx(2 * gather + scatter)
     assert (cut.embedding.forward.tp, cut.embedding.backward.tp) == (pytest.approx(scatter), pytest.approx(gather))
     assert (cut.head.forward.tp, cut.head.backward.tp) == (pytest.approx(gather + loss), pytest.approx(scatter))
+
+
+def test_the_loss_is_agreed_on_piece_by_piece_or_in_three_sums() -> None:
+    """2 x 1040 tokens: two pieces of 1024 and one of 32, each with 4 bytes a token and rank."""
+    layout, model = Layout(tp=4, micro_batch=2), tiny_llama()
+    question = small_question(model, devices=4, sequence=1040)
+    comm = CommModel(question.cluster, question.hardware)
+    ours, titan = (
+        AxisModel(model, question.hardware, comm, question.job, load_software(name).software).head_tp(layout)
+        for name in ("meshwright", "torchtitan-2024")
+    )
+    gathers = [comm.collective_seconds("all_gather", Group(4, 1), 4.0 * 4 * rows) for rows in (1024, 1024, 32)]
+    assert ours.forward == pytest.approx(sum(gathers))
+    assert titan.forward == pytest.approx(3 * comm.collective_seconds("all_reduce", Group(4, 1), 4.0 * 2 * 1040))
+    assert ours.backward == titan.backward > 0
 
 
 def test_without_tp_and_dp_nothing_is_sent() -> None:

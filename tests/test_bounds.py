@@ -13,7 +13,7 @@ from planner.bounds import RankLimits, fits, lower_bound
 from planner.first_assignment import first_assignment, least_missing_bytes
 from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
-from planner.memory_cost import MemoryBytes, PartMemory
+from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
 from planner.schedule import InFlight
 from planner.step_cost import CostModel
@@ -22,7 +22,7 @@ from tests.oracles.small_world import counts, small_question
 from tests.plans import tiny_llama
 from tests.property.worlds import any_layout_costs, layout_costs
 
-FREE, KEPT, RECOMPUTED = ("none", "full"), ("none",), ("full",)
+FREE, KEPT, RECOMPUTED = ("none", "selective", "full"), ("none",), ("full",)
 
 
 def check_the_bound(costs: LayoutCosts, modes: tuple[str, ...], data: st.DataObject) -> None:

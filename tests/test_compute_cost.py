@@ -15,6 +15,7 @@ from planner.local_shapes import local_kv_width, local_linear_shape
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import MemoryPoint
+from profiles.software import load_software
 from tests.oracles.small_world import our_software, small_hardware
 from tests.plans import tiny_gpt2, tiny_llama
 
@@ -63,14 +64,51 @@ def test_a_block_kernel_by_kernel() -> None:
 
 def test_embedding_and_head_of_gpt2() -> None:
     parts = price(tiny_gpt2(), Layout())
-    tokens, seconds = 16, HARDWARE.gemm_seconds
+    tokens = 16
     # The lookup and the sum with the learned positions.
     assert parts["embedding"].forward.memory == pytest.approx(tokens * 32 * (2 + 3) * 4 / 1e10)
     assert parts["embedding"].forward.gemm == 0.0
-    head = parts["head"]
-    assert head.forward.gemm == pytest.approx(seconds("forward", "fp32", tokens, 61, 32))
-    assert head.forward.memory == pytest.approx(tokens * (2 * 32 + 7 * 61) * 4 / 1e10)
-    assert head.backward.memory == pytest.approx(tokens * (3 * 32 + 11 * 61) * 4 / 1e10)
+    # All of the loss is in the forward: three products, and cross-entropy there and back.
+    head, gemm = parts["head"], head_gemm(tokens)
+    assert head.forward.gemm == pytest.approx(sum(gemm.values()))
+    assert head.backward.gemm == 0.0
+    assert head.forward.memory == pytest.approx(tokens * (2 * 32 + (7 + 11) * 61) * 4 / 1e10)
+    assert head.backward.memory == pytest.approx(tokens * 3 * 32 * 4 / 1e10)
+
+
+def head_gemm(tokens: int, dtype: str = "fp32") -> dict[str, float]:
+    shapes = {"forward": (tokens, 61, 32), "input_grad": (tokens, 32, 61), "weight_grad": (61, 32, tokens)}
+    return {way: HARDWARE.gemm_seconds(way, dtype, *shape) for way, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "looped-bfs"])
+def test_where_forwards_come_first_the_logits_are_computed_again(schedule: str) -> None:
+    """The forward has product and loss; the backward both again, and the gradients."""
+    head, gemm = price(tiny_gpt2(), Layout(pp=2, schedule=schedule))["head"], head_gemm(16)
+    assert head.forward.gemm == pytest.approx(gemm["forward"])
+    assert head.backward.gemm == pytest.approx(sum(gemm.values()))
+    assert head.forward.memory == pytest.approx(16 * (2 * 32 + 7 * 61) * 4 / 1e10)
+    assert head.backward.memory == pytest.approx(16 * (3 * 32 + (7 + 11) * 61) * 4 / 1e10)
+    for layout in (Layout(pp=2, schedule=schedule, micro_batch=8), Layout(pp=2)):  # one microbatch; 1F1B
+        assert price(tiny_gpt2(), layout)["head"].backward.gemm == 0.0
+
+
+def test_a_head_of_several_pieces_runs_their_products_and_sums_the_weights_gradient() -> None:
+    """2 x 1040 tokens: two pieces of 1024, one of 32."""
+    layout, weights = Layout(micro_batch=2), 61 * 32
+    head = price(tiny_gpt2(), layout, 1040)["head"]
+    assert head.forward.gemm == pytest.approx(2 * sum(head_gemm(1024).values()) + sum(head_gemm(32).values()))
+    assert head.forward.memory == pytest.approx(2080 * (2 * 32 + 18 * 61) * 4 / 1e10)  # fp32 products add up
+    narrow = compute_model(tiny_gpt2(), HARDWARE, "bf16", 1040).head(layout).forward.memory
+    # Two sums in fp32 of three passes each, and a pass and a half to widen the first product and to narrow the sum.
+    assert narrow == pytest.approx((2080 * (2 * 32 + 18 * 61) * 2 + weights * (2 * 3 + 2 * 1.5) * 4) / 1e10)
+
+
+def test_others_run_the_loss_as_a_whole() -> None:
+    job = TrainingJob(global_batch=8, sequence=1040, precision="fp32")
+    titan = ComputeModel(tiny_gpt2(), HARDWARE, job, load_software("torchtitan-2024").software)
+    for layout in (Layout(micro_batch=2), Layout(micro_batch=2, pp=2, schedule="gpipe")):
+        assert titan.head(layout).forward.gemm == pytest.approx(head_gemm(2080)["forward"])
 
 
 def test_gelu_blocks_have_no_gate_and_no_rope() -> None:

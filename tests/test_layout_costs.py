@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from planner.layout import Layout
 from planner.layout_costs import Blocks
-from planner.memory_cost import MemoryBytes
+from planner.memory_bytes import MemoryBytes
 from planner.part_seconds import PHASES, PartSeconds, Seconds
 from planner.plan import TIME_PARTS
 from planner.schedule import InFlight

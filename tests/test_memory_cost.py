@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from planner.job import TrainingJob
 from planner.layout import Layout
-from planner.memory_cost import MemoryBytes, MemoryModel
+from planner.memory_bytes import MemoryBytes
+from planner.memory_cost import MemoryModel
 from profiles.catalogue import list_catalogue, resolve_model
 from profiles.model import ModelSpec
 from tests.oracles.small_world import our_software, small_hardware

@@ -448,6 +448,7 @@ def test_another_schema_is_refused(tmp_path: Path, line: str, hint: str) -> None
 
 def test_a_recompute_mode_that_the_runtime_does_not_run() -> None:
     tampered = document()
+    at("layout", "schedule", value="zb1p")(tampered)
     at("stages", 2, "recompute", value={"none": 1, "selective": 1, "full": 0})(tampered)
     with pytest.raises(InputError):
         read(tampered)

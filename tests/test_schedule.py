@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from planner.layout import SCHEDULES
-from planner.schedule import SPLIT_BACKWARD, InFlight, Pipeline, action_lists, in_flight, why_illegal
+from planner.schedule import (
+    SPLIT_BACKWARD,
+    InFlight,
+    Pipeline,
+    action_lists,
+    held_by_torch,
+    in_flight,
+    input_halves,
+    why_illegal,
+)
 from tests.oracles.torch_lists import LISTED, torch_lists, torch_schedule
 
 CHUNKS = {"gpipe": (1,), "1f1b": (1,), "zbv": (2,), "dualpipev": (2,)}
@@ -192,6 +201,33 @@ def test_no_moment_of_a_list_weighs_more_than_the_vectors(
             kept = [random.randint(0, most) if part_of_full else random.randint(0, 20) for most in held]
             weights = held + kept
             assert max(weight(v, weights) for v in vectors) == max(weight(moment, weights) for moment in seen)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(pipelines(most_microbatches=40))
+def test_input_halves_begun_by_the_first_after_the_last_forward(pipeline: Pipeline) -> None:
+    """As counted in the whole list; the halves of a first stage are counted too."""
+    assume(pipeline.schedule in SPLIT_BACKWARD)
+    for rank, counts in enumerate(input_halves(pipeline)):
+        whole = "".join(part.kind for action in action_lists(pipeline)[rank] for part in action.parts or (action,))
+        end = whole.find("I", whole.rindex("F")) + 1 or whole.rindex("F")
+        assert sum(counts) == whole[:end].count("I")
+        stages = [part.stage for action in action_lists(pipeline)[rank] for part in action.parts or (action,)]
+        for stage, number in zip(pipeline.stages_of(rank), counts, strict=True):
+            assert number == sum(s == stage and kind == "I" for s, kind in zip(stages[:end], whole, strict=False))
+
+
+def test_on_torchs_first_stage_all_stays_until_the_weights_half() -> None:
+    pipeline = Pipeline("zbv", 4, 2, 16)
+    first, *others = held_by_torch(pipeline)
+    assert others == list(in_flight(pipeline)[1:])
+    assert all(moment.weight_only[0] == 0 for moment in first)
+    for moment in in_flight(pipeline)[0]:
+        both = moment.full[0] + moment.weight_only[0]
+        assert any(other.full[0] >= both and other.full[1:] >= moment.full[1:] for other in first)
+    assert held_by_torch(Pipeline("zb1p", 2, 1, 8))[0] == (InFlight((2,), (0,)),)
+    for schedule in ("1f1b", "gpipe"):
+        assert held_by_torch(Pipeline(schedule, 4, 1, 8)) == in_flight(Pipeline(schedule, 4, 1, 8))
 
 
 def test_a_vector_where_a_forward_changes_its_chunk_can_be_the_largest() -> None:

@@ -63,6 +63,7 @@ def test_what_trainers_are_known_for() -> None:
         assert known[name].gradient_reduce == "overlapped"
     assert known["megatron-2021"].scatter_gather
     assert not known["meshwright"].dropout
+    assert [name for name, software in known.items() if software.loss_in_pieces] == ["meshwright"]
 
 
 @pytest.mark.parametrize(

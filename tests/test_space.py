@@ -21,15 +21,15 @@ from tests.plans import tiny_gpt2, tiny_llama
 
 
 def naive(where: RuleContext) -> set[Layout]:
-    """Every value of every knob, filtered by the rules alone."""
+    """Every value of every knob, filtered by the rules alone; without tiers of links no HSDP is tried."""
     world, batch = where.world_size, where.job.global_batch
     numbers = range(1, world + 1)
     found = set()
     for tp, cp, pp, dp in product(numbers, (1, 2), numbers, numbers):
         if tp * cp * pp * dp != world:
             continue
-        for dp_shard, zero, micro_batch, schedule in product(numbers, range(5), range(1, batch + 2), SCHEDULES):
-            for sequence_parallel, virtual_stages in product((False, True), (1, 2)):
+        for dp_shard, zero, micro_batch, schedule in product({1, dp}, range(5), range(1, batch + 2), SCHEDULES):
+            for sequence_parallel, virtual_stages in product((False, True), range(1, 5)):
                 layout = Layout(
                     tp=tp,
                     cp=cp,
@@ -86,8 +86,9 @@ def test_pins_and_bans_hold_in_the_enumeration() -> None:
         wanted = [layout for layout in everything if getattr(layout, ban) == off]
         assert 0 < len(wanted) < len(everything)
         assert list(enumerate_layouts(context(bans=(ban,)))) == wanted
-    # Recomputation is no key of a layout: the search holds it.
-    assert list(enumerate_layouts(context(pins={"recompute": "full"}))) == everything
+    # Recomputation is no key of a layout: the search holds it, but for schedules that cannot recompute.
+    whole = [layout for layout in everything if not layout.splits_backward]
+    assert list(enumerate_layouts(context(pins={"recompute": "full"}))) == whole
     assert list(enumerate_layouts(context(bans=("recompute",)))) == everything
 
 
@@ -105,7 +106,8 @@ EXPERTS = Experts(number=4, top_k=2, ffn_hidden_size=24, shared=1, dense_layers=
 @pytest.mark.parametrize("devices", [1, 4, 8])
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize(
-    ("target", "experts"), [("meshwright", None), ("megatron", None), ("megatron", EXPERTS), ("torchtitan", None)]
+    ("target", "experts"),
+    [("meshwright", None), ("meshwright", EXPERTS), ("megatron", None), ("megatron", EXPERTS), ("torchtitan", None)],
 )
 def test_the_space_of_every_target_is_what_trying_every_number_leaves(
     devices: int, nodes: int, target: str, experts: Experts | None
@@ -121,7 +123,7 @@ def test_the_space_of_every_target_is_what_trying_every_number_leaves(
     if devices == 8:
         used = {layout.virtual_stages for layout in layouts}, {layout.schedule for layout in layouts}
         assert used[1] == set(CAPABILITIES[target].schedules)
-        assert max(used[0]) == {"meshwright": 1, "megatron": 3, "torchtitan": 3}[target]
+        assert max(used[0]) == 3
         axes = {key: {vars(layout)[key] for layout in layouts} for key in ("cp", "ep", "etp")}
         assert (max(axes["cp"]) > 1) == (target != "meshwright")
         assert (max(axes["ep"]), max(axes["etp"])) == ((4, 2) if experts else (1, 1))

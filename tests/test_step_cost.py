@@ -12,7 +12,7 @@ from planner.space import layout_groups
 from planner.step_cost import CostModel
 from profiles.catalogue import resolve_cluster
 from profiles.points import ContentionPoint
-from tests.oracles.brute_force import all_layouts
+from tests.oracles.brute_force import all_layouts, assignments
 from tests.oracles.small_world import counts, price, small_cluster, small_hardware, small_question
 from tests.plans import tiny_gpt2, tiny_llama
 
@@ -92,8 +92,22 @@ def test_a_groups_bound_knows_that_idle_ranks_leave_their_node_to_the_others() -
     """Two stages in a node of two: while one waits, the other has its memory bandwidth, and is faster than measured."""
     contention = (ContentionPoint(active=1, slowdown=1.0), ContentionPoint(active=2, slowdown=3.0))
     hardware = small_hardware(flops=1e8, contention_points=contention)
-    question = small_question(devices=2, hardware=hardware, global_batch=2, pins={"pp": 2})
+    question = small_question(devices=2, hardware=hardware, global_batch=2, pins={"pp": 2, "virtual_stages": 1})
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     for group in layout_groups(question.rules):
         for layout in group:
-            assert prices.least_work(group) <= prices.price(layout).step(counts((2, 0), (2, 0)))
+            some = next(assignments([question.model.layers], layout.stages))
+            assert prices.least_work(group) <= prices.price(layout).step(some)
+
+
+def test_the_head_of_a_schedule_is_not_taken_for_that_of_another() -> None:
+    """Logits are computed again under gpipe and looped-bfs: one cost model that has priced one must see the other."""
+    question = small_question(devices=2)
+    shared = CostModel(question.model, question.cluster, question.hardware, question.job)
+    layouts = [Layout(pp=2, schedule=schedule) for schedule in ("1f1b", "gpipe", "zb1p", "looped-bfs")]
+    backward = [shared.price(layout).head.backward.compute for layout in layouts]
+    assert backward[0] == backward[2] < backward[1] == backward[3]
+    for group in layout_groups(question.rules):
+        for layout in group:
+            some = next(assignments([question.model.layers], layout.stages))
+            assert shared.least_work(group) <= shared.price(layout).step(some)

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from planner.plan import Plan
+from runtime import plain_loop
 from runtime.compilation import Compilation
+from runtime.experts import Balance
 from runtime.gradients import square_sum
-from runtime.parameters import initialise
 from runtime.step import build_state, training_step
-from runtime.transformer import build_chunk
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 SEED = 7
+BALANCE = Balance(loss_weight=0.1, bias_rate=0.01)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,13 @@ def run_plan(
 ) -> Trajectory:
     """Train through the runtime; on every rank of an initialised process group. All ranks return the same."""
     state = build_state(
-        plan, torch.device("cpu"), dtype=dtype, seed=SEED, weight_decay=WEIGHT_DECAY, compilation=compilation
+        plan,
+        torch.device("cpu"),
+        dtype=dtype,
+        seed=SEED,
+        weight_decay=WEIGHT_DECAY,
+        balance=BALANCE,
+        compilation=compilation,
     )
     losses, norms, clipped_norms = [], [], []
 
@@ -77,28 +83,15 @@ def run_plan_in(plan: Plan, steps: dict[torch.dtype, int]) -> dict[torch.dtype, 
 
 
 def run_plain(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None = None) -> Trajectory:
-    """The same steps with nothing of ours but the module: whole batch, mean loss, torch's clipping and AdamW."""
-    model = plan.model
-    chunk = build_chunk(model, plan.stages[0]).to(dtype).to_empty(device="cpu")
-    chunk.tie()
-    initialise([chunk], layers=model.layers, seed=SEED)
-    groups = [
-        {"params": [p for p in chunk.parameters() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in chunk.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8)
-    losses, norms, clipped_norms = [], [], []
-    for step in range(steps):
-        tokens = tokens_of(plan, step)
-        logits = chunk(tokens[:, :-1])
-        loss = F.cross_entropy(logits.reshape(-1, model.vocab_size), tokens[:, 1:].reshape(-1))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(chunk.parameters(), clip_norm or float("inf"))
-        clipped_norms.append(
-            torch.nn.utils.get_total_norm([p.grad for p in chunk.parameters() if p.grad is not None]).item()
-        )
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        norms.append(norm.item())
-    return Trajectory(losses, norms, clipped_norms)
+    """The same steps in one process, with nothing of ours but the modules."""
+    found = plain_loop.run_plain(
+        plan.model,
+        (tokens_of(plan, step) for step in range(steps)),
+        dtype=dtype,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        seed=SEED,
+        clip_norm=clip_norm,
+        balance=BALANCE,
+    )
+    return Trajectory(found.losses, found.norms, found.clipped_norms)

@@ -32,7 +32,10 @@ _NO_TENSORS = ("context", "communicators", "allocator_slack")
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryCase:
-    """A layout of a model, and the pipeline rank whose memory is looked at. `recompute` is blocks a stage."""
+    """A layout of a model, and the pipeline rank whose memory is looked at.
+
+    `recompute` and `selective` are blocks a stage that recompute in full and selectively.
+    """
 
     model: ModelSpec
     layout: Layout
@@ -41,6 +44,7 @@ class MemoryCase:
     global_batch: int
     sequence: int
     recompute: tuple[int, ...]
+    selective: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,17 @@ class Compared:
 
 
 def _case(
-    model: ModelSpec, precision: str, at: int = 0, batch: int = 16, sequence: int = 128, recompute: int = 0, **axes: Any
+    model: ModelSpec,
+    precision: str,
+    at: int = 0,
+    batch: int = 16,
+    sequence: int = 128,
+    recompute: int = 0,
+    selective: int = 0,
+    **axes: Any,
 ) -> MemoryCase:
     layout = Layout(**{"micro_batch": 2} | axes)
-    if layout.zero:
+    if layout.zero and "dp_shard" not in axes:
         layout = replace(layout, dp_shard=layout.dp)
     return MemoryCase(
         model=model,
@@ -76,7 +87,8 @@ def _case(
         pipeline_rank=at,
         global_batch=batch,
         sequence=sequence,
-        recompute=(recompute,) * layout.pp,
+        recompute=(recompute,) * layout.stages,
+        selective=(selective,) * layout.stages,
     )
 
 
@@ -107,7 +119,7 @@ CASES = {
 }
 
 
-def in_child(function: Callable[..., Any], cases: Iterable[MemoryCase]) -> list[Any]:
+def in_child(function: Callable[..., Any], cases: Iterable[Any]) -> list[Any]:
     """`function` of each case, in a process of its own: torch remembers process groups.
 
     Forked from a server that has imported torch and done nothing, since a fork of the tests' own process inherits what
@@ -121,7 +133,7 @@ def in_child(function: Callable[..., Any], cases: Iterable[MemoryCase]) -> list[
 
 def plan_of(case: MemoryCase) -> Plan:
     job = TrainingJob(global_batch=case.global_batch, sequence=case.sequence, precision=case.precision)
-    return make_plan(case.model, case.layout, job, recompute=case.recompute)
+    return make_plan(case.model, case.layout, job, recompute=case.recompute, selective=case.selective)
 
 
 def run(case: MemoryCase, *, fake: bool = True) -> DryRun:
@@ -129,11 +141,19 @@ def run(case: MemoryCase, *, fake: bool = True) -> DryRun:
     return dry_run(plan_of(case), case.pipeline_rank * case.layout.dp * case.layout.tp, fake=fake)
 
 
+def parts_of(plan_and_rank: tuple[Plan, int], **options: Any) -> dict[str, int]:
+    """Bytes by part of a plan's rank, and how many forwards there were; in this process, which must run no other."""
+    plan, rank = plan_and_rank
+    told: list[None] = []
+    parts = dry_run(plan, rank, on_forward=lambda: told.append(None), **options).parts
+    return parts | {"forwards": len(told)}
+
+
 def compare(case: MemoryCase) -> Compared:
     """Predict and run a case in this process, which must run no other."""
     plan = plan_of(case)
     costs = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job).price(case.layout)
-    counts = [(Blocks(none=stage.recompute_none, full=stage.recompute_full),) for stage in plan.stages]
+    counts = [(Blocks(stage.recompute_none, stage.recompute_selective, stage.recompute_full),) for stage in plan.stages]
     items = costs.rank_memory(case.pipeline_rank, counts).items()
     predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
     return Compared(predicted, run(case).parts)

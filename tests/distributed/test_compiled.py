@@ -187,7 +187,7 @@ def backward_runs(plan: Plan) -> int:
 def test_split_backward_runs_compiled_backwards_whole_and_twice(schedule: str, chunks: int) -> None:
     # With the code generator it raises instead.
     plan = plan_of(pp=2, schedule=schedule, virtual_stages=chunks)
-    assert why_not_compiled(plan.layout) is not None
+    assert why_not_compiled(plan.layout, plan.model) is not None
     assert sum(run_ranks(backward_runs, 2, plan)) > 1.2 * LLAMA.layers * plan.microbatches, MENDED
 
 
@@ -198,7 +198,7 @@ def test_whole_backwards_run_once() -> None:
 
 def test_split_backward_under_dualpipev_raises() -> None:
     plan = plan_of(pp=2, schedule="dualpipev", virtual_stages=2)
-    assert why_not_compiled(plan.layout) is not None
+    assert why_not_compiled(plan.layout, plan.model) is not None
     with pytest.raises(RankError, match="Failed to run stage backward input"):  # else torch has mended it
         run_ranks(run_compiled, 2, plan, torch.float32)
 
@@ -216,8 +216,8 @@ def test_full_recomputation_over_tp_cannot_be_compiled_whole() -> None:
 
 
 def test_the_rules_say_why() -> None:
-    assert why_not_compiled(Layout(pp=2)) is None
-    assert why_not_compiled(Layout(pp=2, schedule="zbv", virtual_stages=2)) == (
+    assert why_not_compiled(Layout(pp=2), LLAMA) is None
+    assert why_not_compiled(Layout(pp=2, schedule="zbv", virtual_stages=2), LLAMA) == (
         "zbv splits each backward in two, which torch 2.11 to 2.13 does not do with compiled blocks; "
         "1f1b and interleaved-1f1b do not split it"
     )
@@ -234,7 +234,7 @@ def test_the_rules_say_why() -> None:
         "tp=4 and nodes of 2 devices: the pieces pass through the memory of one node"
     )
     split = replace(parallel, pp=2, schedule="zb1p")
-    assert why_no_asynchronous_tp(split, LLAMA, 8) == why_not_compiled(split)
+    assert why_no_asynchronous_tp(split, LLAMA, 8) == why_not_compiled(split, LLAMA)
 
 
 def test_compilation_is_chosen_by_device_rule_and_word() -> None:
@@ -244,7 +244,7 @@ def test_compilation_is_chosen_by_device_rule_and_word() -> None:
     assert choose_compilation(plain, None, "cuda") == (Compilation(), "blocks and loss")
     assert choose_compilation(plain, True, "cpu") == (Compilation(), "blocks and loss")
     assert choose_compilation(plain, False, "cuda") == (None, "off: as asked")
-    assert choose_compilation(split, None, "cuda") == (None, f"off: {why_not_compiled(split.layout)}")
+    assert choose_compilation(split, None, "cuda") == (None, f"off: {why_not_compiled(split.layout, LLAMA)}")
     assert choose_compilation(parallel, None, "cuda") == (
         Compilation(asynchronous_tp=True),
         "blocks and loss, asynchronous tp",
@@ -252,7 +252,7 @@ def test_compilation_is_chosen_by_device_rule_and_word() -> None:
     assert choose_compilation(parallel, True, "cpu") == (Compilation(), "blocks and loss")
     with pytest.raises(InputError) as info:
         choose_compilation(split, True, "cpu")
-    assert (info.value.where, info.value.got) == ("--compile", why_not_compiled(split.layout))
+    assert (info.value.where, info.value.got) == ("--compile", why_not_compiled(split.layout, LLAMA))
 
 
 # ---- asynchronous tp -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from planner.layout import SCHEDULES, Layout
 from planner.layout_costs import LayoutCosts, SegmentCosts
-from planner.memory_cost import MemoryBytes, PartMemory
+from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
 from planner.question import Question
 from planner.schedule import SPLIT_BACKWARD, Pipeline, in_flight, why_illegal

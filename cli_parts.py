@@ -1,0 +1,64 @@
+"""What the verbs of the command line share: options, and how an answer is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+
+def count(flag: str) -> Callable[[str], int]:
+    """A parser of whole numbers from 1 on whose error says what it got."""
+
+    def parse(text: str) -> int:
+        from profiles.input_error import InputError
+
+        if not text.isdecimal() or int(text) < 1:
+            raise InputError(f"{flag} cannot be {text!r}", where=flag, expected="a whole number >= 1", got=text)
+        return int(text)
+
+    return parse
+
+
+Model = Annotated[str, typer.Option("--model", help="Catalogue name, Hugging Face folder or config.json, or YAML.")]
+Cluster = Annotated[str, typer.Option("--cluster", help="Catalogue name with nodes (dgx-h100:64), YAML, or local.")]
+Devices = Annotated[
+    int | None,
+    typer.Option("--devices", parser=count("--devices"), metavar="N", help="Use so many devices; default all."),
+]
+GlobalBatch = Annotated[
+    int,
+    typer.Option("--global-batch", parser=count("--global-batch"), metavar="N", help="Sequences per optimizer step."),
+]
+SequenceLength = Annotated[int, typer.Option("--seq", parser=count("--seq"), metavar="N", help="Tokens per sequence.")]
+Precision = Annotated[str | None, typer.Option("--precision", help="bf16 or fp32; default bf16 on GPUs, fp32 on CPUs.")]
+MemoryLimit = Annotated[
+    str | None, typer.Option("--memory-limit", help="Bytes per device to stay under, as 76GiB; default its memory.")
+]
+Target = Annotated[str, typer.Option("--target", help="Executor to plan for: meshwright, megatron or torchtitan.")]
+Price = Annotated[float | None, typer.Option("--price", min=0.0, help="Dollars per GPU-hour: says what tokens cost.")]
+Imbalance = Annotated[
+    float,
+    typer.Option("--expert-imbalance", min=1.0, help="Tokens of the fullest expert rank over its even share."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
+
+
+def print_report(renderable: Any, *, error: bool = False) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=error, highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width of its own
+        console.width = 120
+    console.print(renderable)
+
+
+def print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def command_line() -> str:
+    return " ".join(["cli.py", *sys.argv[1:]])

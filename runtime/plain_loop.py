@@ -1,0 +1,82 @@
+"""Steps of training with nothing of ours but the modules: one process, whole batch, torch's loss and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from planner.plan import Stage
+from profiles.model import ModelSpec
+
+from .experts import Balance, routers_of, update_selection_bias
+from .parameters import initialise, named_buffers, named_parameters
+from .transformer import build_chunk
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """Loss, gradient norm, and gradient norm after clipping of each step; parameters and
+    selection biases by name after the last."""
+
+    losses: list[float]
+    norms: list[float]
+    clipped_norms: list[float]
+    parameters: dict[str, torch.Tensor]
+
+
+def run_plain(
+    model: ModelSpec,
+    batches: Iterable[torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    clip_norm: float | None = None,
+    balance: Balance | None = None,
+) -> PlainRun:
+    """A step on each of `batches`, token ids [samples, sequence + 1], from the first values that `seed` gives.
+
+    `balance` is of experts, where the model has some.
+    """
+    whole = Stage(
+        rank=0,
+        chunk=0,
+        first=0,
+        end=model.layers,
+        embedding=True,
+        head=True,
+        recompute_none=model.layers,
+        recompute_selective=0,
+        recompute_full=0,
+    )
+    chunk = build_chunk(model, whole).to(dtype).to_empty(device="cpu")
+    chunk.tie()
+    initialise([chunk], layers=model.layers, seed=seed)
+    groups = [
+        {"params": [p for p in chunk.parameters() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in chunk.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms, clipped_norms = [], [], []
+    routers = routers_of([chunk])
+    for tokens in batches:
+        for router in routers:
+            router.balance, router.sequences_per_step = balance or Balance(), len(tokens)
+        logits = chunk(tokens[:, :-1])
+        loss = F.cross_entropy(logits.reshape(-1, model.vocab_size), tokens[:, 1:].reshape(-1))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(chunk.parameters(), clip_norm or float("inf"))
+        gradients = [p.grad for p in chunk.parameters() if p.grad is not None]
+        clipped_norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        update_selection_bias(routers, [])
+        losses.append(loss.item())
+        norms.append(norm.item())
+    trained = (*named_parameters([chunk]), *named_buffers([chunk]))
+    parameters = {name: tensor.detach() for name, tensor in trained}
+    return PlainRun(losses, norms, clipped_norms, parameters)

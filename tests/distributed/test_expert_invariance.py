@@ -1,0 +1,86 @@
+"""The sacred test for models with experts: no grid of experts changes loss or gradient norm beyond rounding."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from planner.job import TrainingJob
+from planner.layout import Layout
+from planner.plan import Plan
+from tests.distributed.harness import run_ranks
+from tests.distributed.layout_runs import Trajectory, run_plain, run_plan_in
+from tests.plans import make_plan, tiny_experts, tiny_latent, tiny_shared_experts
+
+STEPS = 10
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative
+JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
+MODELS = {model.name: model for model in (tiny_experts(), tiny_shared_experts(), tiny_latent())}
+
+
+def plan_of(model: str, recompute: Any = None, selective: Any = None, **layout: Any) -> Plan:
+    if layout.get("zero"):
+        layout.setdefault("dp_shard", layout["dp"])
+    if layout.get("dp", 1) < 4 and layout.get("schedule") != "dualpipev":
+        layout.setdefault("micro_batch", 2)
+    return make_plan(MODELS[model], Layout(**layout), JOB, None, recompute, selective)
+
+
+FULL = os.environ.get("MESHWRIGHT_FULL_TESTS") == "1"
+SP = {"tp": 2, "sequence_parallel": True}
+# Of ep, etp and edp each alone and with each other, with tp, dp, every zero level, HSDP, pipelines and recomputation.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("tiny-experts", {}),
+    ("tiny-experts", {"dp": 2}),
+    ("tiny-shared", {"dp": 2, "ep": 2}),
+    ("tiny-experts", {"dp": 2, "ep": 2, "zero": 1}),
+    ("tiny-shared", {"dp": 2, "ep": 2, "zero": 3}),
+    ("tiny-experts", {"dp": 4, "ep": 2, "zero": 0}),
+    ("tiny-shared", {"dp": 4, "ep": 2, "zero": 3}),
+    ("tiny-experts", {"dp": 4, "ep": 4, "zero": 2}),
+    ("tiny-shared", {"dp": 4, "ep": 2, "zero": 1, "dp_shard": 2}),
+    ("tiny-shared", {"dp": 4, "zero": 3, "ep": 1}),
+    ("tiny-experts", SP),
+    ("tiny-shared", SP | {"etp": 2}),
+    ("tiny-experts", SP | {"etp": 2, "recompute": (4,)}),
+    ("tiny-shared", SP | {"ep": 2}),
+    ("tiny-experts", SP | {"dp": 2, "ep": 2, "etp": 2, "zero": 1}),
+    ("tiny-shared", SP | {"dp": 2, "ep": 4, "zero": 3}),
+    ("tiny-experts", SP | {"dp": 2, "ep": 2, "zero": 0}),
+    ("tiny-shared", SP | {"pp": 2, "ep": 2}),
+    ("tiny-experts", {"pp": 2, "dp": 2, "ep": 2, "zero": 1}),
+    ("tiny-shared", {"pp": 2, "dp": 2, "ep": 2, "zero": 0, "schedule": "gpipe"}),
+    ("tiny-experts", {"pp": 2, "dp": 2, "ep": 2, "zero": 1, "schedule": "interleaved-1f1b", "virtual_stages": 2}),
+    ("tiny-shared", {"pp": 2, "dp": 2, "ep": 2, "zero": 3, "schedule": "looped-bfs", "virtual_stages": 2}),
+    ("tiny-shared", {"pp": 2, "dp": 2, "ep": 2, "zero": 1, "schedule": "zb1p"}),
+    ("tiny-experts", {"pp": 2, "dp": 2, "ep": 2, "zero": 0, "schedule": "zbv", "virtual_stages": 2}),
+    ("tiny-shared", {"pp": 2, "dp": 2, "ep": 2, "zero": 1, "schedule": "dualpipev", "virtual_stages": 2}),
+    ("tiny-shared", {"recompute": (4,)}),
+    ("tiny-latent", {}),
+    ("tiny-latent", {"dp": 2, "ep": 2, "zero": 3}),
+    ("tiny-latent", SP | {"ep": 2}),
+    ("tiny-latent", SP | {"etp": 2, "dp": 2, "zero": 1, "recompute": (4,)}),
+    ("tiny-latent", {"pp": 2, "dp": 2, "ep": 2, "zero": 1}),
+]
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[tuple[str, torch.dtype], Trajectory]:
+    return {(name, dtype): run_plain(plan_of(name), STEPS, dtype) for name in MODELS for dtype in TOLERANCE}
+
+
+# Every second of them in `make test`, since each takes seconds; all in `make test-full`.
+@pytest.mark.parametrize(("model", "case"), CASES if FULL else CASES[1::2], ids=str)
+def test_loss_and_norm_do_not_depend_on_the_grid(
+    model: str, case: dict[str, Any], references: dict[tuple[str, torch.dtype], Trajectory]
+) -> None:
+    plan = plan_of(model, **case)
+    ranks = run_ranks(run_plan_in, plan.layout.world_size, plan, dict.fromkeys(TOLERANCE, STEPS))
+    for dtype, tolerance in TOLERANCE.items():
+        expected = references[model, dtype]
+        for trajectory in (ranks[0][dtype], ranks[-1][dtype]):
+            assert trajectory.losses == pytest.approx(expected.losses, rel=tolerance)
+            assert trajectory.norms == pytest.approx(expected.norms, rel=tolerance)

@@ -1,0 +1,468 @@
+"""Ranks that hang, are stopped or compute nonsense, full disks and taken ports: who is named, and what is left."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from planner.job import TrainingJob
+from planner.layout import Layout
+from planner.plan import Plan
+from profiles.input_error import InputError
+from runtime import flight_recorder, launch, not_finite, run_folder, whereabouts
+from runtime.checkpoint import complete_steps, latest
+from runtime.disk import check_room, checkpoint_bytes, free_bytes
+from runtime.failure import RunFailed, is_timeout, retold, told
+from runtime.launch import start_ranks, train
+from runtime.mesh import RankMesh, build_mesh
+from runtime.metrics import only_finite
+from runtime.parameters import parameters_of
+from runtime.post_mortem import waited, why
+from runtime.process_group import process_group
+from runtime.rank_watch import RankWatch
+from runtime.run_folder import LOGS_FOLDER, prepare
+from runtime.stacks import main_stack, waits_for_others
+from runtime.step import build_state, training_step
+from runtime.trainer import TrainOptions
+from tests.distributed.faults import (
+    FAULT_STEP,
+    fill_disk_of_rank_one,
+    sleep_on_last_rank,
+    small_plan,
+    spoil_weights_of_rank_one,
+    stop_rank_one,
+    wait_for_each_other,
+)
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_launch import QUICK_SECONDS, ROOT, alive, process_of, steps_in
+from tests.plans import make_plan, tiny_llama
+
+PATIENCE_SECONDS = 300.0  # with ranks that compute; idle they take under 3
+
+Body = Callable[[Plan, TrainOptions], None]
+
+
+def fail(plan: Plan, options: TrainOptions, body: Body) -> RunFailed:
+    """The error of a run whose ranks run `body`; no rank is left."""
+    prepare(options.run_dir, plan, steps=options.steps, resume=False)
+    with pytest.raises(RunFailed) as error:
+        start_ranks(plan, options, body)
+    assert not any(alive(process_of(options.run_dir, rank)) for rank in range(plan.layout.world_size))
+    return error.value
+
+
+def seconds_since(path: Path) -> float:
+    """Since the file was last written: a rank's note of where it is, just before it goes wrong."""
+    return time.time() - path.stat().st_mtime
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- hangs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_sleeps_is_named_with_what_it_did(tmp_path: Path) -> None:
+    options = TrainOptions(run_dir=tmp_path, timeout_seconds=8.0)
+    error = fail(small_plan(pp=2, tp=2), options, sleep_on_last_rank)
+    assert seconds_since(tmp_path / LOGS_FOLDER / "rank_3.at") < options.timeout_seconds + QUICK_SECONDS
+    assert (error.rank, error.stage) == (3, 1)
+    assert error.how == (
+        "did not come to a collective in which ranks 0, 1, 2 waited for it for 8 s (--timeout); it was at step 3, "
+        "forward, backward and update, in these calls, innermost first"
+    )
+    assert error.log_lines[0].endswith(" sleep_for_ever")
+    assert any(" forward_one_chunk" in line for line in error.log_lines)
+    assert f"all its threads: {tmp_path / LOGS_FOLDER / 'rank_3.log'}" in error.log_lines
+    # As NCCL would write it: one rank's file at the place that its environment names.
+    dumps = tmp_path / LOGS_FOLDER / "nccl_flight_recorder_rank_"
+    assert error.log_lines[-1].startswith(f"flight recorder of 1 ranks: {dumps}*; read with: torchfrtrace ")
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, FAULT_STEP))
+
+
+def test_a_stopped_rank_is_killed_and_named(tmp_path: Path) -> None:
+    options = TrainOptions(run_dir=tmp_path, timeout_seconds=5.0)
+    error = fail(small_plan(dp=2), options, stop_rank_one)
+    assert seconds_since(tmp_path / LOGS_FOLDER / "rank_1.at") < options.timeout_seconds + QUICK_SECONDS
+    assert str(error).startswith(
+        "rank 1 (pipeline stage 0) did not come to a collective in which rank 0 waited for it for 5 s (--timeout); it "
+        "was at step 3, data, and its process obeyed no signal: stopped"
+    )
+
+
+def test_ranks_that_wait_for_each_other_are_not_blamed_on_one(tmp_path: Path) -> None:
+    error = fail(small_plan(dp=2), TrainOptions(run_dir=tmp_path, timeout_seconds=2.0), wait_for_each_other)
+    assert "waited 2 s (--timeout) for others in a collective, and so did every other rank" in error.how
+    assert len(error.log_lines) == 2
+    assert error.log_lines[0].startswith("rank 0 at the start: ")
+    assert any(line.endswith(" wait_for_each_other") for line in error.log_lines)
+
+
+def log_with_stacks(*calls: str, before: str = "") -> str:
+    frames = "".join(f'  File "{call.split(":")[0]}", line 7 in {call.split(":")[1]}\n' for call in calls)
+    return (
+        f"rank 0 of 2, process 5\n{before}Thread 0x00007f00 (most recent call first):\n"
+        f'  File "threading.py", line 1 in run\n\nCurrent thread 0x00007f01 (most recent call first):\n{frames}'
+    )
+
+
+WAITS = log_with_stacks("runtime/step.py:training_step", "runtime/trainer.py:run")
+SITS = log_with_stacks("runtime/data.py:load", "torch/distributed/distributed_c10d.py:x", "runtime/trainer.py:run")
+
+
+def test_stacks_tell_who_waits() -> None:
+    assert [frame.function for frame in main_stack(SITS)] == ["load", "x", "run"]
+    assert main_stack("no stacks") == ()
+    assert waits_for_others(main_stack(WAITS))
+    assert not waits_for_others(main_stack(SITS))
+    operation = log_with_stacks("torch/_ops.py:__call__", "torch/distributed/_functional_collectives.py:wait_tensor")
+    assert waits_for_others(main_stack(operation))
+    assert not waits_for_others(main_stack(log_with_stacks("torch/_ops.py:__call__", "runtime/loss.py:forward")))
+
+
+def test_a_timeout_of_nccl_is_a_hang_too(tmp_path: Path) -> None:
+    """NCCL's watchdog aborts the process: no exception, only its log. (From made-up logs: there is no GPU here.)"""
+    watchdog = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)\n"
+    (tmp_path / "rank_0.log").write_text(log_with_stacks("runtime/step.py:training_step", before=watchdog))
+    (tmp_path / "rank_1.log").write_text(SITS)
+    (tmp_path / f"{flight_recorder.PREFIX}0").write_bytes(b"")
+    for rank in (0, 1):
+        with whereabouts.Whereabouts(tmp_path, rank) as here:
+            here.note(12, "checkpoint")
+            here.note(7, "data")
+    error = why(0, -6, Layout(pp=2), tmp_path, RankWatch(), 30.0)
+    assert str(error).startswith("rank 1 (pipeline stage 1) did not come to a collective in which rank 0 waited")
+    assert "for 30 s (--timeout); it was at step 7, data, in these calls" in str(error)
+    assert "runtime/data.py:7 load" in str(error)
+    assert "flight recorder of 1 ranks" in str(error)
+    (tmp_path / "rank_0.log").write_text(WAITS)
+    assert "was killed by signal 6" in str(why(0, -6, Layout(pp=2), tmp_path, RankWatch(), 30.0))
+
+
+def test_under_torchrun_a_timeout_names_the_rank_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(*_: object) -> None:
+        for rank, step in enumerate((9, 8)):
+            with whereabouts.Whereabouts(tmp_path / LOGS_FOLDER, rank) as here:
+                here.note(step, "data")
+        raise RuntimeError("Timed out waiting 5000ms for recv operation to complete")
+
+    monkeypatch.setattr(launch, "run", time_out)
+    monkeypatch.setattr(launch.stacks, "write_when_stopped", lambda: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    options = TrainOptions(run_dir=tmp_path, timeout_seconds=5.0)
+    with pytest.raises(RunFailed) as error:
+        train(small_plan(pp=2), options, print)
+    assert str(error.value) == (
+        "rank 0 (pipeline stage 0) waited 5 s (--timeout) in a collective; furthest behind is rank 1 (pipeline stage "
+        "1), at step 8, data"
+    )
+    level = waited(1, Layout(dp=2), tmp_path / "none", 5.0)
+    assert level.how.endswith("each rank's calls are in its own output, where torchrun has stopped it")
+
+
+def test_what_a_person_has_set_for_the_flight_recorder_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in flight_recorder.environment(tmp_path):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "5")
+    flight_recorder.turn_on(tmp_path)
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "5"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    for name in flight_recorder.environment(tmp_path):
+        monkeypatch.delenv(name)
+
+
+# ---- no orphans ------------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_hear_nothing_end_with_the_launcher(tmp_path: Path) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.faults", str(tmp_path), "deaf"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    logs = [tmp_path / LOGS_FOLDER / f"rank_{rank}.log" for rank in range(4)]
+    while not all(log.exists() and "in place" in log.read_text() for log in logs):
+        assert run.poll() is None
+        time.sleep(0.1)
+    ranks = [process_of(tmp_path, rank) for rank in range(4)]
+    assert all(map(alive, ranks))
+    run.kill()
+    run.wait()
+    start = time.monotonic()
+    while any(map(alive, ranks)):
+        assert time.monotonic() - start < QUICK_SECONDS
+        time.sleep(0.05)
+
+
+# ---- what is not finite --------------------------------------------------------------------------------------
+
+
+def poison_a_step(plan: Plan, poisoned_rank: int) -> tuple[list[bool], bool, float, float]:
+    """Five steps, the third with a spoilt activation on one rank: (which were finite, whether the third left
+    everything as it was, the count of updates, the last loss)."""
+    state = build_state(plan, torch.device("cpu"), dtype=torch.float32, seed=0, weight_decay=0.1)
+    samples = torch.arange(plan.job.global_batch // plan.layout.dp * 17).reshape(-1, 17) % plan.model.vocab_size
+    finite, kept, loss = [], False, math.nan
+    for step in range(1, 6):
+        if step == 3 and dist.get_rank() == poisoned_rank:
+            block = next(iter(state.chunks[0].blocks.values()))
+            block.register_forward_hook(lambda *_: _[2] * math.nan)
+            before_hook = list(block._forward_hooks)[-1]
+        before = snapshot(state) if step == 3 else []
+        result = training_step(
+            state, samples[:, :-1].contiguous(), samples[:, 1:].contiguous(), learning_rate=1e-2, clip_norm=1.0
+        )
+        finite.append(result.finite)
+        loss = result.loss
+        if step == 3:
+            kept = all(torch.equal(old, new) for old, new in zip(before, snapshot(state), strict=True))
+            if dist.get_rank() == poisoned_rank:
+                del block._forward_hooks[before_hook]
+    updates = max(float(moments["step"]) for moments in state.optimizer.state.values())
+    return finite, kept, updates, loss
+
+
+def snapshot(state: Any) -> list[torch.Tensor]:
+    """Copies of this rank's weights, moments and counts of updates."""
+    parameters = parameters_of(state.chunks)
+    tensors = [*parameters, *(value for p in parameters for value in state.optimizer.state[p].values())]
+    return [getattr(tensor, "_local_tensor", tensor).detach().clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank"),
+    [
+        ({}, 0),
+        ({"dp": 2}, 1),
+        ({"dp": 2, "zero": 3, "dp_shard": 2}, 0),
+        ({"tp": 2, "sequence_parallel": True}, 1),
+        ({"pp": 2, "micro_batch": 2}, 0),
+        ({"pp": 2, "micro_batch": 2}, 1),
+    ],
+    ids=str,
+)
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(layout: dict[str, Any], rank: int) -> None:
+    job = TrainingJob(global_batch=8, sequence=16, precision="fp32")
+    plan = make_plan(tiny_llama(), Layout(**{"micro_batch": 1, **layout}), job)
+    results = run_ranks(poison_a_step, plan.layout.world_size, plan, rank, timeout_seconds=PATIENCE_SECONDS)
+    for finite, kept, updates, loss in results:
+        assert finite == [True, True, False, True, True]
+        assert kept
+        assert updates == 4
+        assert loss < 4.2  # ln 61 is 4.11: training goes on from where it was
+
+
+def test_spoilt_weights_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
+    options = TrainOptions(run_dir=tmp_path, checkpoint_every=1)
+    error = fail(small_plan(pp=2), options, spoil_weights_of_rank_one)
+    assert str(error) == (
+        "rank 1 (pipeline stage 1) made 3 steps in a row not finite, up to step 5: the first values that are not "
+        "finite come out of block 1, whose weights are not finite either. None of them changed the weights; the last "
+        "complete checkpoint is step_2"
+    )
+    seen = records(tmp_path)
+    assert [record["skipped"] for record in seen] == [False, False, True, True, True]
+    assert [record["loss"] is None for record in seen] == [False, False, True, True, True]
+    assert sorted(complete_steps(tmp_path)) == [1, 2]
+
+
+def spoil(plan: Plan, rank: int, where: str) -> tuple[int, int, str]:
+    """(rank, stage, how) of the error after a step that is spoilt on one rank in the backward pass alone (of its own
+    weights, or from the last stage on), or in a forward pass that goes well the second time."""
+    state = build_state(plan, torch.device("cpu"), dtype=torch.float32, seed=0, weight_decay=0.1)
+    samples = torch.arange(plan.job.global_batch * 17).reshape(-1, 17) % plan.model.vocab_size
+    inputs, targets = samples[:, :-1].contiguous(), samples[:, 1:].contiguous()
+    spoilt: list[Any] = []
+    if dist.get_rank() == rank:
+        block, *_, last = state.chunks[0].blocks.values()
+        if where == "weights":
+            spoilt.append(next(block.parameters()).register_hook(lambda gradient: gradient * math.inf))
+        elif where == "backward":
+            spoilt.append(last.register_full_backward_hook(lambda _, before, __: (before[0] * math.nan,)))
+        else:
+            spoilt.append(block.register_forward_hook(lambda *call: call[2] * math.nan))
+    result = training_step(state, inputs, targets, learning_rate=1e-2, clip_norm=1.0)
+    if where == "forward":
+        for hook in spoilt:
+            hook.remove()
+    error = not_finite.failure(state, inputs, targets, result, plan.layout, Path("none"), step=9, in_a_row=2)
+    return error.rank, error.stage, error.how
+
+
+@pytest.mark.parametrize(
+    ("rank", "where", "blamed", "what"),
+    [
+        (0, "weights", 0, "losses are finite, its gradients are not"),
+        (1, "backward", 1, "losses are finite, its gradients are not"),
+        (0, "forward", 1, "its loss was not finite, but is when the same samples run once more"),
+    ],
+)
+def test_where_it_began_is_named_beside_what_it_spoilt(rank: int, where: str, blamed: int, what: str) -> None:
+    job = TrainingJob(global_batch=8, sequence=16, precision="fp32")
+    plan = make_plan(tiny_llama(), Layout(pp=2, micro_batch=2), job)
+    expected = f"made 2 steps in a row not finite, up to step 9: {what}. None of them changed the weights; there is no"
+    for found in run_ranks(spoil, 2, plan, rank, where, timeout_seconds=PATIENCE_SECONDS):
+        assert found == (blamed, blamed, f"{expected} complete checkpoint")
+
+
+def test_of_ranks_that_hold_one_layer_the_one_with_spoilt_weights_is_named() -> None:
+    findings = [not_finite.Finding(3, True, 0), not_finite.Finding(3, False, 1), not_finite.Finding(4, False, 2)]
+    assert min(findings).rank == 1
+
+
+def test_a_record_has_no_number_that_json_lacks() -> None:
+    assert only_finite({"loss": math.nan, "grad_norm": math.inf, "step": 3, "skipped": True, "mfu": None}) == {
+        "loss": None,
+        "grad_norm": None,
+        "step": 3,
+        "skipped": True,
+        "mfu": None,
+    }
+
+
+# ---- full disks ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one MiB; skipped where a test may not mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("may not mount a disk here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama(vocab_size=10**10)
+    with pytest.raises(InputError) as error:
+        check_room(tmp_path / "not" / "there", model, torch.float32)
+    needed, free = 12 * model.parameters, free_bytes(tmp_path)
+    assert error.value.expected.startswith(f"{needed / 2**30:.2f} GiB free")
+    assert error.value.got.startswith(f"{free / 2**30:.1f}")
+    check_room(tmp_path, tiny_llama(), torch.float32)
+
+
+def test_a_full_disk_is_bad_input_before_the_start(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small_plan()
+    (small_disk / "other").write_bytes(bytes(free_bytes(small_disk)))
+    with pytest.raises(InputError) as error:
+        prepare(small_disk / "run", plan, steps=1, resume=False)
+    assert error.value.got == "0.00 MiB free"
+    monkeypatch.setattr(run_folder, "check_room", lambda *_: None)  # as if it had filled up just after
+    with pytest.raises(InputError) as error:
+        prepare(small_disk / "run", plan, steps=1, resume=False)
+    assert error.value.what == f"{small_disk / 'run'} cannot be written"
+    assert "No space left on device" in error.value.got
+    assert error.value.got.endswith("; 0.00 MiB free")
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_the_last_checkpoint_whole(small_disk: Path) -> None:
+    plan = small_plan(pp=2)
+    options = TrainOptions(run_dir=small_disk / "run", steps=50, checkpoint_every=1)
+    error = fail(plan, options, launch.run)
+    assert "could not write a checkpoint: " in error.how
+    assert f"MiB free in {options.run_dir}, the last complete checkpoint is step_1" in error.how
+    folder = latest(options.run_dir)
+    assert [path.name for path in folder.parent.iterdir()] == ["step_1"]  # and nothing half
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    needed = checkpoint_bytes(plan.model, torch.float32)
+    assert needed < size < needed + 200_000  # what torch writes about it
+    assert steps_in(options.run_dir) == [1, 2]
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_names_it(tmp_path: Path) -> None:
+    options = TrainOptions(run_dir=tmp_path, steps=6, checkpoint_every=2)
+    error = fail(small_plan(pp=2), options, fill_disk_of_rank_one)
+    assert (error.rank, error.stage, error.exit_code) == (1, 1, 1)
+    assert "could not write a checkpoint: [Errno 28] No space left on device; " in error.how
+    assert error.how.endswith(f" free in {tmp_path}, the last complete checkpoint is step_2")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_2"]
+
+
+def test_metrics_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
+    plan, metrics = small_plan(), tmp_path / "metrics.jsonl"
+    prepare(tmp_path, plan, steps=5, resume=False)
+    metrics.unlink()
+    metrics.symlink_to("/dev/full")
+    with pytest.raises(RunFailed, match=r"rank 0 \(pipeline stage 0\) could not write") as error:
+        start_ranks(plan, TrainOptions(run_dir=tmp_path, steps=5), launch.run)
+    assert f"{metrics}: No space left on device; " in error.value.how
+    assert error.value.how.endswith("there is no complete checkpoint")
+
+
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".step_7.unfinished").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_5").mkdir()
+    prepare(tmp_path, small_plan(), steps=9, resume=True)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_5"]
+
+
+# ---- ports ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """This process is the only rank; gives a socket that listens where the ranks are to meet."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        setting = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in setting.items():
+            monkeypatch.setenv(name, str(value))
+        yield server
+
+
+def test_a_port_in_use_is_named(alone: socket.socket) -> None:
+    with pytest.raises(InputError) as error, process_group(1, 5.0):
+        pass
+    assert error.value.what == f"port {alone.getsockname()[1]} is in use"
+    assert error.value.where == "MASTER_ADDR and MASTER_PORT"
+
+
+def test_the_timeout_holds_for_every_group(alone: socket.socket) -> None:
+    alone.close()
+    with process_group(1, 5.0):
+        for group in (dist.group.WORLD, dist.new_group([0]), build_mesh(Layout(), "cpu", tied_embeddings=False)):
+            first = group.groups("pp")[0] if isinstance(group, RankMesh) else group
+            assert isinstance(first, dist.ProcessGroup)
+            assert first._get_backend(torch.device("cpu")).options._timeout == datetime.timedelta(seconds=5.0)
+    assert distributed_c10d.default_pg_timeout == datetime.timedelta(minutes=30)
+
+
+# ---- what a rank tells ---------------------------------------------------------------------------------------
+
+
+def test_what_a_rank_knows_reaches_the_launcher() -> None:
+    failed = RunFailed("could not", rank=3, stage=1)
+    again = retold(told(failed))
+    assert isinstance(again, RunFailed)
+    assert str(again) == str(failed) == "rank 3 (pipeline stage 1) could not"
+    bad = InputError("wrong", where="here", expected="this", got="that", hint="so")
+    assert str(retold(told(bad))) == str(bad)
+    assert is_timeout(RuntimeError("Timed out waiting 2000ms for recv operation to complete"))
+    wrapped = RuntimeError("[Stage 1] failed to run forward")
+    assert not is_timeout(wrapped)
+    wrapped.__cause__ = RuntimeError("Timed out waiting 2000ms for recv operation to complete")
+    assert is_timeout(wrapped)
+    assert not is_timeout(ValueError("timed out"))
+    assert told(RuntimeError("Connection closed by peer"))["lines"][-1] == "RuntimeError: Connection closed by peer"
+    assert retold(told(RuntimeError("Connection closed"))) is None
