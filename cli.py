@@ -234,6 +234,7 @@ def train(
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
     skip_limit: Annotated[int, typer.Option("--skip-limit", min=1, help="End after so many bad steps in a row.")] = 3,
     timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
+    compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
     balance_loss: Annotated[
         float, typer.Option("--balance-loss", min=0.0, help="Weight of the experts' balance loss; 0 for none.")
@@ -292,6 +293,7 @@ def train(
         skip_limit=skip_limit,
         timeout_seconds=timeout,
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
+        compile=compiled,
         balance=Balance(balance_loss, bias_rate),
     )
     try:

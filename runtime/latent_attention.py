@@ -10,7 +10,7 @@ from profiles.model import ModelSpec
 
 from .local_parameters import LocalParameters
 from .norm import Norm
-from .rotary import rotary_tables, rotate
+from .rotary import constant_tables, rotate
 
 
 class LocalLinear(LocalParameters):
@@ -72,5 +72,5 @@ class LatentAttention(nn.Module):
         paired = heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         dtype = torch.promote_types(heads.dtype, torch.float32)
         width = self.latent.qk_rope_head_dim
-        tables = rotary_tables(heads.shape[2], width, self.rope_theta, self.rope_scaling, heads.device, dtype)
+        tables = constant_tables(heads.shape[2], width, self.rope_theta, self.rope_scaling, heads.device, dtype)
         return rotate(paired, *tables)

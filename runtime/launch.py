@@ -25,6 +25,7 @@ from planner.plan import Plan
 from profiles.input_error import InputError
 
 from . import run_folder, stacks
+from .compilation import choose_compilation
 from .data import load_corpus
 from .failure import RAISED, Interrupted, is_timeout, told
 from .metrics import METRICS_FILE
@@ -84,6 +85,7 @@ def _prepare(plan: Plan, options: TrainOptions) -> None:
 def _check(plan: Plan, options: TrainOptions) -> None:
     """What every rank would find wrong, found once and before any starts."""
     check_vocabulary(plan)
+    choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
     load_corpus(options.data, plan.job.sequence)
     devices, wanted = torch.cuda.device_count(), plan.layout.world_size
     if torch.cuda.is_available() and devices < wanted:

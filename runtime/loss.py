@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 
 from planner.layout import LOSS_TOKENS
+
+from .loss_kernels import EAGER, LossKernels, wide
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class LossWay:
     group: dist.ProcessGroup | None = None
     logits_again: bool = False
     backward_twice: bool = False
+    kernels: LossKernels = EAGER
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay) -> torch.Tensor:
@@ -57,17 +59,19 @@ class _HeadLoss(torch.autograd.Function):
         ctx.way = way
         now = wanted and not way.logits_again
         gradients = _Gradients(hidden, weight, way) if now else None
-        total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
+        total = hidden.new_zeros((), dtype=wide(hidden.dtype))
         normalisers = []
         for piece in _pieces(len(hidden)):
-            log_probabilities, normaliser = _log_probabilities((hidden[piece] @ weight.T).to(total.dtype), way.group)
-            rows, present = _rows(targets[piece], len(weight), way)
-            total -= (log_probabilities.gather(-1, rows.unsqueeze(-1)).squeeze(-1) * present).sum()
             if gradients is not None:
-                gradients.add(piece, log_probabilities, rows, present)
-            elif wanted:
+                loss, of_logits = way.kernels.loss_and_gradient(
+                    hidden[piece] @ weight.T, targets[piece], way.first_row, way.tokens_per_step, way.group
+                )
+                gradients.add(piece, of_logits)
+                del of_logits  # before the next piece's
+            else:
+                loss, normaliser = way.kernels.loss(hidden[piece] @ weight.T, targets[piece], way.first_row, way.group)
                 normalisers.append(normaliser)
-            del log_probabilities  # before the next piece's
+            total += loss
         if gradients is not None:
             ctx.gradients = gradients
         elif wanted:
@@ -83,10 +87,11 @@ class _HeadLoss(torch.autograd.Function):
             hidden, weight, targets, normalisers = ctx.saved_tensors
             gradients = _Gradients(hidden, weight, way)
             for piece in _pieces(len(hidden)):
-                logits = (hidden[piece] @ weight.T).to(normalisers.dtype)
-                rows, present = _rows(targets[piece], len(weight), way)
-                gradients.add(piece, logits.sub_(normalisers[piece].unsqueeze(-1)), rows, present)
-                del logits  # before the next piece's
+                of_logits = way.kernels.gradient(
+                    hidden[piece] @ weight.T, normalisers[piece], targets[piece], way.first_row, way.tokens_per_step
+                )
+                gradients.add(piece, of_logits)
+                del of_logits  # before the next piece's
             return *gradients.take(), None, None, None
         gradients = ctx.gradients
         if not way.backward_twice:
@@ -102,16 +107,13 @@ class _Gradients:
         self.hidden = torch.empty_like(self.inputs)
         self.weight: torch.Tensor | None = None
 
-    def add(self, piece: slice, log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> None:
-        """d loss / d logits = (probability - [row is the target]) / tokens, computed in place of what is given."""
-        of_logits = log_probabilities.exp_()
-        of_logits.scatter_add_(-1, rows.unsqueeze(-1), -present.to(of_logits.dtype).unsqueeze(-1))
-        of_logits = of_logits.div_(self.way.tokens_per_step).to(self.weights.dtype)
+    def add(self, piece: slice, of_logits: torch.Tensor) -> None:
+        """What the gradient of a piece's logits [tokens, rows] makes of hidden states and weight."""
         torch.mm(of_logits, self.weights, out=self.hidden[piece])
         if len(self.inputs) <= LOSS_TOKENS:
             self.weight = of_logits.T @ self.inputs[piece]
         elif self.weight is None:
-            self.weight = (of_logits.T @ self.inputs[piece]).to(_wide(self.weights.dtype))
+            self.weight = (of_logits.T @ self.inputs[piece]).to(wide(self.weights.dtype))
         elif self.weight.dtype == self.weights.dtype:
             self.weight.addmm_(of_logits.T, self.inputs[piece])
         else:
@@ -128,25 +130,3 @@ class _Gradients:
 
 def _pieces(tokens: int) -> list[slice]:
     return [slice(start, min(start + LOSS_TOKENS, tokens)) for start in range(0, tokens, LOSS_TOKENS)]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _rows(targets: torch.Tensor, rows: int, way: LossWay) -> tuple[torch.Tensor, torch.Tensor]:
-    """(target's row on this rank, whether it is there); any row where it is not."""
-    own = targets - way.first_row
-    present = (own >= 0) & (own < rows)
-    return own.clamp(0, rows - 1), present
-
-
-def _log_probabilities(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probabilities [tokens, rows], log Σ exp over the whole vocabulary [tokens])."""
-    own = torch.log_softmax(logits, dim=-1)
-    normaliser = logits[:, 0] - own[:, 0]
-    if group is None:
-        return own, normaliser
-    gathered = collectives.wait_tensor(collectives.all_gather_tensor(normaliser.unsqueeze(0), 0, group))
-    whole = torch.logsumexp(gathered, dim=0)
-    return own.add_((normaliser - whole).unsqueeze(-1)), whole

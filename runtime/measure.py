@@ -46,6 +46,11 @@ class OperationTimer(TorchDispatchMode):
         self._marks: list[bool] = []  # of the spans that are open: whether each is FSDP2's
         self._entered: Any = None
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code runs as it is, and its collectives and GEMMs are seen; without this torch leaves it aside."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # DTensor unfolds first, and its collectives come back here as plain ops

@@ -69,6 +69,11 @@ class RankMesh:
         """The process groups of an axis."""
         return self.axis(name).get_all_groups()
 
+    def all_groups(self) -> list[dist.ProcessGroup]:
+        """Every process group that this rank is in, but the world."""
+        tied = [] if self.tied_group is None else [self.tied_group]
+        return [group for axis in AXES for group in self.groups(axis)] + tied
+
 
 def build_mesh(layout: Layout, device_type: str, *, tied_embeddings: bool, experts: bool = False) -> RankMesh:
     """The mesh and groups of a layout; with `experts` the expert grid over the same ranks too.

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from planner.plan import Plan, Stage
 
+from .compilation import Compilation, compile_chunk
 from .experts import Experts
 from .loss import LossWay
 from .mesh import RankMesh
@@ -34,20 +35,30 @@ _KEPT_OPERATIONS = {
 _KEPT_NAMES = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
 
 
-def build_chunks(plan: Plan, mesh: RankMesh, device: torch.device, *, dtype: torch.dtype, seed: int) -> list[Chunk]:
+def build_chunks(
+    plan: Plan,
+    mesh: RankMesh,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    compilation: Compilation | None = None,
+) -> list[Chunk]:
     """This rank's chunks, parallel as the plan says, in memory and with first values. Parameters are `dtype`."""
-    chunks = shape_chunks(plan, mesh, dtype=dtype)
+    chunks = shape_chunks(plan, mesh, dtype=dtype, compilation=compilation)
     fill_chunks(chunks, plan, device, seed=seed)
     return chunks
 
 
-def shape_chunks(plan: Plan, mesh: RankMesh, *, dtype: torch.dtype) -> list[Chunk]:
+def shape_chunks(
+    plan: Plan, mesh: RankMesh, *, dtype: torch.dtype, compilation: Compilation | None = None
+) -> list[Chunk]:
     """This rank's chunks in the order of their stages, parallel as the plan says, on the meta device: no memory yet."""
     chunks = []
     for place in plan.layout.stages_of(mesh.coordinate.pp):
         stage = plan.stages[place]
         chunk = build_chunk(plan.model, stage).to(dtype)
-        parallelize(chunk, plan, stage, mesh)
+        parallelize(chunk, plan, stage, mesh, compilation)
         chunks.append(chunk)
     return chunks
 
@@ -65,7 +76,7 @@ def allocate_chunks(chunks: list[Chunk], device: torch.device) -> None:
         chunk.tie()
 
 
-def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh) -> None:
+def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilation: Compilation | None = None) -> None:
     """Everything that happens to a chunk, in the only order in which the parts compose."""
     layout = plan.layout
     choose_loss(chunk, plan)
@@ -73,6 +84,8 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh) -> None:
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
     apply_expert_parallel(chunk, mesh)
     apply_recompute(chunk, stage)
+    if compilation is not None:
+        compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
     if layout.dp > 1 or plan.job.precision == "bf16" or (mesh.expert_mesh is not None and layout.edp > 1):
         apply_data_parallel(chunk, mesh, zero=layout.zero, precision=plan.job.precision)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -83,7 +84,7 @@ class AccumulationRunner:
         return _sum(losses, inputs.device)
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
+        with evaluating():
             losses = [self.chunk(ids, wanted) for ids, wanted in self._microbatches(inputs, targets)]
         _reshard([self.chunk])
         self.clock.read()
@@ -172,7 +173,7 @@ class PipelineRunner:
         return total
 
     def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
+        with evaluating():
             total = self._run(self.schedule.eval, inputs, targets)
         _reshard(self.chunks)
         self.clock.read()
@@ -189,6 +190,13 @@ class PipelineRunner:
             return_outputs=False,
         )
         return _sum(losses, inputs.device)
+
+
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """Without gradients, and uncompiled: other code would have to be compiled, for a few batches."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _is_the_loss(output: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:

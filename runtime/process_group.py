@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from unittest import mock
 
@@ -48,6 +48,13 @@ def process_group(world_size: int, timeout_seconds: float, *, on_cpu: bool = Fal
     # Not after an error: the other ranks may be waiting for this one, and its death is what tells them.
     dist.barrier()
     dist.destroy_process_group()
+
+
+def set_timeout(groups: Iterable[dist.ProcessGroup], seconds: float) -> None:
+    """From now on, for collectives of the world and of `groups`, all of which this rank is in; not for what gloo
+    receives."""
+    for group in (None, *groups):
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
 
 
 def _groups_time_out(timeout: datetime.timedelta) -> AbstractContextManager[object]:

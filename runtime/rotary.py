@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -34,15 +35,21 @@ def rotary_tables(
     scaling: RopeScaling | None,
     device: torch.device,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of positions 0 to sequence - 1, each of shape [sequence, head_dim].
+) -> torch.Tensor:
+    """Cosine and sine of positions 0 to sequence - 1, of shape [2, sequence, head_dim].
 
     Cached with every input in the key: the blocks of a stage and its microbatches share one pair.
     """
     frequencies = inverse_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(sequence, dtype=torch.float64), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
+
+
+@torch.compiler.assume_constant_result
+def constant_tables(*key: Any) -> torch.Tensor:
+    """`rotary_tables`, which compiled code takes as it finds them; it would else compute them anew in each block."""
+    return rotary_tables(*key)
 
 
 def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from planner.plan import Plan
 
+from .compilation import Compilation
 from .experts import Balance, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
@@ -61,6 +62,7 @@ def build_state(
     dtype: torch.dtype,
     seed: int,
     weight_decay: float,
+    compilation: Compilation | None = None,
     balance: Balance | None = None,
 ) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it."""
@@ -68,7 +70,7 @@ def build_state(
     mesh = build_mesh(
         plan.layout, device.type, tied_embeddings=model.tied_embeddings, experts=model.experts is not None
     )
-    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed)
+    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation)
     for router in routers_of(chunks):
         router.balance = balance or Balance()
         router.sequences_per_step = plan.job.global_batch
@@ -124,10 +126,12 @@ def training_step(
     state.optimizer.zero_grad()
     update_selection_bias(routers_of(state.chunks), [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
-    loss, _ = sums.tolist()
+    loss, square = sums.tolist()
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
-    return StepResult(loss, norm.item(), shares, time.perf_counter() - start - synchronise_seconds, synchronise_seconds)
+    return StepResult(
+        loss, math.sqrt(square), shares, time.perf_counter() - start - synchronise_seconds, synchronise_seconds
+    )
 
 
 def sum_over_ranks(value: torch.Tensor) -> float:

@@ -22,18 +22,22 @@ from profiles.input_error import InputError
 from profiles.store import dump_yaml, write_atomically
 
 from . import checkpoint, flight_recorder, not_finite
+from .compilation import choose_compilation
 from .data import VOCABULARY, Corpus, bigram_loss, global_batch, load_corpus, own_samples, validation_batch
 from .disk import full_disk_ends_run
 from .experts import Balance
 from .measure import StepMeter, busiest
 from .metrics import MetricsWriter, only_finite, peak_memory_bytes
 from .optimizer import learning_rate_at
-from .process_group import process_group
+from .process_group import process_group, set_timeout
 from .run_folder import LOGS_FOLDER
 from .step import StepResult, TrainState, build_state, sum_over_ranks, training_step
 from .whereabouts import Whereabouts
 
 Record = dict[str, Any]
+# Compilation happens in the first step, pipeline stage after pipeline stage, while the others wait in a collective.
+# An allowance for each, not a measurement.
+COMPILE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,7 @@ class TrainOptions:
     is Python's standard library. `validation_every` and `checkpoint_every` are in steps, 0 for only at the
     end. The run fails after `skip_limit` steps in a row whose loss or gradient norm is not finite, and when a
     collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu divides by;
-    without it mfu is null.
+    without it mfu is null. `compile` None is yes on CUDA where no rule forbids it.
     """
 
     run_dir: Path
@@ -64,6 +68,7 @@ class TrainOptions:
     timeout_seconds: float = 120.0
     dtype: torch.dtype = torch.float32
     peak_flops_per_second: float | None = None
+    compile: bool | None = None
     balance: Balance | None = None
 
 
@@ -80,9 +85,11 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
     where a validation loss says that they are not. After `skip_limit` of them in a row, or at the end, the run fails.
     """
     layout, job = plan.layout, plan.job
+    compilation, said = choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
+    patience = options.timeout_seconds + (layout.pp * COMPILE_SECONDS if compilation is not None else 0.0)
     logs = options.run_dir / LOGS_FOLDER
     flight_recorder.turn_on(logs)
-    with process_group(layout.world_size, options.timeout_seconds) as device, ExitStack() as stack:
+    with process_group(layout.world_size, patience) as device, ExitStack() as stack:
         stack.enter_context(full_disk_ends_run(options.run_dir, layout))
         here = stack.enter_context(Whereabouts(logs, dist.get_rank()))
         corpus = load_corpus(options.data, job.sequence)
@@ -93,6 +100,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             dtype=options.dtype,
             seed=options.seed,
             weight_decay=options.weight_decay,
+            compilation=compilation,
             balance=options.balance,
         )
         folder = checkpoint.latest(options.run_dir) if options.resume else None
@@ -123,6 +131,8 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 watch=meter.watch(step - done),
             )
             step_seconds = time.perf_counter() - step_start
+            if step == done + 1 and compilation is not None:
+                set_timeout(state.mesh.all_groups(), options.timeout_seconds)
             meter.end_step(
                 step - done,
                 step_seconds=step_seconds,
@@ -152,9 +162,9 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 checkpoint.save(options.run_dir, step, state.chunks, state.optimizer)
                 due = False
 
-        ranks = _gather_measurements(meter, device)
+        ranks = _gather_measurements(meter, device, kernels_seen=compilation is None)
         if writer is not None:
-            _write_record(plan, options, record, ranks, corpus, skipped)
+            _write_record(plan, options, record, ranks, corpus, skipped, said)
 
 
 def check_vocabulary(plan: Plan) -> None:
@@ -219,14 +229,17 @@ def _step_record(
     }
 
 
-def _gather_measurements(meter: StepMeter, device: torch.device) -> list[Record]:
-    """Every rank's parts of one and the same step: rank 0's median one. Every rank must call it."""
+def _gather_measurements(meter: StepMeter, device: torch.device, *, kernels_seen: bool) -> list[Record]:
+    """Every rank's parts of one and the same step: rank 0's median one. Every rank must call it.
+
+    Of compiled kernels torch's dispatcher, by which they would be timed, sees none.
+    """
     chosen = [meter.median_step()]
     dist.broadcast_object_list(chosen, src=0)
     own = {
         "step_seconds": meter.seconds(chosen[0]),
         "parts": meter.table(chosen[0]),
-        "kernels": meter.kernels(),
+        "kernels": meter.kernels() if kernels_seen else {},
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     ranks: list[Record] = [{}] * dist.get_world_size()
@@ -235,7 +248,7 @@ def _gather_measurements(meter: StepMeter, device: torch.device) -> list[Record]
 
 
 def _write_record(
-    plan: Plan, options: TrainOptions, last: Record, ranks: list[Record], corpus: Corpus, skipped: int
+    plan: Plan, options: TrainOptions, last: Record, ranks: list[Record], corpus: Corpus, skipped: int, compiled: str
 ) -> None:
     """record.yaml: predicted beside measured. The measured parts are those of the rank with the most compute."""
     busy = ranks[busiest([rank["parts"] for rank in ranks])]
@@ -257,6 +270,7 @@ def _write_record(
         "host": platform.node(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": str(torch.__version__),
+        "compile": compiled,
         "steps": options.steps,
         "skipped_steps": skipped,
         "train_loss": last["loss"],

@@ -14,7 +14,7 @@ from .latent_attention import LatentAttention
 from .local_parameters import LocalParameters
 from .loss import LossWay, head_loss
 from .norm import Norm
-from .rotary import rotary_tables, rotate
+from .rotary import constant_tables, rotate
 
 
 class LearnedPositions(LocalParameters):
@@ -91,8 +91,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             dtype = torch.promote_types(q.dtype, torch.float32)
-            tables = rotary_tables(q.shape[2], self.head_dim, self.rope_theta, self.rope_scaling, q.device, dtype)
-            q, k = rotate(q, *tables), rotate(k, *tables)
+            cosine, sine = constant_tables(
+                q.shape[2], self.head_dim, self.rope_theta, self.rope_scaling, q.device, dtype
+            )
+            q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         return self.wo(mixed.transpose(1, 2).flatten(2))
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from planner.plan import Plan
 from runtime import plain_loop
+from runtime.compilation import Compilation
 from runtime.experts import Balance
 from runtime.gradients import square_sum
 from runtime.step import build_state, training_step
@@ -41,9 +42,23 @@ def own_samples(plan: Plan, tokens: torch.Tensor, dp_rank: int) -> torch.Tensor:
     return tokens.view(plan.microbatches, layout.dp, layout.micro_batch, -1)[:, dp_rank].flatten(0, 1)
 
 
-def run_plan(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None = None) -> Trajectory:
+def run_plan(
+    plan: Plan,
+    steps: int,
+    dtype: torch.dtype,
+    clip_norm: float | None = None,
+    compilation: Compilation | None = None,
+) -> Trajectory:
     """Train through the runtime; on every rank of an initialised process group. All ranks return the same."""
-    state = build_state(plan, torch.device("cpu"), dtype=dtype, seed=SEED, weight_decay=WEIGHT_DECAY, balance=BALANCE)
+    state = build_state(
+        plan,
+        torch.device("cpu"),
+        dtype=dtype,
+        seed=SEED,
+        weight_decay=WEIGHT_DECAY,
+        balance=BALANCE,
+        compilation=compilation,
+    )
     losses, norms, clipped_norms = [], [], []
 
     def read_clipped_norm(*_: object) -> None:
