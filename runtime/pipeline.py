@@ -66,6 +66,8 @@ class AccumulationRunner:
     def __init__(self, plan: Plan, chunk: Chunk, device: torch.device) -> None:
         self.clock = Clock(device)
         self.chunk = chunk
+        # Found once: torch's setters would walk all modules, twice a microbatch.
+        self.sharded = [module for module in chunk.modules() if isinstance(module, FSDPModule)]
         self.microbatches = plan.microbatches
         self.zero = plan.layout.zero
 
@@ -101,8 +103,9 @@ class AccumulationRunner:
         """
         if isinstance(self.chunk, FSDPModule):
             self.chunk.set_is_last_backward(last)
-            self.chunk.set_requires_gradient_sync(last or self.zero >= 2)
-            self.chunk.set_reshard_after_backward(last or self.zero == 3)
+        for module in self.sharded:
+            module.set_requires_gradient_sync(last or self.zero >= 2, recurse=False)
+            module.set_reshard_after_backward(last or self.zero == 3, recurse=False)
 
 
 class TimedStage(PipelineStage):
