@@ -78,7 +78,7 @@ def test_loss_and_norm_do_not_depend_on_the_grid(
     model: str, case: dict[str, Any], references: dict[tuple[str, torch.dtype], Trajectory]
 ) -> None:
     plan = plan_of(model, **case)
-    ranks = run_ranks(run_plan_in, plan.layout.world_size, plan, dict.fromkeys(TOLERANCE, STEPS))
+    ranks = run_ranks(run_plan_in, plan.layout.world_size, plan, dict.fromkeys(TOLERANCE, STEPS), timeout_seconds=180)
     for dtype, tolerance in TOLERANCE.items():
         expected = references[model, dtype]
         for trajectory in (ranks[0][dtype], ranks[-1][dtype]):
