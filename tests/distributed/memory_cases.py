@@ -78,7 +78,8 @@ def _case(
     selective: int = 0,
     **axes: Any,
 ) -> MemoryCase:
-    layout = Layout(**{"micro_batch": 2} | axes)
+    defaults: dict[str, Any] = {"micro_batch": 2}
+    layout = Layout(**defaults | axes)
     if layout.zero and "dp_shard" not in axes:
         layout = replace(layout, dp_shard=layout.dp)
     return MemoryCase(
