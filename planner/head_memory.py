@@ -86,19 +86,19 @@ class HeadMemory:
         """
         e, hidden, rows = self._element_bytes, self._model.hidden_size, self._rows(layout)
         tokens = local_tokens(layout, self._job.sequence)
-        piece, matrix = min(tokens, LOSS_TOKENS) * rows, float(rows * hidden)
-        several, narrow = tokens > LOSS_TOKENS, e < _FP32_BYTES
+        piece, later = min(tokens, LOSS_TOKENS) * rows, min(max(0.0, tokens - LOSS_TOKENS), LOSS_TOKENS) * rows
+        matrix, several, narrow = float(rows * hidden), tokens > LOSS_TOKENS, e < _FP32_BYTES
         norm, of_hidden = self._activations.norm(layout), e * tokens * hidden
         kept = (_FP32_BYTES if several else e) * matrix
         product = kept + (e * matrix if several and narrow else 0.0)
-        narrowed = (_FP32_BYTES + (e if narrow else 0)) * piece
+        widened, narrowed = 2 * _FP32_BYTES, (_FP32_BYTES + (e if narrow else 0)) * piece
         if layout.logits_again(layout.microbatches(self._job.global_batch)):
-            # The sums that gradients go to are counted, and there is none yet when the first backward begins.
-            share, normalisers = self._held_share(layout), _FP32_BYTES * tokens
+            # The sum of the weight's gradients is counted, and there is none before the first backward.
+            share, normalisers, summed = self._held_share(layout), _FP32_BYTES * tokens, _FP32_BYTES * matrix
             held = MemoryBytes(activations=share * norm, logits=share * normalisers)
-            passing = norm + normalisers + of_hidden + narrowed + max(0.0, product - _FP32_BYTES * matrix)
-            return held, held, passing
-        most = of_hidden + max(2 * _FP32_BYTES * piece + (kept if several else 0.0), narrowed + product)
+            most = max(widened * piece - summed, of_hidden + narrowed + max(0.0, product - summed))
+            return held, held, norm + normalisers + most
+        most = of_hidden + max(widened * piece, widened * later + (kept if several else 0.0), narrowed + product)
         after = self._weight_gradient_after(layout, matrix)
         if self._held_share(layout):
             held = MemoryBytes(activations=norm, logits=of_hidden + kept)

@@ -38,7 +38,7 @@ def test_every_priced_assignment_decomposes(data: st.DataObject) -> None:
         return
     layout = data.draw(st.sampled_from(layouts))
     costs = price(layout, question)
-    chosen = data.draw(st.sampled_from(list(assignments([costs.layers], layout.pp))))
+    chosen = data.draw(st.sampled_from(list(assignments([costs.layers], layout.stages))))
     breakdown = costs.breakdown(chosen)
     assert tuple(breakdown) == TIME_PARTS
     assert sum(breakdown.values()) == pytest.approx(costs.step(chosen), rel=1e-12)
@@ -49,7 +49,7 @@ def test_every_priced_assignment_decomposes(data: st.DataObject) -> None:
         own = costs.microbatches * (work.forward + work.backward + work.recompute_full).total
         own += (work.gather + work.reduce + work.optimizer).total + costs.step_seconds
         assert own <= costs.step(chosen) * (1 + 1e-12)
-        bytes_used = costs.memory(chosen)[stage]
+        bytes_used = costs.memory(chosen)[costs.pipeline.rank_of(stage)]
         assert bytes_used.total == pytest.approx(sum(bytes_used.items().values()))
         assert min(bytes_used.items().values()) >= 0
         tensors = bytes_used.total - bytes_used.context - bytes_used.communicators - bytes_used.allocator_slack

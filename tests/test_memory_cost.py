@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,17 +13,24 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.memory_bytes import MemoryBytes
 from planner.memory_cost import MemoryModel
+from planner.schedule import in_flight, input_halves
 from profiles.catalogue import list_catalogue, resolve_model
 from profiles.model import ModelSpec
-from tests.oracles.small_world import our_software, small_hardware
+from profiles.software import load_software
+from tests.oracles.small_world import small_hardware
 from tests.plans import tiny_gpt2, tiny_llama
 
 
 def memory(
-    model: ModelSpec | None = None, precision: str = "fp32", backend: str = "nccl", sequence: int = 16
+    model: ModelSpec | None = None,
+    precision: str = "fp32",
+    backend: str = "nccl",
+    sequence: int = 16,
+    software: str = "meshwright",
 ) -> MemoryModel:
     job = TrainingJob(global_batch=8, sequence=sequence, precision=precision)
-    return MemoryModel(model or tiny_llama(), small_hardware(backend=backend), job, our_software())
+    trainer = load_software(software).software
+    return MemoryModel(model or tiny_llama(), small_hardware(backend=backend), job, trainer)
 
 
 def parameters_of(model: MemoryModel, part: str, layout: Layout) -> float:
@@ -178,35 +186,159 @@ def test_tp_cuts_activations_and_sequence_parallelism_the_rest() -> None:
     assert cut.held_recomputed.activations == 4 * tokens * 32 / 4
 
 
-def test_the_head_holds_its_logits_and_passes_the_rest() -> None:
-    """All else goes before the backward of a layer: norm, log-probabilities, and gradients of their size in fp32."""
+def test_selective_recomputation_keeps_products_attention_and_sums() -> None:
+    """The layer's input, attention's output, and those of wq, wk, wv, wo, w1, w3, w2; over tp two sums besides.
+
+    Of them the last product's comes back to nobody, so it is there beside all that recomputation brings back.
+    """
+    tokens = 16
+    alone = memory().block(Layout())
+    assert alone.held_selective == MemoryBytes(activations=4 * tokens * (32 + 32 + 32 + 2 * 16 + 32 + 2 * 64 + 32))
+    whole, kept = alone.held.total, alone.held_selective.total
+    assert alone.transient_selective == alone.transient + whole - kept + 4 * tokens * 32
+    for sp, outside in ((False, tokens), (True, tokens / 4)):
+        cut = memory().block(Layout(tp=4, sequence_parallel=sp))
+        inside = 32 / 4 + 32 / 4 + 2 * 8 + 32 + 2 * 64 / 4 + 32  # two key-value heads: each rank has wk and wv whole
+        inside += 2 * 8
+        assert cut.held_selective.activations == 4 * (tokens * inside + outside * 3 * 32)
+        back = cut.held.total - cut.held_selective.total
+        assert cut.transient_selective - cut.transient == back + 4 * (tokens + outside) * 32
+
+
+def test_between_the_halves_of_a_backward_torch_frees_nothing_and_adds_gradients() -> None:
+    """Of the outputs of all products and both norms; DualPipeV's passing gradients are not among what is left."""
+    tokens, zb1p = 16, Layout(pp=2, schedule="zb1p")
+    block = memory().block(zb1p)
+    gradients = 4 * tokens * (32 + 2 * 16 + 32 + 2 * 64 + 32 + 2 * 32)
+    assert block.held_weight.total == block.held.total + gradients
+    assert block.transient == 0  # of gate, up and product, which are among them
+    assert memory().block(replace(zb1p, schedule="dualpipev", virtual_stages=2)).transient == 4 * tokens * 3 * 64
+    # In 16 bits they wait to be added: a layer's own, and those of the other chunks.
+    narrow, parameters = memory(precision="bf16").block(zb1p), parameters_of(memory(), "block", zb1p)
+    assert narrow.transient == 2 * parameters
+    for chunks, waiting in ((1, 0.0), (2, 1.0), (4, 1.5)):
+        state = memory(precision="bf16").block(replace(zb1p, virtual_stages=chunks)).state
+        assert state.gradients == (4 + waiting) * parameters
+    assert memory(precision="bf16").block(Layout(pp=2, schedule="dualpipev", virtual_stages=2)).state.gradients == (
+        4 * parameters
+    )
+
+
+def test_torchs_pipeline_has_the_weights_of_three_chunks_gathered() -> None:
+    for chunks, share in ((1, 1.0), (3, 1.0), (4, 0.75), (6, 0.5)):
+        layout = Layout(pp=2, dp=2, zero=1, dp_shard=2, schedule="interleaved-1f1b", virtual_stages=chunks)
+        model = memory(precision="bf16")
+        assert model.block(layout).state.gathered_weights == share * 2 * parameters_of(model, "block", layout)
+        assert model.head(layout).state.gathered_weights == 2 * model.head_parameters(layout)
+
+
+# ---- the head --------------------------------------------------------------------------------------------
+
+
+def test_the_head_in_pieces_tensor_by_tensor() -> None:
+    """Everything passes in its forward, but in 16 bits the weight's gradient, which waits for the backward's end."""
     rows, tokens = 31, 16  # 61 over 2
     head = memory(precision="bf16").head(Layout(tp=2))
+    norm, of_hidden, of_weight = 2 * tokens * (32 + 32), 2 * tokens * 32, 2 * rows * 32
+    # Widened logits beside their log-softmax; or gradients in both widths and the product for the weight.
+    most = of_hidden + max(8 * tokens * rows, (4 + 2) * tokens * rows + of_weight)
+    assert head.held == head.held_recomputed == MemoryBytes(logits=of_weight)
+    assert head.transient == norm + most - of_weight
+    alone, of_weight = memory().head(Layout()), 4 * 61 * 32
+    assert alone.held == MemoryBytes()
+    assert alone.transient == 4 * tokens * (32 + 32 + 32) + max(8 * tokens * 61, 4 * tokens * 61 + of_weight)
+
+
+def test_in_fp32_the_weights_gradient_waits_where_it_is_the_first_or_the_matrix_is_tied() -> None:
+    of_weight = 4 * 61 * 32
+    for layout in (Layout(micro_batch=8), sharded(2), sharded(3)):
+        assert memory().head(layout).held == MemoryBytes(logits=of_weight)
+    for layout in (Layout(), sharded(0), sharded(1), Layout(pp=2)):
+        assert memory().head(layout).held == MemoryBytes()
+    assert memory(tiny_gpt2()).head(Layout()).held == MemoryBytes(logits=of_weight)
+    assert memory(tiny_gpt2()).head(Layout(pp=2)).held == MemoryBytes()
+
+
+@pytest.mark.parametrize(("precision", "each", "beside"), [("fp32", 4, 0), ("bf16", 2, 2)])
+def test_of_several_pieces_one_has_logits_and_the_weights_gradient_is_summed(
+    precision: str, each: int, beside: int
+) -> None:
+    """2,080 tokens in pieces of 1,024: the sum is fp32, and a product in 16 bits stands beside it."""
+    tokens, piece, matrix = 2080, 1024 * 61, 61 * 32
+    model, layout = memory(precision=precision, sequence=tokens), Layout(pp=2, schedule="dualpipev", virtual_stages=2)
+    head = model.head(layout)
+    of_hidden, kept = each * tokens * 32, 4 * matrix
+    assert head.held == MemoryBytes(activations=each * tokens * 64, logits=of_hidden + kept)
+    assert head.transient == max(8 * piece + kept, (4 + beside) * piece + kept + beside * matrix) - kept
+
+
+def test_where_forwards_come_first_each_microbatch_holds_hidden_states_and_a_number_a_token() -> None:
+    gpipe, tokens = Layout(pp=2, schedule="gpipe"), 16  # 8 microbatches
+    norm, of_hidden = 4 * tokens * (32 + 32), 4 * tokens * 32
+    for layout in (gpipe, replace(gpipe, schedule="looped-bfs", virtual_stages=2)):
+        head = memory().head(layout)
+        assert 8 * head.held.activations == 7 * norm
+        assert 8 * head.held.logits == 7 * 4 * tokens
+        # The sum of the weight's gradients is counted with the state: it begins here.
+        assert head.transient == norm + 4 * tokens + of_hidden + 4 * tokens * 61
+
+
+def test_a_split_backward_holds_the_heads_gradients_between_its_halves() -> None:
+    tokens, layout = 16, Layout(pp=2, schedule="zb1p")
+    head = memory().head(layout)
+    norm, of_hidden, of_weight = 4 * tokens * 64, 4 * tokens * 32, 4 * 61 * 32
+    assert head.held == MemoryBytes()
+    assert head.held_weight == MemoryBytes(activations=norm, logits=of_hidden + of_weight)
+    assert head.transient == max(8 * tokens * 61, 4 * tokens * 61 + of_weight) - of_weight
+
+
+def test_the_last_layers_gathered_buffer_is_there_till_the_forward_ends() -> None:
+    """Of every microbatch's forward under zero 3, of the first one's else."""
+    for layout, gathers in (
+        (sharded(3), True),
+        (sharded(1), False),
+        (replace(sharded(1), micro_batch=2), True),
+        (replace(sharded(0), micro_batch=2), False),
+    ):
+        model = memory(precision="bf16")
+        head, plain = model.head(layout), model.head(replace(layout, dp=1, dp_shard=1, zero=0))
+        passing = head.transient - model._root_reduction(layout)
+        buffer = 2 * parameters_of(model, "block", layout) if gathers else 0.0
+        assert passing == plain.transient + buffer
+
+
+def test_a_whole_head_holds_its_logits_and_passes_the_rest() -> None:
+    """torchtitan's. Before the backward of a layer go norm, log-probabilities, and gradients of their size in fp32."""
+    rows, tokens = 31, 16  # 61 over 2
+    head = memory(precision="bf16", software="torchtitan-2024").head(Layout(tp=2))
     assert head.held == head.held_recomputed == MemoryBytes(logits=2 * tokens * rows)
     assert head.transient == 2 * tokens * (32 + 32) + (4 + 3 * 4) * tokens * rows
-    alone = memory().head(Layout())
+    alone = memory(software="torchtitan-2024").head(Layout())
     assert alone.held == MemoryBytes(logits=4 * tokens * 61)
     assert alone.transient == 4 * tokens * (32 + 32) + (4 + 2 * 4) * tokens * 61
 
 
-def test_under_gpipe_all_microbatches_but_one_hold_what_the_head_keeps() -> None:
+def test_under_gpipe_all_microbatches_but_one_hold_what_a_whole_head_keeps() -> None:
     gpipe, tokens = Layout(pp=2, schedule="gpipe"), 16  # 8 microbatches
     norm, log_probabilities = 4 * tokens * (32 + 32), 4 * tokens * 61
-    held, passing = memory().head(gpipe).held, memory().head(gpipe).transient
-    assert 8 * held.activations == 7 * norm
-    assert 8 * held.logits == 8 * log_probabilities + 7 * log_probabilities
-    assert passing == norm + 3 * log_probabilities
+    head = memory(software="torchtitan-2024").head(gpipe)
+    assert 8 * head.held.activations == 7 * norm
+    assert 8 * head.held.logits == 8 * log_probabilities + 7 * log_probabilities
+    assert head.transient == norm + 3 * log_probabilities
+
+
+# ---- gradients -------------------------------------------------------------------------------------------
 
 
 def test_gradients_that_come_as_activations_go_count_for_what_they_exceed() -> None:
     """One microbatch, or gpipe: M·A before the first backward of a layer, (M-1)·A + G after it."""
     parameters = parameters_of(memory(), "block", Layout())
-    for layout, in_flight in ((Layout(micro_batch=8), 1), (Layout(pp=2, schedule="gpipe"), 8)):
+    for layout, number in ((Layout(micro_batch=8), 1), (Layout(pp=2, schedule="gpipe"), 8)):
         block = memory().block(layout)
         assert block.state.gradients == 0
         for held in (block.held, block.held_recomputed):
-            most = (in_flight - 1) * held.activations + max(held.activations, 4 * parameters)
-            assert in_flight * held.total == pytest.approx(most)
+            most = (number - 1) * held.activations + max(held.activations, 4 * parameters)
+            assert number * held.total == pytest.approx(most)
     assert memory().block(Layout(micro_batch=4)).state.gradients == 4 * parameters
     assert memory().block(Layout(pp=2)).state.gradients == 4 * parameters
 
@@ -215,12 +347,14 @@ def test_what_went_into_the_last_reduction_outlives_it() -> None:
     """zero 2 over 4 ranks, 2 microbatches: of the root group till the head is done, of a layer till the one before."""
     model, layout = memory(), sharded(2)
     root = 4 * (model.embedding_parameters(layout) + model.head_parameters(layout))
-    assert model.head(layout).transient - model.head(sharded(1)).transient == root
+    # The weight's gradient of each microbatch waits for its reduction.
+    head, summed = model.head(layout), model.head(sharded(1))
+    assert head.transient + head.held.total - summed.transient == root
     block, parameters = model.block(layout), parameters_of(model, "block", layout)
-    heads, head_gradient = 4 * 16 * (32 + 32 + 16 + 16), 4 * 61 * 32
+    heads = 4 * 16 * (32 + 32 + 16 + 16)
     end = heads + 4 * parameters - block.held.activations
     before = max(root, 4 * parameters - block.held.activations)
-    assert block.transient == max(4 * 16 * 3 * 64, end) + before + head_gradient
+    assert block.transient == max(4 * 16 * 3 * 64, end) + before
 
 
 def test_zero_3_gathers_two_blocks_at_a_time() -> None:
@@ -230,10 +364,13 @@ def test_zero_3_gathers_two_blocks_at_a_time() -> None:
     assert model.block(sharded(3, pp=2)).transient == model.block(sharded(1, pp=2)).transient
 
 
-@pytest.mark.parametrize("part", ["block", "head"])
-def test_more_tokens_never_hold_less(part: str) -> None:
+@pytest.mark.parametrize(("part", "axes"), [("block", {}), ("head", {"pp": 2, "schedule": "gpipe"})])
+def test_more_tokens_never_hold_less(part: str, axes: dict[str, Any]) -> None:
     for less, more in (((1, 16), (2, 16)), ((2, 16), (2, 20)), ((1, 1), (4, 64))):
-        a, b = (getattr(memory(sequence=sequence), part)(Layout(micro_batch=batch)) for batch, sequence in (less, more))
+        a, b = (
+            getattr(memory(sequence=sequence), part)(Layout(micro_batch=batch, **axes))
+            for batch, sequence in (less, more)
+        )
         assert a.held.total < b.held.total
         assert a.transient < b.transient
         assert a.held_recomputed.total < b.held_recomputed.total
@@ -267,6 +404,28 @@ def test_what_a_stage_holds_whatever_its_layers() -> None:
     assert model.boundary_bytes(replace(layout, sequence_parallel=True)) == boundary / 2
     assert model.fixed(Layout(), 0, 5) == MemoryBytes(context=1e4)
     assert model.fixed(Layout(dp=2), 0, 5) == MemoryBytes(communicators=1e3, context=1e4)
+
+
+def test_what_torchs_split_backward_leaves_at_the_boundary() -> None:
+    """zb1p on 2 ranks, 8 microbatches: the last rank begins all 8 input's halves by the end of its last forward, each
+    of which leaves the gradient of an input; rank 0 has the first stage, whose halves leave none."""
+    model, layout = memory(precision="bf16"), Layout(pp=2, schedule="zb1p")
+    boundary, passing = model.boundary_bytes(layout), 2 * 16 * 3 * 64
+    first, last = (model.fixed(layout, rank, 8) for rank in (0, 1))
+    assert first.activations == 2 * boundary  # outputs of the two in flight
+    assert first.transient == min(passing, passing + 2 * parameters_of(model, "block", layout) - 2 * 61 * 32)
+    assert (last.activations, last.transient) == (8 * boundary, 0.0)
+
+
+def test_between_two_stages_of_a_rank_the_output_is_the_buffer() -> None:
+    """The last rank of a V of two: of its stages 1 and 2 one sends to itself, the other to rank 0."""
+    model, layout = memory(precision="bf16"), Layout(pp=2, schedule="dualpipev", virtual_stages=2)
+    boundary = model.boundary_bytes(layout)
+    fixed = model.fixed(layout, 1, 8)
+    assert fixed.pipeline_buffers == 8 * 4 * boundary
+    most = max(moment.full[1] - sum(moment.full) for moment in in_flight(layout.pipeline(8))[1])
+    left = input_halves(layout.pipeline(8))[1][0]
+    assert fixed.activations == (max(0, most) + left) * boundary
 
 
 def test_the_allocator_loses_a_share_of_the_tensors_only() -> None:

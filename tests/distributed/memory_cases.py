@@ -24,6 +24,7 @@ from tests.plans import make_plan, tiny_gpt2, tiny_llama
 # Wide enough that the token ids and norms' statistics, which no formula counts, are a fraction of a percent.
 _SIZE: dict[str, Any] = {"hidden_size": 256, "heads": 8, "head_dim": 32, "vocab_size": 1024, "max_positions": 256}
 LLAMA = tiny_llama(kv_heads=4, ffn_hidden_size=704, **_SIZE)
+LLAMA_8 = tiny_llama(kv_heads=4, ffn_hidden_size=704, layers=8, **_SIZE)
 GPT2 = tiny_gpt2(kv_heads=8, ffn_hidden_size=1024, **_SIZE)
 
 _SECONDS = 300.0  # for all cases of a call
@@ -77,7 +78,8 @@ def _case(
     selective: int = 0,
     **axes: Any,
 ) -> MemoryCase:
-    layout = Layout(**{"micro_batch": 2} | axes)
+    defaults: dict[str, Any] = {"micro_batch": 2}
+    layout = Layout(**defaults | axes)
     if layout.zero and "dp_shard" not in axes:
         layout = replace(layout, dp_shard=layout.dp)
     return MemoryCase(
@@ -118,6 +120,23 @@ CASES = {
     ),
 }
 
+CASES |= {
+    "llama bf16 pp2·v2 interleaved-1f1b, last": _case(
+        LLAMA, "bf16", pp=2, virtual_stages=2, schedule="interleaved-1f1b", at=1
+    ),
+    "llama bf16 pp2·v4 dp2 zero1 interleaved, last": _case(
+        LLAMA_8, "bf16", pp=2, dp=2, zero=1, virtual_stages=4, schedule="interleaved-1f1b", at=1
+    ),
+    "llama fp32 pp2·v2 looped-bfs, last": _case(LLAMA, "fp32", pp=2, virtual_stages=2, schedule="looped-bfs", at=1),
+    "llama fp32 pp2 zb1p, last": _case(LLAMA, "fp32", pp=2, schedule="zb1p", at=1),
+    "llama fp32 pp2·v2 zbv, last": _case(LLAMA, "fp32", pp=2, virtual_stages=2, schedule="zbv", at=1),
+    "llama fp32 pp2·v2 dualpipev, first": _case(LLAMA, "fp32", pp=2, virtual_stages=2, schedule="dualpipev"),
+    "llama fp32 one rank, selective": _case(LLAMA, "fp32", selective=4, micro_batch=4),
+    "llama fp32 tp2 sp, selective": _case(LLAMA, "fp32", tp=2, sequence_parallel=True, selective=4, micro_batch=4),
+    "llama bf16 dp4 zero2 hsdp2": _case(LLAMA, "bf16", dp=4, zero=2, dp_shard=2),
+    "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
+}
+
 
 def in_child(function: Callable[..., Any], cases: Iterable[Any]) -> list[Any]:
     """`function` of each case, in a process of its own: torch remembers process groups.
@@ -127,7 +146,7 @@ def in_child(function: Callable[..., Any], cases: Iterable[Any]) -> list[Any]:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_quiet, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(2, mp_context=context, initializer=_quiet, max_tasks_per_child=1) as pool:
         return list(pool.map(function, cases, timeout=_SECONDS))
 
 
