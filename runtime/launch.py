@@ -113,7 +113,7 @@ def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOp
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # a rank writes its own
     )
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    with _one_thread_a_rank(), _torch_silent(), RankWatch() as watch:
+    with _one_thread_a_rank(), _torch_silent(), _signals_as_before(), RankWatch() as watch:
         try:
             elastic_launch(config, _rank_main)(plan, options, body, watch.voice)
         except SignalException as error:
@@ -162,6 +162,19 @@ def _one_thread_a_rank() -> Iterator[None]:
         yield
     finally:
         del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
+def _signals_as_before() -> Iterator[None]:
+    """Put back what handled signals: torch's handlers, which raise an error of its own, are for while ranks run."""
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # LaunchConfig.signals_to_handle
+    before = {number: signal.getsignal(number) for number in handled}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def die_with_launcher() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
-    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = forkserver._forkserver  # of Python 3.11 and 3.12; there is no public name
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import pickle
 import select
@@ -31,6 +32,9 @@ def run_ranks(
     The fork costs 0.2 s where a spawn costs 4. Children use one thread, without which an OpenMP pool that
     the parent has used hangs; they end with os._exit, so that their siblings fail at once.
     """
+    # What a launch has left in cycles, a store with its thread among it, ends here; in a fork, which has not that
+    # thread, it would wait for it for ever.
+    gc.collect()
     handle, store = tempfile.mkstemp(prefix="ranks-")
     os.close(handle)
     children: dict[int, tuple[int, int]] = {}  # read end of a pipe -> (process id, rank)

@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from profiles.input_error import InputError
 from runtime import flight_recorder, launch, not_finite, run_folder, whereabouts
 from runtime.checkpoint import complete_steps, latest
 from runtime.disk import check_room, checkpoint_bytes, free_bytes
-from runtime.failure import RunFailed, is_timeout, retold, told
+from runtime.failure import Interrupted, RunFailed, is_timeout, retold, told
 from runtime.launch import start_ranks, train
 from runtime.mesh import RankMesh, build_mesh
 from runtime.metrics import only_finite
@@ -106,7 +107,9 @@ def test_a_stopped_rank_is_killed_and_named(tmp_path: Path) -> None:
 
 
 def test_ranks_that_wait_for_each_other_are_not_blamed_on_one(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
     error = fail(small_plan(dp=2), TrainOptions(run_dir=tmp_path, timeout_seconds=2.0), wait_for_each_other)
+    assert signal.getsignal(signal.SIGTERM) == before  # torch's handler goes with its ranks
     assert "waited 2 s (--timeout) for others in a collective, and so did every other rank" in error.how
     assert len(error.log_lines) == 2
     assert error.log_lines[0].startswith("rank 0 at the start: ")
@@ -466,3 +469,4 @@ def test_what_a_rank_knows_reaches_the_launcher() -> None:
     assert not is_timeout(ValueError("timed out"))
     assert told(RuntimeError("Connection closed by peer"))["lines"][-1] == "RuntimeError: Connection closed by peer"
     assert retold(told(RuntimeError("Connection closed"))) is None
+    assert [Interrupted(end).exit_code for end in (signal.SIGINT, signal.SIGTERM)] == [130, 143]

@@ -111,7 +111,7 @@ def test_a_rank_that_raises_ends_the_run(tmp_path: Path) -> None:
     assert not alive(process_of(tmp_path, 0))
 
 
-@pytest.mark.parametrize("target", ["launcher", "everyone", "launcher killed"])
+@pytest.mark.parametrize("target", ["launcher", "everyone", "launcher killed", "launcher terminated"])
 def test_ctrl_c_leaves_no_process_and_a_readable_folder(target: str, tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.faults", str(tmp_path)],
@@ -131,14 +131,16 @@ def test_ctrl_c_leaves_no_process_and_a_readable_folder(target: str, tmp_path: P
     if target == "everyone":
         os.killpg(run.pid, signal.SIGINT)
     else:
-        run.send_signal(signal.SIGINT if target == "launcher" else signal.SIGKILL)
+        signals = {"launcher": signal.SIGINT, "launcher terminated": signal.SIGTERM, "launcher killed": signal.SIGKILL}
+        run.send_signal(signals[target])
     _, errors = run.communicate(timeout=60)
     while any(map(alive, ranks)) and time.monotonic() - start < QUICK_SECONDS:
         time.sleep(0.05)
     assert not any(map(alive, ranks))
     assert time.monotonic() - start < QUICK_SECONDS
     if target != "launcher killed":
-        assert errors.strip().splitlines()[-1] == "runtime.failure.Interrupted: interrupted by SIGINT"
+        name = "SIGTERM" if target == "launcher terminated" else "SIGINT"
+        assert errors.strip().splitlines()[-1] == f"runtime.failure.Interrupted: interrupted by {name}"
     assert load(tmp_path / "plan.yaml") == small_plan(pp=2)
     assert steps_in(tmp_path)[:3] == [1, 2, 3]
 
