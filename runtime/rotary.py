@@ -37,12 +37,13 @@ def rotary_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of positions 0 to sequence - 1, each of shape [sequence, head_dim].
 
+    The sine of the first half is negative: what is added to the first element of a pair is minus the second's.
     Cached with every input in the key: the blocks of a stage and its microbatches share one pair.
     """
     frequencies = inverse_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(sequence, dtype=torch.float64), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat((cosine, cosine), dim=-1).to(device, dtype), torch.cat((-sine, sine), dim=-1).to(device, dtype)
 
 
 def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,5 @@ def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> tor
 
     Computed in the dtype of the tables, since bfloat16 cannot tell positions beyond a few hundred apart.
     """
-    first, second = heads.chunk(2, dim=-1)
-    turned = heads * cosine + torch.cat((-second, first), dim=-1) * sine
+    turned = heads * cosine + heads.roll(heads.shape[-1] // 2, dims=-1) * sine
     return turned.to(heads.dtype)
