@@ -38,12 +38,14 @@ def rotary_tables(
 ) -> torch.Tensor:
     """Cosine and sine of positions 0 to sequence - 1, of shape [2, sequence, head_dim].
 
+    The sine of the first half is negative: what is added to the first element of a pair is minus the second's.
     Cached with every input in the key: the blocks of a stage and its microbatches share one pair.
     """
     frequencies = inverse_frequencies(head_dim, theta, scaling)
     angles = torch.outer(torch.arange(sequence, dtype=torch.float64), frequencies)
-    angles = torch.cat((angles, angles), dim=-1)
-    return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
+    cosine, sine = angles.cos(), angles.sin()
+    tables = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
+    return torch.stack(tables).to(device, dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -57,6 +59,5 @@ def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> tor
 
     Computed in the dtype of the tables, since bfloat16 cannot tell positions beyond a few hundred apart.
     """
-    first, second = heads.chunk(2, dim=-1)
-    turned = heads * cosine + torch.cat((-second, first), dim=-1) * sine
+    turned = heads * cosine + heads.roll(heads.shape[-1] // 2, dims=-1) * sine
     return turned.to(heads.dtype)

@@ -7,11 +7,17 @@ import random
 
 import pytest
 
-from benchmarks.paired_ratios import CONFIDENCE, LEAST_PAIRS, ratio_of, slowest, values_outside
+from benchmarks.paired_ratios import CONFIDENCE, LEAST_PAIRS, ratio_of, slowest, together, values_outside
+
+RANKS = [[1.0, 5.0, 2.0], [3.0, 4.0, 2.5]]
 
 
 def test_a_step_takes_as_long_as_its_slowest_rank() -> None:
-    assert slowest([[1.0, 5.0, 2.0], [3.0, 4.0, 2.5]]) == [3.0, 5.0, 2.5]
+    assert slowest(RANKS) == [3.0, 5.0, 2.5]
+
+
+def test_cpu_seconds_of_a_step_are_those_of_all_ranks() -> None:
+    assert together(RANKS) == [4.0, 9.0, 4.5]
 
 
 def test_a_pair_is_divided_before_the_median_is_taken() -> None:
