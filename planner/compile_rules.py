@@ -11,8 +11,8 @@ def why_not_compiled(layout: Layout, model: ModelSpec) -> str | None:
     """The reason why the blocks of this model in this layout are not compiled."""
     if model.experts is not None:
         return (
-            f"{model.name} has experts: how many tokens each gets is read by the host, and a graph that is whole cannot "
-            "wait for it"
+            f"{model.name} has experts: how many tokens each gets is read by the host, and a graph that is whole "
+            "cannot wait for it"
         )
     if layout.splits_backward:
         return (

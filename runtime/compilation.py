@@ -72,7 +72,7 @@ def compile_chunk(chunk: Chunk, stage: Stage, how: Compilation, tp: DeviceMesh |
         compiled = partial(compiled, options={"_micro_pipeline_tp": True})
     for name, block in chunk.blocks.items():
         outside = _outside(stage.recompute_mode(int(name)), tp)
-        target = block._checkpoint_wrapped_module if outside else block
+        target: Any = block._checkpoint_wrapped_module if outside else block
         target.forward = compiled(target.forward)
     if chunk.head is not None:
         way = chunk.head.way

@@ -1,4 +1,4 @@
-"""The order of parallelisation, on one screen: tensor parallel, expert parallel, recomputation, data parallel."""
+"""The order of parallelisation, on one screen: tensor, experts, recomputation, compilation, data parallel."""
 
 from __future__ import annotations
 

@@ -31,11 +31,11 @@ from runtime.process_group import set_timeout
 from runtime.step import TrainState, build_state, training_step
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.layout_runs import Trajectory, own_samples, run_plain, run_plan, tokens_of
-from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, tiny_experts, tiny_gpt2, tiny_llama
 
 STEPS = 2
 JOB = TrainingJob(global_batch=12, sequence=16, precision="fp32")
-LLAMA, GPT2 = tiny_llama(), tiny_gpt2()
+LLAMA, GPT2, EXPERTS = tiny_llama(), tiny_gpt2(), tiny_experts()
 # torch's tracing and its split into forward and backward, without its code generator, which takes too long here.
 EAGER_CODE = Compilation(backend="aot_eager")
 CPU = torch.device("cpu")
@@ -203,6 +203,13 @@ def test_split_backward_under_dualpipev_raises() -> None:
         run_ranks(run_compiled, 2, plan, torch.float32)
 
 
+def test_blocks_with_experts_have_no_whole_graph() -> None:
+    plan = plan_of(EXPERTS)
+    assert why_not_compiled(plan.layout, EXPERTS) is not None
+    with pytest.raises(RankError, match=r"loads\.tolist\(\)"):  # else torch has mended it
+        run_ranks(run_compiled, 1, plan, torch.float32)
+
+
 def full_recomputation_inside(plan: Plan) -> None:
     with mock.patch.object(compilation, "_outside", return_value=False):
         run_compiled(plan, torch.float32)
@@ -220,6 +227,10 @@ def test_the_rules_say_why() -> None:
     assert why_not_compiled(Layout(pp=2, schedule="zbv", virtual_stages=2), LLAMA) == (
         "zbv splits each backward in two, which torch 2.11 to 2.13 does not do with compiled blocks; "
         "1f1b and interleaved-1f1b do not split it"
+    )
+    assert why_not_compiled(Layout(), EXPERTS) == (
+        "tiny-experts has experts: how many tokens each gets is read by the host, and a graph that is whole cannot "
+        "wait for it"
     )
     parallel = Layout(tp=4, sequence_parallel=True)
     assert why_no_asynchronous_tp(parallel, LLAMA, 8) is None

@@ -27,8 +27,8 @@ from tests.plans import make_plan, tiny_llama
 
 JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 RUNTIME = str(Path(training_step.__code__.co_filename).parent)
-# They ask for the device first, and look only on a CPU.
-ONLY_ON_CPU = {"clip", "backward"}
+# The loss's own backward looks at a number where it is on a CPU, and asks for that first.
+ONLY_ON_CPU = {"backward"}
 
 
 def our_caller() -> str:
@@ -49,7 +49,8 @@ class Reads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented
-        if func is torch.ops.aten._local_scalar_dense.default:
+        # A mesh, whose ranks are no floats, lives on the CPU.
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_floating_point():
             self.readers.append(our_caller())
         return func(*args, **(kwargs or {}))
 
@@ -62,7 +63,7 @@ def whole_reads(readers: list[str]) -> Iterator[None]:
         plain = getattr(torch.Tensor, name)
 
         def noted(tensor: torch.Tensor, *arguments: Any, plain: Any = plain, **options: Any) -> Any:
-            if tensor.is_floating_point():  # a mesh, which is ranks, lives on the CPU
+            if tensor.is_floating_point():
                 readers.append(our_caller())
             return plain(tensor, *arguments, **options)
 
@@ -102,10 +103,10 @@ def readers_of_a_step(plan: Plan) -> tuple[list[str], list[str]]:
 )
 def test_a_step_is_read_once_at_its_end(layout: dict[str, Any]) -> None:
     plan = make_plan(tiny_llama(), Layout(**{"micro_batch": 2} | layout), JOB)
-    for numbers, whole in run_ranks(readers_of_a_step, plan.layout.world_size, plan):
-        assert set(numbers) <= ONLY_ON_CPU
-        assert "clip" in numbers  # the counting works
+    ranks = run_ranks(readers_of_a_step, plan.layout.world_size, plan)
+    for _, whole in ranks:
         assert whole == ["training_step"]
+    assert {name for numbers, _ in ranks for name in numbers} == ONLY_ON_CPU  # and so the counting works
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
