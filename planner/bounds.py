@@ -29,10 +29,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
-from .layout_seconds import LayoutSeconds, SegmentSeconds
 from .schedule import BLOCKING, SPLIT_BACKWARD, least_in_flight
 from .simulation import blocked_sends, late_forwards
 
@@ -58,78 +56,15 @@ def lower_bound(
     """
     if not modes:
         return None
-    return _bound(costs, rank_costs(costs, modes, limit_bytes), modes, enough_seconds)
-
-
-def least_seconds(costs: LayoutSeconds, modes: Sequence[str], enough_seconds: float = math.inf) -> float:
-    """`lower_bound` with all the memory there could be, for a layout whose bytes are not priced."""
-    bound = _bound(costs, rank_costs(costs, modes), modes, enough_seconds)
-    assert bound is not None, costs.layout
-    return bound
-
-
-def _bound(costs: LayoutSeconds, ranks: RankCosts, modes: Sequence[str], enough_seconds: float) -> float | None:
-    dealt = _deal(costs, ranks, enough_seconds)
+    commonest = max(costs.segments, key=lambda segment: segment.layers)
+    simple = costs.layout.schedule in BLOCKING and len(costs.segments) == 1
+    heads, tails = _heads_and_tails(costs)
+    cost = _round_trip(costs, commonest) if simple else _around(costs, commonest, heads, tails)
+    dealt = _deal(costs, commonest, limit_bytes, modes, cost, enough_seconds)
     if dealt is None:
         return None
-    poured = 0.0 if _simple(costs) else _poured(costs, modes, *_heads_and_tails(costs))
+    poured = 0.0 if simple else _poured(costs, modes, heads, tails)
     return max(dealt, poured, _one_stage(costs, modes)) + costs.step_seconds
-
-
-def _simple(costs: LayoutSeconds) -> bool:
-    return costs.layout.schedule in BLOCKING and len(costs.segments) == 1
-
-
-# ---- what a rank costs -------------------------------------------------------------------------------------
-
-# (rank, layers, seconds of recomputation a microbatch) -> seconds of the step at least
-RankCost = Callable[[int, int, float], float]
-# layers of a rank -> seconds a microbatch that they recompute at least, None when they do not fit
-Recompute = Callable[[int], float | None]
-
-
-@dataclass(frozen=True)
-class RankCosts:
-    """c_r(n) of [Note: The bound] for the layers of `segment`, and what each rank's memory leaves."""
-
-    segment: SegmentSeconds
-    recompute: tuple[Recompute, ...]
-    seconds: RankCost
-    inner: tuple[int, ...]  # layers that each rank holds at least
-    modes: tuple[str, ...]
-
-    def most_layers(self, rank: int, below_seconds: float) -> int:
-        """Layers that the rank may hold in a step below so many seconds; less than `inner` where there is none."""
-        low, high = self.inner[rank] - 1, self.segment.layers
-        limit = below_seconds * (1 + ROUNDING)
-        while low < high:
-            middle = (low + high + 1) // 2
-            again = self.recompute[rank](middle)
-            if again is None or self.seconds(rank, middle, again) > limit:
-                high = middle - 1
-            else:
-                low = middle
-        return low
-
-    def least_again(self, segment: SegmentSeconds) -> float:
-        """Seconds a microbatch that a layer recomputes at least, whatever the memory."""
-        return min(segment.seconds.recompute(mode).total for mode in self.modes)
-
-
-def rank_costs(costs: LayoutSeconds, modes: Sequence[str], limit_bytes: float = math.inf) -> RankCosts:
-    """Of the commonest kind of layers; of a LayoutCosts within `limit_bytes`."""
-    segment = max(costs.segments, key=lambda segment: segment.layers)
-    layout = costs.layout
-    if isinstance(costs, LayoutCosts) and isinstance(segment, SegmentCosts):
-        recompute = tuple(limit.least_recompute for limit in _rank_limits(costs, segment, limit_bytes, modes))
-    else:
-        each = min(segment.seconds.recompute(mode).total for mode in modes)
-        recompute = (lambda layers: layers * each,) * layout.pp
-    seconds = _round_trip(costs, segment) if _simple(costs) else _around(costs, segment, *_heads_and_tails(costs))
-    # Stages between the first and the last are never empty; of other segments they may hold those.
-    alone = len(costs.segments) == 1
-    inner = (sum(0 < s < layout.stages - 1 for s in layout.stages_of(rank)) for rank in range(layout.pp))
-    return RankCosts(segment, recompute, seconds, tuple(n if alone else 0 for n in inner), tuple(modes))
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -211,45 +146,48 @@ def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[flo
 
 # ---- dealing out layers of one kind --------------------------------------------------------------------------
 
-
-def _rank_limits(
-    costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str]
-) -> list[RankLimits]:
-    """The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
-    the limit fits, here as in `fits`."""
-    layout = costs.layout
-    flights, limit = least_in_flight(costs.pipeline), limit_bytes * (1 + ROUNDING)
-    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, layout.pp - 1), layout.pp - 1}}
-    middle = edges[min(1, layout.pp - 1)][0][0]
-    return [
-        RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes)
-        for rank in range(layout.pp)
-    ]
+# (rank, layers, seconds of recomputation a microbatch) -> seconds of the step at least
+RankCost = Callable[[int, int, float], float]
 
 
-def _deal(costs: LayoutSeconds, ranks: RankCosts, enough: float) -> float | None:
+def _deal(
+    costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str], cost: RankCost, enough: float
+) -> float | None:
     """The least possible maximum over the ranks, or None when the layers of the segment do not fit.
 
     Once it is above `enough` it may be given as it is.
     """
+    layout, alone = costs.layout, len(costs.segments) == 1
+    # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
+    # the limit fits, here as in `fits`.
+    flights, limit = least_in_flight(costs.pipeline), limit_bytes * (1 + ROUNDING)
+    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, layout.pp - 1), layout.pp - 1}}
+    middle = edges[min(1, layout.pp - 1)][0][0]
+    limits = [
+        RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes)
+        for rank in range(layout.pp)
+    ]
     heap: list[tuple[float, int]] = []
-    counts, most = list(ranks.inner), 0.0
+    counts, most = [0] * layout.pp, 0.0
 
     def offer(rank: int) -> None:
-        again = ranks.recompute[rank](counts[rank] + 1)
+        again = limits[rank].least_recompute(counts[rank] + 1)
         if again is not None:
-            heapq.heappush(heap, (ranks.seconds(rank, counts[rank] + 1, again), rank))
+            heapq.heappush(heap, (cost(rank, counts[rank] + 1, again), rank))
 
-    for rank in range(costs.layout.pp):
-        again = ranks.recompute[rank](counts[rank])
+    for rank in range(layout.pp):
+        # Stages between the first and the last are never empty; of other segments they may hold those.
+        inner = sum(0 < stage < layout.stages - 1 for stage in layout.stages_of(rank))
+        counts[rank] = inner if alone else 0
+        again = limits[rank].least_recompute(counts[rank])
         if again is None:
             return None
-        most = max(most, ranks.seconds(rank, counts[rank], again))
+        most = max(most, cost(rank, counts[rank], again))
         offer(rank)
     given = sum(counts)
-    if given > ranks.segment.layers:
+    if given > segment.layers:
         return None
-    while given < ranks.segment.layers:
+    while given < segment.layers:
         if not heap:
             return None
         seconds, rank = heapq.heappop(heap)
@@ -262,7 +200,7 @@ def _deal(costs: LayoutSeconds, ranks: RankCosts, enough: float) -> float | None
     return most
 
 
-def _round_trip(costs: LayoutSeconds, segment: SegmentSeconds) -> RankCost:
+def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     """Of GPipe and 1F1B with layers of one kind."""
     stages, count, layer = costs.layout.pp, costs.microbatches, segment.seconds
     ends = costs.stage_ends
@@ -290,7 +228,7 @@ def _round_trip(costs: LayoutSeconds, segment: SegmentSeconds) -> RankCost:
     return cost
 
 
-def _around(costs: LayoutSeconds, segment: SegmentSeconds, heads: Sequence[float], tails: Sequence[float]) -> RankCost:
+def _around(costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], tails: Sequence[float]) -> RankCost:
     """Of any schedule: what passes before and after a rank's own work."""
     layout, count, layer = costs.layout, costs.microbatches, segment.seconds
     first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
@@ -316,9 +254,8 @@ def _around(costs: LayoutSeconds, segment: SegmentSeconds, heads: Sequence[float
 # ---- heads, tails and water ----------------------------------------------------------------------------------
 
 
-def _heads_and_tails(costs: LayoutSeconds) -> tuple[list[float], list[float]]:
-    """What passes before and after rank r works: the forwards down to its first stage, the backwards up from it and
-    what the first stage then reduces."""
+def _heads_and_tails(costs: LayoutCosts) -> tuple[list[float], list[float]]:
+    """What passes before and after rank r works: the forwards down to its first stage, the backwards up from it."""
     each = min(s.seconds.forward.total for s in costs.segments) + costs.microbatch.forward.total
     back = min(s.seconds.backward.total for s in costs.segments) + costs.microbatch.backward.total
     first, send = costs.stage_ends[0], costs.send_seconds
@@ -326,11 +263,10 @@ def _heads_and_tails(costs: LayoutSeconds) -> tuple[list[float], list[float]]:
     heads = [0.0] + [first.forward.total + (rank - 1) * each + rank * send for rank in ranks]
     if costs.layout.schedule in SPLIT_BACKWARD:
         return heads, [0.0] * len(heads)
-    up = first.backward.total + first.reduce.total
-    return heads, [0.0] + [up + (rank - 1) * back + rank * send for rank in ranks]
+    return heads, [0.0] + [first.backward.total + (rank - 1) * back + rank * send for rank in ranks]
 
 
-def _poured(costs: LayoutSeconds, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:
+def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:
     layout, count = costs.layout, costs.microbatches
     bare = costs.microbatch.forward.total + costs.microbatch.backward.total
     each, reduce, update, work = layout.stages * bare, 0.0, 0.0, 0.0
@@ -347,7 +283,7 @@ def _poured(costs: LayoutSeconds, modes: Sequence[str], heads: Sequence[float], 
     return max(_least_maximum(around, work), _least_maximum(heads, work + reduce)) + update / layout.pp
 
 
-def _one_stage(costs: LayoutSeconds, modes: Sequence[str]) -> float:
+def _one_stage(costs: LayoutCosts, modes: Sequence[str]) -> float:
     """One microbatch all the way, and on some stage the backwards of all the others.
 
     A stage runs its M backwards one after the other, between the first microbatch's way down and back to it and the

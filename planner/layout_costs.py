@@ -1,42 +1,122 @@
 """LayoutCosts: every second and byte of one layout as numbers per layer, from which any assignment is priced.
 
-Bytes are linear in the assignment as seconds are ([Note: Linear in the assignment] in layout_seconds.py).
+[Note: Linear in the assignment]
+For a fixed layout each duration on a stage (forward, backward, gather, reduce, optimizer) and each byte is a
+sum over the layers it holds, so it is linear in how many layers of each segment and recompute mode it has. What is
+not linear, such as how much of a collective hides behind compute, is settled per layer beforehand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from .layout import RECOMPUTE_MODES
-from .layout_seconds import Blocks, LayoutSeconds, SegmentSeconds, StageCount
+from .layout import RECOMPUTE_MODES, Layout
 from .memory_bytes import MemoryBytes, PartMemory
-from .schedule import InFlight
+from .part_seconds import PartSeconds, Seconds
+from .schedule import InFlight, Pipeline
+from .simulation import Simulation, StageSeconds, simulate
 
-__all__ = ["Blocks", "LayoutCosts", "SegmentCosts", "StageCount"]
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How many layers of one segment a stage holds, by recompute mode."""
+
+    none: int = 0
+    selective: int = 0
+    full: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.none + self.selective + self.full
+
+    def of(self, mode: str) -> int:
+        return self.none if mode == "none" else self.full if mode == "full" else self.selective
+
+
+# What one stage holds: an entry a segment of the model. An assignment has one of these a stage.
+StageCount = tuple[Blocks, ...]
 
 
 @dataclass(frozen=True)
-class SegmentCosts(SegmentSeconds):
+class SegmentCosts:
     """`layers` layers in a row of one kind, each with these seconds and bytes."""
 
+    kind: str
+    layers: int
+    seconds: PartSeconds
     memory: PartMemory
 
 
 @dataclass(frozen=True)
-class LayoutCosts(LayoutSeconds):
-    """One layout, priced.
+class LayoutCosts:
+    """One layout, priced. `microbatch` is what a microbatch costs any stage besides its layers.
 
     `fixed_memory` and `in_flight` have an entry a pipeline rank, the latter the vectors of [Note: In-flight
     activations] of which none is below another.
     """
 
+    layout: Layout
+    microbatches: int
     segments: tuple[SegmentCosts, ...]
+    embedding: PartSeconds
+    head: PartSeconds
+    microbatch: PartSeconds
+    send_seconds: float
+    step_seconds: float
     embedding_memory: PartMemory
     head_memory: PartMemory
     fixed_memory: tuple[MemoryBytes, ...]
     in_flight: tuple[tuple[InFlight, ...], ...]
     allocator_slack: float
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.layout.pipeline(self.microbatches)
+
+    @property
+    def layers(self) -> int:
+        return sum(segment.layers for segment in self.segments)
+
+    # ---- one stage -------------------------------------------------------------------------------------
+
+    def stage_seconds(self, stage: int, count: StageCount) -> PartSeconds:
+        """All phases of a stage; recomputation is apart from `backward_input`, under `recompute_full`."""
+        total = self.ends_seconds(stage)
+        again = Seconds()
+        for segment, blocks in zip(self.segments, count, strict=True):
+            total = total + segment.seconds * blocks.total
+            for mode in ("selective", "full"):
+                if number := blocks.of(mode):
+                    again = again + segment.seconds.recompute(mode) * number
+        return PartSeconds(
+            total.forward,
+            total.backward_input,
+            total.backward_weight,
+            Seconds(),
+            again,
+            total.gather,
+            total.reduce,
+            total.optimizer,
+        )
+
+    def ends_seconds(self, stage: int) -> PartSeconds:
+        """What the stage costs before it holds any layer."""
+        total = self.microbatch
+        if stage == 0:
+            total = total + self.embedding
+        if stage == self.layout.stages - 1:
+            total = total + self.head
+        return total
+
+    @cached_property
+    def stage_ends(self) -> tuple[PartSeconds, ...]:
+        """`ends_seconds` of every stage; those between the first and the last are alike."""
+        stages = self.layout.stages
+        if stages == 1:
+            return (self.ends_seconds(0),)
+        return (self.ends_seconds(0), *[self.microbatch] * (stages - 2), self.ends_seconds(stages - 1))
 
     # ---- one rank --------------------------------------------------------------------------------------
 
@@ -93,3 +173,70 @@ class LayoutCosts(LayoutSeconds):
         beside = fixed.context + fixed.communicators
         slack = 1.0 + self.allocator_slack
         return [beside + slack * (fixed.total - beside + kept + most + transient) for most in held]
+
+    # ---- an assignment ---------------------------------------------------------------------------------
+
+    def durations(self, counts: Sequence[StageCount]) -> list[StageSeconds]:
+        """What the simulation needs of each stage."""
+        durations = []
+        for stage, count in enumerate(counts):
+            cost = self.stage_seconds(stage, count)
+            durations.append(
+                StageSeconds(
+                    forward=cost.forward.total,
+                    backward_input=cost.backward_input.total + cost.recompute_full.total,
+                    backward_weight=cost.backward_weight.total,
+                    gather=cost.gather.total,
+                    reduce=cost.reduce.total,
+                )
+            )
+        return durations
+
+    def optimizer_seconds(self, counts: Sequence[StageCount]) -> float:
+        """The slowest rank's update; clipping has made every rank wait for every other before."""
+        return max(
+            sum(self.stage_seconds(s, counts[s]).optimizer.total for s in self.layout.stages_of(rank))
+            for rank in range(self.layout.pp)
+        )
+
+    def simulate(self, counts: Sequence[StageCount]) -> Simulation:
+        """The step up to the last gradient reduction."""
+        return simulate(self.pipeline, self.durations(counts), self.send_seconds)
+
+    def step(self, counts: Sequence[StageCount]) -> float:
+        """Seconds of the optimizer step under this assignment: the one objective of planner and brute force."""
+        return self.simulate(counts).seconds + self.optimizer_seconds(counts) + self.step_seconds
+
+    def breakdown(self, counts: Sequence[StageCount]) -> dict[str, float]:
+        """Seconds of the step by cause, as the busiest rank lives them; they sum to `step`.
+
+        That rank's own work by cause, then what the critical path spends on point-to-point, and the rest of
+        the time as bubble.
+        """
+        simulation = self.simulate(counts)
+        costs = [self.stage_seconds(s, count) for s, count in enumerate(counts)]
+        work, recompute = [], []
+        for rank in range(self.layout.pp):
+            own, again = Seconds(), Seconds()
+            for stage in self.layout.stages_of(rank):
+                cost = costs[stage]
+                own = own + (cost.forward + cost.backward + cost.recompute_full) * self.microbatches
+                own = own + cost.gather + cost.reduce
+                again = again + cost.recompute_full * self.microbatches
+            work.append(own)
+            recompute.append(again.compute)
+        busiest = max(range(self.layout.pp), key=lambda rank: work[rank].total)
+        spent = work[busiest]
+        waiting = max(0.0, simulation.seconds - spent.total) if self.layout.pp > 1 else 0.0
+        sends = min(waiting, simulation.critical_path.sends * self.send_seconds)
+        return {
+            "compute": spent.compute - recompute[busiest],
+            "recompute": recompute[busiest],
+            "tp": spent.tp,
+            "cp": spent.cp,
+            "ep": spent.ep,
+            "pp": sends + spent.pp,
+            "bubble": waiting - sends,
+            "dp_exposed": spent.dp,
+            "optimizer": self.optimizer_seconds(counts) + self.step_seconds,
+        }

@@ -31,7 +31,6 @@ __all__ = [
     "InFlight",
     "Pipeline",
     "action_lists",
-    "first_flight",
     "held_by_torch",
     "in_flight",
     "input_halves",
@@ -270,37 +269,6 @@ def _largest(moments: Iterable[InFlight], part_of_full: bool) -> tuple[InFlight,
 
 def _within(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return all(map(int.__le__, a, b))
-
-
-@lru_cache(maxsize=4096)
-def first_flight(pipeline: Pipeline) -> tuple[int, ...]:
-    """Per rank, microbatches that any layer holds when the rank's first backward begins: forwards before it, of the
-    chunk with fewest. Takes no lists but the beginnings of the V-shaped ones'."""
-    ranks, chunks, count = pipeline.ranks, pipeline.chunks, pipeline.microbatches
-    if pipeline.schedule in FORWARDS_FIRST:
-        return (count,) * ranks
-    if pipeline.schedule == "1f1b":
-        return tuple(min(count, ranks - rank) for rank in range(ranks))
-    if pipeline.schedule in _IN_ROUNDS:
-        size, hops = orders.round_size(ranks, count), 2 if pipeline.schedule == "interleaved-1f1b" else 1
-        warmups = [orders.warmup_forwards(rank, ranks, chunks, count, hops) for rank in range(ranks)]
-        found = []
-        for warmup in warmups:  # the last chunk has fewest: it begins each round after the others
-            rounds, rest = divmod(min(warmup + 1, chunks * count), chunks * size)
-            found.append(rounds * size + max(0, rest - (chunks - 1) * size))
-        return tuple(found)
-    short = _shortest(pipeline)
-    found = []
-    for rank in range(ranks):
-        forwards = dict.fromkeys(pipeline.stages_of(rank), 0)
-        for action in _order(short, rank):
-            parts = action.parts or (action,)
-            if any(part.kind != orders.FORWARD for part in parts):
-                break
-            for part in parts:
-                forwards[part.stage] += 1
-        found.append(min(forwards.values()))
-    return tuple(found)
 
 
 @lru_cache(maxsize=4096)

@@ -14,15 +14,13 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import ROUNDING, fits, least_seconds, lower_bound, rank_costs
+from .bounds import ROUNDING, fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
-from .layout_seconds import LayoutSeconds
-from .path_bounds import PathBounds
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
@@ -30,9 +28,6 @@ from .rules import recompute_modes
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
 from .step_cost import CostModel
-
-# Microbatches through stages that are simulated again and again for a bound.
-_MOST_VISITS = 20_000
 
 
 def search(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan:
@@ -58,17 +53,16 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
     ties = count()
-    left: list[tuple[float, int, LayoutGroup | LayoutSeconds]] = [
+    left: list[tuple[float, int, LayoutGroup | LayoutCosts]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
     legal = sum(len(group) for _, _, group in left if isinstance(group, LayoutGroup))
     guesses = Guesses(question)
-    first = guesses.first([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
+    first = guesses.plain([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
     best: list[Solved] = []
     proven = float("inf")  # the least that any layout could still reach
     pruned_memory = ilps = 0
-    paths, tightened = PathBounds(), set[Layout]()
     while left:
         cutoff = best[top - 1].step_seconds if len(best) >= top else float("inf")
         if first is not None and top == 1:
@@ -83,47 +77,23 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                 if prices.least_state_bytes(group) > group.base.pp * question.limit_bytes * (1 + ROUNDING):
                     pruned_memory += len(group)
                 else:
-                    bound = max(least, prices.least_work(group), prices.least_step(group))
-                    heapq.heappush(left, (bound, next(ties), group))
+                    heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
             continue
         if isinstance(item, LayoutGroup) and len(item.pipelines) > 1:
             for group in item.by_pipeline():
-                layout = next(iter(group))
-                if prices.is_too_big(layout, question.limit_bytes, recompute_modes(layout, rules)):
-                    pruned_memory += 1
-                else:
-                    heapq.heappush(left, (max(least, prices.least_step(group)), next(ties), group))
+                heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
             continue
         if isinstance(item, LayoutGroup):
             for layout in item:
-                timed = prices.time(layout)
-                bound = least_seconds(timed, recompute_modes(layout, rules), cutoff)
-                heapq.heappush(left, (max(least, bound), next(ties), timed))
+                costs = prices.price(layout)
+                bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, rules), cutoff)
+                if bound is None:
+                    pruned_memory += 1
+                else:
+                    heapq.heappush(left, (max(least, bound), next(ties), costs))
+                    first = guesses.look_at(costs, bound, cutoff, first)
             continue
-        modes = recompute_modes(item.layout, rules)
-        if not isinstance(item, LayoutCosts):
-            costs = prices.price_bytes(item)
-            bound = lower_bound(costs, question.limit_bytes, modes, cutoff)
-            if bound is None:
-                pruned_memory += 1
-            else:
-                heapq.heappush(left, (max(least, bound), next(ties), costs))
-                first = guesses.look_at(costs, bound, cutoff, first)
-            continue
-        costs = item
-        if (
-            costs.layout.pp > 1
-            and costs.layout not in tightened
-            and (visits := costs.layout.stages * costs.microbatches) <= _MOST_VISITS
-        ):
-            tightened.add(costs.layout)
-            ranks = rank_costs(costs, modes, question.limit_bytes)
-            bound = paths.known(costs, ranks, cutoff)
-            if bound < cutoff * (1 - RELATIVE_TOLERANCE):
-                improved, point = paths.improve(costs, ranks, cutoff)
-                bound = max(bound, improved)
-            heapq.heappush(left, (max(least, bound), next(ties), costs))
-            continue
+        costs, modes = item, recompute_modes(item.layout, rules)
         start = first_assignment(costs, question.limit_bytes, modes)
         if not fits(costs, start, question.limit_bytes):
             start = None
@@ -134,7 +104,6 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             cutoff_seconds=cutoff,
             start=start,
             modes=modes,
-            paths=paths.paths(costs.pipeline) if costs.layout in tightened else None,
             deadline=deadline if best or first is not None or start is not None else float("inf"),
         )
         ilps += solution.ilps_solved

@@ -145,7 +145,8 @@ class _Program:
         nothing, slack = empty_counts(self.costs), 1.0 + self.costs.allocator_slack
         y = {}
         for q in range(self.costs.layout.pp):
-            least = self.costs.rank_memory(q, nothing).transient
+            # Of its ends alone: what passes whatever a rank holds is among its fixed bytes.
+            least = self.costs.rank_memory(q, nothing).transient - self.costs.fixed_memory[q].transient
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
                 each = [k.memory.transient_by(r) for k in self.costs.segments for r in self.modes]
                 least = max(least, min(each))
@@ -276,7 +277,6 @@ def solve_stages(
     cutoff_seconds: float = float("inf"),
     start: Sequence[StageCount] | None = None,
     modes: Sequence[str] = RECOMPUTE_MODES,
-    paths: Sequence[Path] | None = None,
     deadline: float = float("inf"),
 ) -> Solution:
     """The assignment with the least simulated step that fits `limit_bytes`.
@@ -286,7 +286,6 @@ def solve_stages(
         cutoff_seconds: stop when no assignment can be faster than this.
         start: an assignment that fits, if one is known.
         modes: what a layer may recompute.
-        paths: of the schedule, to begin with (`simulation.known_paths` by default).
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
     """
     best = tuple(start) if start is not None else None
@@ -304,7 +303,7 @@ def solve_stages(
     program.durations()
     program.optimizer_of_slowest()
     program.not_below_bound(bound_seconds)
-    for path in known_paths(costs.pipeline) if paths is None else paths:
+    for path in known_paths(costs.pipeline):
         program.longer_than_path(path)
     if best is not None:
         program.longer_than_path(costs.simulate(best).critical_path)

@@ -6,8 +6,7 @@ parallelism, the pipeline and the state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 
 from profiles.cluster import ClusterSpec
@@ -16,7 +15,6 @@ from profiles.model import ModelSpec
 from profiles.software import Software, load_software
 
 from .axis_cost import AxisModel, Passes
-from .bounds import ROUNDING
 from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
@@ -24,17 +22,15 @@ from .data_parallel_cost import DataParallelModel
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
-from .layout_seconds import LayoutSeconds, SegmentSeconds
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import STAGES_GATHERED, MemoryModel
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, first_flight, held_by_torch, in_flight
+from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, held_by_torch, in_flight
 from .space import LayoutGroup
 
-# Seconds and bytes of a layer by its kind, of "embedding" and "head"; the seconds besides of "microbatch".
-_PartSeconds = dict[str, PartSeconds]
-_PartBytes = dict[str, PartMemory]
-_MOST_PARTS = 2048
+# Segments, embedding and head with their bytes, and what a microbatch costs besides.
+_Parts = tuple[tuple[SegmentCosts, ...], tuple[PartSeconds, PartMemory], tuple[PartSeconds, PartMemory], ComputeCost]
+_MOST_PARTS = 256
 
 
 class CostModel:
@@ -56,88 +52,63 @@ class CostModel:
         self._axes = AxisModel(model, hardware, self._comm, job, software)
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
         self._memory = MemoryModel(model, hardware, job, software)
-        self._seconds_cache: dict[Layout, _PartSeconds] = {}
-        self._bytes_cache: dict[Layout, _PartBytes] = {}
-        self._step_cache: dict[Layout, tuple[float, float]] = {}
+        self._part_cache: dict[Layout, _Parts] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
-    def time(self, layout: Layout) -> LayoutSeconds:
-        """The seconds of the layout alone, much sooner than with its bytes."""
-        microbatches = layout.microbatches(self._job.global_batch)
-        parts, send, software = self._part_seconds(layout, microbatches), self._send(layout), self._software
-        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
-        alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
-        waits = Seconds(pp=0.0 if alone else send)
-        return LayoutSeconds(
-            layout=layout,
-            microbatches=microbatches,
-            segments=tuple(SegmentSeconds(s.kind, s.count, parts[s.kind]) for s in self._model.segments),
-            embedding=parts["embedding"],
-            head=parts["head"],
-            microbatch=parts["microbatch"] + PartSeconds(waits, waits),
-            send_seconds=send,
-            step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
-        )
-
     def price(self, layout: Layout) -> LayoutCosts:
         """Every number of the layout."""
-        return self.price_bytes(self.time(layout))
-
-    def price_bytes(self, timed: LayoutSeconds) -> LayoutCosts:
-        """The timed layout with its bytes."""
-        layout, memory = timed.layout, self._part_bytes(timed.layout)
-        seconds = {field.name: getattr(timed, field.name) for field in fields(timed)}
-        segments = tuple(SegmentCosts(s.kind, s.layers, s.seconds, memory[s.kind]) for s in timed.segments)
+        microbatches = layout.microbatches(self._job.global_batch)
+        segments, embedding, head, overhead = self._parts(layout, microbatches)
+        send, software = self._send(layout), self._software
+        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
+        alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
+        waits = 0.0 if alone else send
         return LayoutCosts(
-            **(seconds | {"segments": segments}),
-            embedding_memory=memory["embedding"],
-            head_memory=memory["head"],
-            fixed_memory=self._fixed_memory(layout, timed.microbatches),
-            in_flight=(held_by_torch if self._software.on_torch_pipeline else in_flight)(timed.pipeline),
+            layout=layout,
+            microbatches=microbatches,
+            segments=segments,
+            embedding=embedding[0],
+            head=head[0],
+            microbatch=PartSeconds(
+                Seconds(overhead.forward.total, pp=waits), Seconds(overhead.backward.total, pp=waits)
+            ),
+            send_seconds=send,
+            step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
+            embedding_memory=embedding[1],
+            head_memory=head[1],
+            fixed_memory=self._fixed_memory(layout, microbatches),
+            in_flight=(held_by_torch if software.on_torch_pipeline else in_flight)(layout.pipeline(microbatches)),
             allocator_slack=self._hardware.allocator_slack,
         )
 
-    def _part_seconds(self, layout: Layout, microbatches: int) -> _PartSeconds:
-        """What takes the same time with any number of chunks in every schedule that computes logits as often."""
-        schedule = "gpipe" if self._logits_again(layout) else "1f1b"
-        same = layout.schedule == schedule and layout.virtual_stages == 1
-        key = layout if same else replace(layout, schedule=schedule, virtual_stages=1)
-        if key not in self._seconds_cache:
-            if len(self._seconds_cache) >= _MOST_PARTS:
-                self._seconds_cache.clear()
-            self._seconds_cache[key] = self._price_parts(layout, microbatches)
-        return self._seconds_cache[key]
-
-    def _price_parts(self, layout: Layout, microbatches: int) -> _PartSeconds:
-        pace, memory, axes = self._pace(layout, microbatches), self._memory, self._axes
-        compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
-        kinds, (first, last) = {segment.kind for segment in self._model.segments}, self._model.end_tensors
-        embedded, headed = (memory.embedding_parameters(layout), 0.0), (memory.head_parameters(layout), 0.0)
-        sent_first, sent_last = {"tp": axes.embedding_tp(layout)}, {"tp": axes.head_tp(layout)}
-        parts = {kind: self._layer(layout, compute[kind], kind, microbatches) for kind in kinds}
-        for name, sent, parameters, tensors in (
-            ("embedding", sent_first, embedded, first),
-            ("head", sent_last, headed, last),
-        ):
-            parts[name] = self._part(layout, compute[name], sent, parameters, microbatches, tensors, root=True)
-        overhead = self._compute.microbatch() * pace
-        parts["microbatch"] = PartSeconds(Seconds(overhead.forward.total), Seconds(overhead.backward.total))
-        return parts
-
-    def _part_bytes(self, layout: Layout) -> _PartBytes:
-        """What does not depend on the number of chunks, but where torch's pipeline keeps only some chunks' weights
-        gathered, or gradients of some chunks apart."""
+    def _parts(self, layout: Layout, microbatches: int) -> _Parts:
+        """What does not depend on the number of chunks: layouts that differ in that alone share it, but where torch's
+        pipeline keeps only some chunks' weights gathered, or gradients of some chunks apart."""
         some = self._software.on_torch_pipeline and (layout.virtual_stages > STAGES_GATHERED or layout.splits_backward)
-        key = layout if some or layout.virtual_stages == 1 else replace(layout, virtual_stages=1)
-        if key not in self._bytes_cache:
-            if len(self._bytes_cache) >= _MOST_PARTS:
-                self._bytes_cache.clear()
-            memory, kinds = self._memory, {segment.kind for segment in self._model.segments}
-            parts = {kind: memory.block(layout, kind) for kind in kinds}
-            parts |= {"embedding": memory.embedding(layout), "head": memory.head(layout)}
-            self._bytes_cache[key] = parts
-        return self._bytes_cache[key]
+        key = layout if some else replace(layout, virtual_stages=1)
+        if key not in self._part_cache:
+            if len(self._part_cache) >= _MOST_PARTS:
+                self._part_cache.clear()
+            self._part_cache[key] = self._price_parts(layout, microbatches)
+        return self._part_cache[key]
+
+    def _price_parts(self, layout: Layout, microbatches: int) -> _Parts:
+        memory, pace = self._memory, self._pace(layout, microbatches)
+        compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
+        layers = {
+            kind: (self._layer(layout, compute[kind], kind, microbatches), memory.block(layout, kind))
+            for kind in {segment.kind for segment in self._model.segments}
+        }
+        segments = tuple(SegmentCosts(s.kind, s.count, *layers[s.kind]) for s in self._model.segments)
+        (first, last), axes = self._model.end_tensors, self._axes
+        embedded, headed = (memory.embedding_parameters(layout), 0.0), (memory.head_parameters(layout), 0.0)
+        embedding = self._part(
+            layout, compute["embedding"], {"tp": axes.embedding_tp(layout)}, embedded, microbatches, first, root=True
+        )
+        head = self._part(layout, compute["head"], {"tp": axes.head_tp(layout)}, headed, microbatches, last, root=True)
+        overhead = self._compute.microbatch() * pace
+        return segments, (embedding, memory.embedding(layout)), (head, memory.head(layout)), overhead
 
     def least_work(self, group: LayoutGroup) -> float:
         """Seconds that no layout of the group is below, its compute and what its layers send alone.
@@ -160,30 +131,6 @@ class CostModel:
             in_chain = backward - weight if split else backward
             least = min(least, max(shared, forward + in_chain + (microbatches - 1) * in_chain / stages))
         return least
-
-    def least_step(self, group: LayoutGroup) -> float:
-        """Seconds that no layout of a group with one state is below: what its ranks work on average.
-
-        Any rank's own work, the reduction of its gradients included, is a path of any schedule, and the slowest update
-        takes the mean of the ranks' at least.
-        """
-        if group.base not in self._step_cache:
-            self._step_cache[group.base] = self._mean_step(group.base)
-        fixed, each_chunk = self._step_cache[group.base]
-        return fixed + each_chunk * min(chunks for _, chunks in group.pipelines)
-
-    def _mean_step(self, layout: Layout) -> tuple[float, float]:
-        """(seconds whatever the chunks, seconds more for each chunk) of the mean rank."""
-        microbatches = layout.microbatches(self._job.global_batch)
-        parts = self._part_seconds(layout, microbatches)
-        total, bare = 0.0, parts["microbatch"]
-        numbers = [*((s.kind, s.count) for s in self._model.segments), ("embedding", 1), ("head", 1)]
-        for kind, number in numbers:
-            part = parts[kind]
-            once = part.gather.total + part.reduce.total + part.optimizer.total
-            total += number * (microbatches * (part.forward.total + part.backward.total) + once)
-        fixed = total / layout.pp + self._tied_seconds(layout) + self._clip_seconds(layout)
-        return fixed, microbatches * (bare.forward.total + bare.backward.total)
 
     def _once(self, layout: Layout, pace: float, with_ep: bool) -> tuple[float, float, float]:
         """One microbatch through the whole model: (forward, whole backward, of that the weights')."""
@@ -211,7 +158,7 @@ class CostModel:
     def least_state_bytes(self, group: LayoutGroup) -> float:
         """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
         assignment holds less on all its ranks together."""
-        least = float("inf")
+        memory, least = self._memory, float("inf")
         # Gradients come late where all forwards are first, more chunks have fewer weights gathered at once, and split
         # backwards have gradients besides (`memory_cost`).
         most = {"gpipe": 0, "1f1b": 0}
@@ -221,32 +168,11 @@ class CostModel:
         for schedule, chunks in most.items():
             if not chunks:
                 continue
-            memory = self._part_bytes(replace(group.base, schedule=schedule, virtual_stages=chunks))
-            total = sum(segment.count * memory[segment.kind].totals.state for segment in self._model.segments)
-            least = min(least, total + memory["embedding"].totals.state + memory["head"].totals.state)
+            layout = replace(group.base, schedule=schedule, virtual_stages=chunks)
+            layers = {segment.kind: memory.block(layout, segment.kind).state.total for segment in self._model.segments}
+            total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
+            least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
         return least
-
-    def is_too_big(self, layout: Layout, limit_bytes: float, modes: Sequence[str]) -> bool:
-        """Whether no assignment of the layout fits, by what ranks hold when their first backward begins.
-
-        It takes no in-flight vectors but those of that moment, and leaves out buffers and what is transient.
-        """
-        memory, pipeline = self._part_bytes(layout), layout.pipeline(layout.microbatches(self._job.global_batch))
-        slack, room = 1.0 + self._hardware.allocator_slack, 0.0
-        flights = first_flight(pipeline)
-        layers = sum(segment.count for segment in self._model.segments)
-        kinds = [memory[segment.kind].totals for segment in self._model.segments]
-        state = min(kind.state for kind in kinds)
-        held = min(kind.held[mode] for kind in kinds for mode in modes)
-        for rank, flight in enumerate(flights):
-            free = (limit_bytes * (1 + ROUNDING) - self._hardware.context_bytes) / slack
-            free -= memory["embedding"].totals.state if rank == 0 else 0.0
-            free -= memory["head"].totals.state if rank == pipeline.rank_of(pipeline.stages - 1) else 0.0
-            if free < 0:
-                return True
-            each = state + flight * held
-            room += free // each if each > 0 else layers
-        return room < layers
 
     # ---- compute ---------------------------------------------------------------------------------------
 
