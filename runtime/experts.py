@@ -192,8 +192,9 @@ class Experts(LocalParameters):
         w1, w3, w2 = (self.plain(w) for w in (self.w1, self.w3, self.w2))
         if rows.device.type == "cuda" and rows.dtype == torch.bfloat16:
             ends = loads.cumsum(0).to(torch.int32)
-            gate, up = (torch._grouped_mm(rows, w.transpose(1, 2), offs=ends) for w in (w1, w3))
-            return torch._grouped_mm(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
+            grouped = torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
+            gate, up = (grouped(rows, w.transpose(1, 2), offs=ends) for w in (w1, w3))
+            return grouped(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
         pieces = rows.split(loads.tolist())
         # An expert without tokens still takes part, so that its gradient is zero and not missing.
         return torch.cat(

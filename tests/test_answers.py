@@ -45,16 +45,16 @@ def test_the_default_is_as_wide_as_the_node_and_as_short_as_fits() -> None:
     assert default.layout == Layout(tp=2, dp=2, dp_shard=2, zero=1)
     assert default.fits
     assert default.step_seconds == price(default.layout, TWO_NODES).step(default.counts)
-    tight = replace(TWO_NODES, job=replace(TWO_NODES.job, memory_limit_bytes=3.5e5))
+    tight = replace(TWO_NODES, job=replace(TWO_NODES.job, memory_limit_bytes=3.4e5))
     default = default_layout(tight)
     assert default is not None
     assert default.layout == Layout(tp=2, pp=2)
     assert default.fits
-    assert default.peak_memory_bytes <= 3.5e5
+    assert default.peak_memory_bytes <= 3.4e5
 
 
 def test_the_default_recomputes_only_what_it_must() -> None:
-    for limit, recomputes in ((1e9, False), (4.1e5, True)):
+    for limit, recomputes in ((1e9, False), (4e5, True)):
         default = default_layout(replace(TWO_NODES, job=replace(TWO_NODES.job, memory_limit_bytes=limit)))
         assert default is not None
         assert default.layout == Layout(tp=2, dp=2, dp_shard=2, zero=1)
@@ -158,32 +158,31 @@ def test_the_imbalance_of_experts_is_stated() -> None:
 
 GOLDEN_PLAN = """
 tiny-llama on 4 × small, batch 8 × 16 tokens, fp32
-tp2·sp dp2 zero1 mb4, 1 microbatch
-2.51× faster than the default a person would write: tp2 dp2 zero1 mb1, step 21.6 ms, peak 0.4 MiB
+tp2·sp dp2 zero3 mb4, 1 microbatch
+2.71× faster than the default a person would write: tp2 dp2 zero1 mb1, step 21.4 ms, peak 0.4 MiB
 
-step 8.59 ms, 3,726 tokens/s per device, 0.000959 model TFLOP/s per device, mfu 1.0%, bubble 0.0%
+step 7.89 ms, 4,058 tokens/s per device, 0.00104 model TFLOP/s per device, mfu 1.0%, bubble 0.0%
 peak memory 0.5 MiB of 0.5 MiB per device, 4.11e-05 B parameters
-9.54e-06 GPU-hours a step, 74.55 per billion tokens, $149.09 per billion tokens at $2 a GPU-hour
+8.76e-06 GPU-hours a step, 68.46 per billion tokens, $136.92 per billion tokens at $2 a GPU-hour
 
 stages (E embedding, H head), memory in MiB of 0.5, works in a step
-stage  layers  recompute  weights  grads  optim  gather  activ  passing  slack  other  total    works
-0       4 E H     2 full     0.04   0.01   0.08    0.08   0.14     0.10   0.02   0.02   0.49  7.99 ms
+stage  layers  recompute  weights  optim  gather  activ  passing  context  slack  other  total    works
+0       4 E H       none     0.04   0.08    0.01   0.27     0.06     0.01   0.02   0.01   0.49  7.29 ms
 
 where the step goes
 part            time  share
-compute      5.53 ms  64.4%
-recompute   0.803 ms   9.4%
-tp          0.653 ms   7.6%
-dp exposed  0.958 ms  11.2%
-optimizer   0.642 ms   7.5%
+compute      5.53 ms  70.1%
+tp          0.518 ms   6.6%
+dp exposed   1.19 ms  15.1%
+optimizer   0.642 ms   8.1%
 
-no legal layout is faster: of 75 legal layouts 3 cannot fit, 64 have a bound above this plan, 8 were solved (8 ILPs,
-HiGHS through pulp, 250 ms)
+no legal layout is faster: of 257 legal layouts 44 cannot fit, 163 have a bound above this plan, 50 were solved (56
+ILPs, HiGHS through pulp, 250 ms)
 
 next best
-layout                   step  slower by  peak memory  differs in
-tp2·sp dp2 zero2 mb4  8.59 ms      0.00%      0.5 MiB  zero=2
-tp2·sp dp2 zero3 mb4  8.82 ms      2.76%      0.5 MiB  zero=3
+layout                          step  slower …  peak memory  differs in
+pp2 dp2 zero1 mb4 looped-bfs  8.2 ms     3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=looped-b…
+pp2 dp2 zero1 mb4 gpipe       8.2 ms     3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=gpipe
 
 assumed: kernels and overlap as meshwright's; compute under communication × 1.25, communication × 1.5; slowest rank × 1
 assumed: mfu counts attention in full, of which causal kernels do half
