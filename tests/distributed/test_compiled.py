@@ -32,6 +32,7 @@ from runtime.step import TrainState, build_state, training_step
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.layout_runs import Trajectory, own_samples, run_plain, run_plan, tokens_of
 from tests.plans import make_plan, tiny_experts, tiny_gpt2, tiny_llama
+from tests.thinned import every
 
 STEPS = 2
 JOB = TrainingJob(global_batch=12, sequence=16, precision="fp32")
@@ -78,7 +79,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", every(4, CASES))
 def test_compiled_training_is_training(name: str) -> None:
     plan, first, last = CASES[name]
     ranks = run_ranks(run_compiled, plan.layout.world_size, plan, torch.float64, timeout_seconds=180.0)
@@ -115,6 +116,7 @@ def load_eager(plan: Plan, folder: Path) -> int:
     return checkpoint.load(folder, state.chunks, state.optimizer)
 
 
+@pytest.mark.full
 def test_compiled_parameters_keep_their_names(tmp_path: Path) -> None:
     plan = plan_of(dp=2, zero=3, recompute=(1,), selective=(1,))
     compiled = run_ranks(names_of, 2, plan, tmp_path)[0]
@@ -138,6 +140,7 @@ def evaluate_after_a_step(plan: Plan) -> tuple[float, float, int]:
     return loss, share.item(), compiled_graphs() - graphs
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layout", [{}, {"pp": 2}], ids=str)
 def test_evaluation_compiles_nothing(layout: dict[str, int]) -> None:
     plan = plan_of(**layout)
@@ -156,6 +159,7 @@ def watched_counts(plan: Plan, how: Compilation | None) -> dict[str, int]:
     return timer.counts
 
 
+@pytest.mark.full
 def test_collectives_of_compiled_blocks_are_timed() -> None:
     plan = plan_of(tp=2, sequence_parallel=True, micro_batch=6)
     compiled = run_ranks(watched_counts, 2, plan, EAGER_CODE, timeout_seconds=180.0)
@@ -183,6 +187,7 @@ def backward_runs(plan: Plan) -> int:
     return len(runs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("schedule", "chunks"), [("zb1p", 1), ("zbv", 2)])
 def test_split_backward_runs_compiled_backwards_whole_and_twice(schedule: str, chunks: int) -> None:
     # With the code generator it raises instead.
@@ -191,11 +196,13 @@ def test_split_backward_runs_compiled_backwards_whole_and_twice(schedule: str, c
     assert sum(run_ranks(backward_runs, 2, plan)) > 1.2 * LLAMA.layers * plan.microbatches, MENDED
 
 
+@pytest.mark.full
 def test_whole_backwards_run_once() -> None:
     plan = plan_of(pp=2, schedule="interleaved-1f1b", virtual_stages=2)
     assert sum(run_ranks(backward_runs, 2, plan)) == LLAMA.layers * plan.microbatches
 
 
+@pytest.mark.full
 def test_split_backward_under_dualpipev_raises() -> None:
     plan = plan_of(pp=2, schedule="dualpipev", virtual_stages=2)
     assert why_not_compiled(plan.layout, plan.model) is not None
@@ -215,6 +222,7 @@ def full_recomputation_inside(plan: Plan) -> None:
         run_compiled(plan, torch.float32)
 
 
+@pytest.mark.full
 def test_full_recomputation_over_tp_cannot_be_compiled_whole() -> None:
     plan = plan_of(tp=2, micro_batch=6, recompute=(4,))
     # Once torch has mended this, `compile_chunk` can take all recomputation inside.
@@ -298,6 +306,7 @@ def forward_collectives(plan: Plan) -> list[str]:
     return sorted(names)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=lambda model: model.name)
 def test_torch_cuts_the_collectives_of_products_without_a_bias(model: ModelSpec) -> None:
     plan = plan_of(model, tp=2, sequence_parallel=True)

@@ -22,6 +22,7 @@ from runtime.plain_loop import PlainRun
 from runtime.verify import TOLERANCES, Verdict, judge, verify
 from tests.distributed import faults
 from tests.plans import make_plan, tiny_gpt2, tiny_llama, tiny_shared_experts
+from tests.thinned import every
 
 GPT2 = tiny_gpt2(layers=12, vocab_size=509, max_positions=2048)
 LLAMA = tiny_llama(layers=12, vocab_size=512)
@@ -48,7 +49,7 @@ def run(found: ReducedPlan, steps: int = 2, timeout_seconds: float = 60.0) -> Ve
     return verify(found.plan, found.loss_tokens, steps=steps, timeout_seconds=timeout_seconds)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", every(3, PLANS))
 def test_what_the_runtime_does_is_what_one_process_does(name: str) -> None:
     verdict = run(reduce_plan(PLANS[name]))
     assert [(check.quantity, check.precision) for check in verdict.checks] == [
@@ -73,7 +74,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", every(3, FAULTS))
 def test_a_runtime_that_is_wrong_is_found_and_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fault, first, step, fp32_step = FAULTS[name]
     monkeypatch.setattr(verifying, "run_rank", fault)
@@ -100,6 +101,7 @@ def test_a_rank_that_raises_is_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert error.value.log_lines[-1] == "ArithmeticError: the seventh bit fell off"
 
 
+@pytest.mark.full
 def test_a_rank_that_hangs_is_a_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verifying, "run_rank", faults.verify_hangs_on_rank_one)
     with pytest.raises(RunFailed, match="rank 0 ") as error:
@@ -166,6 +168,7 @@ def test_the_verb_says_what_it_ran_and_that_it_holds(
     assert len(out.splitlines()) < 40
 
 
+@pytest.mark.full
 def test_the_verb_fails_where_something_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
