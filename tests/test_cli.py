@@ -125,6 +125,7 @@ def test_estimate_that_does_not_fit_is_no_error(
     assert document["prediction"]["peak_memory_bytes"] > 80 * 2**30
 
 
+@pytest.mark.full  # every remedy is a search of its own
 def test_nothing_fits_says_how_much_is_missing_and_what_would_help(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
