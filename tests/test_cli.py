@@ -151,7 +151,9 @@ def test_precision_that_the_runtime_lacks_is_exit_code_1(
 @pytest.fixture
 def plan_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     path = tmp_path / "plan.yaml"
-    code, _, _ = run(capsys, monkeypatch, *PLAN, "--pin", "pp=2", "-o", str(path))
+    code, _, _ = run(
+        capsys, monkeypatch, *PLAN, "--pin", "pp=2", "--pin", "virtual_stages=1", "--ban", "recompute", "-o", str(path)
+    )
     assert code == 0
     return path
 
@@ -166,8 +168,11 @@ def _edited(path: Path, edit: str) -> Path:
 @pytest.mark.parametrize(
     ("edit", "text"),
     [
-        ("plan['stages'][0]['layers'][1] -= 1; plan['stages'][0]['recompute']['none'] -= 1", "layers 8 to 8 are lost"),
-        ("plan['stages'][0]['layers'][1] += 1; plan['stages'][0]['recompute']['none'] += 1", "9 to 9 are doubled"),
+        (
+            "plan['stages'][0]['layers'][1] -= 1; plan['stages'][0]['recompute']['none'] -= 1",
+            "layers 10 to 10 are lost",
+        ),
+        ("plan['stages'][0]['layers'][1] += 1; plan['stages'][0]['recompute']['none'] += 1", "11 to 11 are doubled"),
         ("plan['model']['layers'] = 24", "layers are lost"),
         ("plan['layout']['tp'] = 5", "tp·cp·pp·dp"),
         ("plan['layout']['tpp'] = 1", "is 'tp' meant?"),
