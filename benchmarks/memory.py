@@ -11,19 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from planner.rank_memory_report import PARTS
 from tests.distributed.memory_cases import CASES, Compared, compare, in_child
 
-PARTS = [
-    "weights",
-    "gradients",
-    "optimizer",
-    "gathered_weights",
-    "activations",
-    "logits",
-    "pipeline_buffers",
-    "transient",
-    "inputs",
-]
 MIB = 2**20
 
 

@@ -170,17 +170,6 @@ class _OwnSamples:
 
 def first_values(model: ModelSpec) -> Values:
     """The first value of every parameter by name, whole, as the runtime draws them."""
-    whole = Stage(
-        rank=0,
-        chunk=0,
-        first=0,
-        end=model.layers,
-        embedding=True,
-        head=True,
-        recompute_none=model.layers,
-        recompute_selective=0,
-        recompute_full=0,
-    )
-    chunk = build_chunk(model, whole).to_empty(device="cpu")
+    chunk = build_chunk(model, Stage.whole(model)).to_empty(device="cpu")
     initialise([chunk], layers=model.layers, seed=_SEED)
     return {name: parameter.detach() for name, parameter in named_parameters([chunk])}

@@ -36,6 +36,21 @@ class Stage:
     recompute_selective: int
     recompute_full: int
 
+    @classmethod
+    def whole(cls, model: ModelSpec) -> Stage:
+        """The one stage of a model that is not cut, of which nothing recomputes."""
+        return cls(
+            rank=0,
+            chunk=0,
+            first=0,
+            end=model.layers,
+            embedding=True,
+            head=True,
+            recompute_none=model.layers,
+            recompute_selective=0,
+            recompute_full=0,
+        )
+
     def recompute_mode(self, block: int) -> str:
         """`full`, `selective` or `none` for a global block index of this stage."""
         position = block - self.first

@@ -13,7 +13,7 @@ from .report import bytes_text, plain_table, seconds_text
 from .stage_table import layers_text
 
 # The parts in the order of the table; others follow. The last two are seldom more than a little.
-_ORDER = (
+PARTS = (
     "weights",
     "gradients",
     "optimizer",
@@ -39,7 +39,7 @@ def rank_memory_report(found: RankMemory) -> RenderableType:
     )
     table = plain_table("tensors at the peak", "part", "predicted", "live", "difference", "of live")
     total = max(found.live_bytes, 1)
-    parts = sorted({*found.predicted, *found.live}, key=lambda part: (*_ORDER, part).index(part))
+    parts = sorted({*found.predicted, *found.live}, key=lambda part: (*PARTS, part).index(part))
     rows = [(_NAMES.get(p, p.replace("_", " ")), found.predicted.get(p, 0.0), found.live.get(p, 0)) for p in parts]
     rows = [row for row in rows if max(row[1:]) > _SMALLEST_SHARE * total]
     rows.append(("all tensors", found.predicted_bytes, found.live_bytes))

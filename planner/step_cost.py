@@ -46,7 +46,6 @@ class CostModel:
     ) -> None:
         software = software or load_software(CAPABILITIES[job.target].software).software
         self._model, self._job, self._hardware, self._software = model, job, hardware, software
-        self._devices_per_node = cluster.devices_per_node
         self._compute = ComputeModel(model, hardware, job, software)
         self._comm = CommModel(cluster, hardware)
         self._axes = AxisModel(model, hardware, self._comm, job, software)

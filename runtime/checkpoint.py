@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from profiles.input_error import InputError
 
+from .local_parameters import local_part
 from .parameters import named_buffers, named_parameters, tied_copies
 from .transformer import Chunk
 
@@ -139,11 +139,7 @@ def _refresh_tied(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> None
         return
     stale, loaded = copies
     with torch.no_grad():
-        _local(stale).copy_(_local(loaded))
+        local_part(stale).copy_(local_part(loaded))
         for key in ("step", *_MOMENTS):
             target, source = (moments_of(optimizer, copy)[key] for copy in (stale, loaded))
-            _local(target).copy_(_local(source))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local_part(target).copy_(local_part(source))

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from .local_parameters import local_part
 from .mesh import RankMesh
 from .parameters import parameters_of, tied_copies
 from .transformer import Chunk
@@ -88,4 +89,4 @@ def _is_partial(gradient: DTensor) -> bool:
 
 def _local(gradient: torch.Tensor | None) -> torch.Tensor:
     assert gradient is not None
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return local_part(gradient)

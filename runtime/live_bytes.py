@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .local_parameters import local_part
+
 
 class LiveBytes(TorchDispatchMode):
     """Follows each storage from the op that returns it to its release, and every resize in between (FSDP2 frees and
@@ -64,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
         """Say what a live tensor's storage is for. One that no op has returned is none of ours."""
         if tensor is None:
             return
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor)
         if (serial := self._serial_of.get(local.untyped_storage()._cdata)) is not None:
             self._purposes[serial] = purpose
 

@@ -10,6 +10,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class LocalParameters(nn.Module):
     """A module that computes with what this tp rank holds of its parameters, as plain tensors.
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from planner.layout import Layout
 
 from .disk import last_checkpoint
 from .failure import RunFailed
+from .local_parameters import local_part
 from .mesh import coordinate_of
 from .step import StepResult, TrainState
 from .transformer import Chunk
@@ -96,7 +96,7 @@ def _finding(state: TrainState, inputs: torch.Tensor, targets: torch.Tensor) -> 
     if not spoilt:
         return None
     first = min(spoilt)
-    finite = all(bool(_local(parameter).isfinite().all()) for parameter in spoilt[first].parameters())
+    finite = all(bool(local_part(parameter).isfinite().all()) for parameter in spoilt[first].parameters())
     return Finding(first, finite, dist.get_rank())
 
 
@@ -114,7 +114,3 @@ def _layers(chunks: Sequence[Chunk]) -> list[tuple[int, nn.Module]]:
 def _depth(chunks: Sequence[Chunk]) -> int:
     """The place of this rank's last layer in the model."""
     return max((layer for layer, _ in _layers(chunks)), default=-1)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

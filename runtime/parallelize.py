@@ -11,13 +11,14 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from planner.plan import Plan, Stage
 
 from .compilation import Compilation, compile_chunk
 from .experts import Experts
+from .local_parameters import local_part
 from .loss import LossWay
 from .mesh import RankMesh
 from .parameters import initialise
@@ -168,5 +169,5 @@ def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, precision: s
 def _shard_of_experts(axis: DeviceMesh, weight: nn.Parameter) -> Shard | None:
     """Whole experts to each rank where they divide, else slices of each, since whole ones would leave ranks empty."""
     ranks = axis.size(axis.ndim - 1)
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    local = local_part(weight)
     return Shard(1) if local.shape[0] % ranks and local.shape[1] % ranks == 0 else None

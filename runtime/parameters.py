@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from .experts import Router
+from .local_parameters import local_part
 from .transformer import Chunk
 
 WEIGHT_STD = 0.02  # of every matrix, as in GPT-2 (Radford et al. 2019) and most decoders since
@@ -65,8 +66,7 @@ def initialise(chunks: Sequence[Chunk], *, layers: int, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in named_parameters(chunks):
             whole = _first_value(name, parameter.shape, layers, seed)
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            local.copy_(cut(whole, parameter))
+            local_part(parameter).copy_(cut(whole, parameter))
         for chunk in chunks:
             for buffer in chunk.buffers():  # routers start without a bias and with no loads counted
                 buffer.zero_()

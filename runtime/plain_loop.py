@@ -42,18 +42,7 @@ def run_plain(
 
     `balance` is of experts, where the model has some.
     """
-    whole = Stage(
-        rank=0,
-        chunk=0,
-        first=0,
-        end=model.layers,
-        embedding=True,
-        head=True,
-        recompute_none=model.layers,
-        recompute_selective=0,
-        recompute_full=0,
-    )
-    chunk = build_chunk(model, whole).to(dtype).to_empty(device="cpu")
+    chunk = build_chunk(model, Stage.whole(model)).to(dtype).to_empty(device="cpu")
     chunk.tie()
     initialise([chunk], layers=model.layers, seed=seed)
     groups = [

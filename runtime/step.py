@@ -15,7 +15,7 @@ import torch.distributed as dist
 from planner.plan import Plan
 
 from .compilation import Compilation
-from .experts import Balance, routers_of, update_selection_bias
+from .experts import Balance, Router, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
 from .optimizer import build_optimizer, set_learning_rate, update
@@ -33,6 +33,7 @@ class TrainState:
     chunks: Sequence[Chunk]
     runner: StepRunner
     optimizer: torch.optim.AdamW
+    routers: Sequence[Router]  # of experts, found once
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def state_of(
     activation_dtype = torch.bfloat16 if plan.job.precision == "bf16" else dtype
     runner = build_runner(plan, chunks, mesh, device, activation_dtype)
     optimizer = build_optimizer(chunks, weight_decay=weight_decay)
-    return TrainState(device, mesh, chunks, runner, optimizer)
+    return TrainState(device, mesh, chunks, runner, optimizer, routers_of(chunks))
 
 
 def training_step(
@@ -124,7 +125,7 @@ def training_step(
     set_learning_rate(state.optimizer, learning_rate)
     update(state.optimizer, sums.isfinite().all())
     state.optimizer.zero_grad()
-    update_selection_bias(routers_of(state.chunks), [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
+    update_selection_bias(state.routers, [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
     loss, square = sums.tolist()
     if state.device.type == "cuda":

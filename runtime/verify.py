@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from planner.plan import Plan
 
@@ -21,6 +20,7 @@ from . import loss
 from .data import own_samples
 from .experts import Balance
 from .launch import start_ranks
+from .local_parameters import local_part
 from .parameters import WEIGHT_STD, cut, named_buffers, named_parameters
 from .plain_loop import PlainRun, run_plain
 from .process_group import process_group
@@ -210,8 +210,7 @@ def _differences(state: TrainState, plain: Mapping[str, torch.Tensor]) -> dict[s
     differences: dict[str, float] = {}
     for name, parameter in (*named_parameters(state.chunks), *named_buffers(state.chunks)):
         whole = plain[name]
-        local = parameter.detach()
-        local = local.to_local() if isinstance(local, DTensor) else local
+        local = local_part(parameter.detach())
         if local.numel():
             off = (local - cut(whole, parameter)).abs().max() / whole.abs().max().clamp(min=WEIGHT_STD)
             differences[name] = max(differences.get(name, 0.0), _large(off.item()))

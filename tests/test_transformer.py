@@ -26,20 +26,6 @@ GELU = tiny_llama(name="tiny-gelu", activation="gelu", mlp_bias=True, head_dim=1
 MODELS = {model.name: model for model in (LLAMA, LLAMA_SCALED, QWEN2, MISTRAL, GPT2, GELU)}
 
 
-def whole(model: ModelSpec) -> Stage:
-    return Stage(
-        rank=0,
-        chunk=0,
-        first=0,
-        end=model.layers,
-        embedding=True,
-        head=True,
-        recompute_none=model.layers,
-        recompute_selective=0,
-        recompute_full=0,
-    )
-
-
 def hugging_face(model: ModelSpec) -> Any:
     """transformers' model of the same architecture, with weights large enough to tell outputs apart."""
     import transformers
@@ -93,7 +79,7 @@ def hugging_face(model: ModelSpec) -> Any:
 
 
 def loaded(model: ModelSpec, tensors: dict[str, torch.Tensor]) -> Chunk:
-    chunk = build_chunk(model, whole(model)).to_empty(device="cpu")
+    chunk = build_chunk(model, Stage.whole(model)).to_empty(device="cpu")
     chunk.tie()
     ours = dict(named_parameters([chunk]))
     with torch.no_grad():
@@ -116,25 +102,27 @@ def test_logits_equal_transformers(model: ModelSpec) -> None:
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
 def test_parameters_are_as_many_as_the_spec_says(model: ModelSpec) -> None:
-    chunk = build_chunk(model, whole(model))
+    chunk = build_chunk(model, Stage.whole(model))
     assert all(parameter.is_meta for parameter in chunk.parameters())
     assert sum(parameter.numel() for parameter in chunk.parameters()) == model.parameters
 
 
 def test_names_are_those_of_the_whole_model_on_every_stage() -> None:
     def stage(first: int, end: int, embedding: bool, head: bool) -> Stage:
-        return replace(whole(GPT2), first=first, end=end, embedding=embedding, head=head, recompute_none=end - first)
+        return replace(
+            Stage.whole(GPT2), first=first, end=end, embedding=embedding, head=head, recompute_none=end - first
+        )
 
     parts = [stage(0, 0, True, False), stage(0, 3, False, False), stage(3, 4, False, True)]
     names = [name for part in parts for name, _ in named_parameters([build_chunk(GPT2, part)])]
-    expected = [name for name, _ in named_parameters([build_chunk(GPT2, whole(GPT2))])]
+    expected = [name for name, _ in named_parameters([build_chunk(GPT2, Stage.whole(GPT2))])]
     assert names[-1] == "embedding.tokens.weight"  # the head's copy goes by the name of what it is a copy of
     assert names[:-1] == expected
 
 
 def test_first_values_depend_on_seed_and_name_only() -> None:
     def first(seed: int) -> dict[str, torch.Tensor]:
-        chunk = build_chunk(GPT2, whole(GPT2)).to_empty(device="cpu")
+        chunk = build_chunk(GPT2, Stage.whole(GPT2)).to_empty(device="cpu")
         chunk.tie()
         initialise([chunk], layers=GPT2.layers, seed=seed)
         return {name: parameter.detach() for name, parameter in named_parameters([chunk])}

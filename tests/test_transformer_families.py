@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from planner.plan import Stage
 from profiles.hf_config import read_hf_config
 from runtime.hf_names import from_hugging_face
 from runtime.parameters import named_buffers, named_parameters
 from runtime.transformer import build_chunk
-from tests.test_transformer import whole
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -69,7 +69,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     model = read_hf_config(tmp_path / "config.json")
 
-    chunk = build_chunk(model, whole(model)).to_empty(device="cpu")
+    chunk = build_chunk(model, Stage.whole(model)).to_empty(device="cpu")
     ours = dict(named_parameters([chunk])) | dict(named_buffers([chunk]))
     with torch.no_grad():
         for path, tensor in from_hugging_face(model.family, theirs.state_dict(), tied=model.tied_embeddings):

@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 
 
-def every(nth: int, cases: Iterable[Any]) -> list[Any]:
-    """Parameters for pytest: all cases, but those between every `nth` marked `full`."""
-    return [pytest.param(case, marks=[pytest.mark.full] if place % nth else []) for place, case in enumerate(cases)]
+def every(nth: int, cases: Iterable[Any], *, first: int = 0) -> list[Any]:
+    """Parameters for pytest, a tuple being several: all cases, but those between every `nth` marked `full`."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=[] if place % nth == first else [pytest.mark.full]
+        )
+        for place, case in enumerate(cases)
+    ]

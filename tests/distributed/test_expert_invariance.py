@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from planner.plan import Plan
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import Trajectory, run_plain, run_plan_in
 from tests.plans import make_plan, tiny_experts, tiny_latent, tiny_shared_experts
+from tests.thinned import every
 
 STEPS = 10
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative
@@ -29,7 +29,6 @@ def plan_of(model: str, recompute: Any = None, selective: Any = None, **layout: 
     return make_plan(MODELS[model], Layout(**layout), JOB, None, recompute, selective)
 
 
-FULL = os.environ.get("MESHWRIGHT_FULL_TESTS") == "1"
 SP = {"tp": 2, "sequence_parallel": True}
 # Of ep, etp and edp each alone and with each other, with tp, dp, every zero level, HSDP, pipelines and recomputation.
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -73,7 +72,7 @@ def references() -> dict[tuple[str, torch.dtype], Trajectory]:
 
 
 # Every fourth of them in `make test`, since each takes seconds; all in `make test-full`.
-@pytest.mark.parametrize(("model", "case"), CASES if FULL else CASES[1::4], ids=str)
+@pytest.mark.parametrize(("model", "case"), every(4, CASES, first=1), ids=str)
 def test_loss_and_norm_do_not_depend_on_the_grid(
     model: str, case: dict[str, Any], references: dict[tuple[str, torch.dtype], Trajectory]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import Trajectory, run_plain, run_plan, run_plan_in
 from tests.distributed.pairwise import legal_settings, pairwise_settings
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.thinned import every
 
 STEPS = 10
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative
@@ -71,9 +71,7 @@ CASES = {
     "gpt2 tp2 sp pp2": gpt2(tp=2, pp=2, sequence_parallel=True, micro_batch=6),
 }
 GENERATED = {str(setting): setting for setting in pairwise_settings()}
-# Each takes seconds: every second of them in `make test`, all in `make test-full`.
-TRIED = list(GENERATED)[:: 1 if os.environ.get("MESHWRIGHT_FULL_TESTS") == "1" else 2]
-PLANS = {name: case.plan() for name, case in CASES.items()} | {name: GENERATED[name].plan() for name in TRIED}
+PLANS = {name: case.plan() for name, case in CASES.items()} | {name: case.plan() for name, case in GENERATED.items()}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +89,7 @@ def test_every_pair_of_settings_that_is_trained_is_tried() -> None:
     assert schedules == set(SCHEDULES)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [*CASES, *every(2, GENERATED)])
 def test_loss_and_norm_do_not_depend_on_the_layout(name: str, references: References) -> None:
     plan = PLANS[name]
     steps = dict.fromkeys(TOLERANCE, STEPS)
