@@ -52,7 +52,8 @@ def lower_bound(
 ) -> float | None:
     """Seconds that no assignment of the layout is below, None when none fits `limit_bytes`.
 
-    `modes` are what a layer may recompute. Above `enough_seconds` the bound need not be the best one known.
+    `modes` are what a layer may recompute. Above `enough_seconds` the bound need not be the best one known. With
+    an infinite limit no bytes are looked at, which is much sooner.
     """
     if not modes:
         return None
@@ -68,6 +69,16 @@ def lower_bound(
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
+
+
+class NoLimit:
+    """A rank without a limit of memory: every layer recomputes as little as any mode does."""
+
+    def __init__(self, segment: SegmentCosts, modes: Sequence[str]) -> None:
+        self._least = min(segment.seconds.recompute(mode).total for mode in modes)
+
+    def least_recompute(self, layers: int) -> float | None:
+        return layers * self._least
 
 
 class RankLimits:
@@ -144,6 +155,20 @@ def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[flo
     return [one for one in found if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)]
 
 
+def _rank_limits(
+    costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str]
+) -> list[RankLimits]:
+    # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
+    # the limit fits, here as in `fits`.
+    pp, limit = costs.layout.pp, limit_bytes * (1 + ROUNDING)
+    flights = least_in_flight(costs.pipeline)
+    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, pp - 1), pp - 1}}
+    middle = edges[min(1, pp - 1)][0][0]
+    return [
+        RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes) for rank in range(pp)
+    ]
+
+
 # ---- dealing out layers of one kind --------------------------------------------------------------------------
 
 # (rank, layers, seconds of recomputation a microbatch) -> seconds of the step at least
@@ -158,15 +183,10 @@ def _deal(
     Once it is above `enough` it may be given as it is.
     """
     layout, alone = costs.layout, len(costs.segments) == 1
-    # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
-    # the limit fits, here as in `fits`.
-    flights, limit = least_in_flight(costs.pipeline), limit_bytes * (1 + ROUNDING)
-    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, layout.pp - 1), layout.pp - 1}}
-    middle = edges[min(1, layout.pp - 1)][0][0]
-    limits = [
-        RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes)
-        for rank in range(layout.pp)
-    ]
+    if limit_bytes == math.inf:
+        limits = [NoLimit(segment, modes)] * layout.pp
+    else:
+        limits = _rank_limits(costs, segment, limit_bytes, modes)
     heap: list[tuple[float, int]] = []
     counts, most = [0] * layout.pp, 0.0
 

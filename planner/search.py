@@ -8,8 +8,10 @@ is not below the best step found, nothing left can be faster, and the plan carri
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import count
 
 from profiles.model import ModelSpec
@@ -28,6 +30,13 @@ from .rules import recompute_modes
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
 from .step_cost import CostModel
+
+
+@dataclass(frozen=True)
+class _Bounded:
+    """A layout whose bound counts its bytes too; one that was priced and is not such has only its seconds' bound."""
+
+    costs: LayoutCosts
 
 
 def search(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan:
@@ -53,7 +62,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
     ties = count()
-    left: list[tuple[float, int, LayoutGroup | LayoutCosts]] = [
+    left: list[tuple[float, int, LayoutGroup | LayoutCosts | _Bounded]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
@@ -86,14 +95,20 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         if isinstance(item, LayoutGroup):
             for layout in item:
                 costs = prices.price(layout)
-                bound = lower_bound(costs, question.limit_bytes, recompute_modes(layout, rules), cutoff)
-                if bound is None:
-                    pruned_memory += 1
-                else:
-                    heapq.heappush(left, (max(least, bound), next(ties), costs))
-                    first = guesses.look_at(costs, bound, cutoff, first)
+                bound = lower_bound(costs, math.inf, recompute_modes(layout, rules), cutoff)
+                assert bound is not None, "a layout without a mode is not in the space"
+                heapq.heappush(left, (max(least, bound), next(ties), costs))
             continue
-        costs, modes = item, recompute_modes(item.layout, rules)
+        if isinstance(item, LayoutCosts):
+            costs = item
+            bound = lower_bound(costs, question.limit_bytes, recompute_modes(costs.layout, rules), cutoff)
+            if bound is None:
+                pruned_memory += 1
+            else:
+                heapq.heappush(left, (max(least, bound), next(ties), _Bounded(costs)))
+                first = guesses.look_at(costs, bound, cutoff, first)
+            continue
+        costs, modes = item.costs, recompute_modes(item.costs.layout, rules)
         start = first_assignment(costs, question.limit_bytes, modes)
         if not fits(costs, start, question.limit_bytes):
             start = None

@@ -26,7 +26,9 @@ Subject to
 A schedule with given durations is max-plus: its makespan is the longest of its paths, each linear in n. So
 start from `simulation.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its
 critical path as a cut. Each cut is violated by the answer it came from, so no answer returns unless it is
-best, and the loop ends when the relaxation's bound meets the best simulated step.
+best, and the loop ends when the relaxation's bound meets the best simulated step. First fractions of layers are
+allowed: such programs are solved at once, their simulations give valid cuts too, and most layouts that cannot beat
+the goal are ruled out by them alone.
 
 Seconds are scaled by the bound and bytes by the limit, so that the solver sees numbers near 1.
 """
@@ -44,12 +46,15 @@ from .bounds import empty_counts
 from .layout import RECOMPUTE_MODES
 from .layout_costs import Blocks, LayoutCosts, StageCount
 from .part_seconds import PartSeconds
-from .simulation import Path, known_paths
+from .simulation import Path, Simulation, StageSeconds, known_paths, simulate
 
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
 _MOST_CUTS = 200
+# Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
+_MOST_RELAXED = 40
+_RELAXED_ENOUGH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,20 @@ class _Program:
 
     # ---- solving ---------------------------------------------------------------------------------------
 
+    def relax(self) -> Simulation | None:
+        """The best assignment of fractions of layers, simulated; None when not even those reach the goal.
+
+        `step` then has the objective: no assignment of whole layers is below it.
+        """
+        self.problem.solve(make_solver(math.inf, whole=False))
+        if self.problem.status != pulp.LpStatusOptimal:
+            return None
+        durations = [
+            StageSeconds(**{p: (self.phase[p, s].value() or 0.0) * self.scale for p in PATH_PHASES})
+            for s in range(self.costs.layout.stages)
+        ]
+        return simulate(self.costs.pipeline, durations, self.costs.send_seconds)
+
     def solve(self, solver: pulp.LpSolver) -> tuple[tuple[StageCount, ...] | None, float]:
         """(assignment or None, lower bound of T + O in seconds); the bound is infinite when nothing is feasible.
 
@@ -252,9 +271,13 @@ def _of(part: PartSeconds, phase: str) -> float:
     return getattr(part, phase).total
 
 
-def make_solver(limit_seconds: float) -> pulp.LpSolver:
-    """HiGHS, or CBC where HiGHS is missing; one thread, no gap, stopped after `limit_seconds`."""
+def make_solver(limit_seconds: float, whole: bool = True) -> pulp.LpSolver:
+    """HiGHS, or CBC where HiGHS is missing; one thread, no gap, stopped after `limit_seconds`.
+
+    Not `whole`: numbers of layers may be fractions.
+    """
     highs = pulp.HiGHS(
+        mip=whole,
         msg=False,
         gapRel=0.0,
         threads=1,
@@ -266,7 +289,7 @@ def make_solver(limit_seconds: float) -> pulp.LpSolver:
         return highs
     # The CBC that pulp 3 ships, found by its path: PULP_CBC_CMD would warn that pulp 4 does not ship it.
     bundled = pulp.apis.coin_api.pulp_cbc_path
-    return pulp.COIN_CMD(path=bundled, msg=False, gapRel=0.0, threads=1, timeLimit=limit_seconds)
+    return pulp.COIN_CMD(path=bundled, mip=whole, msg=False, gapRel=0.0, threads=1, timeLimit=limit_seconds)
 
 
 def solve_stages(
@@ -307,6 +330,8 @@ def solve_stages(
         program.longer_than_path(path)
     if best is not None:
         program.longer_than_path(costs.simulate(best).critical_path)
+    if not _cut_by_fractions(program, min(best_seconds, cutoff_seconds), deadline):
+        return Solution(best, best_seconds, min(best_seconds, cutoff_seconds), solved)
     while solved < _MOST_CUTS and time.monotonic() < deadline:
         goal = min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE)
         if bound >= goal:
@@ -324,3 +349,20 @@ def solve_stages(
             best, best_seconds = counts, seconds
         program.longer_than_path(simulation.critical_path)
     return Solution(best, best_seconds, min(bound, best_seconds), solved)
+
+
+def _cut_by_fractions(program: _Program, most_seconds: float, deadline: float) -> bool:
+    """Add the paths that matter to fractions of layers; False when none of those is faster than `most_seconds`."""
+    costs, scale = program.costs, program.scale
+    program.better_than(most_seconds * (1 - RELATIVE_TOLERANCE))
+    for _ in range(_MOST_RELAXED):
+        if time.monotonic() > deadline:
+            break
+        simulation = program.relax()
+        if simulation is None:
+            return False
+        makespan = (program.makespan.value() or 0.0) * scale
+        if simulation.seconds <= makespan + _RELAXED_ENOUGH * (makespan + costs.step_seconds):
+            break
+        program.longer_than_path(simulation.critical_path)
+    return True

@@ -20,6 +20,7 @@ from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
 from .data_parallel_cost import DataParallelModel
 from .job import TrainingJob
+from .later import Later
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
@@ -76,8 +77,10 @@ class CostModel:
             step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
             embedding_memory=embedding[1],
             head_memory=head[1],
-            fixed_memory=self._fixed_memory(layout, microbatches),
-            in_flight=(held_by_torch if software.on_torch_pipeline else in_flight)(layout.pipeline(microbatches)),
+            fixed_memory=Later(lambda: self._fixed_memory(layout, microbatches)),
+            in_flight=Later(
+                lambda: (held_by_torch if software.on_torch_pipeline else in_flight)(layout.pipeline(microbatches))
+            ),
             allocator_slack=self._hardware.allocator_slack,
         )
 

@@ -572,11 +572,7 @@ def test_what_meshwright_trains_has_no_features() -> None:
 
 
 REFUSALS = {
-    "mixtral-8x7b": ("meshwright cannot train experts yet", "megatron can: --target megatron"),
-    "deepseek-v3": (
-        "meshwright cannot train experts, latent attention and YaRN positions yet",
-        "megatron can: --target megatron",
-    ),
+    "deepseek-v3": ("meshwright cannot train YaRN positions yet", "megatron can: --target megatron"),
     "bert-large": (
         "meshwright cannot train bidirectional attention, post-norm layers, token types, output transform, "
         "output bias and next-sentence head yet",
@@ -614,7 +610,7 @@ def test_the_command_line_refuses_it_with_exit_code_1(
 
 def test_no_layout_of_such_a_model_is_legal_and_no_plan_file_of_one_is_read() -> None:
     job = TrainingJob(global_batch=4, sequence=16)
-    reason = "tiny-llama: the meshwright runtime does not train QK norm today; megatron can"
+    reason = "tiny-llama: the meshwright runtime does not train ALiBi positions today; megatron can"
     spec = tiny_llama(qk_norm=True)
     assert violations(Layout(dp=2), RuleContext(spec, job, 2)) == (reason,)
     assert list(enumerate_layouts(RuleContext(spec, job, 2))) == []
