@@ -57,15 +57,39 @@ def lower_bound(
     """
     if not modes:
         return None
-    commonest = max(costs.segments, key=lambda segment: segment.layers)
-    simple = costs.layout.schedule in BLOCKING and len(costs.segments) == 1
-    heads, tails = _heads_and_tails(costs)
-    cost = _round_trip(costs, commonest) if simple else _around(costs, commonest, heads, tails)
+    commonest, cost = _commonest(costs)
     dealt = _deal(costs, commonest, limit_bytes, modes, cost, enough_seconds)
     if dealt is None:
         return None
-    poured = 0.0 if simple else _poured(costs, modes, heads, tails)
+    poured = 0.0 if _is_simple(costs) else _poured(costs, modes)
     return max(dealt, poured, _one_stage(costs, modes)) + costs.step_seconds
+
+
+def most_layers(
+    costs: LayoutCosts, limit_bytes: float, modes: Sequence[str], goal_seconds: float
+) -> tuple[int, list[int]]:
+    """(segment, layers of it that each rank holds at most): with more no step is below `goal_seconds`, or none fits."""
+    segment, cost = _commonest(costs)
+    most = []
+    for rank, limit in enumerate(_rank_limits(costs, segment, limit_bytes, modes)):
+        layers = 0
+        while layers < segment.layers:
+            again = limit.least_recompute(layers + 1)
+            if again is None or cost(rank, layers + 1, again) + costs.step_seconds > goal_seconds * (1 + ROUNDING):
+                break
+            layers += 1
+        most.append(layers)
+    return costs.segments.index(segment), most
+
+
+def _commonest(costs: LayoutCosts) -> tuple[SegmentCosts, RankCost]:
+    """The segment with most layers, and what those cost a rank at least."""
+    segment = max(costs.segments, key=lambda segment: segment.layers)
+    return segment, (_round_trip if _is_simple(costs) else _around)(costs, segment)
+
+
+def _is_simple(costs: LayoutCosts) -> bool:
+    return costs.layout.schedule in BLOCKING and len(costs.segments) == 1
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -248,8 +272,9 @@ def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     return cost
 
 
-def _around(costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], tails: Sequence[float]) -> RankCost:
+def _around(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     """Of any schedule: what passes before and after a rank's own work."""
+    heads, tails = _heads_and_tails(costs)
     layout, count, layer = costs.layout, costs.microbatches, segment.seconds
     first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
     plain = layout.virtual_stages * count * (bare.forward.total + bare.backward.total)
@@ -286,7 +311,8 @@ def _heads_and_tails(costs: LayoutCosts) -> tuple[list[float], list[float]]:
     return heads, [0.0] + [first.backward.total + (rank - 1) * back + rank * send for rank in ranks]
 
 
-def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:
+def _poured(costs: LayoutCosts, modes: Sequence[str]) -> float:
+    heads, tails = _heads_and_tails(costs)
     layout, count = costs.layout, costs.microbatches
     bare = costs.microbatch.forward.total + costs.microbatch.backward.total
     each, reduce, update, work = layout.stages * bare, 0.0, 0.0, 0.0

@@ -42,7 +42,7 @@ from dataclasses import dataclass, field
 
 import pulp
 
-from .bounds import empty_counts
+from .bounds import empty_counts, most_layers
 from .layout import RECOMPUTE_MODES
 from .layout_costs import Blocks, LayoutCosts, StageCount
 from .part_seconds import PartSeconds
@@ -55,6 +55,7 @@ _MOST_CUTS = 200
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
 _MOST_RELAXED = 40
 _RELAXED_ENOUGH = 1e-3
+_TOWARDS_ANSWER = 0.3  # of the way from the best fractions seen to the program's answer
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,20 @@ class _Program:
     def no_empty_stage(self) -> None:
         for s in range(1, self.costs.layout.stages - 1):
             self.problem += pulp.lpSum(n for (of, _, _), n in self.n.items() if of == s) >= 1, f"no_empty_stage_{s}"
+
+    def layers_of_ranks(self) -> None:
+        """Layers of each rank, by segment and by mode: no more than can reach the goal; the solver splits these first."""
+        commonest, most = most_layers(self.costs, self.limit_bytes, self.modes, self.goal_seconds)
+        layout = self.costs.layout
+        for q in range(layout.pp):
+            held = [n for (s, k, _), n in self.n.items() if k == commonest and s in layout.stages_of(q)]
+            whole = self.problem.add_variable(f"N_{q}", 0, most[q], cat=pulp.LpInteger)
+            self.problem += whole == pulp.lpSum(held), f"layers_of_rank_{q}"
+            if layout.virtual_stages > 1 and len(self.modes) > 1:
+                for r in self.modes:
+                    held = [n for (s, k, of), n in self.n.items() if k == commonest and of == r and s in layout.stages_of(q)]
+                    whole = self.problem.add_variable(f"N_{q}_{r}", 0, most[q], cat=pulp.LpInteger)
+                    self.problem += whole == pulp.lpSum(held), f"layers_of_rank_{q}_{r}"
 
     def segments_in_order(self) -> None:
         stages = range(self.costs.layout.stages)
@@ -227,19 +242,18 @@ class _Program:
 
     # ---- solving ---------------------------------------------------------------------------------------
 
-    def relax(self) -> Simulation | None:
-        """The best assignment of fractions of layers, simulated; None when not even those reach the goal.
+    def relax(self) -> list[StageSeconds] | None:
+        """Durations of the best assignment of fractions of layers; None when not even those reach the goal.
 
         `step` then has the objective: no assignment of whole layers is below it.
         """
         self.problem.solve(make_solver(math.inf, whole=False))
         if self.problem.status != pulp.LpStatusOptimal:
             return None
-        durations = [
+        return [
             StageSeconds(**{p: (self.phase[p, s].value() or 0.0) * self.scale for p in PATH_PHASES})
             for s in range(self.costs.layout.stages)
         ]
-        return simulate(self.costs.pipeline, durations, self.costs.send_seconds)
 
     def solve(self, solver: pulp.LpSolver) -> tuple[tuple[StageCount, ...] | None, float]:
         """(assignment or None, lower bound of T + O in seconds); the bound is infinite when nothing is feasible.
@@ -321,17 +335,19 @@ def solve_stages(
     )
     program.every_layer_once()
     program.no_empty_stage()
+    program.layers_of_ranks()
     program.segments_in_order()
     program.fits_memory()
     program.durations()
     program.optimizer_of_slowest()
-    program.not_below_bound(bound_seconds)
     for path in known_paths(costs.pipeline):
         program.longer_than_path(path)
     if best is not None:
         program.longer_than_path(costs.simulate(best).critical_path)
-    if not _cut_by_fractions(program, min(best_seconds, cutoff_seconds), deadline):
+    start_seconds = costs.durations(best) if best is not None else None
+    if not _cut_by_fractions(program, start_seconds, min(best_seconds, cutoff_seconds), deadline):
         return Solution(best, best_seconds, min(best_seconds, cutoff_seconds), solved)
+    program.not_below_bound(bound_seconds)
     while solved < _MOST_CUTS and time.monotonic() < deadline:
         goal = min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE)
         if bound >= goal:
@@ -351,18 +367,45 @@ def solve_stages(
     return Solution(best, best_seconds, min(bound, best_seconds), solved)
 
 
-def _cut_by_fractions(program: _Program, most_seconds: float, deadline: float) -> bool:
-    """Add the paths that matter to fractions of layers; False when none of those is faster than `most_seconds`."""
+def _cut_by_fractions(
+    program: _Program, start: Sequence[StageSeconds] | None, most_seconds: float, deadline: float
+) -> bool:
+    """Add the paths that matter to fractions of layers; False when none of those is faster than `most_seconds`.
+
+    The programs' own answers jump from corner to corner, and each corner has a path of its own. So paths are taken
+    between the answer and the best seen too (in-out separation), where few matter.
+    """
     costs, scale = program.costs, program.scale
     program.better_than(most_seconds * (1 - RELATIVE_TOLERANCE))
+
+    def simulated(durations: Sequence[StageSeconds]) -> Simulation:
+        return simulate(costs.pipeline, durations, costs.send_seconds)
+
+    inner = (simulated(start).seconds, start) if start is not None else None
     for _ in range(_MOST_RELAXED):
         if time.monotonic() > deadline:
             break
-        simulation = program.relax()
-        if simulation is None:
+        outer = program.relax()
+        if outer is None:
             return False
-        makespan = (program.makespan.value() or 0.0) * scale
-        if simulation.seconds <= makespan + _RELAXED_ENOUGH * (makespan + costs.step_seconds):
-            break
+        least, simulation = (program.makespan.value() or 0.0) * scale, simulated(outer)
         program.longer_than_path(simulation.critical_path)
+        if inner is None or simulation.seconds < inner[0]:
+            inner = (simulation.seconds, outer)
+        between = [_mixed(a, b) for a, b in zip(inner[1], outer, strict=True)]
+        simulation = simulated(between)
+        program.longer_than_path(simulation.critical_path)
+        if simulation.seconds < inner[0]:
+            inner = (simulation.seconds, between)
+        if inner[0] <= least + _RELAXED_ENOUGH * (least + costs.step_seconds):
+            break
     return True
+
+
+def _mixed(inner: StageSeconds, outer: StageSeconds) -> StageSeconds:
+    return StageSeconds(
+        **{
+            p: (1 - _TOWARDS_ANSWER) * getattr(inner, p) + _TOWARDS_ANSWER * getattr(outer, p)
+            for p in PATH_PHASES
+        }
+    )
