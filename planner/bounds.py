@@ -188,9 +188,7 @@ def _rank_limits(
     flights = least_in_flight(costs.pipeline)
     edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, pp - 1), pp - 1}}
     middle = edges[min(1, pp - 1)][0][0]
-    return [
-        RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes) for rank in range(pp)
-    ]
+    return [RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes) for rank in range(pp)]
 
 
 # ---- dealing out layers of one kind --------------------------------------------------------------------------

@@ -67,8 +67,8 @@ class LayoutCosts:
     step_seconds: float
     embedding_memory: PartMemory
     head_memory: PartMemory
-    fixed_memory: Sequence[MemoryBytes]
-    in_flight: Sequence[tuple[InFlight, ...]]
+    fixed_memory: tuple[MemoryBytes, ...]
+    in_flight: tuple[tuple[InFlight, ...], ...]
     allocator_slack: float
 
     @property

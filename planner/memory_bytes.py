@@ -65,11 +65,11 @@ class PartMemory:
     once beyond what is held, and with recomputation the activations that come back for one layer at a time.
     """
 
-    state: MemoryBytes
-    held: MemoryBytes
-    held_recomputed: MemoryBytes
-    transient: float
-    transient_recomputed: float
+    state: MemoryBytes = MemoryBytes()
+    held: MemoryBytes = MemoryBytes()
+    held_recomputed: MemoryBytes = MemoryBytes()
+    transient: float = 0.0
+    transient_recomputed: float = 0.0
     held_selective: MemoryBytes = NO_BYTES
     transient_selective: float = 0.0
     held_weight: MemoryBytes = NO_BYTES

@@ -1,8 +1,9 @@
 """The whole search: bound groups of layouts, expand the most promising, solve in order of bound, stop with proof.
 
 Exact because of three facts: a group's bound is below every layout's in it (`CostModel.least_work`), a layout's is
-below its best step (`bounds`), and a layout's solution is its best assignment (`stage_ilp`). So once the next bound
-is not below the best step found, nothing left can be faster, and the plan carries the counts that say so.
+below its best step (`bounds`, first by seconds alone, then with its bytes), and a layout's solution is its best
+assignment (`stage_ilp`). So once the next bound is not below the best step found, nothing left can be faster, and the
+plan carries the counts that say so.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import heapq
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
 
 from profiles.model import ModelSpec
@@ -30,13 +30,6 @@ from .rules import recompute_modes
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
 from .step_cost import CostModel
-
-
-@dataclass(frozen=True)
-class _Bounded:
-    """A layout whose bound counts its bytes too; one that was priced and is not such has only its seconds' bound."""
-
-    costs: LayoutCosts
 
 
 def search(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan:
@@ -62,7 +55,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
     ties = count()
-    left: list[tuple[float, int, LayoutGroup | LayoutCosts | _Bounded]] = [
+    left: list[tuple[float, int, LayoutGroup | Layout | LayoutCosts]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
@@ -94,21 +87,20 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             continue
         if isinstance(item, LayoutGroup):
             for layout in item:
-                costs = prices.price(layout)
-                bound = lower_bound(costs, math.inf, recompute_modes(layout, rules), cutoff)
-                assert bound is not None, "a layout without a mode is not in the space"
-                heapq.heappush(left, (max(least, bound), next(ties), costs))
+                bound = lower_bound(prices.price_seconds(layout), math.inf, recompute_modes(layout, rules), cutoff)
+                assert bound is not None, "a layout that can recompute nothing is not in the space"
+                heapq.heappush(left, (max(least, bound), next(ties), layout))
             continue
-        if isinstance(item, LayoutCosts):
-            costs = item
-            bound = lower_bound(costs, question.limit_bytes, recompute_modes(costs.layout, rules), cutoff)
+        if isinstance(item, Layout):
+            costs = prices.price(item)
+            bound = lower_bound(costs, question.limit_bytes, recompute_modes(item, rules), cutoff)
             if bound is None:
                 pruned_memory += 1
             else:
-                heapq.heappush(left, (max(least, bound), next(ties), _Bounded(costs)))
+                heapq.heappush(left, (max(least, bound), next(ties), costs))
                 first = guesses.look_at(costs, bound, cutoff, first)
             continue
-        costs, modes = item.costs, recompute_modes(item.costs.layout, rules)
+        costs, modes = item, recompute_modes(item.layout, rules)
         start = first_assignment(costs, question.limit_bytes, modes)
         if not fits(costs, start, question.limit_bytes):
             start = None

@@ -4,6 +4,7 @@ Sets       s in 0..S-1 stages, each on one of p ranks;  k segments of the model,
            r in {none, selective, full} recompute modes;  v in-flight vectors of a rank;  P paths of the schedule
 Variables  n[s,k,r]  whole number of layers of segment k on stage s that recompute as r
            f, i, w, g, d[s]  forward, input's and weights' backward, gather, reduce seconds of stage s
+           N[q,r]    whole number of layers of the commonest segment on rank q
            u[q,k,r]  1 when rank q has a layer of segment k that recomputes as r;  y[q] its transient bytes
            z[k,s]    1 when a layer after segment k may lie on stage s
            T       seconds up to the last gradient reduction;   O  seconds of the optimizer
@@ -12,6 +13,7 @@ Minimise   Z = T + O
 Subject to
   (layers)     Σ_{s,r} n[s,k,r] = L_k                                         every_layer_once
   (stages)     Σ_{k,r} n[s,k,r] >= 1 for a stage without embedding and head   no_empty_stage
+  (ranks)      N[q,r] = Σ_s n[s,k,r] <= the most whose least cost reaches the goal    layers_of_ranks
   (order)      n[s,k+1,r] <= L·z[k,s],  n[s,k,r] <= L·(1 - z[k,s-1]),         segments_in_order
                z[k,s] rises with s
   (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use         transient_in_use
@@ -135,18 +137,16 @@ class _Program:
             self.problem += pulp.lpSum(n for (of, _, _), n in self.n.items() if of == s) >= 1, f"no_empty_stage_{s}"
 
     def layers_of_ranks(self) -> None:
-        """Layers of each rank, by segment and by mode: no more than can reach the goal; the solver splits these first."""
+        """Layers of each rank, in all and by mode: no more than can reach the goal; the solver splits these first."""
         commonest, most = most_layers(self.costs, self.limit_bytes, self.modes, self.goal_seconds)
         layout = self.costs.layout
+        chosen = [(), *((r,) for r in self.modes)] if layout.virtual_stages > 1 and len(self.modes) > 1 else [()]
         for q in range(layout.pp):
-            held = [n for (s, k, _), n in self.n.items() if k == commonest and s in layout.stages_of(q)]
-            whole = self.problem.add_variable(f"N_{q}", 0, most[q], cat=pulp.LpInteger)
-            self.problem += whole == pulp.lpSum(held), f"layers_of_rank_{q}"
-            if layout.virtual_stages > 1 and len(self.modes) > 1:
-                for r in self.modes:
-                    held = [n for (s, k, of), n in self.n.items() if k == commonest and of == r and s in layout.stages_of(q)]
-                    whole = self.problem.add_variable(f"N_{q}_{r}", 0, most[q], cat=pulp.LpInteger)
-                    self.problem += whole == pulp.lpSum(held), f"layers_of_rank_{q}_{r}"
+            for modes in chosen:
+                name = "_".join((str(q), *modes))
+                whole = self.problem.add_variable(f"N_{name}", 0, most[q], cat=pulp.LpInteger)
+                held = [self.n[s, commonest, r] for s in layout.stages_of(q) for r in modes or self.modes]
+                self.problem += whole == pulp.lpSum(held), f"layers_of_rank_{name}"
 
     def segments_in_order(self) -> None:
         stages = range(self.costs.layout.stages)
@@ -404,8 +404,5 @@ def _cut_by_fractions(
 
 def _mixed(inner: StageSeconds, outer: StageSeconds) -> StageSeconds:
     return StageSeconds(
-        **{
-            p: (1 - _TOWARDS_ANSWER) * getattr(inner, p) + _TOWARDS_ANSWER * getattr(outer, p)
-            for p in PATH_PHASES
-        }
+        **{p: (1 - _TOWARDS_ANSWER) * getattr(inner, p) + _TOWARDS_ANSWER * getattr(outer, p) for p in PATH_PHASES}
     )

@@ -20,18 +20,17 @@ from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
 from .data_parallel_cost import DataParallelModel
 from .job import TrainingJob
-from .later import Later
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
-from .memory_cost import STAGES_GATHERED, MemoryModel
+from .memory_cost import MemoryModel
 from .part_seconds import PartSeconds, Seconds
 from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, held_by_torch, in_flight
 from .space import LayoutGroup
 
-# Segments, embedding and head with their bytes, and what a microbatch costs besides.
-_Parts = tuple[tuple[SegmentCosts, ...], tuple[PartSeconds, PartMemory], tuple[PartSeconds, PartMemory], ComputeCost]
-_MOST_PARTS = 256
+# Layers by kind, embedding, head, and what a microbatch costs besides.
+_Parts = tuple[dict[str, PartSeconds], PartSeconds, PartSeconds, ComputeCost]
+_MOST_PARTS = 4096
 
 
 class CostModel:
@@ -58,59 +57,69 @@ class CostModel:
 
     def price(self, layout: Layout) -> LayoutCosts:
         """Every number of the layout."""
+        costs, memory = self.price_seconds(layout), self._memory
+        layers = {kind: memory.block(layout, kind) for kind in {segment.kind for segment in costs.segments}}
+        held = held_by_torch if self._software.on_torch_pipeline else in_flight
+        return replace(
+            costs,
+            segments=tuple(replace(segment, memory=layers[segment.kind]) for segment in costs.segments),
+            embedding_memory=memory.embedding(layout),
+            head_memory=memory.head(layout),
+            fixed_memory=self._fixed_memory(layout, costs.microbatches),
+            in_flight=held(costs.pipeline),
+        )
+
+    def price_seconds(self, layout: Layout) -> LayoutCosts:
+        """The layout as if it held no bytes, which is much sooner than `price`: most are ruled out by it."""
         microbatches = layout.microbatches(self._job.global_batch)
-        segments, embedding, head, overhead = self._parts(layout, microbatches)
-        send, software = self._send(layout), self._software
+        layers, embedding, head, overhead = self._parts(layout, microbatches)
+        send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
         alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
         waits = 0.0 if alone else send
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
-            segments=segments,
-            embedding=embedding[0],
-            head=head[0],
+            segments=tuple(SegmentCosts(s.kind, s.count, layers[s.kind], nothing) for s in self._model.segments),
+            embedding=embedding,
+            head=head,
             microbatch=PartSeconds(
                 Seconds(overhead.forward.total, pp=waits), Seconds(overhead.backward.total, pp=waits)
             ),
             send_seconds=send,
             step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
-            embedding_memory=embedding[1],
-            head_memory=head[1],
-            fixed_memory=Later(lambda: self._fixed_memory(layout, microbatches)),
-            in_flight=Later(
-                lambda: (held_by_torch if software.on_torch_pipeline else in_flight)(layout.pipeline(microbatches))
-            ),
+            embedding_memory=nothing,
+            head_memory=nothing,
+            fixed_memory=(),
+            in_flight=(),
             allocator_slack=self._hardware.allocator_slack,
         )
 
     def _parts(self, layout: Layout, microbatches: int) -> _Parts:
-        """What does not depend on the number of chunks: layouts that differ in that alone share it, but where torch's
-        pipeline keeps only some chunks' weights gathered, or gradients of some chunks apart."""
-        some = self._software.on_torch_pipeline and (layout.virtual_stages > STAGES_GATHERED or layout.splits_backward)
-        key = layout if some else replace(layout, virtual_stages=1)
+        """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
+        nothing but whether logits are computed again, so layouts that differ in it share them."""
+        alike = "gpipe" if self._logits_again(layout) else "1f1b"
+        key = replace(layout, virtual_stages=1, schedule=alike)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
                 self._part_cache.clear()
-            self._part_cache[key] = self._price_parts(layout, microbatches)
+            self._part_cache[key] = self._price_parts(key, microbatches)
         return self._part_cache[key]
 
     def _price_parts(self, layout: Layout, microbatches: int) -> _Parts:
         memory, pace = self._memory, self._pace(layout, microbatches)
         compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
         layers = {
-            kind: (self._layer(layout, compute[kind], kind, microbatches), memory.block(layout, kind))
+            kind: self._layer(layout, compute[kind], kind, microbatches)
             for kind in {segment.kind for segment in self._model.segments}
         }
-        segments = tuple(SegmentCosts(s.kind, s.count, *layers[s.kind]) for s in self._model.segments)
         (first, last), axes = self._model.end_tensors, self._axes
         embedded, headed = (memory.embedding_parameters(layout), 0.0), (memory.head_parameters(layout), 0.0)
         embedding = self._part(
             layout, compute["embedding"], {"tp": axes.embedding_tp(layout)}, embedded, microbatches, first, root=True
         )
         head = self._part(layout, compute["head"], {"tp": axes.head_tp(layout)}, headed, microbatches, last, root=True)
-        overhead = self._compute.microbatch() * pace
-        return segments, (embedding, memory.embedding(layout)), (head, memory.head(layout)), overhead
+        return layers, embedding, head, self._compute.microbatch() * pace
 
     def least_work(self, group: LayoutGroup) -> float:
         """Seconds that no layout of the group is below, its compute and what its layers send alone.
