@@ -241,7 +241,7 @@ class Plan:
         reader.finish()
         reasons = violations(plan.layout, RuleContext(plan.model, plan.job, plan.cluster.devices))
         if reasons:
-            raise reader.fail("layout", "a layout that is legal for this model, job and cluster", "; ".join(reasons))
+            raise reader.refuse("layout", "a layout that is legal for this model, job and cluster", reasons)
         capabilities = CAPABILITIES[plan.job.target]
         if plan.job.precision not in capabilities.precisions:
             raise reader.fail("job.precision", "one of " + ", ".join(capabilities.precisions), plan.job.precision)

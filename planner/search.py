@@ -2,7 +2,7 @@
 
 Exact because of three facts: a group's bound is below every layout's in it (`CostModel.least_work`), a layout's is
 below its best step (`bounds`, first by seconds alone, then with its bytes), and a layout's solution is its best
-assignment (`stage_ilp`). So once the next bound is not below the best step found, nothing left can be faster, and the
+assignment (`solve_stages`). So once the next bound is not below the best step found, nothing left can be faster, and the
 plan carries the counts that say so.
 """
 
@@ -27,8 +27,9 @@ from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
 from .rules import recompute_modes
+from .solve_stages import solve_stages
 from .space import LayoutGroup, layout_groups
-from .stage_ilp import RELATIVE_TOLERANCE, solve_stages
+from .stage_ilp import RELATIVE_TOLERANCE
 from .step_cost import CostModel
 
 

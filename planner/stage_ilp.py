@@ -25,6 +25,7 @@ Subject to
   (head start) Z >= the closed-form bound                                     not_below_bound
   (goal)       Z <= just below the best simulated step so far                 better_than
 
+[Note: Cuts]
 A schedule with given durations is max-plus: its makespan is the longest of its paths, each linear in n. So
 start from `simulation.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its
 critical path as a cut. Each cut is violated by the answer it came from, so no answer returns unless it is
@@ -38,44 +39,22 @@ Seconds are scaled by the bound and bytes by the limit, so that the solver sees 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pulp
 
 from .bounds import empty_counts, most_layers
-from .layout import RECOMPUTE_MODES
 from .layout_costs import Blocks, LayoutCosts, StageCount
 from .part_seconds import PartSeconds
-from .simulation import Path, Simulation, StageSeconds, known_paths, simulate
+from .simulation import Path, StageSeconds
 
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
-_MOST_CUTS = 200
-# Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
-_MOST_RELAXED = 40
-_RELAXED_ENOUGH = 1e-3
-_TOWARDS_ANSWER = 0.3  # of the way from the best fractions seen to the program's answer
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The best assignment found, its simulated step, and a bound no assignment of the layout can beat.
-
-    `counts` is None when nothing fits, or when the layout cannot beat the cut-off (then `bound_seconds`
-    is at least the cut-off).
-    """
-
-    counts: tuple[StageCount, ...] | None
-    step_seconds: float
-    bound_seconds: float
-    ilps_solved: int
 
 
 @dataclass
-class _Program:
+class Program:
     """The pulp problem and its variables; `scale` is one unit of time in seconds."""
 
     costs: LayoutCosts
@@ -304,105 +283,3 @@ def make_solver(limit_seconds: float, whole: bool = True) -> pulp.LpSolver:
     # The CBC that pulp 3 ships, found by its path: PULP_CBC_CMD would warn that pulp 4 does not ship it.
     bundled = pulp.apis.coin_api.pulp_cbc_path
     return pulp.COIN_CMD(path=bundled, mip=whole, msg=False, gapRel=0.0, threads=1, timeLimit=limit_seconds)
-
-
-def solve_stages(
-    costs: LayoutCosts,
-    limit_bytes: float,
-    *,
-    bound_seconds: float,
-    cutoff_seconds: float = float("inf"),
-    start: Sequence[StageCount] | None = None,
-    modes: Sequence[str] = RECOMPUTE_MODES,
-    deadline: float = float("inf"),
-) -> Solution:
-    """The assignment with the least simulated step that fits `limit_bytes`.
-
-    Args:
-        bound_seconds: a valid lower bound (`bounds.lower_bound`); it spares the solver the proof of it.
-        cutoff_seconds: stop when no assignment can be faster than this.
-        start: an assignment that fits, if one is known.
-        modes: what a layer may recompute.
-        deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
-    """
-    best = tuple(start) if start is not None else None
-    best_seconds = costs.step(best) if best is not None else float("inf")
-    bound, solved = bound_seconds, 0
-    if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
-        return Solution(best, best_seconds, min(bound, best_seconds), solved)
-    program = _Program(
-        costs, limit_bytes, scale=bound_seconds, modes=tuple(modes), goal_seconds=min(best_seconds, cutoff_seconds)
-    )
-    program.every_layer_once()
-    program.no_empty_stage()
-    program.layers_of_ranks()
-    program.segments_in_order()
-    program.fits_memory()
-    program.durations()
-    program.optimizer_of_slowest()
-    for path in known_paths(costs.pipeline):
-        program.longer_than_path(path)
-    if best is not None:
-        program.longer_than_path(costs.simulate(best).critical_path)
-    start_seconds = costs.durations(best) if best is not None else None
-    if not _cut_by_fractions(program, start_seconds, min(best_seconds, cutoff_seconds), deadline):
-        return Solution(best, best_seconds, min(best_seconds, cutoff_seconds), solved)
-    program.not_below_bound(bound_seconds)
-    while solved < _MOST_CUTS and time.monotonic() < deadline:
-        goal = min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE)
-        if bound >= goal:
-            break
-        program.better_than(goal)
-        counts, relaxed = program.solve(make_solver(deadline - time.monotonic()))
-        solved += 1
-        # Nothing below the goal: the goal itself is proven.
-        bound = max(bound, min(relaxed + costs.step_seconds, min(best_seconds, cutoff_seconds)))
-        if counts is None:
-            break
-        simulation = costs.simulate(counts)
-        seconds = simulation.seconds + costs.optimizer_seconds(counts) + costs.step_seconds
-        if seconds < best_seconds:
-            best, best_seconds = counts, seconds
-        program.longer_than_path(simulation.critical_path)
-    return Solution(best, best_seconds, min(bound, best_seconds), solved)
-
-
-def _cut_by_fractions(
-    program: _Program, start: Sequence[StageSeconds] | None, most_seconds: float, deadline: float
-) -> bool:
-    """Add the paths that matter to fractions of layers; False when none of those is faster than `most_seconds`.
-
-    The programs' own answers jump from corner to corner, and each corner has a path of its own. So paths are taken
-    between the answer and the best seen too (in-out separation), where few matter.
-    """
-    costs, scale = program.costs, program.scale
-    program.better_than(most_seconds * (1 - RELATIVE_TOLERANCE))
-
-    def simulated(durations: Sequence[StageSeconds]) -> Simulation:
-        return simulate(costs.pipeline, durations, costs.send_seconds)
-
-    inner = (simulated(start).seconds, start) if start is not None else None
-    for _ in range(_MOST_RELAXED):
-        if time.monotonic() > deadline:
-            break
-        outer = program.relax()
-        if outer is None:
-            return False
-        least, simulation = (program.makespan.value() or 0.0) * scale, simulated(outer)
-        program.longer_than_path(simulation.critical_path)
-        if inner is None or simulation.seconds < inner[0]:
-            inner = (simulation.seconds, outer)
-        between = [_mixed(a, b) for a, b in zip(inner[1], outer, strict=True)]
-        simulation = simulated(between)
-        program.longer_than_path(simulation.critical_path)
-        if simulation.seconds < inner[0]:
-            inner = (simulation.seconds, between)
-        if inner[0] <= least + _RELAXED_ENOUGH * (least + costs.step_seconds):
-            break
-    return True
-
-
-def _mixed(inner: StageSeconds, outer: StageSeconds) -> StageSeconds:
-    return StageSeconds(
-        **{p: (1 - _TOWARDS_ANSWER) * getattr(inner, p) + _TOWARDS_ANSWER * getattr(outer, p) for p in PATH_PHASES}
-    )

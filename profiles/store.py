@@ -7,7 +7,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ class Reader:
     def fail(self, key: str, expected: str, got: object, hint: str = "") -> InputError:
         """The error for a value of the right type that contradicts something else."""
         return self._error(key, expected, got, hint)
+
+    def refuse(self, key: str, expected: str, reasons: Sequence[str]) -> InputError:
+        """The error for what rules forbid: the first of `reasons` in full, and how many more there are."""
+        error = self._error(key, expected, "")
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        return InputError(error.what, where=error.where, expected=expected, got=reasons[0] + more)
 
     def __contains__(self, key: str) -> bool:
         return key in self._mapping

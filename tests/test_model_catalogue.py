@@ -610,14 +610,14 @@ def test_the_command_line_refuses_it_with_exit_code_1(
 
 def test_no_layout_of_such_a_model_is_legal_and_no_plan_file_of_one_is_read() -> None:
     job = TrainingJob(global_batch=4, sequence=16)
-    reason = "tiny-llama: the meshwright runtime does not train ALiBi positions today; megatron can"
-    spec = tiny_llama(qk_norm=True)
+    reason = "tiny-llama: the meshwright runtime does not train sliding-window attention today; megatron can"
+    spec = tiny_llama(sliding_window=SlidingWindow(length=8))
     assert violations(Layout(dp=2), RuleContext(spec, job, 2)) == (reason,)
     assert list(enumerate_layouts(RuleContext(spec, job, 2))) == []
     document = make_plan(tiny_llama(), Layout(dp=2), job).to_dict()
     del document["schema"]
     assert Plan.from_dict(Reader(document, source="plan.yaml")).model == tiny_llama()
-    document["model"]["qk_norm"] = True
+    document["model"]["sliding_window"] = spec.to_dict()["sliding_window"]
     with pytest.raises(InputError) as caught:
         Plan.from_dict(Reader(document, source="plan.yaml"))
     assert (caught.value.where, reason in caught.value.got) == ("plan.yaml: layout", True)

@@ -18,6 +18,7 @@ from planner.space import enumerate_layouts
 from planner.stage_ilp import RELATIVE_TOLERANCE
 from planner.step_cost import CostModel
 from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
+from profiles.experts_spec import Experts
 from profiles.hardware import load_hardware
 from tests.oracles.brute_force import candidates, fastest
 from tests.oracles.small_world import counts, small_cluster, small_hardware, small_question
@@ -54,7 +55,7 @@ print(sorted(name for name in ("torch", "networkx", "numpy.testing", "runtime") 
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], check=False, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-    assert (done.stdout, done.stderr) == ("0.0 3546 1024 True\nTrue True\n[]\n", "")
+    assert (done.stdout, done.stderr) == ("0.0 96678 1024 True\nTrue True\n[]\n", "")
 
 
 def catalogue_question(model: str, cluster: str, **job: Any) -> Question:
@@ -264,8 +265,9 @@ def test_a_profile_without_the_peak_of_the_precision() -> None:
 
 
 def test_a_recompute_mode_that_the_runtime_does_not_run_is_refused() -> None:
+    experts = Experts(number=4, top_k=2, ffn_hidden_size=16)
     with pytest.raises((UnsupportedError, InfeasibleError)):
-        search(small_question(pins={"recompute": "selective"}))
+        search(small_question(tiny_llama(experts=experts), pins={"recompute": "selective"}))
 
 
 def test_a_layout_is_priced_as_in_the_search() -> None:

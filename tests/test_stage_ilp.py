@@ -14,7 +14,8 @@ from planner.bounds import fits, lower_bound
 from planner.layout import Layout
 from planner.layout_costs import LayoutCosts, StageCount
 from planner.question import Question
-from planner.stage_ilp import RELATIVE_TOLERANCE, Solution, solve_stages
+from planner.solve_stages import Solution, solve_stages
+from planner.stage_ilp import RELATIVE_TOLERANCE
 from tests.oracles import small_world
 from tests.oracles.brute_force import assignments, fastest, priced
 from tests.oracles.small_world import counts, small_cluster, small_hardware, small_question

@@ -100,11 +100,17 @@ def _collect(children: dict[int, tuple[int, int]], deadline: float) -> dict[int,
     for reader, (process, rank) in children.items():
         if reader in open_readers:
             os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+        _, status = os.waitpid(process, 0)
         os.close(reader)
         answer = received[reader]
         if reader in open_readers:
             results[rank] = (False, "did not end in time")
         else:
-            results[rank] = pickle.loads(answer) if answer else (False, "died without a word")
+            results[rank] = pickle.loads(answer) if answer else (False, f"died without a word: {_ended(status)}")
     return results
+
+
+def _ended(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exit code {os.waitstatus_to_exitcode(status)}"

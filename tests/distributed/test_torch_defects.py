@@ -50,7 +50,8 @@ def is_right(plan: Plan, run: Any = run_plan) -> bool:
 def test_split_backward_loses_gradients_of_weights_that_are_freed(schedule: str) -> None:
     plan = plan_of(schedule=schedule, virtual_stages=SPLIT[schedule], dp=2, zero=3, micro_batch=1)
     assert any("loses gradients" in reason for reason in violations(plan.layout, RuleContext(MODEL, JOB, 4)))
-    assert not is_right(plan), MENDED
+    # What is lost depends on whose memory is given out again, and now and then nothing is.
+    assert not all(is_right(plan) for _ in range(4)), MENDED
 
 
 def block_forwards(plan: Plan) -> int:

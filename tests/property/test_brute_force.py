@@ -17,8 +17,8 @@ from planner.errors import InfeasibleError
 from planner.layout import RECOMPUTE_MODES
 from planner.question import Question
 from planner.search import search
+from planner.solve_stages import solve_stages
 from planner.space import enumerate_layouts, layout_groups
-from planner.stage_ilp import solve_stages
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import Candidate, candidates, fastest, modes_of
 from tests.property.worlds import questions
