@@ -2,8 +2,8 @@
 
 Exact because of three facts: a group's bound is below every layout's in it (`CostModel.least_work`), a layout's is
 below its best step (`bounds`, first by seconds alone, then with its bytes), and a layout's solution is its best
-assignment (`solve_stages`). So once the next bound is not below the best step found, nothing left can be faster, and the
-plan carries the counts that say so.
+assignment (`solve_stages`). So once the next bound is not below the best step found, nothing left can be faster, and
+the plan carries the counts that say so.
 """
 
 from __future__ import annotations
