@@ -56,10 +56,9 @@ class Reader:
         return self._error(key, expected, got, hint)
 
     def refuse(self, key: str, expected: str, reasons: Sequence[str]) -> InputError:
-        """The error for what rules forbid: the first of `reasons` in full, and how many more there are."""
+        """The error for what rules forbid; all of `reasons` in full."""
         error = self._error(key, expected, "")
-        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-        return InputError(error.what, where=error.where, expected=expected, got=reasons[0] + more)
+        return InputError(error.what, where=error.where, expected=expected, got="; ".join(reasons))
 
     def __contains__(self, key: str) -> bool:
         return key in self._mapping
