@@ -57,11 +57,12 @@ def lower_bound(
     """
     if not modes:
         return None
-    commonest, cost = _commonest(costs)
+    around = _heads_and_tails(costs)
+    commonest, cost = _commonest(costs, around)
     dealt = _deal(costs, commonest, limit_bytes, modes, cost, enough_seconds)
     if dealt is None:
         return None
-    poured = 0.0 if _is_simple(costs) else _poured(costs, modes)
+    poured = 0.0 if _is_simple(costs) else _poured(costs, modes, *around)
     return max(dealt, poured, _one_stage(costs, modes)) + costs.step_seconds
 
 
@@ -69,7 +70,7 @@ def most_layers(
     costs: LayoutCosts, limit_bytes: float, modes: Sequence[str], goal_seconds: float
 ) -> tuple[int, list[int]]:
     """(segment, layers of it that each rank holds at most): with more no step is below `goal_seconds`, or none fits."""
-    segment, cost = _commonest(costs)
+    segment, cost = _commonest(costs, _heads_and_tails(costs))
     most = []
     for rank, limit in enumerate(_rank_limits(costs, segment, limit_bytes, modes)):
         layers = 0
@@ -82,10 +83,10 @@ def most_layers(
     return costs.segments.index(segment), most
 
 
-def _commonest(costs: LayoutCosts) -> tuple[SegmentCosts, RankCost]:
+def _commonest(costs: LayoutCosts, around: tuple[list[float], list[float]]) -> tuple[SegmentCosts, RankCost]:
     """The segment with most layers, and what those cost a rank at least."""
     segment = max(costs.segments, key=lambda segment: segment.layers)
-    return segment, (_round_trip if _is_simple(costs) else _around)(costs, segment)
+    return segment, _round_trip(costs, segment) if _is_simple(costs) else _around(costs, segment, *around)
 
 
 def _is_simple(costs: LayoutCosts) -> bool:
@@ -270,9 +271,8 @@ def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     return cost
 
 
-def _around(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
+def _around(costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], tails: Sequence[float]) -> RankCost:
     """Of any schedule: what passes before and after a rank's own work."""
-    heads, tails = _heads_and_tails(costs)
     layout, count, layer = costs.layout, costs.microbatches, segment.seconds
     first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
     plain = layout.virtual_stages * count * (bare.forward.total + bare.backward.total)
@@ -309,8 +309,7 @@ def _heads_and_tails(costs: LayoutCosts) -> tuple[list[float], list[float]]:
     return heads, [0.0] + [first.backward.total + (rank - 1) * back + rank * send for rank in ranks]
 
 
-def _poured(costs: LayoutCosts, modes: Sequence[str]) -> float:
-    heads, tails = _heads_and_tails(costs)
+def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:
     layout, count = costs.layout, costs.microbatches
     bare = costs.microbatch.forward.total + costs.microbatch.backward.total
     each, reduce, update, work = layout.stages * bare, 0.0, 0.0, 0.0

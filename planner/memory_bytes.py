@@ -65,9 +65,9 @@ class PartMemory:
     once beyond what is held, and with recomputation the activations that come back for one layer at a time.
     """
 
-    state: MemoryBytes = MemoryBytes()
-    held: MemoryBytes = MemoryBytes()
-    held_recomputed: MemoryBytes = MemoryBytes()
+    state: MemoryBytes = NO_BYTES
+    held: MemoryBytes = NO_BYTES
+    held_recomputed: MemoryBytes = NO_BYTES
     transient: float = 0.0
     transient_recomputed: float = 0.0
     held_selective: MemoryBytes = NO_BYTES

@@ -113,7 +113,7 @@ def _cut_by_fractions(
             break
         outer = program.relax()
         if outer is None:
-            return False
+            return not program.infeasible
         least, simulation = (program.makespan.value() or 0.0) * scale, simulated(outer)
         program.longer_than_path(simulation.critical_path)
         if inner is None or simulation.seconds < inner[0]:

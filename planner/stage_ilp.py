@@ -222,7 +222,7 @@ class Program:
     # ---- solving ---------------------------------------------------------------------------------------
 
     def relax(self) -> list[StageSeconds] | None:
-        """Durations of the best assignment of fractions of layers; None when not even those reach the goal.
+        """Durations of the best assignment of fractions of layers, None when the solver has none (`infeasible`).
 
         `step` then has the objective: no assignment of whole layers is below it.
         """
@@ -234,6 +234,11 @@ class Program:
             for s in range(self.costs.layout.stages)
         ]
 
+    @property
+    def infeasible(self) -> bool:
+        """Whether the last answer was that nothing reaches the goal; any other failure proves nothing."""
+        return self.problem.status == pulp.LpStatusInfeasible
+
     def solve(self, solver: pulp.LpSolver) -> tuple[tuple[StageCount, ...] | None, float]:
         """(assignment or None, lower bound of T + O in seconds); the bound is infinite when nothing is feasible.
 
@@ -241,7 +246,7 @@ class Program:
         status is read for "infeasible" alone: a time-limited answer is called optimal too.
         """
         self.problem.solve(solver)
-        if self.problem.status == pulp.LpStatusInfeasible:
+        if self.infeasible:
             return None, float("inf")
         model = getattr(self.problem, "solverModel", None)
         if self.problem.status != pulp.LpStatusOptimal:

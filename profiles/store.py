@@ -42,12 +42,15 @@ class Reader:
         return f"{self.path}.{key}" if self.path and key else self.path or key
 
     def _error(self, key: str, expected: str, got: object, hint: str = "") -> InputError:
+        return self._told(key, expected, _shown(got), hint)
+
+    def _told(self, key: str, expected: str, got: str, hint: str = "") -> InputError:
         path = self._key_path(key)
         return InputError(
             f"{path or 'the document'} has a value that cannot be used",
             where=f"{self.source}: {path}" if path else self.source,
             expected=expected,
-            got=_shown(got),
+            got=got,
             hint=hint,
         )
 
@@ -57,8 +60,7 @@ class Reader:
 
     def refuse(self, key: str, expected: str, reasons: Sequence[str]) -> InputError:
         """The error for what rules forbid; all of `reasons` in full."""
-        error = self._error(key, expected, "")
-        return InputError(error.what, where=error.where, expected=expected, got="; ".join(reasons))
+        return self._told(key, expected, "; ".join(reasons))
 
     def __contains__(self, key: str) -> bool:
         return key in self._mapping
