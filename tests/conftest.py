@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
-FULL = os.environ.get("MESHWRIGHT_FULL_TESTS") == "1"
+from tests.thinned import FULL
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.errors import InfeasibleError
@@ -22,6 +22,7 @@ from profiles.store import Reader
 from tests.oracles.small_world import small_question
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 from tests.property.worlds import questions
+from tests.thinned import examples
 
 
 def job(**changes: Any) -> TrainingJob:
@@ -37,7 +38,7 @@ def read(document: dict[str, Any]) -> Plan:
 # ---- load(save(plan)) == plan ----------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(40, 1)
 @given(questions(), st.integers(1, 3))
 def test_a_plan_from_the_search_survives_its_file(
     tmp_path_factory: pytest.TempPathFactory, question: Any, top: int

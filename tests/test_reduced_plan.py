@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from planner.job import TrainingJob
@@ -18,6 +18,7 @@ from profiles.catalogue import resolve_model
 from profiles.model import ModelSpec
 from profiles.store import Reader
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.thinned import examples
 
 JOB = TrainingJob(global_batch=1536, sequence=2048)
 GPT3 = resolve_model("gpt3-175b")
@@ -34,7 +35,7 @@ def blocks(plan: Plan) -> list[tuple[int, int, int]]:
     return [(s.recompute_none, s.recompute_selective, s.recompute_full) for s in plan.stages]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(300, 1)
 @given(st.data())
 def test_whatever_is_legal_becomes_small_and_stays_legal(data: st.DataObject) -> None:
     draw = data.draw

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,9 +23,9 @@ from profiles.input_error import InputError
 from runtime.dry_run import check_plan
 from tests.distributed.memory_cases import in_child, parts_of
 from tests.plans import make_plan, tiny_experts, tiny_llama
+from tests.thinned import FULL
 
 ROOT = Path(__file__).parents[2]
-FULL = os.environ.get("MESHWRIGHT_FULL_TESTS") == "1"
 SMALL = TrainingJob(global_batch=8, sequence=32, precision="fp32")
 SCHEDULES: dict[str, dict[str, Any]] = {
     "gpipe": {},

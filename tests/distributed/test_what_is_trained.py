@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from planner import plan as plan_file
@@ -17,8 +16,8 @@ from tests.distributed import pairwise
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import run_plain, run_plan
 from tests.plans import make_plan
+from tests.thinned import FULL, examples
 
-FULL = os.environ.get("MESHWRIGHT_FULL_TESTS") == "1"
 RANKS = pairwise.MOST_RANKS if FULL else 4
 TRAINED = [setting for setting in pairwise.legal_settings() if setting.layout().world_size <= RANKS]
 ALL = list(pairwise.settings())
@@ -28,7 +27,7 @@ PLAIN_LOSS = {
 }
 
 
-@settings(max_examples=100 if FULL else 8, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(8, 12)
 @given(st.sampled_from(TRAINED))
 def test_every_layout_that_is_legal_trains_a_step(setting: pairwise.Setting) -> None:
     plan = setting.plan()
@@ -37,7 +36,7 @@ def test_every_layout_that_is_legal_trains_a_step(setting: pairwise.Setting) -> 
         assert trajectory.losses[0] == pytest.approx(PLAIN_LOSS[str(setting["model"])], rel=1e-5)
 
 
-@settings(max_examples=1000 if FULL else 100, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(100, 10)
 @given(st.sampled_from(ALL).filter(pairwise.refusals))
 def test_every_layout_that_is_forbidden_is_refused_when_its_plan_is_read(
     tmp_path: Path, setting: pairwise.Setting

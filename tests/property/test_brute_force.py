@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound
@@ -22,26 +21,15 @@ from planner.space import enumerate_layouts, layout_groups
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import Candidate, candidates, fastest, modes_of
 from tests.property.worlds import questions
+from tests.thinned import examples
 
 # What the solver may be off by; see stage_ilp.RELATIVE_TOLERANCE.
 TOLERANCE = 1e-6
 # 201 whole searches in the normal run, 1,206 in the full one, which also shrinks what fails.
-FULL = os.environ.get("MESHWRIGHT_FULL_TESTS") == "1"
 FULL_SHARE = 6
 TARGETS = ("meshwright", "megatron", "torchtitan")
 # Actions that brute force simulates for a question of the others: they have more layouts, of fewer actions each.
 ACTIONS = {"meshwright": 5_000, "megatron": 3_000, "torchtitan": 3_000}
-
-
-def exhaustive(examples: int) -> settings:
-    return settings(
-        derandomize=True,
-        database=None,
-        deadline=None,
-        max_examples=examples * (FULL_SHARE if FULL else 1),
-        suppress_health_check=list(HealthCheck),
-        phases=(Phase.explicit, Phase.generate, *([Phase.shrink] if FULL else [])),
-    )
 
 
 @st.composite
@@ -59,7 +47,7 @@ def with_limit(question: Question, limit_bytes: float) -> Question:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@exhaustive(67)
+@examples(67, FULL_SHARE, shrink=False)
 @given(data=st.data())
 def test_the_plan_is_the_best_that_trying_everything_finds(target: str, data: st.DataObject) -> None:
     question = data.draw(questions(target, ACTIONS[target]))
@@ -104,7 +92,7 @@ def test_the_plan_is_the_best_that_trying_everything_finds(target: str, data: st
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@exhaustive(25)
+@examples(25, FULL_SHARE, shrink=False)
 @given(data=st.data())
 def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> None:
     """Each layout alone, without a start: its bound is below its best, "does not fit" is true, the ILP is exact."""
@@ -143,7 +131,7 @@ def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> N
         assert best.step_seconds * (1 - 2 * TOLERANCE) <= solution.bound_seconds <= solution.step_seconds
 
 
-@exhaustive(15)
+@examples(15, FULL_SHARE, shrink=False)
 @given(data=st.data())
 def test_pins_and_bans_are_kept_and_never_make_it_better(data: st.DataObject) -> None:
     free = data.draw(questions())
