@@ -30,8 +30,9 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 
+from .in_flight import least_in_flight
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
-from .schedule import BLOCKING, SPLIT_BACKWARD, least_in_flight
+from .schedule import BLOCKING, SPLIT_BACKWARD
 from .simulation import blocked_sends, late_forwards
 
 ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from .in_flight import InFlight
 from .layout import RECOMPUTE_MODES, Layout
 from .memory_bytes import MemoryBytes, PartMemory
 from .part_seconds import PartSeconds, Seconds
-from .schedule import InFlight, Pipeline
+from .schedule import Pipeline
 from .simulation import Simulation, StageSeconds, simulate
 
 

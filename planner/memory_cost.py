@@ -14,11 +14,11 @@ from profiles.software import Software
 
 from .activation_bytes import ActivationModel, KeptBytes
 from .head_memory import HeadMemory, reduces_each_microbatch
+from .in_flight import held_by_torch, input_halves
 from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
-from .schedule import held_by_torch, input_halves
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2

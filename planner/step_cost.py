@@ -19,13 +19,14 @@ from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
 from .data_parallel_cost import DataParallelModel
+from .in_flight import held_by_torch, in_flight
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, held_by_torch, in_flight
+from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
 from .space import LayoutGroup
 
 # Layers by kind, embedding, head, and what a microbatch costs besides.

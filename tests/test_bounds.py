@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from planner.bounds import RankLimits, fits, lower_bound
 from planner.first_assignment import first_assignment, least_missing_bytes
+from planner.in_flight import InFlight
 from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
 from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
 from planner.rules import recompute_modes
-from planner.schedule import InFlight
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import candidates, fastest, priced
 from tests.oracles.small_world import counts, small_question

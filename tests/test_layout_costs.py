@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planner.in_flight import InFlight
 from planner.layout import Layout
 from planner.layout_costs import Blocks
 from planner.memory_bytes import MemoryBytes
 from planner.part_seconds import PHASES, PartSeconds, Seconds
 from planner.plan import TIME_PARTS
-from planner.schedule import InFlight
 from tests.oracles.brute_force import all_layouts, assignments
 from tests.oracles.small_world import block_of, counts, price
 from tests.property.worlds import questions

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.in_flight import in_flight, input_halves
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.memory_bytes import MemoryBytes
 from planner.memory_cost import MemoryModel
-from planner.schedule import in_flight, input_halves
 from profiles.catalogue import list_catalogue, resolve_model
 from profiles.model import ModelSpec
 from profiles.software import load_software

@@ -9,17 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from planner.in_flight import InFlight, held_by_torch, in_flight, input_halves
 from planner.layout import SCHEDULES
-from planner.schedule import (
-    SPLIT_BACKWARD,
-    InFlight,
-    Pipeline,
-    action_lists,
-    held_by_torch,
-    in_flight,
-    input_halves,
-    why_illegal,
-)
+from planner.schedule import SPLIT_BACKWARD, Pipeline, action_lists, why_illegal
 from tests.oracles.torch_lists import LISTED, torch_lists, torch_schedule
 
 CHUNKS = {"gpipe": (1,), "1f1b": (1,), "zbv": (2,), "dualpipev": (2,)}

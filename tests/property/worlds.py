@@ -8,12 +8,13 @@ from functools import cache
 
 from hypothesis import strategies as st
 
+from planner.in_flight import in_flight
 from planner.layout import SCHEDULES, Layout
 from planner.layout_costs import LayoutCosts, SegmentCosts
 from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
 from planner.question import Question
-from planner.schedule import SPLIT_BACKWARD, Pipeline, in_flight, why_illegal
+from planner.schedule import SPLIT_BACKWARD, Pipeline, why_illegal
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
@@ -165,7 +166,7 @@ def questions(draw: st.DrawFn, target: str = "meshwright", most_actions: int = M
         expert_imbalance=draw(st.sampled_from((1.0, 1.3))) if experts else 1.0,
         expert_capacity=draw(st.sampled_from((None, 1.25))) if experts else None,
     )
-    keys = list(draw(st.permutations(_PINNED_FIRST))) if target != "meshwright" else []
+    keys: list[str] = list(draw(st.permutations(_PINNED_FIRST))) if target != "meshwright" else []
     while actions(question) > most_actions:
         question = _smaller(draw, question, keys)
     return question
