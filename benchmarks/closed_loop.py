@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder, where `runtime` is a benchmark
 
 from scores import show, show_parts
 from side_by_side import Case, ranks_of_this_machine, read_cases, save_plans
@@ -73,7 +72,10 @@ def plans_of(question: Question) -> list[Plan]:
 def priced_anew(plan: Plan, hardware: HardwareProfile, cluster: ClusterSpec) -> Plan:
     """The plan as it is, predicted from another profile."""
     costs = CostModel(plan.model, cluster, hardware, plan.job).price(plan.layout)
-    counts = tuple((Blocks(none=stage.recompute_none, full=stage.recompute_full),) for stage in plan.stages)
+    counts = tuple(
+        (Blocks(none=stage.recompute_none, selective=stage.recompute_selective, full=stage.recompute_full),)
+        for stage in plan.stages
+    )
     question = Question(plan.model, cluster, hardware, plan.job)
     return make_plan(question, Solved(costs, counts, costs.step(counts)), UNPROVEN)
 
@@ -116,6 +118,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--parts", action="store_true", help="predicted/measured ms of each part of every layout")
     options.add_argument("--keep", type=Path, metavar="FOLDER", help="leave profiles, plans and measurements here")
     options.add_argument("--only", action="append", metavar="TEXT", help="layouts whose line has the text; repeatable")
+    options.add_argument("--every", type=int, default=1, metavar="N", help="of those every N-th")
     return options
 
 
@@ -126,7 +129,8 @@ def plans_to_run(arguments: Any, hardware: HardwareProfile, cluster: ClusterSpec
 
 def chosen_plans(question: Question, arguments: Any) -> list[Plan]:
     plans = plans_of(question)
-    return [p for p in plans if not arguments.only or any(text in p.layout.short() for text in arguments.only)]
+    named = [p for p in plans if not arguments.only or any(text in p.layout.short() for text in arguments.only)]
+    return named[:: arguments.every]
 
 
 def report(cases: Sequence[Case], hardware: HardwareProfile, arguments: Any) -> None:

@@ -28,8 +28,9 @@ from profiles.hardware import HardwareProfile
 from profiles.probes.pace import Pace
 from profiles.probes.timing import Rank
 from runtime.measure import StepMeter, busiest
+from runtime.mesh import RankMesh
 from runtime.process_group import process_group
-from runtime.step import TrainState, build_state, training_step
+from runtime.step import TrainState, build_state, mesh_of, training_step
 
 WARM_UP_ROUNDS = 2
 WATCHED_ROUNDS = 1  # after the measured ones: every kernel and collective timed on its own
@@ -78,7 +79,7 @@ def run_layouts(folder: Path, count: int, turns: int, rounds: int) -> None:
         shares = world_size > len(os.sched_getaffinity(0))
         pace = Pace(Rank(rank, world_size, device, torch.distributed.group.WORLD, shares_cores=shares))
         plans = [load(folder / f"{i}.yaml") for i in range(count)]
-        states = [build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1) for plan in plans]
+        states = _states(plans, device)
         last = WARM_UP_ROUNDS + turns * rounds
         watched = tuple(last + 1 + i for i in range(WATCHED_ROUNDS))
         meters = [
@@ -104,6 +105,20 @@ def run_layouts(folder: Path, count: int, turns: int, rounds: int) -> None:
                     (folder / f"done{turn}").touch()
         tables = [(meter.table(meter.median_step()), meter.kernels()) for meter in meters]
         torch.save({"seconds": seconds, "tables": tables, "paces": paces}, folder / f"rank{rank}.pt")
+
+
+def _states(plans: Sequence[Plan], device: torch.device) -> list[TrainState]:
+    """Of every plan; those of the same grid share its process groups, since each of gloo's has threads."""
+    meshes: dict[tuple[object, ...], RankMesh] = {}
+    states = []
+    for plan in plans:
+        layout = plan.layout
+        last = layout.pipeline(1).rank_of(layout.stages - 1)
+        grid = (layout.tp, layout.dp, layout.pp, last, layout.zero and layout.dp_shard, layout.ep, layout.etp)
+        if (key := (plan.model.name, *grid)) not in meshes:
+            meshes[key] = mesh_of(plan, device)
+        states.append(build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1, mesh=meshes[key]))
+    return states
 
 
 def one_step(plan: Plan, state: TrainState, meter: StepMeter, number: int) -> None:

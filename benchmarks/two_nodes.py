@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder, where `runtime` is a benchmark
 
 import closed_loop
 from side_by_side import Turns, read_cases, run_layouts, save_plans

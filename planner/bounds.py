@@ -58,13 +58,24 @@ def lower_bound(
     """
     if not modes:
         return None
-    around = _heads_and_tails(costs)
+    around, split = _heads_and_tails(costs), costs.layout.schedule in SPLIT_BACKWARD
+    least = _one_stage(costs, modes, costs.layout.stages, split)
+    if not _is_simple(costs):
+        least = max(least, _poured(costs, modes, *around))
+    if limit_bytes == math.inf and least + costs.step_seconds > enough_seconds:
+        return least + costs.step_seconds
     commonest, cost = _commonest(costs, around)
     dealt = _deal(costs, commonest, limit_bytes, modes, cost, enough_seconds)
-    if dealt is None:
-        return None
-    poured = 0.0 if _is_simple(costs) else _poured(costs, modes, *around)
-    return max(dealt, poured, _one_stage(costs, modes)) + costs.step_seconds
+    return None if dealt is None else max(dealt, least) + costs.step_seconds
+
+
+def any_pipeline_bound(costs: LayoutCosts, pipelines: Sequence[tuple[str, int]], modes: Sequence[str]) -> float:
+    """Seconds that no layout of these (schedule, chunks) is below, `costs` being those of one chunk a rank."""
+    split = any(schedule in SPLIT_BACKWARD for schedule, _ in pipelines)
+    heads, tails = _heads_and_tails(costs)
+    poured = _poured(costs, modes, heads, [0.0] * len(heads) if split else tails)
+    stages = costs.layout.pp * max(chunks for _, chunks in pipelines)
+    return max(poured, _one_stage(costs, modes, stages, split)) + costs.step_seconds
 
 
 def most_layers(
@@ -327,13 +338,13 @@ def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], ta
     return max(_least_maximum(around, work), _least_maximum(heads, work + reduce)) + update / layout.pp
 
 
-def _one_stage(costs: LayoutCosts, modes: Sequence[str]) -> float:
-    """One microbatch all the way, and on some stage the backwards of all the others.
+def _one_stage(costs: LayoutCosts, modes: Sequence[str], most_stages: int, split: bool) -> float:
+    """One microbatch all the way, and on some stage of `most_stages` the backwards of all the others.
 
     A stage runs its M backwards one after the other, between the first microbatch's way down and back to it and the
-    last one's way up; some stage has at least its share of the whole.
+    last one's way up; some stage has at least its share of the whole. Where backwards are `split` only the halves for
+    the inputs are in the way.
     """
-    split = costs.layout.schedule in SPLIT_BACKWARD
     bare, stages = costs.microbatch, costs.layout.stages
     forward, backward = stages * bare.forward.total, stages * bare.backward_input.total
     backward += 0.0 if split else stages * bare.backward_weight.total
@@ -342,7 +353,7 @@ def _one_stage(costs: LayoutCosts, modes: Sequence[str]) -> float:
     for seconds, number, again in parts:
         forward += number * seconds.forward.total
         backward += number * (again + (seconds.backward_input.total if split else seconds.backward.total))
-    return forward + backward + (costs.microbatches - 1) * backward / stages
+    return forward + backward + (costs.microbatches - 1) * backward / most_stages
 
 
 def _least_maximum(heights: Sequence[float], volume: float) -> float:

@@ -12,11 +12,12 @@ import heapq
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import ROUNDING, fits, lower_bound
+from .bounds import ROUNDING, any_pipeline_bound, fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
@@ -26,7 +27,7 @@ from .layout_costs import LayoutCosts, StageCount
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
-from .rules import recompute_modes
+from .rules import RuleContext, recompute_modes
 from .solve_stages import solve_stages
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE
@@ -82,9 +83,8 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                 else:
                     heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
             continue
-        if isinstance(item, LayoutGroup) and len(item.pipelines) > 1:
-            for group in item.by_pipeline():
-                heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
+        if isinstance(item, LayoutGroup) and (bound := least_of_one_state(prices, item, rules)) > least:
+            heapq.heappush(left, (bound, next(ties), item))
             continue
         if isinstance(item, LayoutGroup):
             for layout in item:
@@ -131,6 +131,13 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         best[0].step_seconds, proven, legal, pruned_memory, pruned_bound, ilps, time.monotonic() - started
     )
     return make_plan(question, best[0], certificate, best[1:top])
+
+
+def least_of_one_state(prices: CostModel, group: LayoutGroup, rules: RuleContext) -> float:
+    """Seconds that no layout of a group with one state is below."""
+    of_schedule = {schedule: replace(group.base, schedule=schedule) for schedule, _ in group.pipelines}
+    modes = {mode for layout in of_schedule.values() for mode in recompute_modes(layout, rules)}
+    return min(any_pipeline_bound(costs, group.pipelines, list(modes)) for costs in prices.of_one_chunk(group))
 
 
 def check_supported(question: Question) -> None:

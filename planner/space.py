@@ -33,11 +33,6 @@ class LayoutGroup:
             zero, shard, ep, etp = state
             yield replace(self, base=replace(self.base, zero=zero, dp_shard=shard, ep=ep, etp=etp), states=(state,))
 
-    def by_pipeline(self) -> Iterator[LayoutGroup]:
-        """The same layouts, a group for each schedule and number of chunks."""
-        for pipeline in self.pipelines:
-            yield replace(self, pipelines=(pipeline,))
-
     def __len__(self) -> int:
         return len(self.pipelines) * len(self.states)
 

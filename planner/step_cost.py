@@ -96,6 +96,12 @@ class CostModel:
             allocator_slack=self._hardware.allocator_slack,
         )
 
+    def of_one_chunk(self, group: LayoutGroup) -> list[LayoutCosts]:
+        """Seconds of a group with one state as if each rank held one chunk and waited for no message: what all of its
+        pipelines have at least. Twice where some compute logits again."""
+        alike = {"gpipe" if self._logits_again(replace(group.base, schedule=s)) else "1f1b" for s, _ in group.pipelines}
+        return [self.price_seconds(replace(group.base, schedule=s, virtual_stages=1)) for s in sorted(alike)]
+
     def _parts(self, layout: Layout, microbatches: int) -> _Parts:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
         nothing but whether logits are computed again, so layouts that differ in it share them."""

@@ -65,17 +65,26 @@ def build_state(
     weight_decay: float,
     compilation: Compilation | None = None,
     balance: Balance | None = None,
+    mesh: RankMesh | None = None,
 ) -> TrainState:
-    """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it."""
-    model = plan.model
-    mesh = build_mesh(
-        plan.layout, device.type, tied_embeddings=model.tied_embeddings, experts=model.experts is not None
-    )
+    """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it.
+
+    `mesh` is one of the same degrees from before; without it the plan gets process groups of its own.
+    """
+    mesh = mesh or mesh_of(plan, device)
     chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation)
     for router in routers_of(chunks):
         router.balance = balance or Balance()
         router.sequences_per_step = plan.job.global_batch
     return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay)
+
+
+def mesh_of(plan: Plan, device: torch.device) -> RankMesh:
+    """The mesh and process groups of a plan; every rank must call it."""
+    model = plan.model
+    return build_mesh(
+        plan.layout, device.type, tied_embeddings=model.tied_embeddings, experts=model.experts is not None
+    )
 
 
 def state_of(

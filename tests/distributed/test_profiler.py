@@ -204,8 +204,16 @@ def test_small_messages_of_every_operation_come_before_large_ones() -> None:
 
 
 def profile(*arguments: str) -> subprocess.Popen[str]:
+    """A profile in a session of its own, which Ctrl-C reaches even where the tests run in the background of a shell."""
     command = [sys.executable, str(ROOT / "cli.py"), "profile", *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from planner.bounds import fits, lower_bound
 from planner.errors import InfeasibleError
 from planner.layout import RECOMPUTE_MODES
 from planner.question import Question
-from planner.search import search
+from planner.search import least_of_one_state, search
 from planner.solve_stages import solve_stages
 from planner.space import enumerate_layouts, layout_groups
 from planner.step_cost import CostModel
@@ -106,6 +106,9 @@ def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> N
     for group in layout_groups(question.rules):
         fastest_of_group = min(candidate.step_seconds for layout in group for candidate in tried[layout])
         assert prices.least_work(group) <= fastest_of_group * (1 + 1e-12), group
+        for one in group.by_state():
+            fastest_of_state = min(candidate.step_seconds for layout in one for candidate in tried[layout])
+            assert least_of_one_state(prices, one, question.rules) <= fastest_of_state * (1 + 1e-12), one
     bounds = {}
     for layout, of_layout in tried.items():
         costs, best = prices.price(layout), fastest(of_layout, limit)
