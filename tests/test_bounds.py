@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.bounds import RankLimits, fits, lower_bound
+from planner.bounds import RankLimits, fits, lower_bound, most_layers
 from planner.first_assignment import first_assignment, least_missing_bytes
 from planner.in_flight import InFlight
 from planner.layout import Layout
@@ -37,6 +37,13 @@ def check_the_bound(costs: LayoutCosts, modes: tuple[str, ...], data: st.DataObj
         return
     # What the search starts from is an assignment of the right shape.
     assert first_assignment(costs, limit, modes) in [candidate.counts for candidate in every]
+    goal = data.draw(st.sampled_from(every)).step_seconds
+    segment, most = most_layers(costs, limit, modes, goal)
+    for candidate in every:
+        if candidate.step_seconds <= goal and candidate.peak_bytes <= limit:
+            for rank, allowed in enumerate(most):
+                held = sum(candidate.counts[stage][segment].total for stage in costs.layout.stages_of(rank))
+                assert held <= allowed, (candidate.counts, rank)
     if best is not None:
         assert bound <= best.step_seconds * (1 + 1e-12), best.counts
         assert fits(costs, best.counts, limit)
