@@ -29,13 +29,23 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from .in_flight import least_in_flight
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
-from .schedule import BLOCKING, SPLIT_BACKWARD
+from .memory_bytes import PartMemory
+from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
 
 ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less
+
+
+class LeastBytes(NamedTuple):
+    """Of several pipelines: their layers of the commonest kind, and the least states of embedding and head."""
+
+    layer: list[PartMemory]
+    embedding: float
+    head: float
 
 
 def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
@@ -65,17 +75,45 @@ def lower_bound(
     if limit_bytes == math.inf and least + costs.step_seconds > enough_seconds:
         return least + costs.step_seconds
     commonest, cost = _commonest(costs, around)
-    dealt = _deal(costs, commonest, limit_bytes, modes, cost, enough_seconds)
+    limits = _rank_limits(costs, commonest, limit_bytes, modes)
+    dealt = _deal(costs, commonest, limits, cost, enough_seconds)
     return None if dealt is None else max(dealt, least) + costs.step_seconds
 
 
-def any_pipeline_bound(costs: LayoutCosts, pipelines: Sequence[tuple[str, int]], modes: Sequence[str]) -> float:
-    """Seconds that no layout of these (schedule, chunks) is below, `costs` being those of one chunk a rank."""
-    split = any(schedule in SPLIT_BACKWARD for schedule, _ in pipelines)
+def any_pipeline_bound(
+    costs: LayoutCosts,
+    pipelines: Sequence[tuple[str, int]],
+    sizes: LeastBytes,
+    limit_bytes: float,
+    modes: Sequence[str],
+    enough_seconds: float = math.inf,
+) -> float | None:
+    """Seconds that no layout of these (schedule, chunks) is below, None when none fits.
+
+    `costs` are those of a pipeline with as few chunks as any of them, whose last stage is on the same rank; it holds
+    no bytes. Above `enough_seconds` the bound need not be the best one known.
+    """
+    layout, split = costs.layout, any(schedule in SPLIT_BACKWARD for schedule, _ in pipelines)
     heads, tails = _heads_and_tails(costs)
-    poured = _poured(costs, modes, heads, [0.0] * len(heads) if split else tails)
-    stages = costs.layout.pp * max(chunks for _, chunks in pipelines)
-    return max(poured, _one_stage(costs, modes, stages, split)) + costs.step_seconds
+    if split:
+        tails = [0.0] * len(heads)
+    stages = layout.pp * max(chunks for _, chunks in pipelines)
+    least = max(_poured(costs, modes, heads, tails), _one_stage(costs, modes, stages, split)) + costs.step_seconds
+    if least > enough_seconds:
+        return least
+    every = [
+        least_in_flight(Pipeline(schedule, layout.pp, chunks, costs.microbatches)) for schedule, chunks in pipelines
+    ]
+    ends = [0.0] * layout.pp
+    ends[0] += sizes.embedding
+    ends[costs.pipeline.rank_of(layout.stages - 1)] += sizes.head
+    segment, slack = _largest_segment(costs), 1.0 + costs.allocator_slack
+    limits = [
+        RankLimits(costs, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
+        for end, flight in zip(ends, map(min, zip(*every, strict=True)), strict=True)
+    ]
+    dealt = _deal(costs, segment, limits, _around(costs, segment, heads, tails), enough_seconds)
+    return None if dealt is None else max(least, dealt + costs.step_seconds)
 
 
 def most_layers(
@@ -97,8 +135,12 @@ def most_layers(
 
 def _commonest(costs: LayoutCosts, around: tuple[list[float], list[float]]) -> tuple[SegmentCosts, RankCost]:
     """The segment with most layers, and what those cost a rank at least."""
-    segment = max(costs.segments, key=lambda segment: segment.layers)
+    segment = _largest_segment(costs)
     return segment, _round_trip(costs, segment) if _is_simple(costs) else _around(costs, segment, *around)
+
+
+def _largest_segment(costs: LayoutCosts) -> SegmentCosts:
+    return max(costs.segments, key=lambda segment: segment.layers)
 
 
 def _is_simple(costs: LayoutCosts) -> bool:
@@ -121,7 +163,8 @@ class NoLimit:
 class RankLimits:
     """What one rank allows: the least seconds that its layers must spend on recomputation to fit.
 
-    `moments` are (bytes of its ends, microbatches that any layer has in flight), of which each must fit.
+    `moments` are (bytes of its ends, microbatches that any layer has in flight), of which each must fit. A layer has
+    the seconds of `segment` and no fewer bytes than any of `sizes`.
     """
 
     def __init__(
@@ -131,12 +174,18 @@ class RankLimits:
         moments: Sequence[tuple[float, int]],
         limit_bytes: float,
         modes: Sequence[str],
+        sizes: Sequence[PartMemory] = (),
     ) -> None:
-        slack, totals = 1.0 + costs.allocator_slack, segment.memory.totals
+        slack = 1.0 + costs.allocator_slack
+        totals = [part.totals for part in sizes or (segment.memory,)]
+        state = min(size.state for size in totals)
         self._moments: list[tuple[float, list[tuple[float, float]]]] = []
         for used, flight in moments:
             options = sorted(
-                (segment.seconds.recompute(mode).total, slack * (totals.state + flight * totals.held[mode]))
+                (
+                    segment.seconds.recompute(mode).total,
+                    slack * (state + flight * min(size.held[mode] for size in totals)),
+                )
                 for mode in modes
             )
             # Modes that cost more and save nothing are never needed.
@@ -194,7 +243,9 @@ def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[flo
 
 def _rank_limits(
     costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str]
-) -> list[RankLimits]:
+) -> Sequence[RankLimits | NoLimit]:
+    if limit_bytes == math.inf:
+        return [NoLimit(segment, modes)] * costs.layout.pp
     # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
     # the limit fits, here as in `fits`.
     pp, limit = costs.layout.pp, limit_bytes * (1 + ROUNDING)
@@ -211,17 +262,13 @@ RankCost = Callable[[int, int, float], float]
 
 
 def _deal(
-    costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str], cost: RankCost, enough: float
+    costs: LayoutCosts, segment: SegmentCosts, limits: Sequence[RankLimits | NoLimit], cost: RankCost, enough: float
 ) -> float | None:
     """The least possible maximum over the ranks, or None when the layers of the segment do not fit.
 
     Once it is above `enough` it may be given as it is.
     """
     layout, alone = costs.layout, len(costs.segments) == 1
-    if limit_bytes == math.inf:
-        limits = [NoLimit(segment, modes)] * layout.pp
-    else:
-        limits = _rank_limits(costs, segment, limit_bytes, modes)
     heap: list[tuple[float, int]] = []
     counts, most = [0] * layout.pp, 0.0
 

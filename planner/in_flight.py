@@ -36,7 +36,7 @@ def in_flight(pipeline: Pipeline, part_of_full: bool = False) -> tuple[tuple[InF
     return _in_flight(_shortest(pipeline), part_of_full)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def held_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
     """`in_flight` as torch's runtime has it: on the first stage, whose input has no gradient, the input's half of a
     backward does nothing and all stays until the weights' (torch 2.13, `backward_one_chunk`)."""
@@ -76,7 +76,7 @@ def _shortest(pipeline: Pipeline) -> Pipeline:
     return pipeline
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _in_flight(pipeline: Pipeline, part_of_full: bool) -> tuple[tuple[InFlight, ...], ...]:
     ranks, chunks, count = pipeline.ranks, pipeline.chunks, pipeline.microbatches
     if pipeline.schedule in FORWARDS_FIRST:
@@ -137,8 +137,7 @@ def _largest(moments: NDArray[np.int64], part_of_full: bool) -> tuple[InFlight, 
 
     `moments` [moments, 2 * chunks]: `full` of each chunk, then `weight_only`.
     """
-    points = np.unique(moments, axis=0, return_index=True)[1]
-    points = moments[np.sort(points)]
+    points = np.array(list(dict.fromkeys(map(tuple, moments.tolist()))))
     # The lists go on in patterns of up to six actions, so a straight run is found a few places before and after.
     straight = np.zeros(len(points), dtype=bool)
     for step in range(1, min(6, (len(points) - 1) // 2) + 1):

@@ -27,7 +27,7 @@ from .layout_costs import LayoutCosts, StageCount
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
-from .rules import RuleContext, recompute_modes
+from .rules import recompute_modes
 from .solve_stages import solve_stages
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE
@@ -65,6 +65,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     guesses = Guesses(question)
     first = guesses.plain([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
     best: list[Solved] = []
+    bounded: set[LayoutGroup] = set()  # by their own state, not only by their degrees
     proven = float("inf")  # the least that any layout could still reach
     pruned_memory = ilps = 0
     while left:
@@ -83,8 +84,15 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                 else:
                     heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
             continue
-        if isinstance(item, LayoutGroup) and (bound := least_of_one_state(prices, item, rules)) > least:
-            heapq.heappush(left, (bound, next(ties), item))
+        if isinstance(item, LayoutGroup) and item not in bounded:
+            bounded.add(item)
+            for group in item.by_shape():
+                bound = least_of_one_state(prices, group, question, cutoff)
+                if bound is None:
+                    pruned_memory += len(group)
+                else:
+                    bounded.add(group)
+                    heapq.heappush(left, (max(least, bound), next(ties), group))
             continue
         if isinstance(item, LayoutGroup):
             for layout in item:
@@ -133,11 +141,20 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     return make_plan(question, best[0], certificate, best[1:top])
 
 
-def least_of_one_state(prices: CostModel, group: LayoutGroup, rules: RuleContext) -> float:
-    """Seconds that no layout of a group with one state is below."""
-    of_schedule = {schedule: replace(group.base, schedule=schedule) for schedule, _ in group.pipelines}
-    modes = {mode for layout in of_schedule.values() for mode in recompute_modes(layout, rules)}
-    return min(any_pipeline_bound(costs, group.pipelines, list(modes)) for costs in prices.of_one_chunk(group))
+def least_of_one_state(
+    prices: CostModel, group: LayoutGroup, question: Question, enough_seconds: float = math.inf
+) -> float | None:
+    """Seconds that no layout of a group with one state and shape is below; above `enough_seconds` any such will do.
+    None when none fits."""
+    base, pipelines = group.base, group.pipelines
+    of_schedule = [replace(base, schedule=schedule) for schedule in dict(pipelines)]
+    modes = list({mode for layout in of_schedule for mode in recompute_modes(layout, question.rules)})
+    sizes = prices.least_bytes(base, pipelines)
+    bounds = [
+        any_pipeline_bound(costs, pipelines, sizes, question.limit_bytes, modes, enough_seconds)
+        for costs in prices.of_fewest_chunks(base, pipelines)
+    ]
+    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def check_supported(question: Question) -> None:

@@ -14,6 +14,7 @@ from .capabilities import Capabilities, missing_features
 from .job import TrainingJob
 from .layout import Layout
 from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, recompute_modes, zero_rule
+from .schedule import V_SHAPED
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class LayoutGroup:
         for state in self.states:
             zero, shard, ep, etp = state
             yield replace(self, base=replace(self.base, zero=zero, dp_shard=shard, ep=ep, etp=etp), states=(state,))
+
+    def by_shape(self) -> Iterator[LayoutGroup]:
+        """The same layouts, those whose last stage is on the last rank apart from those where it is on the first."""
+        for shaped in (False, True):
+            if pipelines := tuple(each for each in self.pipelines if (each[0] in V_SHAPED) == shaped):
+                yield replace(self, pipelines=pipelines)
 
     def __len__(self) -> int:
         return len(self.pipelines) * len(self.states)

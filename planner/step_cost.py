@@ -6,6 +6,7 @@ parallelism, the pipeline and the state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -15,6 +16,7 @@ from profiles.model import ModelSpec
 from profiles.software import Software, load_software
 
 from .axis_cost import AxisModel, Passes
+from .bounds import LeastBytes
 from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
@@ -26,7 +28,7 @@ from .layout_costs import LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
+from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, V_SHAPED
 from .space import LayoutGroup
 
 # Layers by kind, embedding, head, and what a microbatch costs besides.
@@ -96,11 +98,28 @@ class CostModel:
             allocator_slack=self._hardware.allocator_slack,
         )
 
-    def of_one_chunk(self, group: LayoutGroup) -> list[LayoutCosts]:
-        """Seconds of a group with one state as if each rank held one chunk and waited for no message: what all of its
-        pipelines have at least. Twice where some compute logits again."""
-        alike = {"gpipe" if self._logits_again(replace(group.base, schedule=s)) else "1f1b" for s, _ in group.pipelines}
-        return [self.price_seconds(replace(group.base, schedule=s, virtual_stages=1)) for s in sorted(alike)]
+    def of_fewest_chunks(self, base: Layout, pipelines: Sequence[tuple[str, int]]) -> list[LayoutCosts]:
+        """Seconds of a layout as if it waited for no message and had as few chunks as any of these (schedule, chunks):
+        what all of them have at least. Twice where some compute logits again and others do not."""
+        if pipelines[0][0] in V_SHAPED:
+            return [self.price_seconds(replace(base, schedule=pipelines[0][0], virtual_stages=pipelines[0][1]))]
+        alike = {"gpipe" if self._logits_again(replace(base, schedule=s)) else "1f1b" for s in dict(pipelines)}
+        return [self.price_seconds(replace(base, schedule=s, virtual_stages=1)) for s in sorted(alike)]
+
+    def least_bytes(self, base: Layout, pipelines: Sequence[tuple[str, int]]) -> LeastBytes:
+        """What no layer and neither end holds less than in any of these pipelines.
+
+        Of each schedule it is least with most chunks: fewer weights are gathered at once (`memory_cost`).
+        """
+        memory, kind = self._memory, max(self._model.segments, key=lambda segment: segment.count).kind
+        each = [
+            replace(base, schedule=s, virtual_stages=max(c for t, c in pipelines if t == s)) for s in dict(pipelines)
+        ]
+        return LeastBytes(
+            [memory.block(layout, kind) for layout in each],
+            min(memory.embedding(layout).state.total for layout in each),
+            min(memory.head(layout).state.total for layout in each),
+        )
 
     def _parts(self, layout: Layout, microbatches: int) -> _Parts:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
@@ -137,7 +156,7 @@ class CostModel:
         """
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
-        again = {self._logits_again(replace(layout, schedule=s)): s for s, _ in group.pipelines}
+        again = {self._logits_again(replace(layout, schedule=s)): s for s in dict(group.pipelines)}
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
         grids = {(state[2], state[3]) for state in group.states}
