@@ -70,7 +70,7 @@ def two_namespaces(rate: str | None, delay_ms: float) -> Iterator[list[str]]:
                 shell(f"ip -n {space} link set {name} up")
         if rate:
             for space, name in zip(SPACES, names, strict=True):
-                shell(f"ip netns exec {space} tc qdisc add dev {name} root tbf rate {rate} burst 256kb latency 400ms")
+                shell(f"ip netns exec {space} tc qdisc add dev {name} root tbf rate {rate} burst 64kb latency 400ms")
         yield names
     finally:
         if relay is not None:

@@ -18,6 +18,11 @@ both parts of an overlap) and is not waited for; its receive is put in the recei
 when all ranks are written down one entry a turn. The entries that gather and free a stage's weights take turns too.
 A receive is waited for just before its consumer, so a transfer may start no earlier than the receiver gets to its
 entry. Gradients are reduced right after the stage's last backward. Stages of the same rank need no transfer.
+
+[Note: Messages queue]
+What a rank sends to another goes one after the other over their connection (gloo, and NCCL on one communicator), so a
+transfer waits for the one before it from the same rank to the same rank. With several chunks that is what a slow link
+costs: v chunks send 2·v-1 messages a microbatch each way where one chunk sends one.
 """
 
 from __future__ import annotations
@@ -166,7 +171,8 @@ def _blocking(pipeline: Pipeline) -> EventGraph:
                     if other < 0:
                         poster[transfer], posted[transfer] = rank, settle(rank)
                     elif other != rank:
-                        ended[transfer] = add(SEND, posted[transfer], settle(rank))
+                        before = ended[transfer - 1] if transfer % pipeline.microbatches else 0
+                        ended[transfer] = add(SEND, posted[transfer], settle(rank), before)
                         ready.append(other)
                     complete = complete and ended[transfer] > 0
                 if operation == _WAIT:
@@ -237,6 +243,7 @@ def _posted(pipeline: Pipeline) -> EventGraph:
     inputs: list[list[int | None]] = [[None] * count if stage else [0] * count for stage in range(last + 1)]
     gradients: list[list[int | None]] = [[None] * count if stage < last else [0] * count for stage in range(last + 1)]
     ungathered = set(range(last + 1))
+    queued: dict[tuple[int, int], int] = {}  # the last transfer from one rank to another
 
     def ready(part: Action) -> bool:
         if part.kind == FORWARD:
@@ -262,7 +269,11 @@ def _posted(pipeline: Pipeline) -> EventGraph:
         if kind == WEIGHT or not 0 <= to <= last:
             return
         receiver = rank_of[to]
-        arrivals[to][microbatch] = 0 if receiver == rank else add(SEND, now[rank], now[receiver])
+        if receiver == rank:
+            arrivals[to][microbatch] = 0
+            return
+        before = queued.get((rank, receiver), 0)
+        arrivals[to][microbatch] = queued[rank, receiver] = add(SEND, now[rank], now[receiver], before)
 
     left = list(range(pipeline.ranks))
     while left:

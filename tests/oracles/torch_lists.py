@@ -49,12 +49,29 @@ def torch_lists(pipeline: Pipeline) -> list[list[str]]:
 
 
 def torch_listed_seconds(pipeline: Pipeline, durations: Sequence[StageSeconds], send: float) -> float:
-    """Seconds until every rank is through its list: sends posted and left, receives waited for by their consumers."""
+    """Seconds until every rank is through its list: sends posted and left, receives waited for by their consumers.
+
+    Sends from one rank to another go one after the other.
+    """
     lists = torch_schedule(pipeline).pipeline_order_with_comms
     at, clock = [0] * pipeline.ranks, [0.0] * pipeline.ranks
     posted: dict[tuple[str, int, int], float] = {}
     forwards_seen: set[int] = set()
     holder = {int(a.stage_index): rank for rank, actions in lists.items() for a in actions if a.stage_index >= 0}
+
+    ahead: dict[tuple[str, int, int], tuple[str, int, int, int] | None] = {}  # in the queue from rank to rank
+    queued: dict[tuple[int, int], tuple[str, int, int, int]] = {}
+    for rank, actions in lists.items():
+        for action in actions:
+            direction, source, microbatch = (
+                action.computation_type.value[-1],
+                action.stage_index,
+                action.microbatch_index,
+            )
+            if action.computation_type.value.startswith("SEND"):
+                stage = source + (1 if direction == "F" else -1)
+                ahead[direction, source, microbatch] = queued.get((rank, holder[stage]))
+                queued[rank, holder[stage]] = (direction, source, stage, microbatch)
 
     def arrival(direction: str, source: int, stage: int, microbatch: int) -> float | None:
         """When the transfer is over; 0 where no transfer is needed, None where a side has not posted it yet."""
@@ -62,7 +79,9 @@ def torch_listed_seconds(pipeline: Pipeline, durations: Sequence[StageSeconds], 
             return 0.0
         sent = posted.get((f"SEND_{direction}", source, microbatch))
         received = posted.get((f"RECV_{direction}", stage, microbatch))
-        return None if sent is None or received is None else max(sent, received) + send
+        first = ahead[direction, source, microbatch]
+        before = arrival(*first) if first else 0.0
+        return None if sent is None or received is None or before is None else max(sent, received, before) + send
 
     def compute(rank: int, action: Any) -> bool:
         stage, kind, microbatch = action.stage_index, action.computation_type.value, action.microbatch_index

@@ -2,8 +2,9 @@
 
 `yield ("run", seconds)` computes, `yield ("post", transfers)` starts sends or receives, `yield ("wait", transfers)`
 blocks until they are done. A transfer ("F" or "B", sender, microbatch) takes `send` seconds from when both of its
-sides have posted it. Source: torch/distributed/pipelining/schedules.py, `_step_microbatches` of `ScheduleGPipe` and
-`Schedule1F1B`; `_wait_batch_p2p(_batch_p2p(ops))` is a post and a wait of the same transfers.
+sides have posted it and the sender's transfer before it that way is over. Source:
+torch/distributed/pipelining/schedules.py, `_step_microbatches` of `ScheduleGPipe` and `Schedule1F1B`;
+`_wait_batch_p2p(_batch_p2p(ops))` is a post and a wait of the same transfers.
 """
 
 from __future__ import annotations
@@ -96,6 +97,12 @@ def torch_seconds(schedule: str, durations: Sequence[StageSeconds], microbatches
     loops = [_LOOPS[schedule](rank, ranks, microbatches, durations[rank]) for rank in range(ranks)]
     clocks = [0.0] * ranks
     posted: dict[Transfer, dict[int, float]] = {}
+
+    def arrived(transfer: Transfer) -> float:
+        kind, sender, microbatch = transfer
+        before = arrived((kind, sender, microbatch - 1)) if microbatch else 0.0
+        return max(before, *posted[transfer].values()) + send
+
     pending: list[Step | None] = [next(loop) for loop in loops]
     while any(step is not None for step in pending):
         moved = False
@@ -114,7 +121,7 @@ def torch_seconds(schedule: str, durations: Sequence[StageSeconds], microbatches
                 assert isinstance(what, list)
                 if any(len(posted[transfer]) < 2 for transfer in what):
                     continue
-                clocks[rank] = max([clocks[rank], *(max(posted[transfer].values()) + send for transfer in what)])
+                clocks[rank] = max([clocks[rank], *map(arrived, what)])
             pending[rank] = next(loops[rank], None)
             moved = True
         assert moved, "deadlock"
