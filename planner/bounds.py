@@ -32,12 +32,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .in_flight import least_in_flight
-from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
+from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
+from .rank_limits import ROUNDING, NoLimit, RankLimits, rank_limits
 from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
-
-ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less
 
 
 class LeastBytes(NamedTuple):
@@ -51,11 +50,6 @@ class LeastBytes(NamedTuple):
 def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
     """Whether every rank stays within the limit, up to the rounding of a sum."""
     return all(costs.rank_bytes(rank, counts) <= limit_bytes * (1 + ROUNDING) for rank in range(costs.layout.pp))
-
-
-def empty_counts(costs: LayoutCosts) -> list[StageCount]:
-    """An assignment without any layer."""
-    return [tuple(Blocks() for _ in costs.segments)] * costs.layout.stages
 
 
 def lower_bound(
@@ -75,7 +69,7 @@ def lower_bound(
     if limit_bytes == math.inf and least + costs.step_seconds > enough_seconds:
         return least + costs.step_seconds
     commonest, cost = _commonest(costs, around)
-    limits = _rank_limits(costs, commonest, limit_bytes, modes)
+    limits = rank_limits(costs, commonest, limit_bytes, modes)
     dealt = _deal(costs, commonest, limits, cost, enough_seconds)
     return None if dealt is None else max(dealt, least) + costs.step_seconds
 
@@ -122,7 +116,7 @@ def most_layers(
     """(segment, layers of it that each rank holds at most): with more no step is below `goal_seconds`, or none fits."""
     segment, cost = _commonest(costs, _heads_and_tails(costs))
     most = []
-    for rank, limit in enumerate(_rank_limits(costs, segment, limit_bytes, modes)):
+    for rank, limit in enumerate(rank_limits(costs, segment, limit_bytes, modes)):
         layers = 0
         while layers < segment.layers:
             again = limit.least_recompute(layers + 1)
@@ -145,114 +139,6 @@ def _largest_segment(costs: LayoutCosts) -> SegmentCosts:
 
 def _is_simple(costs: LayoutCosts) -> bool:
     return costs.layout.schedule in BLOCKING and len(costs.segments) == 1
-
-
-# ---- memory ------------------------------------------------------------------------------------------------
-
-
-class NoLimit:
-    """A rank without a limit of memory: every layer recomputes as little as any mode does."""
-
-    def __init__(self, segment: SegmentCosts, modes: Sequence[str]) -> None:
-        self._least = min(segment.seconds.recompute(mode).total for mode in modes)
-
-    def least_recompute(self, layers: int) -> float | None:
-        return layers * self._least
-
-
-class RankLimits:
-    """What one rank allows: the least seconds that its layers must spend on recomputation to fit.
-
-    `moments` are (bytes of its ends, microbatches that any layer has in flight), of which each must fit. A layer has
-    the seconds of `segment` and no fewer bytes than any of `sizes`.
-    """
-
-    def __init__(
-        self,
-        costs: LayoutCosts,
-        segment: SegmentCosts,
-        moments: Sequence[tuple[float, int]],
-        limit_bytes: float,
-        modes: Sequence[str],
-        sizes: Sequence[PartMemory] = (),
-    ) -> None:
-        slack = 1.0 + costs.allocator_slack
-        totals = [part.totals for part in sizes or (segment.memory,)]
-        state = min(size.state for size in totals)
-        self._moments: list[tuple[float, list[tuple[float, float]]]] = []
-        for used, flight in moments:
-            options = sorted(
-                (
-                    segment.seconds.recompute(mode).total,
-                    slack * (state + flight * min(size.held[mode] for size in totals)),
-                )
-                for mode in modes
-            )
-            # Modes that cost more and save nothing are never needed.
-            kept = options[:1]
-            for option in options[1:]:
-                if option[1] < kept[-1][1]:
-                    kept.append(option)
-            self._moments.append((limit_bytes - used, kept))
-
-    def least_recompute(self, layers: int) -> float | None:
-        """Seconds a microbatch that no fitting choice of modes is below; None when no choice fits."""
-        most = 0.0
-        for free, options in self._moments:
-            least = _least_recompute(layers, free, options)
-            if least is None:
-                return None
-            most = max(most, least)
-        return most
-
-
-def _least_recompute(layers: int, free: float, options: Sequence[tuple[float, float]]) -> float | None:
-    """The same at one moment; `options` are (seconds, bytes) of a layer by mode, dearer and smaller."""
-    if free < 0:
-        return None
-    if layers == 0:
-        return 0.0
-    base_seconds, base_bytes = options[0]
-    missing = layers * base_bytes - free
-    if missing <= 0:
-        return layers * base_seconds
-    if len(options) == 2:
-        seconds, size = options[1]
-        needed = math.ceil(missing / (base_bytes - size))
-        return None if needed > layers else needed * seconds + (layers - needed) * base_seconds
-    # Fractions of layers, along the lower hull of (bytes saved, seconds).
-    each, least = missing / layers, math.inf
-    points = [(base_bytes - size, seconds - base_seconds) for seconds, size in options]
-    for saved, spent in points:
-        for more, dearer in points:
-            if saved < each <= more:
-                least = min(least, spent + (each - saved) / (more - saved) * (dearer - spent))
-    return None if least == math.inf else layers * (base_seconds + least)
-
-
-def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[float, int]]:
-    """(bytes of a rank without layers, microbatches any layer has in flight), each pair of one moment."""
-    nothing = empty_counts(costs)
-    ends = costs.rank_parts(rank, nothing)
-    if not any(part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends):
-        return [(costs.rank_bytes(rank, nothing), least_flight)]
-    flights = [min(vector.full) for vector in costs.in_flight[rank]]
-    found = set(zip(costs.moment_bytes(rank, nothing), flights, strict=True))
-    return [one for one in found if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)]
-
-
-def _rank_limits(
-    costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str]
-) -> Sequence[RankLimits | NoLimit]:
-    if limit_bytes == math.inf:
-        return [NoLimit(segment, modes)] * costs.layout.pp
-    # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
-    # the limit fits, here as in `fits`.
-    pp, limit = costs.layout.pp, limit_bytes * (1 + ROUNDING)
-    flights = least_in_flight(costs.pipeline)
-    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, pp - 1), pp - 1}}
-    middle = edges[min(1, pp - 1)][0][0]
-    return [RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes) for rank in range(pp)]
 
 
 # ---- dealing out layers of one kind --------------------------------------------------------------------------

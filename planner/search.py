@@ -17,7 +17,7 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import ROUNDING, any_pipeline_bound, fits, lower_bound
+from .bounds import any_pipeline_bound, fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
@@ -26,6 +26,7 @@ from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
+from .rank_limits import ROUNDING
 from .remedies import why_nothing_fits
 from .rules import recompute_modes
 from .solve_stages import solve_stages
@@ -86,7 +87,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             continue
         if isinstance(item, LayoutGroup) and item not in bounded:
             bounded.add(item)
-            for group in item.by_shape():
+            for group in (each for of_state in item.by_state() for each in of_state.by_shape()):
                 bound = least_of_one_state(prices, group, question, cutoff)
                 if bound is None:
                     pruned_memory += len(group)

@@ -43,9 +43,10 @@ from dataclasses import dataclass, field
 
 import pulp
 
-from .bounds import empty_counts, most_layers
+from .bounds import most_layers
 from .layout_costs import Blocks, LayoutCosts, StageCount
 from .part_seconds import PartSeconds
+from .rank_limits import empty_counts
 from .simulation import Path, StageSeconds
 
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")

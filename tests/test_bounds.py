@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.bounds import RankLimits, fits, lower_bound, most_layers
+from planner.bounds import fits, lower_bound, most_layers
 from planner.first_assignment import first_assignment, least_missing_bytes
 from planner.in_flight import InFlight
 from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
 from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
+from planner.rank_limits import RankLimits
 from planner.rules import recompute_modes
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import candidates, fastest, priced
