@@ -33,13 +33,17 @@ def in_flight(pipeline: Pipeline, part_of_full: bool = False) -> tuple[tuple[InF
 
     `part_of_full`: only sums that weigh a chunk's weight_only no more than its full, which takes far fewer moments.
     """
-    return _in_flight(_shortest(pipeline), part_of_full)
+    return _in_flight(shortest(pipeline), part_of_full)
 
 
-@lru_cache(maxsize=4096)
 def held_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
     """`in_flight` as torch's runtime has it: on the first stage, whose input has no gradient, the input's half of a
     backward does nothing and all stays until the weights' (torch 2.13, `backward_one_chunk`)."""
+    return _held_by_torch(shortest(pipeline))
+
+
+@lru_cache(maxsize=4096)
+def _held_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
     first, *others = in_flight(pipeline)
     if pipeline.schedule not in SPLIT_BACKWARD:
         return (first, *others)
@@ -47,25 +51,26 @@ def held_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
     return (_largest(np.array(sorted(whole)), part_of_full=False), *others)
 
 
-@lru_cache(maxsize=4096)
-def input_halves(pipeline: Pipeline) -> tuple[tuple[int, ...], ...]:
-    """Per rank and chunk, input-halves of backwards that have begun when a rank is last as full as it gets: up to the
+def input_halves(pipeline: Pipeline, rank: int) -> tuple[int, ...]:
+    """Per chunk of a rank, input-halves of backwards that have begun when it is last as full as it gets: up to the
     first after its last forward."""
-    shortest = _shortest(pipeline)
+    few = shortest(pipeline)
     # Microbatches beyond those of the shortest list are as many input-halves more, but in DualPipeV, which splits
     # backwards at its ends only.
-    more = 0 if pipeline.schedule == "dualpipev" else pipeline.microbatches - shortest.microbatches
-    counts = []
-    for rank in range(pipeline.ranks):
-        order = [part for action in order_of(shortest, rank) for part in action.parts or (action,)]
-        last = max(n for n, part in enumerate(order) if part.kind == orders.FORWARD)
-        after = [n for n, part in enumerate(order) if n > last and part.kind == orders.INPUT][:1]
-        begun = [part.stage for part in order[: after[0] + 1 if after else last] if part.kind == orders.INPUT]
-        counts.append(tuple(begun.count(stage) + more for stage in pipeline.stages_of(rank)))
-    return tuple(counts)
+    more = 0 if pipeline.schedule == "dualpipev" else pipeline.microbatches - few.microbatches
+    return tuple(begun + more for begun in _input_halves(few, rank))
 
 
-def _shortest(pipeline: Pipeline) -> Pipeline:
+@lru_cache(maxsize=16384)
+def _input_halves(pipeline: Pipeline, rank: int) -> tuple[int, ...]:
+    order = [part for action in order_of(pipeline, rank) for part in action.parts or (action,)]
+    last = max(n for n, part in enumerate(order) if part.kind == orders.FORWARD)
+    after = [n for n, part in enumerate(order) if n > last and part.kind == orders.INPUT][:1]
+    begun = [part.stage for part in order[: after[0] + 1 if after else last] if part.kind == orders.INPUT]
+    return tuple(begun.count(stage) for stage in pipeline.stages_of(rank))
+
+
+def shortest(pipeline: Pipeline) -> Pipeline:
     """The fewest microbatches with the same vectors: between warm-up and cool-down the lists repeat themselves."""
     ranks, count = pipeline.ranks, pipeline.microbatches
     if pipeline.schedule in IN_ROUNDS:
@@ -154,7 +159,29 @@ def _largest(moments: NDArray[np.int64], part_of_full: bool) -> tuple[InFlight, 
     )
 
 
-@lru_cache(maxsize=4096)
 def least_in_flight(pipeline: Pipeline) -> tuple[int, ...]:
     """Per rank, microbatches that any layer holds at the rank's worst moment, in whichever chunk it lies."""
+    return _least_in_flight(shortest(pipeline))
+
+
+@lru_cache(maxsize=4096)
+def _least_in_flight(pipeline: Pipeline) -> tuple[int, ...]:
     return tuple(max(min(moment.full) for moment in moments) for moments in in_flight(pipeline))
+
+
+@lru_cache(maxsize=16384)
+def most_outputs(pipeline: Pipeline, rank: int, received: bool) -> int:
+    """Outputs of a rank's stages that torch's pipeline holds at once, less inputs `received` in a buffer.
+
+    It keeps the output of each microbatch in flight (`fwd_cache`); the last stage's is the loss. From the input's half
+    of a split backward on, the gradient of that output is a receive buffer. Where the next stage is on the same rank
+    its output is the buffer.
+    """
+    held = pipeline.stages_of(rank)
+    buffered = [s > 0 and received for s in held]
+    sent = [s < pipeline.stages - 1 and s + 1 not in held for s in held]
+    kept = [0]
+    for moment in held_by_torch(pipeline)[rank]:
+        full = sum(n * (s - r) for n, s, r in zip(moment.full, sent, buffered, strict=True))
+        kept.append(full - sum(n * r for n, r in zip(moment.weight_only, buffered, strict=True)))
+    return max(kept)

@@ -50,6 +50,9 @@ class SegmentCosts:
     memory: PartMemory
 
 
+_RankPart = tuple[int, PartMemory, int, str]
+
+
 @dataclass(frozen=True)
 class LayoutCosts:
     """One layout, priced. `microbatch` is what a microbatch costs any stage besides its layers.
@@ -121,17 +124,29 @@ class LayoutCosts:
 
     # ---- one rank --------------------------------------------------------------------------------------
 
-    def rank_parts(self, rank: int, counts: Sequence[StageCount]) -> list[tuple[int, PartMemory, int, str]]:
+    def rank_parts(self, rank: int, counts: Sequence[StageCount]) -> list[_RankPart]:
         """(local chunk, part, how many, mode) of all that a rank holds."""
-        parts: list[tuple[int, PartMemory, int, str]] = []
+        parts: list[_RankPart] = []
         for chunk, stage in enumerate(self.layout.stages_of(rank)):
             for segment, blocks in zip(self.segments, counts[stage], strict=True):
                 parts += [(chunk, segment.memory, blocks.of(mode), mode) for mode in RECOMPUTE_MODES]
-            if stage == 0:
-                parts.append((chunk, self.embedding_memory, 1, "none"))
-            if stage == self.layout.stages - 1:
-                parts.append((chunk, self.head_memory, 1, "none"))
-        return [part for part in parts if part[2]]
+        return [part for part in parts if part[2]] + self.end_parts(rank)
+
+    def end_parts(self, rank: int) -> list[_RankPart]:
+        """Of those the embedding and the head."""
+        parts: list[_RankPart] = []
+        if rank in (0, self.last_rank):
+            stages = self.layout.stages_of(rank)
+            if rank == 0:
+                parts.append((0, self.embedding_memory, 1, "none"))
+            if rank == self.last_rank:
+                parts.append((stages.index(self.layout.stages - 1), self.head_memory, 1, "none"))
+        return parts
+
+    @cached_property
+    def last_rank(self) -> int:
+        """The rank of the last stage."""
+        return self.pipeline.rank_of(self.layout.stages - 1)
 
     def rank_memory(self, rank: int, counts: Sequence[StageCount]) -> MemoryBytes:
         """Itemised bytes of a rank at its peak: the worst of its in-flight vectors."""
@@ -161,15 +176,25 @@ class LayoutCosts:
 
     def moment_bytes(self, rank: int, counts: Sequence[StageCount]) -> list[float]:
         """Bytes of a rank at each of its in-flight vectors."""
+        return self._moment_bytes(rank, self.rank_parts(rank, counts))
+
+    def end_moment_bytes(self, rank: int) -> list[float]:
+        """The same of a rank without layers: one moment where its ends hold no activations."""
+        ends = self.end_parts(rank)
+        if any(part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends):
+            return self._moment_bytes(rank, ends)
+        return self._moment_bytes(rank, ends, 1)
+
+    def _moment_bytes(self, rank: int, parts: Sequence[_RankPart], moments: int | None = None) -> list[float]:
         fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
-        parts = self.rank_parts(rank, counts)
-        held = [0.0] * len(self.in_flight[rank])
+        vectors = self.in_flight[rank][:moments]
+        held = [0.0] * len(vectors)
         for chunk, part, number, mode in parts:
             totals = part.totals
             kept += totals.state * number
             transient = max(transient, part.transient_by(mode))
             each, weight = number * totals.held[mode], number * totals.held_weight
-            for i, vector in enumerate(self.in_flight[rank]):
+            for i, vector in enumerate(vectors):
                 held[i] += each * vector.full[chunk] + weight * vector.weight_only[chunk]
         beside = fixed.context + fixed.communicators
         slack = 1.0 + self.allocator_slack

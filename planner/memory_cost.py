@@ -8,20 +8,17 @@ microbatch, and only the latter depends on the layers of the stage.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.software import Software
 
 from .activation_bytes import ActivationModel, KeptBytes
 from .head_memory import HeadMemory, reduces_each_microbatch
-from .in_flight import held_by_torch, input_halves
+from .in_flight import input_halves, most_outputs, shortest
 from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
-from .schedule import SPLIT_BACKWARD, Pipeline
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
@@ -272,8 +269,16 @@ class MemoryModel:
         """Activations of a stage boundary that torch's pipeline holds on a rank beside its receive buffers."""
         if layout.pp == 1:
             return 0
+        # What a stage's first norm or recomputation keeps is a receive buffer, unless the norm widens it first.
         widens = self._activations.composite_norm and self._element_bytes != _FP32_BYTES
-        return _outputs_in_flight(layout.pipeline(microbatches), rank, widens)
+        pipeline, held = layout.pipeline(microbatches), layout.stages_of(rank)
+        outputs = most_outputs(shortest(pipeline), rank, not widens)
+        if not layout.splits_backward:
+            return outputs
+        # An input's half leaves the gradient of each input it was for until the step is over (torch 2.13,
+        # `stage_backward_input`, `clear_runtime_states`).
+        halves = input_halves(pipeline, rank)
+        return outputs + sum(n for s, n in zip(held, halves, strict=True) if s > 0 and s - 1 not in held)
 
     # ---- parameters of one rank --------------------------------------------------------------------------
 
@@ -312,26 +317,3 @@ class MemoryModel:
 
     def _head_matrix(self, layout: Layout) -> int:
         return -(-self._model.vocab_size // layout.tp) * self._model.hidden_size
-
-
-@lru_cache(maxsize=4096)
-def _outputs_in_flight(pipeline: Pipeline, rank: int, norm_widens: bool) -> int:
-    """Outputs of its stages that a rank of torch's pipeline holds at once, and gradients of inputs.
-
-    It keeps the output of each microbatch in flight, which no layer of the stage needs for its backward
-    (`fwd_cache`); the last stage's is the loss. From the input's half of a split backward on, the gradient of that
-    output, counted with the last layer's, is a receive buffer. So is the input that a stage's first norm or
-    recomputation keeps, unless the norm widens it first. Where the next stage is on the same rank its output is the
-    buffer. An input's half leaves the gradient of each input it was for until the step is over (torch 2.13,
-    `stage_backward_input`, `clear_runtime_states`).
-    """
-    held = pipeline.stages_of(rank)
-    received = [s > 0 and not norm_widens for s in held]
-    sent = [s < pipeline.stages - 1 and s + 1 not in held for s in held]
-    kept = [0]
-    for moment in held_by_torch(pipeline)[rank]:
-        full = sum(n * (s - r) for n, s, r in zip(moment.full, sent, received, strict=True))
-        kept.append(full - sum(n * r for n, r in zip(moment.weight_only, received, strict=True)))
-    halves = input_halves(pipeline)[rank] if pipeline.schedule in SPLIT_BACKWARD else (0,) * len(held)
-    left = sum(n for s, n in zip(held, halves, strict=True) if s > 0 and s - 1 not in held)
-    return max(kept) + left

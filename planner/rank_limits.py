@@ -99,24 +99,30 @@ def _least_recompute(layers: int, free: float, options: Sequence[tuple[float, fl
 
 def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[float, int]]:
     """(bytes of a rank without layers, microbatches any layer has in flight), each pair of one moment."""
-    nothing = empty_counts(costs)
-    ends = costs.rank_parts(rank, nothing)
-    if not any(part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends):
-        return [(costs.rank_bytes(rank, nothing), least_flight)]
+    used = costs.end_moment_bytes(rank)
+    if len(used) == 1:
+        return [(used[0], least_flight)]
     flights = [min(vector.full) for vector in costs.in_flight[rank]]
-    found = set(zip(costs.moment_bytes(rank, nothing), flights, strict=True))
+    found = set(zip(used, flights, strict=True))
     return [one for one in found if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)]
 
 
 def rank_limits(
     costs: LayoutCosts, segment: SegmentCosts, limit_bytes: float, modes: Sequence[str]
 ) -> Sequence[RankLimits | NoLimit]:
+    """Of every rank, for its layers of the segment; an infinite limit has no bytes looked at."""
+    pp = costs.layout.pp
     if limit_bytes == math.inf:
-        return [NoLimit(segment, modes)] * costs.layout.pp
-    # The ranks between the first and the last hold the same besides their layers; a sum that rounds to a hair above
-    # the limit fits, here as in `fits`.
-    pp, limit = costs.layout.pp, limit_bytes * (1 + ROUNDING)
-    flights = least_in_flight(costs.pipeline)
-    edges = {rank: _moments(costs, rank, flights[rank]) for rank in {0, min(1, pp - 1), pp - 1}}
-    middle = edges[min(1, pp - 1)][0][0]
-    return [RankLimits(costs, segment, edges.get(rank, [(middle, flights[rank])]), limit, modes) for rank in range(pp)]
+        return [NoLimit(segment, modes)] * pp
+    # A sum that rounds to a hair above the limit fits, here as in `fits`.
+    limit, flights = limit_bytes * (1 + ROUNDING), least_in_flight(costs.pipeline)
+    ends = {
+        rank: RankLimits(costs, segment, _moments(costs, rank, flights[rank]), limit, modes)
+        for rank in {0, costs.last_rank, pp - 1}
+    }
+    if pp <= 2:
+        return [ends[rank] for rank in range(pp)]
+    # The ranks between the first and the last hold the same besides their layers.
+    used = max(costs.end_moment_bytes(1))
+    between = {n: RankLimits(costs, segment, [(used, n)], limit, modes) for n in set(flights[1:-1])}
+    return [ends.get(rank) or between[flights[rank]] for rank in range(pp)]

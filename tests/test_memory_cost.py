@@ -424,7 +424,7 @@ def test_between_two_stages_of_a_rank_the_output_is_the_buffer() -> None:
     fixed = model.fixed(layout, 1, 8)
     assert fixed.pipeline_buffers == 8 * 4 * boundary
     most = max(moment.full[1] - sum(moment.full) for moment in in_flight(layout.pipeline(8))[1])
-    left = input_halves(layout.pipeline(8))[1][0]
+    left = input_halves(layout.pipeline(8), 1)[0]
     assert fixed.activations == (max(0, most) + left) * boundary
 
 

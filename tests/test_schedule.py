@@ -200,7 +200,8 @@ def test_no_moment_of_a_list_weighs_more_than_the_vectors(
 def test_input_halves_begun_by_the_first_after_the_last_forward(pipeline: Pipeline) -> None:
     """As counted in the whole list; the halves of a first stage are counted too."""
     assume(pipeline.schedule in SPLIT_BACKWARD)
-    for rank, counts in enumerate(input_halves(pipeline)):
+    for rank in range(pipeline.ranks):
+        counts = input_halves(pipeline, rank)
         whole = "".join(part.kind for action in action_lists(pipeline)[rank] for part in action.parts or (action,))
         end = whole.find("I", whole.rindex("F")) + 1 or whole.rindex("F")
         assert sum(counts) == whole[:end].count("I")
