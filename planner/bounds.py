@@ -6,6 +6,7 @@ seconds in all, f and b its forward and backward of one microbatch, o its optimi
 
     own work     head_r + M·(f(n) + b(n) + R) + reduce_r(n) + o_r(n)
     and back     head_r + M·(f(n) + b(n) + R) + tail_r + o_r(n)
+    backwards    W_r + M·(b(n) + R) + max(tail_r, reduce_r(n)) + o_r(n)
 
 head_r is the forwards above its first stage, tail_r, where the backward is whole, the backwards up from it, each of
 those stages with a layer at least. Of GPipe and 1F1B, with a stage a rank and layers of one kind, more is known:
@@ -29,11 +30,13 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from .in_flight import least_in_flight
 from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
+from .part_seconds import PartSeconds
 from .rank_limits import ROUNDING, NoLimit, RankLimits, rank_limits
 from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
@@ -106,7 +109,7 @@ def any_pipeline_bound(
         RankLimits(costs, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
         for end, flight in zip(ends, map(min, zip(*every, strict=True)), strict=True)
     ]
-    dealt = _deal(costs, segment, limits, _around(costs, segment, heads, tails), enough_seconds)
+    dealt = _deal(costs, segment, limits, _around(costs, segment, heads, tails, split), enough_seconds)
     return None if dealt is None else max(least, dealt + costs.step_seconds)
 
 
@@ -130,7 +133,9 @@ def most_layers(
 def _commonest(costs: LayoutCosts, around: tuple[list[float], list[float]]) -> tuple[SegmentCosts, RankCost]:
     """The segment with most layers, and what those cost a rank at least."""
     segment = _largest_segment(costs)
-    return segment, _round_trip(costs, segment) if _is_simple(costs) else _around(costs, segment, *around)
+    if _is_simple(costs):
+        return segment, _round_trip(costs, segment)
+    return segment, _around(costs, segment, *around, split=costs.layout.schedule in SPLIT_BACKWARD)
 
 
 def _largest_segment(costs: LayoutCosts) -> SegmentCosts:
@@ -216,8 +221,10 @@ def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     return cost
 
 
-def _around(costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], tails: Sequence[float]) -> RankCost:
-    """Of any schedule: what passes before and after a rank's own work."""
+def _around(
+    costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], tails: Sequence[float], split: bool
+) -> RankCost:
+    """Of any schedule: what passes before and after a rank's own work, or before and after its backwards."""
     layout, count, layer = costs.layout, costs.microbatches, segment.seconds
     first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
     plain = layout.virtual_stages * count * (bare.forward.total + bare.backward.total)
@@ -232,11 +239,37 @@ def _around(costs: LayoutCosts, segment: SegmentCosts, heads: Sequence[float], t
     each = count * (layer.forward.total + layer.backward.total) + layer.gather.total
     reduce_each, update_each = layer.reduce.total, layer.optimizer.total
 
+    before, backward_each = _to_first_backwards(costs, split), count * layer.backward.total
+    backward = [layout.virtual_stages * count * bare.backward.total] * layout.pp
+    for end, rank in ((costs.embedding, 0), (costs.head, costs.last_rank)):
+        backward[rank] += count * end.backward.total
+
     def cost(rank: int, layers: int, again: float) -> float:
-        after = max(tails[rank], reduce[rank] + layers * reduce_each)
-        return heads[rank] + own[rank] + layers * each + count * again + after + update[rank] + layers * update_each
+        after = max(tails[rank], reduce[rank] + layers * reduce_each) + update[rank] + layers * update_each
+        through = heads[rank] + own[rank] + layers * each
+        return max(through, before[rank] + backward[rank] + layers * backward_each) + count * again + after
 
     return cost
+
+
+def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:
+    """What passes before each rank's first backward, of its deepest stage t: microbatch 0's forwards through all stages,
+    which gather their weights, and a microbatch's backwards (where they are split, the halves for the inputs) up from
+    the last stage to t + 1, each inner one with a layer at least."""
+    layout, bare, send = costs.layout, costs.microbatch, costs.send_seconds
+    stages = layout.stages
+    hops = sum(a != b for a, b in pairwise(map(costs.pipeline.rank_of, range(stages))))
+    forward = stages * bare.forward.total + costs.embedding.forward.total + costs.head.forward.total + hops * send
+    forward += costs.embedding.gather.total + costs.head.gather.total
+    for segment in costs.segments:
+        forward += segment.layers * (segment.seconds.forward.total + segment.seconds.gather.total)
+
+    def back(part: PartSeconds) -> float:
+        return part.backward_input.total if split else part.backward.total
+
+    each = min(back(segment.seconds) for segment in costs.segments) + back(bare)
+    below = [stages - 1 - max(layout.stages_of(rank)) for rank in range(layout.pp)]
+    return [forward + (back(costs.head) + (n - 1) * each + n * send if n else 0.0) for n in below]
 
 
 # ---- heads, tails and water ----------------------------------------------------------------------------------

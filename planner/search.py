@@ -119,11 +119,17 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             question.limit_bytes,
             bound_seconds=least,
             cutoff_seconds=cutoff,
+            aside_seconds=left[0][0] if left else math.inf,
             start=start,
             modes=modes,
             deadline=deadline if best or first is not None or start is not None else float("inf"),
         )
         ilps += solution.ilps_solved
+        if solution.aside:
+            heapq.heappush(left, (solution.bound_seconds, next(ties), costs))
+            if solution.counts is not None and (first is None or solution.step_seconds < first.step_seconds):
+                first = Solved(costs, solution.counts, solution.step_seconds)
+            continue
         proven = min(proven, solution.bound_seconds)
         if solution.counts is None:
             pruned_memory += solution.bound_seconds == float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ _MOST_CUTS = 200
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
 _MOST_RELAXED = 40
 _RELAXED_ENOUGH = 1e-3
+_FIRST_PATIENCE_SECONDS = 1.0  # of one program; twice as much after each that did not end
 _TOWARDS_ANSWER = 0.3  # of the way from the best fractions seen to the program's answer
 
 
@@ -23,13 +25,14 @@ class Solution:
     """The best assignment found, its simulated step, and a bound no assignment of the layout can beat.
 
     `counts` is None when nothing fits, or when the layout cannot beat the cut-off (then `bound_seconds`
-    is at least the cut-off).
+    is at least the cut-off). `aside` where the bound is not reached, but others should be looked at first.
     """
 
     counts: tuple[StageCount, ...] | None
     step_seconds: float
     bound_seconds: float
     ilps_solved: int
+    aside: bool = False
 
 
 def solve_stages(
@@ -37,22 +40,24 @@ def solve_stages(
     limit_bytes: float,
     *,
     bound_seconds: float,
-    cutoff_seconds: float = float("inf"),
+    cutoff_seconds: float = math.inf,
+    aside_seconds: float = math.inf,
     start: Sequence[StageCount] | None = None,
     modes: Sequence[str] = RECOMPUTE_MODES,
-    deadline: float = float("inf"),
+    deadline: float = math.inf,
 ) -> Solution:
     """The assignment with the least simulated step that fits `limit_bytes`.
 
     Args:
         bound_seconds: a valid lower bound (`bounds.lower_bound`); it spares the solver the proof of it.
         cutoff_seconds: stop when no assignment can be faster than this.
+        aside_seconds: put the layout aside when its bound is found to be above this.
         start: an assignment that fits, if one is known.
         modes: what a layer may recompute.
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
     """
     best = tuple(start) if start is not None else None
-    best_seconds = costs.step(best) if best is not None else float("inf")
+    best_seconds = costs.step(best) if best is not None else math.inf
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
         return Solution(best, best_seconds, min(bound, best_seconds), solved)
@@ -71,20 +76,30 @@ def solve_stages(
     if best is not None:
         program.longer_than_path(costs.simulate(best).critical_path)
     start_seconds = costs.durations(best) if best is not None else None
-    if not _cut_by_fractions(program, start_seconds, min(best_seconds, cutoff_seconds), deadline):
+    relaxed = _cut_by_fractions(program, start_seconds, min(best_seconds, cutoff_seconds), deadline)
+    if relaxed == math.inf:
         return Solution(best, best_seconds, min(best_seconds, cutoff_seconds), solved)
-    program.not_below_bound(bound_seconds)
+    bound = max(bound, relaxed)
+    program.not_below_bound(bound)
+    patience = _FIRST_PATIENCE_SECONDS
     while solved < _MOST_CUTS and time.monotonic() < deadline:
         goal = min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE)
         if bound >= goal:
             break
+        if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
+            return Solution(best, best_seconds, bound, solved, aside=True)
         program.better_than(goal)
-        counts, relaxed = program.solve(make_solver(deadline - time.monotonic()))
+        began = time.monotonic()
+        counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
         solved += 1
         # Nothing below the goal: the goal itself is proven.
         bound = max(bound, min(relaxed + costs.step_seconds, min(best_seconds, cutoff_seconds)))
-        if counts is None:
+        if time.monotonic() - began >= patience:
+            patience *= 2
+        elif counts is None:
             break
+        if counts is None:
+            continue
         simulation = costs.simulate(counts)
         seconds = simulation.seconds + costs.optimizer_seconds(counts) + costs.step_seconds
         if seconds < best_seconds:
@@ -95,8 +110,9 @@ def solve_stages(
 
 def _cut_by_fractions(
     program: Program, start: Sequence[StageSeconds] | None, most_seconds: float, deadline: float
-) -> bool:
-    """Add the paths that matter to fractions of layers; False when none of those is faster than `most_seconds`.
+) -> float:
+    """Add the paths that matter to fractions of layers. Seconds that no assignment is below, infinite when even
+    fractions are not faster than `most_seconds`.
 
     The programs' own answers jump from corner to corner, and each corner has a path of its own. So paths are taken
     between the answer and the best seen too (in-out separation), where few matter.
@@ -107,14 +123,15 @@ def _cut_by_fractions(
     def simulated(durations: Sequence[StageSeconds]) -> Simulation:
         return simulate(costs.pipeline, durations, costs.send_seconds)
 
-    inner = (simulated(start).seconds, start) if start is not None else None
+    inner, least = (simulated(start).seconds, start) if start is not None else None, 0.0
     for _ in range(_MOST_RELAXED):
         if time.monotonic() > deadline:
             break
         outer = program.relax()
         if outer is None:
-            return not program.infeasible
-        least, simulation = (program.makespan.value() or 0.0) * scale, simulated(outer)
+            return math.inf if program.infeasible else least
+        makespan, simulation = (program.makespan.value() or 0.0) * scale, simulated(outer)
+        least = (program.step.value() or 0.0) * scale + costs.step_seconds
         program.longer_than_path(simulation.critical_path)
         if inner is None or simulation.seconds < inner[0]:
             inner = (simulation.seconds, outer)
@@ -123,9 +140,9 @@ def _cut_by_fractions(
         program.longer_than_path(simulation.critical_path)
         if simulation.seconds < inner[0]:
             inner = (simulation.seconds, between)
-        if inner[0] <= least + _RELAXED_ENOUGH * (least + costs.step_seconds):
+        if inner[0] <= makespan + _RELAXED_ENOUGH * (makespan + costs.step_seconds):
             break
-    return True
+    return least * (1 - RELATIVE_TOLERANCE)
 
 
 def _mixed(inner: StageSeconds, outer: StageSeconds) -> StageSeconds:
