@@ -47,9 +47,9 @@ class TrainOptions:
     """How to train, beside what the plan says.
 
     `steps` counts from the first step of the run, also after a resume. `validation_every` and `checkpoint_every` are
-    in steps, 0 for only at the end. The run fails after `skip_limit` steps in a row whose loss or gradient norm is not finite, and when a
-    collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu divides by;
-    without it mfu is null. `compile` None is yes on CUDA where no rule forbids it.
+    in steps, 0 for only at the end. The run fails after `skip_limit` steps in a row whose loss or gradient norm is not
+    finite, and when a collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu
+    divides by; without it mfu is null. `compile` None is yes on CUDA where no rule forbids it.
     """
 
     run_dir: Path
@@ -280,7 +280,7 @@ def _write_record(
         "steps": options.steps,
         "skipped_steps": skipped,
         "train_loss": last["loss"],
-        "validation_loss": last.get("validation_loss"),
+        **({"validation_loss": last["validation_loss"]} if tokens.has_validation else {}),
         "bigram_loss": tokens.baseline_loss(),
         "token_unit": tokens.unit,
         "data": tokens.name,

@@ -3,7 +3,7 @@
 [Note: Blends]
 Sample i comes from the dataset that is furthest behind its share, the largest w·max(i, 1) − given, the first of equals.
 Weighted datasets are asked for N·w samples and half a percent more; without weights each gives one epoch, in proportion
-to its samples. Source: megatron/core/datasets of Megatron-LM core 0.16, blended_megatron_dataset_builder.py, helpers.cpp.
+to its samples. Source: Megatron-LM core 0.16, megatron/core/datasets: blended_megatron_dataset_builder.py, helpers.cpp.
 """
 
 from __future__ import annotations
