@@ -38,9 +38,7 @@ def data_options(paths: list[str] | None, split: str | None, tokenizer: str | No
     return DataOptions(paths=tuple(paths or ()), split=split, tokenizer=tokenizer, cache=cache)
 
 
-data_app = typer.Typer(
-    help="Make and look at Megatron's indexed datasets.", no_args_is_help=True, rich_markup_mode="rich"
-)
+data_app = typer.Typer(help="Make Megatron's indexed datasets.", no_args_is_help=True, rich_markup_mode="rich")
 
 
 @data_app.command(
@@ -55,7 +53,7 @@ def prepare(
     inputs: Annotated[
         list[Path] | None, typer.Option("--input", help="File of documents: .jsonl, .txt or .parquet; repeatable.")
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="[FILE]...", help="More of them.")] = None,
+    more: Annotated[list[Path] | None, typer.Argument(metavar="FILE", help="More of them.")] = None,
     tokenizer: Annotated[
         str,
         typer.Option("--tokenizer", "--tokenizer-model", help="Model folder with tokenizer.json, that file, or bytes."),
@@ -93,8 +91,12 @@ def prepare(
         workers=workers or os.cpu_count() or 1,
     )
     start = time.perf_counter()
-    with bytes_progress("tokenizing", input_bytes(files)) as on_bytes:
-        found = write(wanted, on_bytes)
+    try:
+        with bytes_progress("tokenizing", input_bytes(files)) as on_bytes:
+            found = write(wanted, on_bytes)
+    except KeyboardInterrupt:
+        print_report("interrupted; nothing was written", error=True)
+        raise typer.Exit(130) from None
     seconds = time.perf_counter() - start
     if as_json:
         print_json(asdict(found) | {"seconds": seconds})

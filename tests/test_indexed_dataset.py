@@ -51,7 +51,7 @@ def test_small_vocabularies_take_two_bytes_a_token() -> None:
         (".idx", lambda index: index[:17] + b"\x06" + index[18:], "holds no token ids", "float64"),
         (".idx", lambda index: index[:17] + b"\x63" + index[18:], "holds no token ids", "type code 99"),
         (".idx", lambda index: index[:20], "cut short", "20 bytes"),
-        (".idx", lambda index: index[:-1], "cut short", "101 bytes"),
+        (".idx", lambda index: index[:-1], "cut short", "109 bytes"),
         (".idx", lambda _: b"", "cut short", "0 bytes"),
         (".idx", lambda index: index[:-8] + struct.pack("<q", 9), "is damaged", "0 to 9"),
         (".idx", lambda index: index[:34] + struct.pack("<i", -5) + index[38:], "is damaged", "negative"),

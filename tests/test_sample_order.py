@@ -24,7 +24,7 @@ BLENDS = [["a"], ["0.3", "a", "0.7", "b"], ["1", "a"], ["3", "a", "1", "b", "0.5
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Datasets a, b and c, of documents with 0 to 60, 200 and 9 tokens."""
     path, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name, number, longest in (("a", 100, 60), ("b", 40, 200), ("c", 90, 9)):
+    for name, number, longest in (("a", 100, 60), ("b", 40, 200), ("c", 300, 9)):
         lengths = random.integers(0, longest, size=number)
         megatron_core.write(path / name, [random.integers(0, 1000, size=length) for length in lengths], np.uint16)
     return path

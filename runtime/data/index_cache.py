@@ -54,7 +54,7 @@ def cached_arrays(
 def _read(kept: Path) -> dict[str, np.ndarray]:
     try:
         return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(kept.glob("*.npy"))}
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise InputError(
             "an index kept from an earlier run cannot be read",
             where=str(kept),
