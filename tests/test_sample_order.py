@@ -67,6 +67,35 @@ def test_every_sample_is_megatrons(samples: int, paths: Sequence[str], folder: P
             assert np.array_equal(ours.validation_batch(0, VALIDATION), megatron_core.ids(theirs[1], VALIDATION))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("case", range(150))
+def test_every_sample_is_megatrons_at_random(case: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(case)
+    names = "abcdef"[: random.integers(1, 7)]
+    for name in names:
+        lengths = random.integers(0, random.integers(2, 90), size=random.integers(60, 300))
+        lengths[-40:] = np.maximum(lengths[-40:], 3)  # a split without a token loops for ever there
+        documents = [random.integers(0, 1000, size=length) for length in lengths]
+        megatron_core.write(tmp_path / name, documents, np.uint16)
+    sequence, seed, samples = (int(random.integers(low, high)) for low, high in ((2, 40), (0, 1000), (1, 2000)))
+    weights = [f"{weight:.3g}" for weight in random.uniform(0.05, 5, len(names))]
+    paths = located(tmp_path, [word for pair in zip(weights, names, strict=True) for word in pair])
+    split = f"{random.integers(60, 90)},{random.integers(8, 20)}"
+    theirs = megatron_core.datasets(paths, split, (samples, VALIDATION), sequence=sequence, seed=seed, cache=tmp_path)
+    ours = open_indexed_tokens(
+        parse_blend(paths),
+        split,
+        cache=tmp_path / "indices",
+        vocabulary=1000,
+        training_samples=samples,
+        validation_samples=VALIDATION,
+        sequence=sequence,
+        seed=seed,
+    )
+    assert np.array_equal(ours.batch(1, samples), megatron_core.ids(theirs[0], samples))
+    assert np.array_equal(ours.validation_batch(0, VALIDATION), megatron_core.ids(theirs[1], VALIDATION))
+
+
 def test_the_three_indices_are_megatrons(folder: Path) -> None:
     seen: list[Epochs] = []
     for samples in (100, 150, 275, 400):

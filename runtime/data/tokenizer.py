@@ -101,7 +101,7 @@ def _read(path: Path, name: str) -> HfTokenizer:
             f"there is no tokenizer at {name}",
             where=f"--tokenizer {name}",
             expected=f"a folder with a {_FILE}, as Hugging Face models have, or that file; or {BYTES}",
-            got="no such file" if not path.parent.is_dir() else f"a folder without {_FILE}",
+            got=f"a folder without {_FILE}" if Path(name).is_dir() else "no such file or folder",
         )
     try:
         tokenizer = HfTokenizer.from_file(str(path))
