@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,16 @@ def row(what: str, seconds: float, amount: float, unit: str, note: str = "") -> 
 
 
 def write_documents(path: Path, megabytes: float) -> list[str]:
-    """JSON lines of so many MB: the standard library's files, over and over."""
+    """JSON lines of so many MB: the standard library's files, over and over; returns the files."""
     corpus = load_corpus(None, SEQUENCE)
     text = bytes(np.concatenate([corpus.train, corpus.held_out])).decode("utf-8", "replace")
     documents = [document for document in text.split("\0") if document]
     with path.open("w", encoding="utf-8") as file:
-        while file.tell() < megabytes * 1e6:
-            file.writelines(json.dumps({"text": document}) + "\n" for document in documents)
-    return documents
+        for document in cycle(documents):
+            file.write(json.dumps({"text": document}) + "\n")
+            if file.tell() >= megabytes * 1e6:
+                return documents
+    raise AssertionError("the standard library has files")
 
 
 def train_tokenizer(folder: Path, documents: list[str]) -> None:
@@ -73,7 +76,7 @@ def train_tokenizer(folder: Path, documents: list[str]) -> None:
 def measure_preparing(folder: Path, megabytes: float) -> str:
     """Rows of both tokenizers, with one worker and with all; returns the prefix of the last."""
     source = folder / "documents.jsonl"
-    train_tokenizer(folder / "model", write_documents(source, megabytes))
+    train_tokenizer(folder / "model", write_documents(source, megabytes)[::8])
     prefix = ""
     for name, tokenizer in (("bytes", "bytes"), (f"BPE, {VOCABULARY:,} tokens", str(folder / "model"))):
         for workers in sorted({1, os.cpu_count() or 1}):
@@ -90,8 +93,20 @@ def _order(lengths: np.ndarray, epochs: int) -> dict[str, np.ndarray]:
     return {"documents": order.documents, "samples": order.samples, "shuffle": order.shuffle}
 
 
+def _megatrons_order(lengths: np.ndarray, epochs: int) -> np.ndarray:
+    """The same by megatron-core's own functions, the sample index by its C++; returns the shuffle index."""
+    from megatron.core.datasets import gpt_dataset, helpers
+
+    random, documents = np.random.RandomState(1234), np.arange(len(lengths), dtype=np.int32)
+    order = gpt_dataset._build_document_index(documents, epochs, random, False)
+    tokens = int(lengths.sum(dtype=np.int64))
+    samples = helpers.build_sample_idx(lengths, order, SEQUENCE, epochs, tokens, True, True)
+    return gpt_dataset._build_shuffle_index(len(samples) - 1, len(samples) - 1, random)
+
+
 def measure_indices(folder: Path, tokens: int) -> None:
-    """Rows of one epoch and of three, cold and kept, and of a blend of as many samples."""
+    """Rows of one epoch and of three, cold and kept, beside megatron-core's, and of a blend of as many samples."""
+    _megatrons_order(lengths=np.ones(SEQUENCE * 3, np.int32), epochs=1)  # imported outside of what is timed
     lengths = np.random.default_rng(0).integers(1, 2 * DOCUMENT_TOKENS, tokens // DOCUMENT_TOKENS).astype(np.int32)
     total = int(lengths.sum(dtype=np.int64))
     for number in (1, 3):
@@ -100,6 +115,9 @@ def measure_indices(folder: Path, tokens: int) -> None:
             seconds, arrays = timed(partial(cached_arrays, folder / "indices", {"epochs": number}, build))
             note = f"{len(lengths):,} documents, {len(arrays['shuffle']):,} samples"
             row(f"indices, {number} epochs, {said}", seconds, number * total, "tokens/s", note)
+        seconds, shuffle = timed(partial(_megatrons_order, lengths, number))
+        assert np.array_equal(shuffle, arrays["shuffle"])
+        row(f"indices, {number} epochs, built by megatron-core", seconds, number * total, "tokens/s")
     for datasets in (2, 8, 32):
         shares, samples = normalized(range(1, datasets + 1)), total // SEQUENCE
         seconds, _ = timed(partial(blending_index, shares, samples))
@@ -158,15 +176,18 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--tokens", type=float, default=1e9, help="of the dataset whose indices are built")
     options.add_argument("--megabytes", type=float, default=64, help="of JSON lines to prepare")
+    options.add_argument("--only", choices=("data", "indices", "step"), help="one part of it")
     arguments = options.parse_args()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     print(f"{now}  {platform.node()}  {os.cpu_count()} cores  {' '.join(sys.argv)}")
     with tempfile.TemporaryDirectory(prefix="meshwright-") as name:
         folder = Path(name)
-        prefix = measure_preparing(folder, arguments.megabytes)
-        measure_loading(prefix, folder)
-        measure_indices(folder, int(arguments.tokens))
-    consumption()
+        if arguments.only in (None, "data"):
+            measure_loading(measure_preparing(folder, arguments.megabytes), folder)
+        if arguments.only in (None, "indices"):
+            measure_indices(folder, int(arguments.tokens))
+    if arguments.only in (None, "step"):
+        consumption()
 
 
 if __name__ == "__main__":

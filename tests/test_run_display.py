@@ -24,8 +24,8 @@ def shown(**reached: Any) -> str:
 
 def test_losses_of_bytes_have_a_bigram_model_beside_them() -> None:
     assert shown(validation_loss=2.0, bigram_loss=2.5, token_unit="byte") == (
-        "train loss 1.500, validation loss 2.000 nats per byte (perplexity 7.389) after 30 steps; a bigram model of the "
-        "same text\nreaches 2.500"
+        "train loss 1.500, validation loss 2.000 nats per byte (perplexity 7.389) after 30 steps; a bigram model of "
+        "the same text\nreaches 2.500"
     )
 
 
