@@ -253,9 +253,11 @@ def _around(
 
 
 def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:
-    """What passes before each rank's first backward, of its deepest stage t: microbatch 0's forwards through all stages,
-    which gather their weights, and a microbatch's backwards (where they are split, the halves for the inputs) up from
-    the last stage to t + 1, each inner one with a layer at least."""
+    """What passes before each rank's first backward, of its deepest stage t.
+
+    Microbatch 0's forwards through all stages, which gather their weights, and a microbatch's backwards (where they are
+    split, the halves for the inputs) up from the last stage to t + 1, each inner one with a layer at least.
+    """
     layout, bare, send = costs.layout, costs.microbatch, costs.send_seconds
     stages = layout.stages
     hops = sum(a != b for a, b in pairwise(map(costs.pipeline.rank_of, range(stages))))
