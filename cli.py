@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli_checks import run_dry, verify
+from cli_export import export
 from cli_parts import (
     Cluster,
     Devices,
@@ -221,6 +222,9 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", help="Model to plan for, or that the plan must be for.")
     ] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--from", help="Start from the weights in this Hugging Face folder.")
+    ] = None,
     data: Annotated[Path | None, typer.Option("--data", help="Text file or folder; default Python's library.")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 300,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; default runs/DATE-TIME.")] = None,
@@ -267,11 +271,13 @@ def train(
     from profiles.hardware import load_hardware
     from profiles.store import parse_yaml, read_text
     from runtime.experts import Balance
+    from runtime.hf_weights import model_to_start_from
     from runtime.launch import train as launch
     from runtime.progress import step_progress
     from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
 
+    model = model_to_start_from(weights, plan_file, model, resume=resume)
     found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line())
     if isinstance(found, PlanAnswer):
         print_report(found.report())
@@ -295,6 +301,7 @@ def train(
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
         compile=compiled,
         balance=Balance(balance_loss, bias_rate),
+        weights=weights,
     )
     try:
         with step_progress(steps, chosen.job.tokens) as on_progress:
@@ -311,6 +318,7 @@ def train(
 app.command(
     epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
 )(verify)
+app.command(epilog="Example: cli.py export runs/mine --to hf --out my-model --dtype bf16")(export)
 
 
 @app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")

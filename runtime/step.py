@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,13 +66,17 @@ def build_state(
     weight_decay: float,
     compilation: Compilation | None = None,
     balance: Balance | None = None,
+    weights: Path | None = None,
 ) -> TrainState:
-    """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it."""
+    """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it.
+
+    Their first values are drawn, or those of the Hugging Face folder `weights`.
+    """
     model = plan.model
     mesh = build_mesh(
         plan.layout, device.type, tied_embeddings=model.tied_embeddings, experts=model.experts is not None
     )
-    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation)
+    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation, weights=weights)
     for router in routers_of(chunks):
         router.balance = balance or Balance()
         router.sequences_per_step = plan.job.global_batch
