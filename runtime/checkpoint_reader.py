@@ -47,9 +47,16 @@ class CheckpointReader:
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
             raise self._unreadable(error) from None
 
-    def shape(self, name: str) -> torch.Size:
-        """The whole shape; an InputError where the checkpoint has no such parameter."""
-        return self._entry(name).size
+    def require(self, name: str, shape: torch.Size) -> None:
+        """Raise InputError unless the checkpoint has a tensor of this name and whole shape."""
+        got = self._entry(name).size
+        if got != shape:
+            raise InputError(
+                f"{self.folder} has another shape than the plan's model",
+                where=f"{self.folder}: {name}",
+                expected=str(list(shape)),
+                got=str(list(got)),
+            )
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, in the dtype of the checkpoint."""
@@ -70,7 +77,7 @@ class CheckpointReader:
         if not isinstance(entry, TensorStorageMetadata):
             raise InputError(
                 f"{self.folder} lacks a parameter of the plan's model",
-                where=str(self.folder),
+                where=f"{self.folder}: {name}",
                 expected=f"the tensor {name}",
                 got="no such tensor",
             )

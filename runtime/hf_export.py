@@ -135,8 +135,8 @@ def _parts_of(model: ModelSpec, family: str, reader: CheckpointReader) -> dict[s
     Raises InputError where the checkpoint is of another model.
     """
     parts: dict[str, list[_Part]] = {}
-    for name, places in places_in(model, family).items():
-        shape = reader.shape(name)
+    for name, (shape, places) in places_in(model, family).items():
+        reader.require(name, shape)
         stacked = len(shape) == 3
         for index, place in enumerate(places):
             parts.setdefault(place.tensor, []).append(_Part(name, index if stacked else None, place))

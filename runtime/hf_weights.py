@@ -24,11 +24,14 @@ _SHOWN = 3  # of the tensors that are wrong in the same way
 _ROWS = 4096  # of an embedding that are compared at once
 
 
-def places_in(model: ModelSpec, family: str) -> dict[str, tuple[Place, ...]]:
-    """Our name -> its places, for everything that a model holds, in the order of the chain."""
+Places = dict[str, tuple[torch.Size, tuple[Place, ...]]]
+
+
+def places_in(model: ModelSpec, family: str) -> Places:
+    """Our name -> whole shape and places, for everything that a model holds, in the order of the chain."""
     chunk = build_chunk(model, Stage.whole(model))
     held = (*named_parameters([chunk]), *named_buffers([chunk]))
-    return {name: places_of(family, name, tensor.shape) for name, tensor in held}
+    return {name: (tensor.shape, places_of(family, name, tensor.shape)) for name, tensor in held}
 
 
 def load_weights(folder: Path, chunks: Sequence[Chunk], model: ModelSpec) -> None:
@@ -43,7 +46,8 @@ def load_weights(folder: Path, chunks: Sequence[Chunk], model: ModelSpec) -> Non
         for name, tensor in (*named_parameters(chunks), *named_buffers(chunks)):
             own, box = local_part(tensor), own_box(tensor)
             stacked = tensor.ndim == 3
-            for index, place in enumerate(places[name][box[0]] if stacked else places[name]):
+            _, there = places[name]
+            for index, place in enumerate(there[box[0]] if stacked else there):
                 target = own[index] if stacked else own
                 if target.numel():
                     part = files.read(name_in[place.tensor], place.box(box[1:] if stacked else box))
@@ -60,7 +64,7 @@ def check_weights(folder: Path, model: ModelSpec) -> None:
     with TensorFiles(folder) as files:
         name_in = _matched(files, places, family, model)
         if model.tied_embeddings and HEAD in files.file_of:
-            _require_same(files, HEAD, name_in[places["embedding.tokens.weight"][0].tensor])
+            _require_same(files, HEAD, name_in[places["embedding.tokens.weight"][1][0].tensor])
 
 
 def model_to_start_from(
@@ -123,7 +127,7 @@ def _family_of(folder: Path, model: ModelSpec) -> str:
 def _matched(files: TensorFiles, places: dict[str, tuple[Place, ...]], family: str, model: ModelSpec) -> dict[str, str]:
     """Full name -> the name in the files, of every tensor that the model needs. An InputError names what is wrong."""
     there = {full_name(family, name): name for name in files.file_of}
-    wanted = {place.tensor: place.shape for several in places.values() for place in several}
+    wanted = {place.tensor: place.shape for _, several in places.values() for place in several}
     missing = [name for name in wanted if name not in there]
     if missing:
         raise _wrong(files, f"lacks tensors of {model.name}", missing, f"the tensor {missing[0]}", "no such tensor")
