@@ -23,12 +23,11 @@ from .transformer import Chunk, build_chunk
 _SHOWN = 3  # of the tensors that are wrong in the same way
 _ROWS = 4096  # of an embedding that are compared at once
 
-
-Places = dict[str, tuple[torch.Size, tuple[Place, ...]]]
+Places = dict[str, tuple[torch.Size, tuple[Place, ...]]]  # our name -> whole shape, and where it stands
 
 
 def places_in(model: ModelSpec, family: str) -> Places:
-    """Our name -> whole shape and places, for everything that a model holds, in the order of the chain."""
+    """Everything that a model holds, in the order of the chain."""
     chunk = build_chunk(model, Stage.whole(model))
     held = (*named_parameters([chunk]), *named_buffers([chunk]))
     return {name: (tensor.shape, places_of(family, name, tensor.shape)) for name, tensor in held}
@@ -124,7 +123,7 @@ def _family_of(folder: Path, model: ModelSpec) -> str:
     return with_names.family
 
 
-def _matched(files: TensorFiles, places: dict[str, tuple[Place, ...]], family: str, model: ModelSpec) -> dict[str, str]:
+def _matched(files: TensorFiles, places: Places, family: str, model: ModelSpec) -> dict[str, str]:
     """Full name -> the name in the files, of every tensor that the model needs. An InputError names what is wrong."""
     there = {full_name(family, name): name for name in files.file_of}
     wanted = {place.tensor: place.shape for _, several in places.values() for place in several}

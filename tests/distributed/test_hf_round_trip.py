@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import cli
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan, save
@@ -126,3 +129,39 @@ def test_every_family_comes_in_and_goes_out_under_some_layout(tmp_path: Path) ->
         assert before == pytest.approx(loss_of(theirs, plan), rel=1e-5), case
         assert abs(after - before) > 1e-2, case
         require_round_trip(case, plan, run_dir, after)
+
+
+def test_train_starts_from_a_folder_and_what_it_exports_is_what_it_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the commands. Of a text of one letter every sample is the same, so that what a step trained on is known."""
+    import transformers
+
+    weights, run_dir, text = tmp_path / "weights", tmp_path / "run", tmp_path / "a.txt"
+    theirs = make_model("qwen2", layers=2, vocab_size=256)
+    theirs.save_pretrained(weights)
+    text.write_text("a" * 10_000)
+    layout, job = Layout(pp=2, micro_batch=2), TrainingJob(global_batch=4, sequence=16, precision="fp32")
+    plan = make_plan(read_hf_config(weights), layout, job)
+    save(replace(plan, cluster=replace(plan.cluster, hardware="a100-sxm-40gb")), tmp_path / "plan.yaml")
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["cli.py", *words])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        assert not exit_info.value.code, captured
+        return captured.out
+
+    train = ("train", str(tmp_path / "plan.yaml"), "--from", str(weights), "--data", str(text))
+    run(*train, "--run-dir", str(run_dir), "--steps", "2", "--lr", "0.01", "--warmup", "0", "--checkpoint-every", "1")
+    losses = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    exported = json.loads(run("export", str(run_dir), "--to", "hf", "--step", "1", "--json"))
+    after_one = transformers.AutoModelForCausalLM.from_pretrained(exported["folder"]).eval()
+    ids = torch.full((1, 17), ord("a"))
+    for model, loss in zip((theirs, after_one), losses, strict=True):
+        with torch.no_grad():
+            expected = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[0, 1:]).item()
+        assert loss == pytest.approx(expected, rel=1e-5)
+    assert losses[1] < losses[0] - 0.01
