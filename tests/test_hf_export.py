@@ -20,12 +20,14 @@ from planner.layout import Layout
 from planner.plan import Stage, save
 from profiles.catalogue import resolve_model
 from profiles.model import ModelSpec
+from runtime.checkpoint_reader import CheckpointReader
 from runtime.hf_export import export_run
 from runtime.hf_files import DESCRIPTION_FOLDER
+from runtime.hf_weights import places_in
 from runtime.parameters import initialise, named_buffers, named_parameters
 from runtime.transformer import build_chunk
 from tests.hf_folders import read_whole
-from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, tiny_experts, tiny_gpt2, tiny_llama
 
 JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 
@@ -87,16 +89,27 @@ def test_the_last_checkpoint_or_the_one_asked_for(
         assert torch.equal(model.lm_head.weight, chunk.head.weight.detach().to(model.dtype))
 
 
+@pytest.mark.parametrize("model", [tiny_gpt2(), tiny_experts(family="mixtral")], ids=lambda model: model.family)
 @pytest.mark.parametrize("shard_bytes", [1, 20_000, 1 << 30])
-def test_files_are_cut_at_their_size_and_hold_everything_once(tmp_path: Path, shard_bytes: int) -> None:
+def test_files_are_cut_at_their_size_and_hold_everything_once(
+    tmp_path: Path, shard_bytes: int, model: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers
 
-    run_dir = write_run(tmp_path / "run", tiny_gpt2(), 1)
+    run_dir = write_run(tmp_path / "run", model, 1)
+    names_read, read = [], CheckpointReader.read
+
+    def read_and_note(self: CheckpointReader, name: str) -> torch.Tensor:
+        names_read.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(CheckpointReader, "read", read_and_note)
     found = export_run(run_dir, tmp_path / "out", step=None, dtype="fp32", shard_bytes=shard_bytes)
     files = {file: load_file(found.folder / file) for file in found.files}
     sizes = [[tensor.nbytes for tensor in tensors.values()] for tensors in files.values()]
     assert all(len(of_file) == 1 or sum(of_file) <= shard_bytes for of_file in sizes)
-    assert sum(map(sum, sizes)) == found.weight_bytes == 4 * tiny_gpt2().parameters
+    assert sum(map(sum, sizes)) == found.weight_bytes == 4 * model.parameters
+    assert sorted(names_read) == sorted(places_in(model, model.family))  # each once, and held while it is needed
     assert sum(map(len, sizes)) == found.tensors
     index = found.folder / "model.safetensors.index.json"
     assert index.exists() == (len(files) > 1)
