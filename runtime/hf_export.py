@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from planner.plan import Plan, load
@@ -100,7 +101,7 @@ def export_run(
         copy_files(run_dir / DESCRIPTION_FOLDER, unfinished, ("generation_config.json",))
         tokenizer = copy_files(run_dir / DESCRIPTION_FOLDER, unfinished, TOKENIZER_FILES)
         os.replace(unfinished, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(
             f"{out} cannot be written", where=str(out), expected="a folder that may be written to", got=str(error)
         ) from None

@@ -77,8 +77,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_model(name: str, *, layers: int = 3, std: float = 0.3, **changes: Any) -> Any:
-    """transformers' model of CONFIGS[name]; weights of `std` 0.3 are large enough to tell outputs apart."""
+def make_model(name: str, *, layers: int = 3, **changes: Any) -> Any:
+    """transformers' model of CONFIGS[name], with weights large enough to tell outputs apart."""
     import transformers
 
     kind, options = CONFIGS[name]
@@ -88,7 +88,7 @@ def make_model(name: str, *, layers: int = 3, std: float = 0.3, **changes: Any) 
     model = getattr(transformers, f"{kind}{head}")(config).eval()
     with torch.no_grad():
         for tensor in model.state_dict().values():
-            tensor.normal_(0.0, std)
+            tensor.normal_(0.0, 0.3)
     return model
 
 

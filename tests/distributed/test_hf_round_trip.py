@@ -110,7 +110,7 @@ def prepare(case: Case, folder: Path) -> tuple[Plan, Path, Path, Any]:
     import transformers
 
     weights, run_dir = folder / "weights", folder / "run"
-    model = make_model(case.family, layers=LAYERS, std=0.1)
+    model = make_model(case.family, layers=LAYERS)
     model = model.to(torch.bfloat16) if case.bf16 else model
     model.save_pretrained(weights, **({"max_shard_size": SMALL_FILE} if case.sharded else {}))
     assert (weights / "model.safetensors.index.json").exists() == case.sharded
