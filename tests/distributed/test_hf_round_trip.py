@@ -22,7 +22,7 @@ from runtime.hf_files import TensorFiles, keep_description
 from runtime.hf_names import FAMILIES, Box
 from runtime.local_parameters import local_part
 from runtime.parameters import named_buffers, named_parameters
-from runtime.step import build_state, sum_over_ranks, training_step
+from runtime.step import build_state, training_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_samples, tokens_of
 from tests.hf_folders import make_model, read_whole, require_same_logits
@@ -91,9 +91,9 @@ def train(cases: list[tuple[Plan, Path, Path]]) -> list[tuple[float, float]]:
         assert numbers_read[0] == sum(local_part(tensor).numel() for _, tensor in held) > 0
         tokens = own_samples(plan, tokens_of(plan, 0), state.mesh.coordinate.dp)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        result = training_step(state, inputs, targets, learning_rate=1e-2, clip_norm=None)
+        before = training_step(state, inputs, targets, learning_rate=1e-2, clip_norm=None).loss
         checkpoint.save(run_dir, 1, state.chunks, state.optimizer)
-        losses.append((result.loss, sum_over_ranks(state.runner.evaluate(inputs, targets))))
+        losses.append((before, training_step(state, inputs, targets, learning_rate=0.0, clip_norm=None).loss))
     return losses
 
 
