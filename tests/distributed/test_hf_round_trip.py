@@ -22,7 +22,7 @@ from runtime.hf_files import TensorFiles, keep_description
 from runtime.hf_names import FAMILIES, Box
 from runtime.local_parameters import local_part
 from runtime.parameters import named_buffers, named_parameters
-from runtime.step import build_state, training_step
+from runtime.step import build_state, sum_over_ranks, training_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_samples, tokens_of
 from tests.hf_folders import make_model, read_whole, require_same_logits
@@ -58,6 +58,7 @@ CASES = [
         own_config=True,
     ),
     Case("qwen2", Layout(pp=2, dp=2, schedule="zbv", virtual_stages=2, micro_batch=1), sharded=True),
+    Case("mistral", Layout(pp=2, dp=2, schedule="dualpipev", virtual_stages=2, micro_batch=1)),
     Case("mixtral", Layout(pp=2, dp=2, dp_shard=2, zero=1, ep=2, micro_batch=2), sharded=True, own_config=True),
     Case("qwen3_moe", Layout(tp=2, dp=2, dp_shard=2, ep=2, etp=2, zero=1, sequence_parallel=True, micro_batch=2)),
     Case("qwen3_moe", Layout(dp=4, dp_shard=4, zero=3, micro_batch=1), own_config=True),  # experts cut by width
@@ -93,7 +94,10 @@ def train(cases: list[tuple[Plan, Path, Path]]) -> list[tuple[float, float]]:
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         before = training_step(state, inputs, targets, learning_rate=1e-2, clip_norm=None).loss
         checkpoint.save(run_dir, 1, state.chunks, state.optimizer)
-        losses.append((before, training_step(state, inputs, targets, learning_rate=0.0, clip_norm=None).loss))
+        evaluated = sum_over_ranks(state.runner.evaluate(inputs, targets).double())
+        after = training_step(state, inputs, targets, learning_rate=0.0, clip_norm=None).loss
+        assert evaluated == pytest.approx(after, rel=1e-6), plan.layout  # also where a schedule folds the pipeline
+        losses.append((before, after))
     return losses
 
 
