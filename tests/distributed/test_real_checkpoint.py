@@ -25,14 +25,13 @@ from tests.plans import make_plan
 pytestmark = pytest.mark.full
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SAMPLES, SEQUENCE = 6, 128
+SAMPLES, SEQUENCE = 6, 96
 ROOT = Path(__file__).parents[2]
 # Its 9 heads and 3 key-value heads forbid tp=2. Embeddings are tied: pp has two copies.
 LAYOUTS = [
     Layout(tp=3, micro_batch=2),
     Layout(pp=3, micro_batch=1),
     Layout(dp=3, dp_shard=3, zero=3, micro_batch=2),
-    Layout(dp=3, dp_shard=3, zero=1, micro_batch=1),
     Layout(tp=3, pp=2, sequence_parallel=True, schedule="interleaved-1f1b", virtual_stages=2, micro_batch=1),
 ]
 
@@ -81,7 +80,7 @@ def train(plan: Plan, weights: Path, tokens: torch.Tensor, run_dir: Path) -> tup
     return before, training_step(state, inputs, targets, learning_rate=0.0, clip_norm=1.0).loss
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["tp3", "pp3", "dp3 zero3", "dp3 zero1", "tp3 pp2 chunks"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["tp3", "pp3", "dp3 zero3", "tp3 pp2 chunks"])
 def test_a_real_model_comes_in_and_goes_out(layout: Layout, smollm: Path, tmp_path: Path) -> None:
     import transformers
 
