@@ -11,6 +11,7 @@ import typer
 
 from cli_checks import run_dry, verify
 from cli_data import Data, DataCache, Split, Tokenizer, ValidationEvery, data_app, data_options
+from cli_export import export
 from cli_parts import (
     Cluster,
     Devices,
@@ -223,6 +224,9 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", help="Model to plan for, or that the plan must be for.")
     ] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--from", help="Start from the weights in this Hugging Face folder.")
+    ] = None,
     data: Data = None,
     split: Split = None,
     tokenizer: Tokenizer = None,
@@ -273,11 +277,13 @@ def train(
     from profiles.hardware import load_hardware
     from profiles.store import parse_yaml, read_text
     from runtime.experts import Balance
+    from runtime.hf_weights import model_to_start_from
     from runtime.launch import train as launch
     from runtime.progress import step_progress
     from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
 
+    model = model_to_start_from(weights, plan_file, model, resume=resume)
     found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line())
     if isinstance(found, PlanAnswer):
         print_report(found.report())
@@ -302,6 +308,7 @@ def train(
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
         compile=compiled,
         balance=Balance(balance_loss, bias_rate),
+        weights=weights,
     )
     try:
         with step_progress(steps, chosen.job.tokens) as on_progress:
@@ -318,6 +325,7 @@ def train(
 app.command(
     epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
 )(verify)
+app.command(epilog="Example: cli.py export runs/mine --to hf --out my-model --dtype bf16")(export)
 
 
 @app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")

@@ -40,8 +40,13 @@ def read_hf_config(path: Path) -> ModelSpec:
             contradiction, or a feature that ModelSpec cannot express; with the key path.
     """
     file = path / CONFIG_FILE if os.path.isdir(path) else path
-    reader = Reader(load_json(file, "Hugging Face config.json"), source=str(file))
-    family = reader.text("model_type", choices=_FAMILIES)
     absolute = Path(os.path.abspath(file))
     name = absolute.parent.name if absolute.name == CONFIG_FILE else absolute.stem
+    return read_hf_document(load_json(file, "Hugging Face config.json"), str(file), name)
+
+
+def read_hf_document(document: object, source: str, name: str) -> ModelSpec:
+    """`read_hf_config` of what such a file holds; `source` is where errors say that it stands."""
+    reader = Reader(document, source=source)
+    family = reader.text("model_type", choices=_FAMILIES)
     return _FAMILIES[family](reader, family, name or family)

@@ -1,104 +1,177 @@
-"""Hugging Face state dicts -> our parameters: names, and matrices that are fused, transposed or stacked there."""
+"""Our parameters in Hugging Face files: names, and matrices that are fused, transposed or one an expert there."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-import torch
-
-_LLAMA_TOP = {
-    "model.embed_tokens.weight": "embedding.tokens.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",
-}
-_LLAMA_BLOCK = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "self_attn.q_norm": "attention.q_norm",
-    "self_attn.k_norm": "attention.k_norm",
-    "self_attn.q_a_proj": "attention.wq_a",
-    "self_attn.q_a_layernorm": "attention.q_norm",
-    "self_attn.q_b_proj": "attention.wq_b",
-    "self_attn.kv_a_proj_with_mqa": "attention.wkv_a",
-    "self_attn.kv_a_layernorm": "attention.kv_norm",
-    "self_attn.kv_b_proj": "attention.wkv_b",
-    "post_attention_layernorm": "mlp_norm",
-    "mlp.gate_proj": "mlp.w1",
-    "mlp.up_proj": "mlp.w3",
-    "mlp.down_proj": "mlp.w2",
-    "mlp.gate": "mlp.router",
-    "mlp.shared_experts.gate_proj": "mlp.shared.w1",
-    "mlp.shared_experts.up_proj": "mlp.shared.w3",
-    "mlp.shared_experts.down_proj": "mlp.shared.w2",
-}
-_LLAMA_PATTERN = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
-# Experts are stacked [experts, outputs, inputs]; gate_up_proj is w1 above w3.
-_EXPERTS_PATTERN = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
-_SELECTION_PATTERN = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.e_score_correction_bias")
-
-_GPT2_TOP = {
-    "wte.weight": "embedding.tokens.weight",
-    "wpe.weight": "embedding.positions.weight",
-    "ln_f.weight": "norm.weight",
-    "ln_f.bias": "norm.bias",
-    "lm_head.weight": "head.weight",
-}
-# Its linears are Conv1D, stored [inputs, outputs]; c_attn is wq, wk and wv side by side.
-_GPT2_NORMS = {"ln_1": "attention_norm", "ln_2": "mlp_norm"}
-_GPT2_LINEARS = {
-    "attn.c_attn": ("attention.wq", "attention.wk", "attention.wv"),
-    "attn.c_proj": ("attention.wo",),
-    "mlp.c_fc": ("mlp.w1",),
-    "mlp.c_proj": ("mlp.w2",),
-}
-_GPT2_PATTERN = re.compile(r"h\.(\d+)\.(.+)\.(weight|bias)")
+Box = tuple[slice, ...]  # a part of a tensor: for each dim where it begins and ends
 
 
-def from_hugging_face(
-    family: str, tensors: Mapping[str, torch.Tensor], *, tied: bool
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(our name, tensor) for every tensor of the state dict of a Hugging Face model that the runtime trains.
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter of ours, or one expert of a stack of them, stands in a Hugging Face file.
 
-    The families llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, deepseek_v2 and deepseek_v3 share their names.
-    With `tied` the head's own tensor, the embedding's again, is left out. Raises KeyError on a tensor that
-    the family does not have.
+    `shape` is that of the file's whole tensor `tensor`. Ours, [outputs, inputs] or [outputs], begins at output `first`
+    of it, since several of ours may be side by side in one; `transposed`: it is stored [inputs, outputs].
     """
-    convert = _from_gpt2 if family == "gpt2" else _from_llama
-    for name, tensor in tensors.items():
-        for ours, part in convert(name, tensor):
-            if not (tied and ours == "head.weight"):
-                yield ours, part
+
+    tensor: str
+    shape: tuple[int, ...]
+    first: int = 0
+    transposed: bool = False
+
+    def box(self, ours: Box) -> Box:
+        """Which part of the file's tensor holds the part `ours` of our parameter.
+
+        >>> Place("c_attn.weight", (32, 96), first=32, transposed=True).box((slice(0, 16), slice(0, 32)))
+        (slice(0, 32, None), slice(32, 48, None))
+        """
+        outputs, *inputs = ours
+        moved = slice(outputs.start + self.first, outputs.stop + self.first)
+        return (*inputs, moved) if self.transposed else (moved, *inputs)
 
 
-def _from_llama(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    if match := _EXPERTS_PATTERN.fullmatch(name):
+@dataclass(frozen=True, kw_only=True)
+class _Family:
+    """Names there of our modules. `fused` are our linears that stand side by side in one, in the order they do;
+    `conv1d` has the linears stored [inputs, outputs]. `ignored` are tensors in files that are no parameters."""
+
+    top: Mapping[str, str]
+    block: str
+    modules: Mapping[str, str]
+    expert: str = ""
+    expert_matrices: Mapping[str, str] = field(default_factory=dict)
+    selection_bias: str = ""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    conv1d: bool = False
+    ignored: str = r".*\.rotary_emb\.inv_freq"  # in files from before transformers 4.32
+
+
+_LLAMA = _Family(
+    top={
+        "embedding.tokens.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "head.weight": "lm_head.weight",
+    },
+    block="model.layers.",
+    modules={
+        "attention_norm": "input_layernorm",
+        "attention.wq": "self_attn.q_proj",
+        "attention.wk": "self_attn.k_proj",
+        "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "mlp_norm": "post_attention_layernorm",
+        "mlp.w1": "mlp.gate_proj",
+        "mlp.w3": "mlp.up_proj",
+        "mlp.w2": "mlp.down_proj",
+        "mlp.router": "mlp.gate",
+    },
+    expert="mlp.experts",
+    expert_matrices={"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"},
+)
+_MIXTRAL = _Family(
+    top=_LLAMA.top,
+    block=_LLAMA.block,
+    modules={**_LLAMA.modules, "mlp.router": "block_sparse_moe.gate"},
+    expert="block_sparse_moe.experts",
+    expert_matrices={"w1": "w1", "w3": "w3", "w2": "w2"},
+)
+_DEEPSEEK = _Family(
+    top=_LLAMA.top,
+    block=_LLAMA.block,
+    modules={
+        **_LLAMA.modules,
+        "attention.wq_a": "self_attn.q_a_proj",
+        "attention.q_norm": "self_attn.q_a_layernorm",
+        "attention.wq_b": "self_attn.q_b_proj",
+        "attention.wkv_a": "self_attn.kv_a_proj_with_mqa",
+        "attention.kv_norm": "self_attn.kv_a_layernorm",
+        "attention.wkv_b": "self_attn.kv_b_proj",
+        "mlp.shared.w1": "mlp.shared_experts.gate_proj",
+        "mlp.shared.w3": "mlp.shared_experts.up_proj",
+        "mlp.shared.w2": "mlp.shared_experts.down_proj",
+    },
+    expert=_LLAMA.expert,
+    expert_matrices=_LLAMA.expert_matrices,
+    selection_bias="mlp.gate.e_score_correction_bias",
+)
+_GPT2 = _Family(
+    top={
+        "embedding.tokens.weight": "transformer.wte.weight",
+        "embedding.positions.weight": "transformer.wpe.weight",
+        "norm.weight": "transformer.ln_f.weight",
+        "norm.bias": "transformer.ln_f.bias",
+        "head.weight": "lm_head.weight",
+    },
+    block="transformer.h.",
+    modules={
+        "attention_norm": "ln_1",
+        "attention.wq": "attn.c_attn",
+        "attention.wk": "attn.c_attn",
+        "attention.wv": "attn.c_attn",
+        "attention.wo": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.w1": "mlp.c_fc",
+        "mlp.w2": "mlp.c_proj",
+    },
+    fused={"attn.c_attn": ("attention.wq", "attention.wk", "attention.wv")},
+    conv1d=True,
+    ignored=r".*\.attn\.(masked_)?bias",  # the causal mask
+)
+_FAMILIES: Mapping[str, _Family] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), _LLAMA),
+    "mixtral": _MIXTRAL,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
+    "gpt2": _GPT2,
+}
+FAMILIES = tuple(_FAMILIES)
+HEAD = "lm_head.weight"  # of every family
+
+_MODULE = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
+_STACK = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(w[123])")
+_SELECTION_BIAS = re.compile(r"blocks\.(\d+)\.mlp\.router\.selection_bias")
+
+
+def places_of(family: str, name: str, shape: Sequence[int]) -> tuple[Place, ...]:
+    """Where the parameter or buffer `name` of this whole shape stands in files of one of FAMILIES.
+
+    One place; of a stack of experts [experts, outputs, inputs] one for each expert, in order.
+    """
+    names, shape = _FAMILIES[family], tuple(shape)
+    if match := _STACK.fullmatch(name):
         block, matrix = match.groups()
-        names = ("w2",) if matrix == "down_proj" else ("w1", "w3")
-        for ours, part in zip(names, tensor.chunk(len(names), dim=1), strict=True):
-            yield f"blocks.{block}.mlp.experts.{ours}", part
-    elif match := _SELECTION_PATTERN.fullmatch(name):
-        yield f"blocks.{match.group(1)}.mlp.router.selection_bias", tensor
-    elif match := _LLAMA_PATTERN.fullmatch(name):
-        block, module, kind = match.groups()
-        yield f"blocks.{block}.{_LLAMA_BLOCK[module]}.{kind}", tensor
-    else:
-        yield _LLAMA_TOP[name], tensor
-
-
-def _from_gpt2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    name = name.removeprefix("transformer.")
-    match = _GPT2_PATTERN.fullmatch(name)
+        start, end = f"{names.block}{block}.{names.expert}.", f".{names.expert_matrices[matrix]}.weight"
+        return tuple(Place(f"{start}{expert}{end}", shape[1:]) for expert in range(shape[0]))
+    if match := _SELECTION_BIAS.fullmatch(name):
+        return (Place(f"{names.block}{match.group(1)}.{names.selection_bias}", shape),)
+    match = _MODULE.fullmatch(name)
     if match is None:
-        yield _GPT2_TOP[name], tensor
-        return
-    block, module, kind = match.groups()
-    if module in _GPT2_NORMS:
-        yield f"blocks.{block}.{_GPT2_NORMS[module]}.{kind}", tensor
-        return
-    targets = _GPT2_LINEARS[module]
-    for target, part in zip(targets, tensor.chunk(len(targets), dim=-1), strict=True):
-        yield f"blocks.{block}.{target}.{kind}", part.t().contiguous() if kind == "weight" else part
+        return (Place(names.top[name], shape),)
+    block, ours, kind = match.groups()
+    theirs = names.modules[ours]
+    side_by_side = names.fused.get(theirs, (ours,))
+    whole = (shape[0] * len(side_by_side), *shape[1:])
+    transposed = names.conv1d and len(shape) == 2
+    return (
+        Place(
+            f"{names.block}{block}.{theirs}.{kind}",
+            whole[::-1] if transposed else whole,
+            first=shape[0] * side_by_side.index(ours),
+            transposed=transposed,
+        ),
+    )
+
+
+def is_no_parameter(family: str, tensor: str) -> bool:
+    """Whether a tensor of that name, which old files hold, can be left out: what it says follows from the config."""
+    return re.fullmatch(_FAMILIES[family].ignored, tensor) is not None
+
+
+def full_name(family: str, tensor: str) -> str:
+    """The tensor's name in a model with a head: files of the bare one leave out `transformer.` (the released GPT-2)."""
+    prefix = _FAMILIES[family].block.partition(".")[0] + "."
+    return tensor if tensor == HEAD or tensor.startswith(prefix) else prefix + tensor

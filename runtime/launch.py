@@ -27,6 +27,8 @@ from profiles.input_error import InputError
 from . import run_folder, stacks
 from .compilation import choose_compilation
 from .failure import RAISED, Interrupted, is_timeout, told
+from .hf_files import keep_description
+from .hf_weights import check_before_start
 from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
 from .rank_watch import RankWatch, Voice, die_with_launcher
@@ -78,7 +80,11 @@ def _join(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
 
 
 def _prepare(plan: Plan, options: TrainOptions) -> None:
+    if not options.resume:
+        check_before_start(options.weights, plan)
     run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume, dtype=options.dtype)
+    if not options.resume:
+        keep_description(options.run_dir, options.weights)
 
 
 def _check(plan: Plan, options: TrainOptions) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from planner.plan import Plan, Stage
 
 from .compilation import Compilation, compile_chunk
 from .experts import Experts
+from .hf_weights import load_weights
 from .local_parameters import local_part
 from .loss import LossWay
 from .mesh import RankMesh
-from .parameters import initialise
+from .parameters import clear_buffers, initialise
 from .tensor_parallel import apply_tensor_parallel
 from .transformer import Chunk, build_chunk
 
@@ -44,10 +46,19 @@ def build_chunks(
     dtype: torch.dtype,
     seed: int,
     compilation: Compilation | None = None,
+    weights: Path | None = None,
 ) -> list[Chunk]:
-    """This rank's chunks, parallel as the plan says, in memory and with first values. Parameters are `dtype`."""
+    """This rank's chunks, parallel as the plan says, in memory and with first values. Parameters are `dtype`.
+
+    First values are drawn, or those of the Hugging Face folder `weights`.
+    """
     chunks = shape_chunks(plan, mesh, dtype=dtype, compilation=compilation)
-    fill_chunks(chunks, plan, device, seed=seed)
+    allocate_chunks(chunks, device)
+    if weights is None:
+        initialise(chunks, layers=plan.model.layers, seed=seed)
+    else:
+        clear_buffers(chunks)
+        load_weights(weights, chunks, plan.model)
     return chunks
 
 
@@ -62,12 +73,6 @@ def shape_chunks(
         parallelize(chunk, plan, stage, mesh, compilation)
         chunks.append(chunk)
     return chunks
-
-
-def fill_chunks(chunks: list[Chunk], plan: Plan, device: torch.device, *, seed: int) -> None:
-    """Give chunks their memory and first values."""
-    allocate_chunks(chunks, device)
-    initialise(chunks, layers=plan.model.layers, seed=seed)
 
 
 def allocate_chunks(chunks: list[Chunk], device: torch.device) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from .experts import Router
 from .local_parameters import local_part
@@ -67,28 +67,39 @@ def initialise(chunks: Sequence[Chunk], *, layers: int, seed: int) -> None:
         for name, parameter in named_parameters(chunks):
             whole = _first_value(name, parameter.shape, layers, seed)
             local_part(parameter).copy_(cut(whole, parameter))
-        for chunk in chunks:
-            for buffer in chunk.buffers():  # routers start without a bias and with no loads counted
-                buffer.zero_()
+    clear_buffers(chunks)
+
+
+def clear_buffers(chunks: Sequence[Chunk]) -> None:
+    """Routers start without a bias and with no loads counted."""
+    for chunk in chunks:
+        for buffer in chunk.buffers():
+            buffer.zero_()
 
 
 def cut(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of `whole`, sharded as the parameter `like` is.
+    """This rank's shard of `whole`, sharded as the parameter `like` is."""
+    return whole[own_box(like)]
+
+
+def own_box(like: torch.Tensor) -> tuple[slice, ...]:
+    """What this rank holds of the parameter `like`: for each dim where it begins and ends in the whole.
 
     The last mesh axis (tp) cuts first and dp cuts the result, which is how FSDP lays its shards over a
-    tensor-parallel parameter.
+    tensor-parallel parameter. Shards are ceil(length / ranks) long as torch's are, the last ones shorter or empty.
     """
-    if not isinstance(like, DTensor):
-        return whole
-    coordinate = like.device_mesh.get_coordinate()
-    assert coordinate is not None, "a rank holds only parameters of its own mesh"
-    for axis in reversed(range(like.device_mesh.ndim)):
-        placement = like.placements[axis]
-        if placement.is_shard() or hasattr(placement, "split_factor"):
-            dim = placement.dim  # type: ignore[attr-defined]
-            pieces, _ = Shard(dim)._split_tensor(whole, like.device_mesh.size(axis), with_padding=False)
-            whole = pieces[coordinate[axis]]
-    return whole
+    first, end = [0] * like.ndim, list(like.shape)
+    if isinstance(like, DTensor):
+        coordinate = like.device_mesh.get_coordinate()
+        assert coordinate is not None, "a rank holds only parameters of its own mesh"
+        for axis in reversed(range(like.device_mesh.ndim)):
+            placement = like.placements[axis]
+            if placement.is_shard() or hasattr(placement, "split_factor"):
+                dim = placement.dim  # type: ignore[attr-defined]
+                longest = -(-(end[dim] - first[dim]) // like.device_mesh.size(axis))
+                first[dim] = min(first[dim] + coordinate[axis] * longest, end[dim])
+                end[dim] = min(first[dim] + longest, end[dim])
+    return tuple(map(slice, first, end))
 
 
 def _first_value(name: str, shape: torch.Size, layers: int, seed: int) -> torch.Tensor:

@@ -129,6 +129,15 @@ class TimedStage(PipelineStage):
         super().backward_weight_one_chunk(*args, **kwargs)
         self.clock.add("backward", start)
 
+    # Under schedules in a V torch passes gradients on between two chunks of one rank in an evaluation too, and raises.
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         if not self.has_backward:
             return

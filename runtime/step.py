@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,13 +67,15 @@ def build_state(
     compilation: Compilation | None = None,
     balance: Balance | None = None,
     mesh: RankMesh | None = None,
+    weights: Path | None = None,
 ) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it.
 
-    `mesh` is one of the same degrees from before; without it the plan gets process groups of its own.
+    Their first values are drawn, or those of the Hugging Face folder `weights`. `mesh` is one of the same degrees from
+    before; without it the plan gets process groups of its own.
     """
     mesh = mesh or mesh_of(plan, device)
-    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation)
+    chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation, weights=weights)
     for router in routers_of(chunks):
         router.balance = balance or Balance()
         router.sequences_per_step = plan.job.global_batch

@@ -49,7 +49,8 @@ class TrainOptions:
     `steps` counts from the first step of the run, also after a resume. `validation_every` and `checkpoint_every` are
     in steps, 0 for only at the end. The run fails after `skip_limit` steps in a row whose loss or gradient norm is not
     finite, and when a collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu
-    divides by; without it mfu is null. `compile` None is yes on CUDA where no rule forbids it.
+    divides by; without it mfu is null. `compile` None is yes on CUDA where no rule forbids it. `weights` is a Hugging
+    Face folder to start from; None draws first values from `seed`.
     """
 
     run_dir: Path
@@ -71,6 +72,7 @@ class TrainOptions:
     peak_flops_per_second: float | None = None
     compile: bool | None = None
     balance: Balance | None = None
+    weights: Path | None = None
 
 
 def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None] | None = None) -> None:
@@ -102,6 +104,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             weight_decay=options.weight_decay,
             compilation=compilation,
             balance=options.balance,
+            weights=None if options.resume else options.weights,
         )
         folder = checkpoint.latest(options.run_dir) if options.resume else None
         done = checkpoint.load(folder, state.chunks, state.optimizer) if folder is not None else 0

@@ -1,19 +1,17 @@
-"""Our modules against transformers' own, and against ModelSpec's count of parameters."""
+"""Our modules: as many parameters as ModelSpec counts, their names, their first values."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
 from planner.plan import Stage
 from profiles.model import ModelSpec, RopeScaling
-from runtime.hf_names import from_hugging_face
 from runtime.parameters import initialise, named_parameters
-from runtime.transformer import Chunk, build_chunk
+from runtime.transformer import build_chunk
 from tests.plans import tiny_gpt2, tiny_llama
 
 SCALING = RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=16)
@@ -24,80 +22,6 @@ MISTRAL = tiny_llama(name="tiny-mistral", family="mistral", rope_theta=1e6)  # o
 GPT2 = tiny_gpt2(max_positions=40)
 GELU = tiny_llama(name="tiny-gelu", activation="gelu", mlp_bias=True, head_dim=16)
 MODELS = {model.name: model for model in (LLAMA, LLAMA_SCALED, QWEN2, MISTRAL, GPT2, GELU)}
-
-
-def hugging_face(model: ModelSpec) -> Any:
-    """transformers' model of the same architecture, with weights large enough to tell outputs apart."""
-    import transformers
-
-    torch.manual_seed(0)
-    if model.family == "gpt2":
-        built = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=model.vocab_size,
-                n_positions=model.max_positions,
-                n_embd=model.hidden_size,
-                n_layer=model.layers,
-                n_head=model.heads,
-                n_inner=model.ffn_hidden_size,
-                layer_norm_epsilon=model.norm_epsilon,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-            )
-        )
-    else:
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
-        if model.rope_scaling is not None:
-            rope |= {
-                "rope_type": "llama3",
-                "factor": model.rope_scaling.factor,
-                "low_freq_factor": model.rope_scaling.low_frequency_factor,
-                "high_freq_factor": model.rope_scaling.high_frequency_factor,
-                "original_max_position_embeddings": model.rope_scaling.original_max_positions,
-            }
-        kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[model.family]
-        window = {"sliding_window": None} if model.family == "mistral" else {}
-        config = getattr(transformers, f"{kind}Config")(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_hidden_size,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            num_key_value_heads=model.kv_heads,
-            max_position_embeddings=model.max_positions,
-            rms_norm_eps=model.norm_epsilon,
-            rope_parameters=rope,
-            tie_word_embeddings=model.tied_embeddings,
-            **window,
-        )
-        built = getattr(transformers, f"{kind}ForCausalLM")(config)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.normal_(0.0, 0.3)
-    return built.eval()
-
-
-def loaded(model: ModelSpec, tensors: dict[str, torch.Tensor]) -> Chunk:
-    chunk = build_chunk(model, Stage.whole(model)).to_empty(device="cpu")
-    chunk.tie()
-    ours = dict(named_parameters([chunk]))
-    with torch.no_grad():
-        for name, tensor in from_hugging_face(model.family, tensors, tied=model.tied_embeddings):
-            ours.pop(name).copy_(tensor)
-    assert not ours, f"parameters that Hugging Face does not have: {list(ours)}"
-    return chunk
-
-
-@pytest.mark.parametrize("model", [LLAMA, LLAMA_SCALED, QWEN2, MISTRAL, GPT2], ids=lambda model: model.name)
-def test_logits_equal_transformers(model: ModelSpec) -> None:
-    theirs = hugging_face(model)
-    ids = torch.randint(0, model.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = theirs(ids).logits
-        got = loaded(model, theirs.state_dict())(ids)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
