@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -25,12 +26,14 @@ from planner.plan import Plan
 from profiles.input_error import InputError
 
 from . import run_folder, stacks
+from .checkpoint_folder import latest, step_of
 from .compilation import choose_compilation
 from .data import load_corpus
 from .failure import RAISED, Interrupted, is_timeout, told
+from .leaving import EXIT_CODE, Left, sigterm_is_a_wish
 from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
-from .rank_watch import RankWatch, Voice, die_with_launcher
+from .rank_watch import RankWatch, Voice, die_with_launcher, die_with_parent
 from .target import check_target
 from .trainer import Record, TrainOptions, check_vocabulary, run
 
@@ -51,8 +54,8 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
 
     On one machine this starts the ranks itself, with their output in RUN/logs; under torchrun (RANK and
     WORLD_SIZE set) it is one of them, and rank 0 reports progress. Raises InputError for what a person can
-    put right, RunFailed when a rank dies, hangs or cannot go on, and Interrupted when a signal tells this
-    process to end, in each case with no rank left.
+    put right, RunFailed when a rank dies, hangs or cannot go on, Left when the run was asked to leave and has
+    written a checkpoint, and Interrupted when a signal tells this process to end, in each case with no rank left.
     """
     check_target(plan)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -60,22 +63,37 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
         return
     _check(plan, options)
     _prepare(plan, options)
-    with _tail(options.run_dir / METRICS_FILE, on_progress):
-        start_ranks(plan, options, run)
+    logs = options.run_dir / run_folder.LOGS_FOLDER
+    with _tail(options.run_dir / METRICS_FILE, on_progress), sigterm_is_a_wish(logs):
+        why_left = start_ranks(plan, options, run, ending_signals="SIGINT,SIGHUP,SIGQUIT")
+    _raise_if_left(why_left, options)
 
 
 def _join(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]) -> None:
     """Be one of torchrun's ranks; torchrun stops the others with SIGTERM when this one ends early."""
+    die_with_parent()  # which may be killed itself, and nobody else would end this rank
     stacks.write_when_stopped()
     if os.environ["RANK"] == "0":
         _prepare(plan, options)
     try:
-        run(plan, options, on_progress)
+        why_left = run(plan, options, on_progress)
     except RuntimeError as error:
         if not is_timeout(error):
             raise
         logs = options.run_dir / run_folder.LOGS_FOLDER
         raise waited(int(os.environ["RANK"]), plan.layout, logs, options.timeout_seconds) from error
+    if os.environ["RANK"] == "0":
+        _raise_if_left(why_left, options, exit_code=0)  # after another, torchrun would start the ranks again
+
+
+def _raise_if_left(why_left: str | None, options: TrainOptions, exit_code: int = EXIT_CODE) -> None:
+    if why_left is not None:
+        step = step_of(latest(options.run_dir))
+        raise Left(
+            f"left after step {step} of {options.steps}, asked by {why_left}; "
+            f"--run-dir {options.run_dir} --resume goes on from the checkpoint of that step",
+            exit_code,
+        )
 
 
 def _prepare(plan: Plan, options: TrainOptions) -> None:
@@ -98,8 +116,17 @@ def _check(plan: Plan, options: TrainOptions) -> None:
         )
 
 
-def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None]) -> None:
-    """Run `body` (a module's function, `trainer.run` but in tests of failure) on each rank, to the end."""
+def start_ranks(
+    plan: Plan,
+    options: TrainOptions,
+    body: Callable[[Plan, TrainOptions], Any],
+    *,
+    ending_signals: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+) -> Any:
+    """Run `body` (a module's function, `trainer.run` but in tests of failure) on each rank, to the end.
+
+    Returns what it gave on rank 0, which must be picklable. `ending_signals` to this process end the ranks.
+    """
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -111,11 +138,12 @@ def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOp
         monitor_interval=MONITOR_SECONDS,
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # a rank writes its own
+        signals_to_handle=ending_signals,
     )
     multiprocessing.set_forkserver_preload(_PRELOAD)
     with _one_thread_a_rank(), _torch_silent(), _signals_as_before(), RankWatch() as watch:
         try:
-            elastic_launch(config, _rank_main)(plan, options, body, watch.voice)
+            return elastic_launch(config, _rank_main)(plan, options, body, watch.voice)[0]
         except SignalException as error:
             raise Interrupted(signal.Signals(error.sigval)) from None
         except ChildFailedError as error:
@@ -125,7 +153,7 @@ def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOp
             raise why(rank, failure.exitcode, plan.layout, logs, watch, options.timeout_seconds) from None
 
 
-def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None], voice: Voice) -> None:
+def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], Any], voice: Voice) -> Any:
     """A rank's process: its output goes to its own log, and it ends when the launcher does."""
     # Ctrl-C reaches the ranks too when it is typed; they end at once and the launcher reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -139,7 +167,7 @@ def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOpt
             os.dup2(descriptor, stream)
         stacks.write_when_stopped()
         print(f"rank {rank} of {os.environ['WORLD_SIZE']}, process {os.getpid()}", flush=True)
-        body(plan, options)
+        answer = body(plan, options)
     except BaseException as error:
         voice.failed(rank, told(error))
         with suppress(OSError):  # of a full disk
@@ -149,6 +177,7 @@ def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOpt
         # Not sys.exit: what a gloo thread still waits for would hold the process, and the others with it.
         os._exit(RAISED)
     voice.done(rank)
+    return answer
 
 
 @contextmanager
