@@ -71,9 +71,21 @@ def record_report(record: dict[str, Any]) -> RenderableType:
         f"\ntrain loss {_loss_text(train)}, validation loss {_loss_text(validation)} nats per byte after "
         f"{record['steps']} steps; a bigram model of the same text reaches {record['bigram_loss']:.3f}"
     )
+    if written := record.get("checkpoints"):
+        loss.append(f"\n{_checkpoints_text(written)}")
     if skipped:
         loss.append(f"\n{skipped} steps made no update: loss or gradient norm was not finite", style="bold")
     return Group(table, loss)
+
+
+def _checkpoints_text(written: dict[str, Any]) -> str:
+    seconds, stall = written["median_seconds"], written["median_stall_seconds"]
+    waited = "" if stall == seconds else f", training waited {seconds_text(stall)} for it"
+    many = written["written"] > 1
+    return (
+        f"{written['written']} checkpoint{'s' * many} of {bytes_text(written['bytes'])}, "
+        f"{seconds_text(seconds)}{' each' * many}{waited}"
+    )
 
 
 def _loss_text(loss: float | None) -> str:

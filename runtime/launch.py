@@ -13,11 +13,13 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -141,7 +143,7 @@ def start_ranks(
         signals_to_handle=ending_signals,
     )
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    with _one_thread_a_rank(), _torch_silent(), _signals_as_before(), RankWatch() as watch:
+    with _one_thread_a_rank(), _torch_silent(), _stops_ranks(), _signals_as_before(), RankWatch() as watch:
         try:
             return elastic_launch(config, _rank_main)(plan, options, body, watch.voice)[0]
         except SignalException as error:
@@ -204,6 +206,16 @@ def _signals_as_before() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _stops_ranks() -> AbstractContextManager[object]:
+    """While ranks run, the agent ends them with STOP_SIGNAL where torch would take SIGTERM."""
+    shut_down = LocalElasticAgent._shutdown
+
+    def stop(agent: Any, death_sig: signal.Signals = signal.SIGTERM, *rest: Any, **more: Any) -> None:
+        shut_down(agent, stacks.STOP_SIGNAL if death_sig == signal.SIGTERM else death_sig, *rest, **more)
+
+    return mock.patch.object(LocalElasticAgent, "_shutdown", stop)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import signal
 import threading
 import time
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from . import stacks
 
@@ -31,10 +34,11 @@ class Leaving:
     """A rank's wish to leave. All ranks learn of one's in the sums of the next step, so that they leave after the same.
 
     [Note: Leaving]
-    Who is asked differs: on one machine the launcher gets SIGTERM and leaves a note in the run's logs, which rank 0
-    looks for before each step; under torchrun, which hands the signal on, each rank gets it; and the clock is rank
-    0's. The time limit counts from the ranks' start. Rank 0 asks when what is left of it no longer holds two steps and
-    a checkpoint, the longest of late: the step whose sums carry the wish, and one more were it not made now.
+    Who is asked differs: SIGTERM may come to the launcher, which leaves a note in the run's logs that rank 0 looks for
+    before each step, or to ranks, as from torchrun, which hands it on, or from a batch system that tells every process
+    of a job. An agent of torchrun's that may start ranks again means by it that they end, and there it is no wish. The
+    clock is rank 0's. The time limit counts from the ranks' start: rank 0 asks when what is left no longer holds two
+    steps and a checkpoint, the longest of late: the step whose sums carry the wish, and one more were it not made now.
     """
 
     def __init__(self, logs: Path, rank: int, time_limit_seconds: float | None) -> None:
@@ -69,6 +73,8 @@ class Leaving:
         def ask(*_: Any) -> None:
             self._why = "SIGTERM"
 
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            return
         faulthandler.unregister(signal.SIGTERM)  # which would else be overwritten: it must come on top
         signal.signal(signal.SIGTERM, ask)
         stacks.write_when_stopped()
@@ -76,22 +82,19 @@ class Leaving:
 
 @contextmanager
 def sigterm_is_a_wish(logs: Path) -> Iterator[None]:
-    """In the launcher: the first SIGTERM asks the ranks to leave, a second one ends the run."""
+    """In the launcher: the first SIGTERM asks the ranks to leave, a second one ends the run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
 
     def ask(*_: Any) -> None:
         (logs / _REQUEST_FILE).touch()
         signal.signal(signal.SIGTERM, end)
 
     def end(*_: Any) -> None:
-        from torch.distributed.elastic.multiprocessing import SignalException
-
         raise SignalException("asked twice", signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, ask)
     try:
         yield
     finally:

@@ -66,4 +66,8 @@ def _bar(title: str, console: Console) -> Progress:
 def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
     if record["skipped"]:
         return "no update: loss or gradient norm is not finite"
-    return f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s"
+    written = ""
+    if "checkpoint_bytes" in record:
+        size, seconds = record["checkpoint_bytes"] / 2**20, record["checkpoint_seconds"]
+        written = f"  checkpoint {size:,.1f} MiB in {seconds:.2f} s, waited {record['checkpoint_stall_seconds']:.2f} s"
+    return f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s{written}"

@@ -128,8 +128,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             asynchronous=options.async_checkpoint,
         )
         leaving = Leaving(logs, dist.get_rank(), options.time_limit_seconds)
-        if on_progress is not None:  # a rank of torchrun's, which gets the signals itself
-            leaving.obey_sigterm()
+        leaving.obey_sigterm()
         record: Record = {}
         skipped, in_a_row, due, last_due = 0, 0, False, time.monotonic()
 

@@ -17,7 +17,7 @@ import yaml
 
 from planner.plan import load
 from profiles.input_error import InputError
-from runtime.checkpoint import latest
+from runtime.checkpoint_folder import latest
 from runtime.failure import RunFailed
 from runtime.launch import start_ranks, train
 from runtime.measure import PARTS
@@ -27,6 +27,11 @@ from tests.distributed.faults import raise_on_rank_one, small_plan
 
 ROOT = Path(__file__).parents[2]
 QUICK_SECONDS = 20.0  # to end after a failure; idle it is under 2
+SENT = {
+    "launcher": [signal.SIGINT],
+    "launcher killed": [signal.SIGKILL],
+    "launcher terminated twice": [signal.SIGTERM, signal.SIGTERM],
+}
 
 
 def process_of(run_dir: Path, rank: int) -> int:
@@ -111,7 +116,7 @@ def test_a_rank_that_raises_ends_the_run(tmp_path: Path) -> None:
     assert not alive(process_of(tmp_path, 0))
 
 
-@pytest.mark.parametrize("target", ["launcher", "everyone", "launcher killed", "launcher terminated"])
+@pytest.mark.parametrize("target", ["launcher", "everyone", "launcher killed", "launcher terminated twice"])
 def test_ctrl_c_leaves_no_process_and_a_readable_folder(target: str, tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.faults", str(tmp_path)],
@@ -131,15 +136,16 @@ def test_ctrl_c_leaves_no_process_and_a_readable_folder(target: str, tmp_path: P
     if target == "everyone":
         os.killpg(run.pid, signal.SIGINT)
     else:
-        signals = {"launcher": signal.SIGINT, "launcher terminated": signal.SIGTERM, "launcher killed": signal.SIGKILL}
-        run.send_signal(signals[target])
+        for number in SENT[target]:
+            run.send_signal(number)
+            time.sleep(0.01)  # so that it is handled before the next
     _, errors = run.communicate(timeout=60)
     while any(map(alive, ranks)) and time.monotonic() - start < QUICK_SECONDS:
         time.sleep(0.05)
     assert not any(map(alive, ranks))
     assert time.monotonic() - start < QUICK_SECONDS
     if target != "launcher killed":
-        name = "SIGTERM" if target == "launcher terminated" else "SIGINT"
+        name = "SIGTERM" if target == "launcher terminated twice" else "SIGINT"
         assert errors.strip().splitlines()[-1] == f"runtime.failure.Interrupted: interrupted by {name}"
     assert load(tmp_path / "plan.yaml") == small_plan(pp=2)
     assert steps_in(tmp_path)[:3] == [1, 2, 3]
