@@ -119,15 +119,14 @@ def replan(
     """Plan the rest of a run for other devices: same model, batch and data order; `train --resume` goes on."""
     from dataclasses import replace
 
-    from planner.plan import load
-    from planner.record import PLAN_FILE, put_plan
+    from planner.record import put_plan
     from planner.replan_report import replan_report
     from planner.replanning import Replan, cluster_left, plan_again, steps_in_all
     from profiles.catalogue import resolve_cluster
     from runtime.checkpoint_folder import RunState, latest
 
     state = RunState.read(latest(run_dir))
-    before = load(run_dir / PLAN_FILE)
+    before = state.plan  # what has trained so far, whatever has been planned since
     total = steps_in_all(steps, state.settings, state.step)
     start = replace(before, cluster=resolve_cluster(cluster)) if cluster is not None else before
     after, dropped = plan_again(start, cluster_left(start, devices, lost_nodes, run_dir), time_limit)
