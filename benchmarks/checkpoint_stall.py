@@ -1,10 +1,11 @@
 """python benchmarks/checkpoint_stall.py [--model demo] [--ranks 2] [--rounds 15]: what a checkpoint costs training.
 
-In one process group, in turns and in an order that changes: a block of steps without a checkpoint, one that begins with
-a checkpoint for which training waits, and one that begins with a checkpoint that is written beside it. A block ends when
-its checkpoint is whole. Printed are medians over the rounds, of the slowest rank: how long training stood still, how long
-until the checkpoint was whole, and what a step of the block took more than a step of the block without, which counts
-too that writing takes cores, disk and Python's lock from training; beside it the 95 % interval of that median.
+In one process group, in turns and in an order that changes: a block of steps without a checkpoint, one that begins
+with a checkpoint for which training waits, and one that begins with a checkpoint that is written beside it. A block
+ends when its checkpoint is whole. Printed are medians over the rounds, of the slowest rank: how long training stood
+still, how long until the checkpoint was whole, and what a step of the block took more than a step of the block
+without, which counts too that writing takes cores, disk and Python's lock from training; beside it the 95 % interval
+of that median.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -144,6 +145,7 @@ def start_ranks(
     )
     multiprocessing.set_forkserver_preload(_PRELOAD)
     with _one_thread_a_rank(), _torch_silent(), _stops_ranks(), _signals_as_before(), RankWatch() as watch:
+        _start_fork_server()
         try:
             return elastic_launch(config, _rank_main)(plan, options, body, watch.voice)[0]
         except SignalException as error:
@@ -153,6 +155,20 @@ def start_ranks(
             rank, failure = next(iter(error.failures.items()))
             logs = options.run_dir / run_folder.LOGS_FOLDER
             raise why(rank, failure.exitcode, plan.layout, logs, watch, options.timeout_seconds) from None
+
+
+def _start_fork_server() -> None:
+    """Where SIGTERM is ignored, which a batch system sends to every process: the ranks would die with their parent.
+
+    What is ignored stays so in new programs, and in the ranks until they know what to do about it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], Any], voice: Voice) -> Any:

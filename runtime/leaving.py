@@ -88,8 +88,11 @@ def sigterm_is_a_wish(logs: Path) -> Iterator[None]:
         return
 
     def ask(*_: Any) -> None:
-        (logs / _REQUEST_FILE).touch()
         signal.signal(signal.SIGTERM, end)
+        try:
+            (logs / _REQUEST_FILE).touch()
+        except OSError:  # a full disk, which will not take a checkpoint either
+            end()
 
     def end(*_: Any) -> None:
         raise SignalException("asked twice", signal.SIGTERM)

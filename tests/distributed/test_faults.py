@@ -166,6 +166,7 @@ def test_under_torchrun_a_timeout_names_the_rank_behind(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(launch, "run", time_out)
     monkeypatch.setattr(launch.stacks, "write_when_stopped", lambda: None)
+    monkeypatch.setattr(launch, "die_with_parent", lambda: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = TrainOptions(run_dir=tmp_path, timeout_seconds=5.0)

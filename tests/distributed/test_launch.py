@@ -168,7 +168,7 @@ def test_torchrun_joins_and_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [*command, str(tmp_path / "script.py"), str(tmp_path / "run"), str(dp)],
+            [*command, str(tmp_path / "script.py"), str(tmp_path / f"run_{dp}"), str(dp)],
             env=environment,
             capture_output=True,
             text=True,

@@ -46,7 +46,7 @@ DENSE = {
 EXPERTS = {
     "one rank": plan_of(tiny_experts()),
     "ep2": plan_of(tiny_experts(), dp=2, ep=2),
-    "tp2 ep2": plan_of(tiny_experts(), tp=2, dp=2, ep=2),
+    "tp2 ep2": plan_of(tiny_experts(), tp=2, dp=2, ep=2, sequence_parallel=True),
     "pp2 zero1": plan_of(tiny_experts(), pp=2, dp=2, ep=2, zero=1, dp_shard=2, schedule="1f1b"),
 }
 TIED = {
