@@ -13,15 +13,14 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from multiprocessing import forkserver
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, popen_fork
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -224,14 +223,21 @@ def _signals_as_before() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _stops_ranks() -> AbstractContextManager[object]:
-    """While ranks run, the agent ends them with STOP_SIGNAL where torch would take SIGTERM."""
-    shut_down = LocalElasticAgent._shutdown
+@contextmanager
+def _stops_ranks() -> Iterator[None]:
+    """While ranks run, torch ends them with STOP_SIGNAL where it would take SIGTERM: in its agent, and before that in
+    what waits for the first rank to fail."""
+    close = PContext.close
 
-    def stop(agent: Any, death_sig: signal.Signals = signal.SIGTERM, *rest: Any, **more: Any) -> None:
-        shut_down(agent, stacks.STOP_SIGNAL if death_sig == signal.SIGTERM else death_sig, *rest, **more)
+    def stop(context: Any, death_sig: signal.Signals | None = None, *rest: Any, **more: Any) -> None:
+        by_default = death_sig in (None, signal.SIGTERM)
+        close(context, stacks.STOP_SIGNAL if by_default else death_sig, *rest, **more)
 
-    return mock.patch.object(LocalElasticAgent, "_shutdown", stop)
+    def terminate(process: Any) -> None:
+        process._send_signal(stacks.STOP_SIGNAL)
+
+    with mock.patch.object(PContext, "close", stop), mock.patch.object(popen_fork.Popen, "terminate", terminate):
+        yield
 
 
 @contextmanager
