@@ -18,7 +18,7 @@ from planner.question import ask
 from planner.replanning import Replan, cluster_left, plan_again
 from planner.search import search
 from profiles.input_error import InputError
-from runtime import launch
+from runtime import elastic, launch
 from runtime.checkpoint_folder import FOLDER, STATE_FILE, StateText
 from runtime.leaving import EXIT_CODE, Left
 from runtime.trainer import TrainOptions
@@ -188,3 +188,44 @@ def test_elastic_without_torchrun_is_refused(
 ) -> None:
     assert call(monkeypatch, "train", "plan.yaml", "--run-dir", str(tmp_path), "--elastic") == 2
     assert "torchrun --nnodes MIN:MAX" in capsys.readouterr().err
+
+
+# ---- elastic: what each rank takes for the plan ----------------------------------------------------------------
+
+
+def test_ranks_of_an_elastic_run_agree_on_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run_dir, file = plan_for(tmp_path), tmp_path / "run", tmp_path / "plan.yaml"
+    save(plan, file)
+    planned: list[int] = []
+
+    def plan_anew(base: Plan, devices: int) -> Plan:
+        assert base == plan
+        planned.append(devices)
+        return plan_again(base, base.cluster.with_devices(devices), 60.0)[0]
+
+    def taken(ranks: int, rank: int) -> Path:
+        monkeypatch.setenv("WORLD_SIZE", str(ranks))
+        monkeypatch.setenv("RANK", str(rank))
+        return elastic.plan_for_ranks(file, run_dir, plan_anew)
+
+    assert [taken(4, rank) for rank in (1, 0)] == [file, file]
+    run_of(plan, run_dir, 15)
+    assert [taken(3, rank) for rank in (0, 1, 2)] == [run_dir / "plan.yaml"] * 3
+    assert planned == [3]
+    assert load(run_dir / "plan.yaml").layout.world_size == 3
+    assert load(run_dir / "plan_until_step_15.yaml") == plan
+    assert [taken(4, rank) for rank in (0, 3)] == [file, file]  # a node has come back
+    monkeypatch.setattr(elastic, "_PLAN_SECONDS", 0.3)
+    with pytest.raises(InputError, match="rank 0 has made no plan for 2 ranks"):
+        taken(2, 1)
+
+
+def test_a_store_that_dies_with_the_first_agent_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        elastic.check_elastic(tmp_path / "plan.yaml", tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert elastic.check_elastic(tmp_path / "plan.yaml", tmp_path) == (tmp_path / "plan.yaml", tmp_path)
+    with pytest.raises(InputError, match="--run-dir FOLDER"):
+        elastic.check_elastic(tmp_path / "plan.yaml", None)
