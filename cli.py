@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli_checks import run_dry, verify
 from cli_data import Data, DataCache, Split, Tokenizer, ValidationEvery, data_app, data_options
+from cli_ending import exit_code_of, say_interrupted
 from cli_export import export
+from cli_life import (
+    AsyncCheckpoint,
+    CheckpointMinutes,
+    Elastic,
+    KeepCheckpoints,
+    Resume,
+    RunDir,
+    TimeLimit,
+    elastic_plan,
+    remembered,
+    replan,
+    tell_changes,
+)
 from cli_parts import (
     Cluster,
     Devices,
@@ -30,7 +44,6 @@ from cli_parts import (
 )
 
 if TYPE_CHECKING:
-    from planner.errors import NoPlanError
     from planner.planning import PlanAnswer
 
 app = typer.Typer(
@@ -205,7 +218,7 @@ def profile(
     try:
         answer = carry_out(order)
     except KeyboardInterrupt as error:  # click would drop what it says
-        _say_interrupted(error)
+        say_interrupted(error)
         raise typer.Exit(130) from None
     if answer is None:  # a rank of torchrun's that is not the first
         return
@@ -220,6 +233,7 @@ def profile(
     "cli.py train plan.yaml --dry-run (the memory of one rank, for a plan of any size)"
 )
 def train(
+    context: typer.Context,
     plan_file: Annotated[Path | None, typer.Argument(metavar="[PLAN.YAML]", help="None: plan first.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Model to plan for, or that the plan must be for.")
@@ -233,8 +247,8 @@ def train(
     data_cache: DataCache = None,
     validation_every: ValidationEvery = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 300,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; default runs/DATE-TIME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --run-dir.")] = False,
+    run_dir: RunDir = None,
+    resume: Resume = False,
     global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Without a plan: sequences a step.")] = 16,
     sequence: Annotated[int, typer.Option("--seq", min=1, help="Without a plan: tokens a sequence.")] = 256,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 3e-3,
@@ -242,6 +256,11 @@ def train(
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
     clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
+    checkpoint_minutes: CheckpointMinutes = 0.0,
+    keep_checkpoints: KeepCheckpoints = 0,
+    async_checkpoint: AsyncCheckpoint = False,
+    time_limit: TimeLimit = None,
+    elastic: Elastic = False,
     skip_limit: Annotated[int, typer.Option("--skip-limit", min=1, help="End after so many bad steps in a row.")] = 3,
     timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
     compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA.")] = None,
@@ -283,6 +302,9 @@ def train(
     from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
 
+    tell_changes(context)
+    if elastic:
+        plan_file, resume = elastic_plan(plan_file, run_dir)
     model = model_to_start_from(weights, plan_file, model, resume=resume)
     found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line())
     if isinstance(found, PlanAnswer):
@@ -302,6 +324,11 @@ def train(
         data=data_options(data, split, tokenizer, data_cache),
         validation_every=validation_every,
         checkpoint_every=checkpoint_every,
+        checkpoint_minutes=checkpoint_minutes,
+        keep_checkpoints=keep_checkpoints,
+        async_checkpoint=async_checkpoint,
+        time_limit_seconds=time_limit * 60 if time_limit is not None else None,
+        settings=remembered(context),
         resume=resume,
         skip_limit=skip_limit,
         timeout_seconds=timeout,
@@ -327,6 +354,11 @@ app.command(
 )(verify)
 app.command(epilog="Example: cli.py export runs/mine --to hf --out my-model --dtype bf16")(export)
 
+app.command(
+    epilog="Examples: cli.py replan runs/mine --devices 16 | cli.py replan runs/mine --lost-nodes 1; then "
+    "cli.py train --run-dir runs/mine --resume"
+)(replan)
+
 
 @app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")
 def validate(
@@ -345,59 +377,7 @@ def validate(
 
 
 def main() -> None:
-    """Run a verb; exit with 0 done, 1 no plan or a failed run, 2 bad input, 128 + signal when a signal ended it."""
-    try:
-        code = app(standalone_mode=False)
-    except Exception as error:
-        code = _explain(error)
-    except KeyboardInterrupt as error:
-        _say_interrupted(error)
-        code = 130
-    sys.exit(code or 0)
-
-
-def _explain(error: Exception) -> int:
-    """Show what a person can act on, and its exit code; anything else is our bug and goes on as it is."""
-    from planner.errors import NoPlanError
-    from planner.report import input_error_report, no_plan_report
-    from profiles.input_error import InputError
-
-    as_json = "--json" in sys.argv
-    # Usage errors come from click or from the copy of it inside newer typers, so they are known by what they can.
-    if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
-        _say_interrupted(error.__cause__ or error.__context__)
-        return 130
-    show, format_message = getattr(error, "show", None), getattr(error, "format_message", None)
-    if show is not None and format_message is not None:
-        show()
-        if as_json:
-            print_json({"error": {"error": format_message()}})
-        return 2
-    if isinstance(error, InputError):
-        print_report(input_error_report(error), error=True)
-        if as_json:
-            print_json({"error": dict(error.lines())})
-        return 2
-    if isinstance(error, NoPlanError):
-        print_report(no_plan_report(error), error=True)
-        if as_json:
-            print_json(_no_plan(error))
-        return 1
-    if type(error).__name__ == "RunFailed":
-        sys.stderr.write(f"{error}\n")
-        if as_json:
-            print_json({"error": {"error": str(error)}})
-        return 1
-    raise error
-
-
-def _no_plan(error: NoPlanError) -> dict[str, Any]:
-    said: dict[str, Any] = {"error": error.what, "reasons": list(error.lines)}
-    return {"error": said | ({"remedies": list(error.remedies)} if error.remedies else {})}
-
-
-def _say_interrupted(error: BaseException | None) -> None:
-    sys.stderr.write(f"{str(error or '') or 'interrupted'}\n")
+    sys.exit(exit_code_of(app))
 
 
 if __name__ == "__main__":

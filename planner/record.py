@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from profiles.input_error import InputError
-from profiles.store import Reader, load_document
+from profiles.store import Reader, load_document, read_text
 
-from .plan import Plan, load
+from .plan import Plan, dumps, load, save
 
 SCHEMA = "meshwright.record/v1"
 RECORD_FILE = "record.yaml"
@@ -72,3 +72,18 @@ def _rank(measured: Reader, plan: Plan) -> int:
     if rank >= plan.layout.world_size:
         raise measured.fail("rank", f"a rank below {plan.layout.world_size}, the plan's world", rank)
     return rank
+
+
+def put_plan(run_dir: Path, plan: Plan, step: int) -> Path | None:
+    """Make `plan` the plan of the run from after `step` on. Another one that was there stays, in the file returned.
+
+    Its name says until where it was followed; of several plans of the same step only the first has been.
+    """
+    path, kept = run_dir / PLAN_FILE, run_dir / f"plan_until_step_{step}.yaml"
+    if path.exists():
+        if read_text(path, "plan") == dumps(plan):
+            return None
+        if not kept.exists():
+            path.rename(kept)
+    save(plan, path)
+    return kept if kept.exists() else None

@@ -68,6 +68,8 @@ def record_report(record: dict[str, Any]) -> RenderableType:
     expected, seen = predicted["peak_memory_bytes"], measured["peak_memory_bytes"]
     table.add_row("peak memory", bytes_text(expected), bytes_text(seen), f"{expected / seen - 1:+.1%}", "")
     loss = Text(_reached(record))
+    if written := record.get("checkpoints"):
+        loss.append(f"\n{_checkpoints_text(written)}")
     if skipped := record.get("skipped_steps"):
         loss.append(f"\n{skipped} steps made no update: loss or gradient norm was not finite", style="bold")
     return Group(table, loss)
@@ -86,6 +88,16 @@ def _reached(record: dict[str, Any]) -> str:
     if record.get("bigram_loss") is not None:
         said += f"; a bigram model of the same text reaches {record['bigram_loss']:.3f}"
     return said
+
+
+def _checkpoints_text(written: dict[str, Any]) -> str:
+    seconds, stall = written["median_seconds"], written["median_stall_seconds"]
+    waited = "" if stall == seconds else f", training waited {seconds_text(stall)} for it"
+    many = written["written"] > 1
+    return (
+        f"{written['written']} checkpoint{'s' * many} of {bytes_text(written['bytes'])}, "
+        f"{seconds_text(seconds)}{' each' * many}{waited}"
+    )
 
 
 def _loss_text(loss: float | None) -> str:

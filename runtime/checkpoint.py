@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,41 +13,50 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from profiles.input_error import InputError
+from profiles.store import write_atomically
 
+from .checkpoint_folder import STATE_FILE, publish, unfinished
+from .checkpoint_index import SafeReader
 from .local_parameters import local_part
 from .parameters import named_buffers, named_parameters, tied_copies
 from .transformer import Chunk
 
-FOLDER = "checkpoints"
-_COMPLETE = re.compile(r"step_(\d+)")
-_UNFINISHED = re.compile(r"\.step_\d+\.unfinished")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(run_dir: Path, step: int, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> Path:
+def begin(run_dir: Path, step: int, about: str, group: dist.ProcessGroup | None = None) -> Path:
+    """An empty folder for the checkpoint of `step`, with `about` (see StateText) in it. Every rank must call it."""
+    folder = unfinished(run_dir, step)
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_atomically(folder / STATE_FILE, about)
+    dist.barrier(group)
+    return folder
+
+
+def save(run_dir: Path, step: int, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, about: str) -> None:
     """Write run_dir/checkpoints/step_<step>. Every rank must call it.
 
     Written beside its place and renamed when it is whole, so that a killed run leaves no half checkpoint.
     Raises CheckpointException, on every rank, when one cannot write its part.
     """
-    target = run_dir / FOLDER / f"step_{step}"
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    if dist.get_rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    dist.barrier()
+    folder = begin(run_dir, step, about)
     try:
-        state_dict_saver.save(_state(chunks, optimizer, step), checkpoint_id=str(unfinished))
+        state_dict_saver.save(state_of(chunks, optimizer, step), checkpoint_id=str(folder))
     except CheckpointException:  # on every rank, whichever could not write
-        if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)  # a full disk has better uses
+        give_up(folder)
         raise
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unfinished, target)
+        publish(run_dir, step)
     dist.barrier()
-    return target
+
+
+def give_up(folder: Path) -> None:
+    """Delete what was written of a checkpoint that will not be whole: a full disk has better uses."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(folder: Path, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> int:
@@ -57,9 +64,9 @@ def load(folder: Path, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) ->
 
     Returns its step.
     """
-    state = _state(chunks, optimizer, 0)
+    state = state_of(chunks, optimizer, 0)
     try:
-        state_dict_loader.load(state, checkpoint_id=str(folder))
+        state_dict_loader.load(state, storage_reader=SafeReader(folder))
     except CheckpointException as error:  # a BaseException, which `except Exception` misses
         reason = next(iter(error.failures.values()))
         raise InputError(
@@ -72,42 +79,7 @@ def load(folder: Path, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) ->
     return int(state["step"].item())
 
 
-def latest(run_dir: Path) -> Path:
-    """The checkpoint with the highest step; an InputError when there is none."""
-    folder, steps = run_dir / FOLDER, complete_steps(run_dir)
-    if not steps:
-        raise InputError(
-            f"{run_dir} has no checkpoint to resume from",
-            where=str(folder),
-            expected="a folder named step_N",
-            got=", ".join(_names(folder)) or "nothing",
-            hint="start without --resume",
-        )
-    return folder / f"step_{max(steps)}"
-
-
-def complete_steps(run_dir: Path) -> list[int]:
-    """The steps of the checkpoints that are whole."""
-    return [int(match.group(1)) for name in _names(run_dir / FOLDER) if (match := _COMPLETE.fullmatch(name))]
-
-
-def remove_unfinished(run_dir: Path) -> None:
-    """Delete what a run that was killed while writing a checkpoint has left."""
-    for name in _names(run_dir / FOLDER):
-        if _UNFINISHED.fullmatch(name):
-            shutil.rmtree(run_dir / FOLDER / name)
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(os.listdir(folder)) if folder.is_dir() else []
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def _state(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int) -> dict[str, Any]:
+def state_of(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int) -> dict[str, Any]:
     """The tensors themselves by name, so that loading writes into them. Moments that are not there yet are made.
 
     A rank that holds two copies of a tied matrix saves the last; `_refresh_tied` fills the other.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from profiles.input_error import InputError
 
-from .checkpoint import FOLDER, complete_steps, latest
+from .checkpoint_folder import FOLDER, complete_steps, latest
+from .checkpoint_index import SafeReader
 
 
 def checkpoint_of(run_dir: Path, step: int | None) -> Path:
@@ -41,11 +40,8 @@ class CheckpointReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = _ReadOnce(folder)
-        try:
-            self._metadata = self._files.read_metadata()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-            raise self._unreadable(error) from None
+        self._files = SafeReader(folder)
+        self._metadata = self._files.read_metadata()
 
     def require(self, name: str, shape: torch.Size) -> None:
         """Raise InputError unless the checkpoint has a tensor of this name and whole shape."""
@@ -90,14 +86,3 @@ class CheckpointReader:
             expected="a whole checkpoint",
             got=(str(error).splitlines() or [repr(error)])[0],
         )
-
-
-class _ReadOnce(FileSystemReader):
-    """torch reads what a checkpoint holds anew for each load, of which there is one a tensor here."""
-
-    _kept: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._kept is None:
-            self._kept = super().read_metadata(*args, **kwargs)
-        return self._kept

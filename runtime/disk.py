@@ -15,7 +15,7 @@ from planner.layout import Layout
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
-from .checkpoint import complete_steps
+from .checkpoint_folder import complete_steps
 from .failure import RunFailed, is_full_disk
 from .mesh import coordinate_of
 

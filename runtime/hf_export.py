@@ -23,7 +23,7 @@ from profiles.input_error import InputError
 from profiles.model import ModelSpec
 from profiles.store import load_json
 
-from .checkpoint import step_of
+from .checkpoint_folder import step_of
 from .checkpoint_reader import CheckpointReader, checkpoint_of
 from .disk import free_bytes
 from .hf_files import DESCRIPTION_FOLDER, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE, copy_files

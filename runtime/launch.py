@@ -14,10 +14,13 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, popen_fork
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -25,13 +28,15 @@ from planner.plan import Plan
 from profiles.input_error import InputError
 
 from . import run_folder, stacks
+from .checkpoint_folder import latest, step_of
 from .compilation import choose_compilation
 from .failure import RAISED, Interrupted, is_timeout, told
 from .hf_files import keep_description
 from .hf_weights import check_before_start
+from .leaving import EXIT_CODE, Left, sigterm_is_a_wish
 from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
-from .rank_watch import RankWatch, Voice, die_with_launcher
+from .rank_watch import RankWatch, Voice, die_with_launcher, die_with_parent
 from .target import check_target
 from .trainer import Record, TrainOptions, open_data, run
 
@@ -52,8 +57,8 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
 
     On one machine this starts the ranks itself, with their output in RUN/logs; under torchrun (RANK and
     WORLD_SIZE set) it is one of them, and rank 0 reports progress. Raises InputError for what a person can
-    put right, RunFailed when a rank dies, hangs or cannot go on, and Interrupted when a signal tells this
-    process to end, in each case with no rank left.
+    put right, RunFailed when a rank dies, hangs or cannot go on, Left when the run was asked to leave and has
+    written a checkpoint, and Interrupted when a signal tells this process to end, in each case with no rank left.
     """
     check_target(plan)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -61,22 +66,37 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
         return
     _check(plan, options)
     _prepare(plan, options)
-    with _tail(options.run_dir / METRICS_FILE, on_progress):
-        start_ranks(plan, options, run)
+    logs = options.run_dir / run_folder.LOGS_FOLDER
+    with _tail(options.run_dir / METRICS_FILE, on_progress), sigterm_is_a_wish(logs):
+        why_left = start_ranks(plan, options, run, ending_signals="SIGINT,SIGHUP,SIGQUIT")
+    _raise_if_left(why_left, options)
 
 
 def _join(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]) -> None:
     """Be one of torchrun's ranks; torchrun stops the others with SIGTERM when this one ends early."""
+    die_with_parent()  # which may be killed itself, and nobody else would end this rank
     stacks.write_when_stopped()
     if os.environ["RANK"] == "0":
         _prepare(plan, options)
     try:
-        run(plan, options, on_progress)
+        why_left = run(plan, options, on_progress)
     except RuntimeError as error:
         if not is_timeout(error):
             raise
         logs = options.run_dir / run_folder.LOGS_FOLDER
         raise waited(int(os.environ["RANK"]), plan.layout, logs, options.timeout_seconds) from error
+    if os.environ["RANK"] == "0":
+        _raise_if_left(why_left, options, exit_code=0)  # after another, torchrun would start the ranks again
+
+
+def _raise_if_left(why_left: str | None, options: TrainOptions, exit_code: int = EXIT_CODE) -> None:
+    if why_left is not None:
+        step = step_of(latest(options.run_dir))
+        raise Left(
+            f"left after step {step} of {options.steps}, asked by {why_left}; "
+            f"--run-dir {options.run_dir} --resume goes on from the checkpoint of that step",
+            exit_code,
+        )
 
 
 def _prepare(plan: Plan, options: TrainOptions) -> None:
@@ -102,8 +122,17 @@ def _check(plan: Plan, options: TrainOptions) -> None:
         )
 
 
-def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None]) -> None:
-    """Run `body` (a module's function, `trainer.run` but in tests of failure) on each rank, to the end."""
+def start_ranks(
+    plan: Plan,
+    options: TrainOptions,
+    body: Callable[[Plan, TrainOptions], Any],
+    *,
+    ending_signals: str = "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
+) -> Any:
+    """Run `body` (a module's function, `trainer.run` but in tests of failure) on each rank, to the end.
+
+    Returns what it gave on rank 0, which must be picklable. `ending_signals` to this process end the ranks.
+    """
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -115,11 +144,13 @@ def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOp
         monitor_interval=MONITOR_SECONDS,
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # a rank writes its own
+        signals_to_handle=ending_signals,
     )
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    with _one_thread_a_rank(), _torch_silent(), _signals_as_before(), RankWatch() as watch:
+    with _one_thread_a_rank(), _torch_silent(), _stops_ranks(), _signals_as_before(), RankWatch() as watch:
+        _start_fork_server()
         try:
-            elastic_launch(config, _rank_main)(plan, options, body, watch.voice)
+            return elastic_launch(config, _rank_main)(plan, options, body, watch.voice)[0]
         except SignalException as error:
             raise Interrupted(signal.Signals(error.sigval)) from None
         except ChildFailedError as error:
@@ -129,7 +160,21 @@ def start_ranks(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOp
             raise why(rank, failure.exitcode, plan.layout, logs, watch, options.timeout_seconds) from None
 
 
-def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], None], voice: Voice) -> None:
+def _start_fork_server() -> None:
+    """Where SIGTERM is ignored, which a batch system sends to every process: the ranks would die with their parent.
+
+    What is ignored stays so in new programs, and in the ranks until they know what to do about it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], Any], voice: Voice) -> Any:
     """A rank's process: its output goes to its own log, and it ends when the launcher does."""
     # Ctrl-C reaches the ranks too when it is typed; they end at once and the launcher reports it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -143,7 +188,7 @@ def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOpt
             os.dup2(descriptor, stream)
         stacks.write_when_stopped()
         print(f"rank {rank} of {os.environ['WORLD_SIZE']}, process {os.getpid()}", flush=True)
-        body(plan, options)
+        answer = body(plan, options)
     except BaseException as error:
         voice.failed(rank, told(error))
         with suppress(OSError):  # of a full disk
@@ -153,6 +198,7 @@ def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOpt
         # Not sys.exit: what a gloo thread still waits for would hold the process, and the others with it.
         os._exit(RAISED)
     voice.done(rank)
+    return answer
 
 
 @contextmanager
@@ -179,6 +225,23 @@ def _signals_as_before() -> Iterator[None]:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _stops_ranks() -> Iterator[None]:
+    """While ranks run, torch ends them with STOP_SIGNAL where it would take SIGTERM: in its agent, and before that in
+    what waits for the first rank to fail."""
+    close = PContext.close
+
+    def stop(context: Any, death_sig: signal.Signals | None = None, *rest: Any, **more: Any) -> None:
+        by_default = death_sig in (None, signal.SIGTERM)
+        close(context, stacks.STOP_SIGNAL if by_default else death_sig, *rest, **more)
+
+    def terminate(process: Any) -> None:
+        process._send_signal(stacks.STOP_SIGNAL)
+
+    with mock.patch.object(PContext, "close", stop), mock.patch.object(popen_fork.Popen, "terminate", terminate):
+        yield
 
 
 @contextmanager

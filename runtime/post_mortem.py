@@ -13,7 +13,7 @@ from .mesh import coordinate_of
 from .rank_watch import RankWatch
 
 # What the launcher sends, and how gloo and NCCL end a process whose peer is gone or late.
-_CONSEQUENCES = (signal.SIGTERM, signal.SIGABRT)
+_CONSEQUENCES = (signal.SIGTERM, stacks.STOP_SIGNAL, signal.SIGABRT)
 _NCCL_TIMED_OUT = "collective operation timeout"  # in what NCCL's watchdog logs before it aborts the process
 _STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting in the kernel", "R": "running", "S": "asleep"}
 

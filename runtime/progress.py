@@ -94,4 +94,7 @@ def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
     validation = record.get("validation_loss")
     if validation is not None:
         said += f"  validation loss {validation:.3f}, perplexity {perplexity(validation):.4g}"
+    if "checkpoint_bytes" in record:
+        size, seconds = record["checkpoint_bytes"] / 2**20, record["checkpoint_seconds"]
+        said += f"  checkpoint {size:,.1f} MiB in {seconds:.2f} s, waited {record['checkpoint_stall_seconds']:.2f} s"
     return said

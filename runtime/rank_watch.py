@@ -22,6 +22,13 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 _MOST_BYTES = 3500  # of a message; up to 4096 a pipe keeps the messages of several writers apart (pipe(7))
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
 def die_with_launcher() -> None:
     """Have the kernel kill this rank when the launcher is gone, even by kill -9.
 
@@ -29,9 +36,7 @@ def die_with_launcher() -> None:
     a stopped one. A rank's parent is the fork server, and that ends when nobody holds its pipe any more: the launcher,
     and until now each rank, which has been given the pipe to start processes of its own.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
+    die_with_parent()
     server: Any = forkserver._forkserver  # of Python 3.11 and 3.12; there is no public name
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = None

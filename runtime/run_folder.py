@@ -6,15 +6,17 @@ import datetime
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from planner.plan import Plan, save
-from planner.record import PLAN_FILE, RECORD_FILE
+from planner.record import PLAN_FILE, RECORD_FILE, put_plan
 from profiles.input_error import InputError
 from profiles.store import write_atomically
 
-from .checkpoint import latest, remove_unfinished, step_of
+from .checkpoint_folder import STATE_FILE, RunState, complete_steps, latest, remove_unfinished, step_of
+from .checkpoint_index import SafeReader
 from .disk import check_room, unwritable_is_input_error
 from .metrics import METRICS_FILE
 
@@ -40,28 +42,76 @@ def torchrun_needs_files() -> InputError:
 def prepare(run_dir: Path, plan: Plan, *, steps: int, resume: bool, dtype: torch.dtype = torch.float32) -> None:
     """Write the plan and make metrics.jsonl end where training begins. By one process, before the ranks start.
 
-    Raises InputError when `resume` finds no checkpoint or one that has all the `steps`, or the folder cannot
-    be written or has no room for a checkpoint of `dtype`.
+    Raises InputError when `resume` finds no checkpoint, a damaged one, one of another run, or one that has all the
+    `steps`; when a fresh run would mix its checkpoints with another's; when the folder cannot be written or has no
+    room for a checkpoint of `dtype`.
     """
-    first_step = step_of(latest(run_dir)) + 1 if resume else 1
-    if first_step > steps:
+    done = _done(run_dir, resume)
+    if done >= steps:
         raise InputError(
             f"the run in {run_dir} has nothing left to train",
             where="--steps",
-            expected=f"more than the {first_step - 1} steps of its last checkpoint",
+            expected=f"more than the {done} steps of its last checkpoint",
             got=str(steps),
         )
+    if resume:
+        checkpoint = latest(run_dir)
+        _check_same_run(RunState.read(checkpoint), plan, checkpoint)
+        SafeReader(checkpoint)
     with unwritable_is_input_error(run_dir):
         remove_unfinished(run_dir)
     check_room(run_dir, plan.model, dtype)
     with unwritable_is_input_error(run_dir):
-        save(plan, run_dir / PLAN_FILE)
+        put_plan(run_dir, plan, done) if resume else save(plan, run_dir / PLAN_FILE)
         shutil.rmtree(run_dir / LOGS_FOLDER, ignore_errors=True)
         (run_dir / LOGS_FOLDER).mkdir()
         (run_dir / RECORD_FILE).unlink(missing_ok=True)
         metrics = run_dir / METRICS_FILE
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-        write_atomically(metrics, "".join(line for line in lines if _is_before(line, first_step)))
+        write_atomically(metrics, "".join(line for line in lines if _is_before(line, done + 1)))
+
+
+def _done(run_dir: Path, resume: bool) -> int:
+    """Steps that are done when training begins."""
+    if resume:
+        return step_of(latest(run_dir))
+    steps = complete_steps(run_dir)
+    if steps:
+        raise InputError(
+            f"{run_dir} holds a run already",
+            where="--run-dir",
+            expected="a folder without checkpoints for a run from the start",
+            got=f"checkpoints up to step {max(steps)}",
+            hint="--resume to go on with it, or another --run-dir",
+        )
+    return 0
+
+
+def _check_same_run(state: RunState, plan: Plan, checkpoint: Path) -> None:
+    """Raise InputError where the plan is not for what the checkpoint's run trains; layout and devices may change."""
+    if plan.model != state.plan.model:
+        raise InputError(
+            "the plan is for another model than the run's",
+            where="plan: model",
+            expected=f"{state.plan.model.name} as in {checkpoint / STATE_FILE}",
+            got=_what_differs(state.plan.model.to_dict(), plan.model.to_dict()),
+            hint="another --run-dir for another model",
+        )
+    for name in ("global_batch", "sequence"):
+        before, now = getattr(state.plan.job, name), getattr(plan.job, name)
+        if before != now:
+            raise InputError(
+                "the plan's steps see other samples than the run's",
+                where=f"plan: job.{name}",
+                expected=f"{before}, as in {checkpoint / STATE_FILE}: which samples a step sees follows from it",
+                got=str(now),
+                hint="plan with the run's --global-batch and --seq, or start another run",
+            )
+
+
+def _what_differs(before: dict[str, Any], now: dict[str, Any]) -> str:
+    changed = [f"{key} {now.get(key)}, not {value}" for key, value in before.items() if now.get(key) != value]
+    return ", ".join(changed) or "a model with more to it"
 
 
 def _is_before(line: str, step: int) -> bool:

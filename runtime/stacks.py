@@ -37,13 +37,17 @@ class Frame:
         return f"{self.file}:{self.line} {self.function}"
 
 
+STOP_SIGNAL = signal.SIGUSR1  # with which our launcher ends ranks: SIGTERM, which others send too, is a wish to leave
+
+
 def write_when_stopped() -> None:
-    """Have the stacks of all threads written to standard error when SIGTERM, or a crash, ends this process.
+    """Have the stacks of all threads written to standard error when SIGTERM, STOP_SIGNAL or a crash ends this process.
 
     In C, from the signal's handler: also of a process that sleeps, computes without end, or holds Python's lock.
     """
     faulthandler.enable(all_threads=True)
-    faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)
+    for number in (signal.SIGTERM, STOP_SIGNAL):
+        faulthandler.register(number, all_threads=True, chain=True)
 
 
 def main_stack(log: str) -> tuple[Frame, ...]:

@@ -42,7 +42,8 @@ class StepResult:
     """Loss in nats per token and gradient norm, the same on every rank; seconds of the parts after backward.
 
     `shares` are this rank's parts of loss and squared norm, on its device and not read. `synchronise_seconds` is the
-    one wait for all ranks, `optimizer_seconds` norm, clipping and update.
+    one wait for all ranks, `optimizer_seconds` norm, clipping and update. `wishes` says of each wish whether any rank
+    has it.
     """
 
     loss: float
@@ -50,6 +51,7 @@ class StepResult:
     shares: torch.Tensor
     optimizer_seconds: float
     synchronise_seconds: float
+    wishes: tuple[bool, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -114,10 +116,12 @@ def training_step(
     learning_rate: float,
     clip_norm: float | None,
     watch: AbstractContextManager[Any] | None = None,
+    wishes: Sequence[bool] = (),
 ) -> StepResult:
     """One step on this dp rank's samples [microbatches · micro_batch, sequence]; every rank must call it.
 
-    `watch` is entered around forward, backward and what completes the gradients.
+    `watch` is entered around forward, backward and what completes the gradients. `wishes` of this rank, as many on
+    each, are summed with loss and norm, so that all ranks know them after the same step and no collective is added.
     """
     with watch or nullcontext():
         loss_share = state.runner.step(inputs, targets)
@@ -127,7 +131,7 @@ def training_step(
 
     start = time.perf_counter()
     shares = torch.stack([loss_share, square_sum(state.chunks)])
-    sums = shares.clone()
+    sums = torch.cat([shares, *(torch.full_like(shares[:1], float(wish)) for wish in wishes)])
     reduce_start = time.perf_counter()
     dist.all_reduce(sums)
     synchronise_seconds = time.perf_counter() - reduce_start
@@ -139,11 +143,16 @@ def training_step(
     state.optimizer.zero_grad()
     update_selection_bias(state.routers, [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
-    loss, square = sums.tolist()
+    loss, square, *wished = sums.tolist()
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
     return StepResult(
-        loss, math.sqrt(square), shares, time.perf_counter() - start - synchronise_seconds, synchronise_seconds
+        loss,
+        math.sqrt(square),
+        shares,
+        time.perf_counter() - start - synchronise_seconds,
+        synchronise_seconds,
+        tuple(count > 0 for count in wished),
     )
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import math
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from planner.record import SCHEMA as RECORD_SCHEMA
 from profiles.store import dump_yaml, write_atomically
 
 from . import checkpoint, flight_recorder, not_finite
+from .checkpoint_folder import StateText, latest
+from .checkpoint_writer import CheckpointWriter, Written
 from .compilation import choose_compilation
 from .data.data_options import DataOptions
 from .data.kept_order import check_order, keep_order
@@ -28,6 +31,7 @@ from .data.open_tokens import open_tokens
 from .data.token_source import TokenSource, own_rows
 from .disk import full_disk_ends_run
 from .experts import Balance
+from .leaving import Leaving
 from .measure import StepMeter, busiest
 from .metrics import MetricsWriter, only_finite, peak_memory_bytes
 from .optimizer import learning_rate_at
@@ -46,11 +50,14 @@ COMPILE_SECONDS = 600.0
 class TrainOptions:
     """How to train, beside what the plan says.
 
-    `steps` counts from the first step of the run, also after a resume. `validation_every` and `checkpoint_every` are
-    in steps, 0 for only at the end. The run fails after `skip_limit` steps in a row whose loss or gradient norm is not
-    finite, and when a collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu
-    divides by; without it mfu is null. `compile` None is yes on CUDA where no rule forbids it. `weights` is a Hugging
-    Face folder to start from; None draws first values from `seed`.
+    `steps` counts from the first step of the run, also after a resume. `validation_every` and `checkpoint_every` are in
+    steps, `checkpoint_minutes` besides in minutes, 0 for only at the end. Of whole checkpoints the `keep_checkpoints`
+    newest stay, 0 for all; `async_checkpoint` writes them while training goes on. `time_limit_seconds`, from the ranks'
+    start, is when the run leaves with a checkpoint. `settings` are what a resume goes on from, as plain values (see
+    RunState). The run fails after `skip_limit` steps in a row whose loss or gradient norm is not finite, and when a
+    collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu divides by; without
+    it mfu is null. `compile` None is yes on CUDA where no rule forbids it. `weights` is a Hugging Face folder to start
+    from; None draws first values from `seed`.
     """
 
     run_dir: Path
@@ -65,6 +72,11 @@ class TrainOptions:
     validation_every: int = 0
     validation_batches: int = 4
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
+    keep_checkpoints: int = 0
+    async_checkpoint: bool = False
+    time_limit_seconds: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     resume: bool = False
     skip_limit: int = 3
     timeout_seconds: float = 120.0
@@ -75,11 +87,11 @@ class TrainOptions:
     weights: Path | None = None
 
 
-def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None] | None = None) -> None:
+def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None] | None = None) -> str | None:
     """This rank's part of a run, in a process that a launcher has started; the run folder is prepared.
 
     Rank 0 writes metrics.jsonl, TensorBoard events and record.yaml, and calls `on_progress` with the record
-    of each step.
+    of each step. Returns why the run left before its last step, without a record.yaml; None where it did not.
 
     [Note: Steps that are not finite]
     Where loss or gradient norm of a step is NaN or infinite, on whichever rank it began, no rank changes its weights
@@ -106,14 +118,24 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             balance=options.balance,
             weights=None if options.resume else options.weights,
         )
-        folder = checkpoint.latest(options.run_dir) if options.resume else None
+        folder = latest(options.run_dir) if options.resume else None
         done = checkpoint.load(folder, state.chunks, state.optimizer) if folder is not None else 0
         meter = StepMeter(state.mesh, state.runner.clock, layout.pp, options.steps - done)
         writer = stack.enter_context(MetricsWriter(options.run_dir)) if dist.get_rank() == 0 else None
         if writer is not None and not options.resume:
             keep_order(options.run_dir, tokens.order)
+        checkpoints = CheckpointWriter(
+            options.run_dir,
+            state.chunks,
+            state.optimizer,
+            StateText(plan, options.settings),
+            keep=options.keep_checkpoints,
+            asynchronous=options.async_checkpoint,
+        )
+        leaving = Leaving(logs, dist.get_rank(), options.time_limit_seconds)
+        leaving.obey_sigterm()
         record: Record = {}
-        skipped, in_a_row, due = 0, 0, False
+        skipped, in_a_row, due, last_due = 0, 0, False, time.monotonic()
 
         for step in range(done + 1, options.steps + 1):
             here.note(step, "data")
@@ -134,6 +156,10 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 learning_rate=learning_rate,
                 clip_norm=options.clip_norm,
                 watch=meter.watch(step - done),
+                wishes=(
+                    _minutes_are_over(options.checkpoint_minutes, last_due),
+                    leaving.wish(checkpoints.longest_seconds),
+                ),
             )
             step_seconds = time.perf_counter() - step_start
             if step == done + 1 and compilation is not None:
@@ -149,6 +175,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             skipped += not result.finite
 
             record = _step_record(plan, options, step, result, learning_rate, step_seconds, device)
+            record |= checkpoints.news()
             if tokens.has_validation and _due(step, options.validation_every, options.steps):
                 here.note(step, "validation")
                 record["validation_loss"] = _validate(plan, options, tokens, state)
@@ -161,15 +188,24 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                     on_progress(record)
             if in_a_row == options.skip_limit or (step == options.steps and not sound):
                 raise not_finite.failure(state, *samples, result, layout, options.run_dir, step=step, in_a_row=in_a_row)
-            due = due or _due(step, options.checkpoint_every, options.steps)
+            minutes_over, left = result.wishes
+            due = due or _due(step, options.checkpoint_every, options.steps) or minutes_over or left
             if due and sound:
                 here.note(step, "checkpoint")
-                checkpoint.save(options.run_dir, step, state.chunks, state.optimizer)
-                due = False
+                checkpoints.write(step)
+                due, last_due = False, time.monotonic()
+            else:
+                checkpoints.poll()
+            leaving.note_step(time.perf_counter() - step_start)
+            if left and sound and step < options.steps:
+                checkpoints.finish()
+                return leaving.why
 
+        checkpoints.finish()
         ranks = _gather_measurements(meter, device, kernels_seen=compilation is None)
         if writer is not None:
-            _write_record(plan, options, record, ranks, tokens, skipped, said)
+            _write_record(plan, options, record, ranks, tokens, skipped, said, checkpoints.written)
+    return None
 
 
 def open_data(plan: Plan, options: TrainOptions) -> TokenSource:
@@ -184,6 +220,11 @@ def open_data(plan: Plan, options: TrainOptions) -> TokenSource:
     if options.resume:
         check_order(options.run_dir, tokens.order)
     return tokens
+
+
+def _minutes_are_over(minutes: float, since: float) -> bool:
+    """On rank 0, whose clock counts, whether so many minutes have gone by; 0 is never."""
+    return dist.get_rank() == 0 and 0 < minutes * 60 <= time.monotonic() - since
 
 
 def _due(step: int, every: int, last: int) -> bool:
@@ -258,6 +299,7 @@ def _write_record(
     tokens: TokenSource,
     skipped: int,
     compiled: str,
+    written: Sequence[Written],
 ) -> None:
     """record.yaml: predicted beside measured. The measured parts are those of the rank with the most compute."""
     busy = ranks[busiest([rank["parts"] for rank in ranks])]
@@ -282,6 +324,12 @@ def _write_record(
         "compile": compiled,
         "steps": options.steps,
         "skipped_steps": skipped,
+        "checkpoints": {
+            "written": len(written),
+            "bytes": written[-1].size_bytes,
+            "median_seconds": statistics.median(found.seconds for found in written),
+            "median_stall_seconds": statistics.median(found.stall_seconds for found in written),
+        },
         "train_loss": last["loss"],
         **({"validation_loss": last["validation_loss"]} if tokens.has_validation else {}),
         "bigram_loss": tokens.baseline_loss(),

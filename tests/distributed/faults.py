@@ -22,6 +22,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
 from runtime import parallelize, step, trainer, verify
+from runtime.checkpoint_folder import complete_steps
 from runtime.data.byte_text import ByteText
 from runtime.launch import start_ranks, train
 from runtime.parameters import parameters_of
@@ -193,8 +194,13 @@ def _in_fault_step(rank: int, act: Callable[[TrainState], None]) -> None:
 
 
 def main() -> None:
-    """RUN_DIR: train until stopped, and print each step. RUN_DIR deaf: start `deaf_ranks`."""
+    """RUN_DIR: train until stopped, and print each step. RUN_DIR deaf: start `deaf_ranks`. RUN_DIR STEPS DATA: train
+    so many steps with a checkpoint every five, and go on with those that are there."""
     options = TrainOptions(run_dir=Path(sys.argv[1]), steps=1_000_000)
+    if len(sys.argv) == 4:
+        resume = bool(complete_steps(options.run_dir))
+        steps, data = int(sys.argv[2]), Path(sys.argv[3])
+        options = replace(options, steps=steps, data=data, checkpoint_every=5, keep_checkpoints=3, resume=resume)
     if sys.argv[2:] == ["deaf"]:
         plan = small_plan(dp=4)
         prepare(options.run_dir, plan, steps=1, resume=False)

@@ -15,6 +15,7 @@ from planner.plan import Plan
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
 from runtime import checkpoint
+from runtime.checkpoint_folder import latest, step_of
 from runtime.gradients import complete_gradients
 from runtime.mesh import build_mesh
 from runtime.optimizer import build_optimizer, set_learning_rate
@@ -54,7 +55,7 @@ def train_and_save(plan: Plan, run_dir: Path) -> Values:
     complete_gradients(chunks, mesh)
     set_learning_rate(optimizer, 1e-2)
     optimizer.step()
-    checkpoint.save(run_dir, 7, chunks, optimizer)
+    checkpoint.save(run_dir, 7, chunks, optimizer, "")
     return values(chunks, optimizer)
 
 
@@ -81,7 +82,7 @@ def merged(ranks: list[Values]) -> Values:
 )
 def test_a_checkpoint_loads_under_another_layout(writer: Plan, reader: Plan, tmp_path: Path) -> None:
     written = merged(run_ranks(train_and_save, writer.layout.world_size, writer, tmp_path))
-    answers = run_ranks(load, reader.layout.world_size, reader, checkpoint.latest(tmp_path))
+    answers = run_ranks(load, reader.layout.world_size, reader, latest(tmp_path))
     assert {step for step, _ in answers} == {7}
     read = merged([found for _, found in answers])
     assert read.keys() == written.keys()
@@ -93,13 +94,13 @@ def test_a_checkpoint_loads_under_another_layout(writer: Plan, reader: Plan, tmp
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
     for name in ("step_9", "step_10", ".step_11.unfinished", "step_x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert checkpoint.latest(tmp_path).name == "step_10"
-    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 10
+    assert latest(tmp_path).name == "step_10"
+    assert step_of(latest(tmp_path)) == 10
     with pytest.raises(InputError, match="no checkpoint to resume from"):
-        checkpoint.latest(tmp_path / "elsewhere")
+        latest(tmp_path / "elsewhere")
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run_ranks(train_and_save, 1, plan_of(tiny_llama()), tmp_path)
     with pytest.raises(RankError, match=r"InputError.*cannot be loaded.*a checkpoint of this plan's model"):
-        run_ranks(load, 1, plan_of(tiny_llama(hidden_size=64, head_dim=16)), checkpoint.latest(tmp_path))
+        run_ranks(load, 1, plan_of(tiny_llama(hidden_size=64, head_dim=16)), latest(tmp_path))

@@ -21,6 +21,7 @@ from planner.plan import Plan
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
 from runtime import checkpoint, compilation
+from runtime.checkpoint_folder import latest
 from runtime.clock import Clock
 from runtime.compilation import Compilation, choose_compilation
 from runtime.measure import OperationTimer
@@ -100,7 +101,7 @@ def names_of(plan: Plan, run_dir: Path | None = None) -> tuple[list[str], list[s
     """Names of the parameters and of the state dict; with `run_dir` a checkpoint is saved there too."""
     state = build_state(plan, CPU, dtype=torch.float32, seed=0, weight_decay=0.0, compilation=EAGER_CODE)
     if run_dir is not None:
-        checkpoint.save(run_dir, 1, state.chunks, state.optimizer)
+        checkpoint.save(run_dir, 1, state.chunks, state.optimizer, "")
     (chunk,) = state.chunks
     return [name for name, _ in named_parameters(state.chunks)], list(chunk.state_dict())
 
@@ -121,7 +122,7 @@ def test_compiled_parameters_keep_their_names(tmp_path: Path) -> None:
     plan = plan_of(dp=2, zero=3, recompute=(1,), selective=(1,))
     compiled = run_ranks(names_of, 2, plan, tmp_path)[0]
     assert compiled == run_ranks(eager_names, 2, plan)[0]
-    assert run_ranks(load_eager, 1, plan_of(), checkpoint.latest(tmp_path)) == [1]
+    assert run_ranks(load_eager, 1, plan_of(), latest(tmp_path)) == [1]
 
 
 def batch_of(plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:

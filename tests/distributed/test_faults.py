@@ -25,7 +25,7 @@ from planner.layout import Layout
 from planner.plan import Plan
 from profiles.input_error import InputError
 from runtime import flight_recorder, launch, not_finite, run_folder, whereabouts
-from runtime.checkpoint import complete_steps, latest
+from runtime.checkpoint_folder import complete_steps, latest
 from runtime.disk import check_room, checkpoint_bytes, free_bytes
 from runtime.failure import Interrupted, RunFailed, is_timeout, retold, told
 from runtime.launch import start_ranks, train
@@ -166,6 +166,7 @@ def test_under_torchrun_a_timeout_names_the_rank_behind(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(launch, "run", time_out)
     monkeypatch.setattr(launch.stacks, "write_when_stopped", lambda: None)
+    monkeypatch.setattr(launch, "die_with_parent", lambda: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = TrainOptions(run_dir=tmp_path, timeout_seconds=5.0)
@@ -414,10 +415,10 @@ def test_metrics_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints" / ".step_7.unfinished").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "step_5").mkdir()
-    prepare(tmp_path, small_plan(), steps=9, resume=True)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_5"]
+    for name in (".step_7.unfinished", ".step_5.discarded", "notes"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    prepare(tmp_path, small_plan(), steps=9, resume=False)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["notes"]
 
 
 # ---- ports ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import yaml
 
 from planner.plan import load
 from profiles.input_error import InputError
-from runtime.checkpoint import latest
+from runtime.checkpoint_folder import latest
 from runtime.data.data_options import DataOptions
 from runtime.failure import RunFailed
 from runtime.launch import start_ranks, train
@@ -28,6 +28,11 @@ from tests.distributed.faults import raise_on_rank_one, small_plan
 
 ROOT = Path(__file__).parents[2]
 QUICK_SECONDS = 20.0  # to end after a failure; idle it is under 2
+SENT = {
+    "launcher": [signal.SIGINT],
+    "launcher killed": [signal.SIGKILL],
+    "launcher terminated twice": [signal.SIGTERM, signal.SIGTERM],
+}
 
 
 def process_of(run_dir: Path, rank: int) -> int:
@@ -112,7 +117,7 @@ def test_a_rank_that_raises_ends_the_run(tmp_path: Path) -> None:
     assert not alive(process_of(tmp_path, 0))
 
 
-@pytest.mark.parametrize("target", ["launcher", "everyone", "launcher killed", "launcher terminated"])
+@pytest.mark.parametrize("target", ["launcher", "everyone", "launcher killed", "launcher terminated twice"])
 def test_ctrl_c_leaves_no_process_and_a_readable_folder(target: str, tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.faults", str(tmp_path)],
@@ -132,15 +137,16 @@ def test_ctrl_c_leaves_no_process_and_a_readable_folder(target: str, tmp_path: P
     if target == "everyone":
         os.killpg(run.pid, signal.SIGINT)
     else:
-        signals = {"launcher": signal.SIGINT, "launcher terminated": signal.SIGTERM, "launcher killed": signal.SIGKILL}
-        run.send_signal(signals[target])
+        for number in SENT[target]:
+            run.send_signal(number)
+            time.sleep(0.01)  # so that it is handled before the next
     _, errors = run.communicate(timeout=60)
     while any(map(alive, ranks)) and time.monotonic() - start < QUICK_SECONDS:
         time.sleep(0.05)
     assert not any(map(alive, ranks))
     assert time.monotonic() - start < QUICK_SECONDS
     if target != "launcher killed":
-        name = "SIGTERM" if target == "launcher terminated" else "SIGINT"
+        name = "SIGTERM" if target == "launcher terminated twice" else "SIGINT"
         assert errors.strip().splitlines()[-1] == f"runtime.failure.Interrupted: interrupted by {name}"
     assert load(tmp_path / "plan.yaml") == small_plan(pp=2)
     assert steps_in(tmp_path)[:3] == [1, 2, 3]
@@ -163,7 +169,7 @@ def test_torchrun_joins_and_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
-            [*command, str(tmp_path / "script.py"), str(tmp_path / "run"), str(dp)],
+            [*command, str(tmp_path / "script.py"), str(tmp_path / f"run_{dp}"), str(dp)],
             env=environment,
             capture_output=True,
             text=True,
