@@ -71,8 +71,18 @@ def record_report(record: dict[str, Any]) -> RenderableType:
         f"\ntrain loss {_loss_text(train)}, validation loss {_loss_text(validation)} nats per byte after "
         f"{record['steps']} steps; a bigram model of the same text reaches {record['bigram_loss']:.3f}"
     )
-    if skipped:
-        loss.append(f"\n{skipped} steps made no update: loss or gradient norm was not finite", style="bold")
+    if spiked := record.get("spiked_steps"):
+        loss.append(f"\n{spiked} steps made no update: the gradient norm was above --spike-guard", style="bold")
+    if skipped and skipped > (spiked or 0):
+        loss.append(
+            f"\n{skipped - (spiked or 0)} steps made no update: loss or gradient norm was not finite", style="bold"
+        )
+    for slow in measured.get("stragglers", ()):
+        loss.append(
+            f"\nrank {slow['rank']} (pipeline rank {slow['stage']}) is slow: its kernels take {slow['slower']:.2f} "
+            f"times as long as those of its stage's other ranks, in {slow['steps']} steps",
+            style="bold",
+        )
     return Group(table, loss)
 
 
