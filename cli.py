@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli_checks import run_dry, verify
+from cli_ending import exit_code_of, say_interrupted
+from cli_megatron import megatron
 from cli_parts import (
     Cluster,
     Devices,
@@ -26,9 +27,21 @@ from cli_parts import (
     print_json,
     print_report,
 )
+from cli_training import (
+    Betas,
+    Cooldown,
+    LogEvery,
+    LrSchedule,
+    Mlflow,
+    ProfileSteps,
+    SpikeGuard,
+    Wandb,
+    WeightDecay,
+    launch_and_report,
+    training_options,
+)
 
 if TYPE_CHECKING:
-    from planner.errors import NoPlanError
     from planner.planning import PlanAnswer
 
 app = typer.Typer(
@@ -202,7 +215,7 @@ def profile(
     try:
         answer = carry_out(order)
     except KeyboardInterrupt as error:  # click would drop what it says
-        _say_interrupted(error)
+        say_interrupted(error)
         raise typer.Exit(130) from None
     if answer is None:  # a rank of torchrun's that is not the first
         return
@@ -228,9 +241,18 @@ def train(
     global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Without a plan: sequences a step.")] = 16,
     sequence: Annotated[int, typer.Option("--seq", min=1, help="Without a plan: tokens a sequence.")] = 256,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 3e-3,
-    min_learning_rate: Annotated[float, typer.Option("--min-lr", min=0.0, help="Where the cosine ends.")] = 3e-4,
+    min_learning_rate: Annotated[float, typer.Option("--min-lr", min=0.0, help="Where it falls to.")] = 3e-4,
+    lr_schedule: LrSchedule = "cosine",
+    cooldown: Cooldown = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
     clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
+    weight_decay: WeightDecay = 0.1,
+    betas: Betas = "0.9,0.95",
+    spike_guard: SpikeGuard = None,
+    log_every: LogEvery = 1,
+    wandb: Wandb = None,
+    mlflow: Mlflow = None,
+    profile_steps: ProfileSteps = None,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
     skip_limit: Annotated[int, typer.Option("--skip-limit", min=1, help="End after so many bad steps in a row.")] = 3,
     timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
@@ -254,21 +276,17 @@ def train(
     if dry_run or rank is not None or as_json:
         run_dry(plan_file, model, rank, as_json, asked=dry_run)
         return
-    joins = "RANK" in os.environ  # one of the ranks that torchrun has started
-    if joins and (run_dir is None or (plan_file is None and not resume)):
+    from runtime.slurm import joins
+
+    if joins() and (run_dir is None or (plan_file is None and not resume)):
         from runtime.run_folder import torchrun_needs_files
 
         raise torchrun_needs_files()
 
     from planner.planning import PlanAnswer, plan_to_train
-    from planner.record import RECORD_FILE
-    from planner.report import record_report
     from profiles.catalogue import resolve_hardware_path
     from profiles.hardware import load_hardware
-    from profiles.store import parse_yaml, read_text
     from runtime.experts import Balance
-    from runtime.launch import train as launch
-    from runtime.progress import step_progress
     from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
 
@@ -295,22 +313,23 @@ def train(
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
         compile=compiled,
         balance=Balance(balance_loss, bias_rate),
+        **training_options(
+            lr_schedule, cooldown, weight_decay, betas, spike_guard, log_every, wandb, mlflow, profile_steps
+        ),
     )
-    try:
-        with step_progress(steps, chosen.job.tokens) as on_progress:
-            launch(chosen, options, on_progress)
-    except KeyboardInterrupt as error:
-        print_report(f"{error or 'interrupted'}; the ranks have ended, and {folder} holds what was done", error=True)
-        raise typer.Exit(getattr(error, "exit_code", 130)) from None
-    record = folder / RECORD_FILE
-    if record.exists() and os.environ.get("RANK", "0") == "0":
-        print_report(record_report(parse_yaml(read_text(record, "record"), str(record))))
-        print_report(f"run folder: {folder}")
+    launch_and_report(chosen, options)
 
 
 app.command(
     epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
 )(verify)
+
+
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: cli.py megatron --cluster dgx-h100:4 --plan-only --tensor-model-parallel-size 4 --num-layers 32 … "
+    "(all flags of pretrain_gpt.py; without --plan-only it trains)",
+)(megatron)
 
 
 @app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")
@@ -330,59 +349,8 @@ def validate(
 
 
 def main() -> None:
-    """Run a verb; exit with 0 done, 1 no plan or a failed run, 2 bad input, 128 + signal when a signal ended it."""
-    try:
-        code = app(standalone_mode=False)
-    except Exception as error:
-        code = _explain(error)
-    except KeyboardInterrupt as error:
-        _say_interrupted(error)
-        code = 130
-    sys.exit(code or 0)
-
-
-def _explain(error: Exception) -> int:
-    """Show what a person can act on, and its exit code; anything else is our bug and goes on as it is."""
-    from planner.errors import NoPlanError
-    from planner.report import input_error_report, no_plan_report
-    from profiles.input_error import InputError
-
-    as_json = "--json" in sys.argv
-    # Usage errors come from click or from the copy of it inside newer typers, so they are known by what they can.
-    if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
-        _say_interrupted(error.__cause__ or error.__context__)
-        return 130
-    show, format_message = getattr(error, "show", None), getattr(error, "format_message", None)
-    if show is not None and format_message is not None:
-        show()
-        if as_json:
-            print_json({"error": {"error": format_message()}})
-        return 2
-    if isinstance(error, InputError):
-        print_report(input_error_report(error), error=True)
-        if as_json:
-            print_json({"error": dict(error.lines())})
-        return 2
-    if isinstance(error, NoPlanError):
-        print_report(no_plan_report(error), error=True)
-        if as_json:
-            print_json(_no_plan(error))
-        return 1
-    if type(error).__name__ == "RunFailed":
-        sys.stderr.write(f"{error}\n")
-        if as_json:
-            print_json({"error": {"error": str(error)}})
-        return 1
-    raise error
-
-
-def _no_plan(error: NoPlanError) -> dict[str, Any]:
-    said: dict[str, Any] = {"error": error.what, "reasons": list(error.lines)}
-    return {"error": said | ({"remedies": list(error.remedies)} if error.remedies else {})}
-
-
-def _say_interrupted(error: BaseException | None) -> None:
-    sys.stderr.write(f"{str(error or '') or 'interrupted'}\n")
+    """Run a verb, and exit with its code."""
+    sys.exit(exit_code_of(app))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ def joins(environment: MutableMapping[str, str] = os.environ) -> bool:
     return ("RANK" in environment and "WORLD_SIZE" in environment) or _tasks(environment) > 1
 
 
+def is_first(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Whether this process speaks for the run: rank 0, or the launcher."""
+    return environment.get("RANK", "0") == "0"
+
+
 def join(environment: MutableMapping[str, str] = os.environ) -> None:
     """Where srun and not torchrun has started this rank, set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
