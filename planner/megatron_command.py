@@ -46,7 +46,7 @@ class Given:
                 f"{' and '.join(flags)} contradict each other",
                 where=" and ".join(flags),
                 expected="one of them",
-                got=" ".join(f"{self.flags[key]} {self.values[key]}" for key in given),
+                got="all of them" if len(given) > 2 else "both",
             )
 
 
