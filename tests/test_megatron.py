@@ -29,11 +29,15 @@ def read(text: str, vocabulary: int = 1000) -> MegatronOrder:
     return read_command(text.split(), lambda _: vocabulary)
 
 
+def check_all(text: str) -> None:
+    order = read(text)
+    order.pins(8)
+    order.run.require_trainable()
+
+
 def said(text: str) -> str:
     with pytest.raises(InputError) as error:
-        order = read(text)
-        order.pins(8)
-        order.run.require_trainable()
+        check_all(text)
     return str(error.value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_every_action_is_planned_once_and_they_end_with_the_step(pins: tuple[str
         assert [name for _, name, _, _ in own if name[-1] != "R" and name != UPDATE] == order
         assert sum(name.endswith("R") for _, name, _, _ in own) == layout.virtual_stages
         assert own[-1][1] == UPDATE
-        for (_, _, begin, end), (_, _, after, _) in zip(own, own[1:], strict=False):
+        for (_, _, begin, end), (_, _, after, _) in pairwise(own):
             assert begin <= end <= after + 1e-12
     assert max(end for *_, end in spans) == pytest.approx(plan.prediction.step_seconds)
 

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_a_run_leaves_its_log_and_traces(tmp_path: Path) -> None:
         for step in (6, 7):
             own = [event for event in spans if (event["pid"], event["args"]["step"]) == (rank, step)]
             assert [event["name"] for event in own] == [*map(str, actions), f"{rank}R", UPDATE]
-            for event, after in zip(own, own[1:], strict=False):
+            for event, after in pairwise(own):
                 assert 0 <= event["ts"] < event["ts"] + event["dur"] <= after["ts"] + 1e-3
     # What a forward sends has to be there before the next stage's may end.
     ends = {(e["args"]["step"], e["name"]): e["ts"] + e["dur"] for e in spans}
