@@ -2,6 +2,8 @@
 # make test-full: the tests with six times as many random questions against brute force.
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+# Megatron-LM's data sets, which tests hold ours against; without what it depends on, which is a torch for CUDA.
+ORACLE := megatron-core==0.16.1
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -35,6 +37,7 @@ $(VENV)/.installed: pyproject.toml install_torch.sh
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(ORACLE)
 	touch $@
 
 clean:

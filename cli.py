@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli_checks import run_dry, verify
+from cli_data import Data, DataCache, Split, Tokenizer, ValidationEvery, data_app, data_options
 from cli_ending import exit_code_of, say_interrupted
 from cli_megatron import megatron
 from cli_parts import (
@@ -52,6 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(data_app, name="data")
 
 
 def _answer(answer: PlanAnswer, as_json: bool) -> None:
@@ -234,7 +236,11 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", help="Model to plan for, or that the plan must be for.")
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Text file or folder; default Python's library.")] = None,
+    data: Data = None,
+    split: Split = None,
+    tokenizer: Tokenizer = None,
+    data_cache: DataCache = None,
+    validation_every: ValidationEvery = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 300,
     run_dir: Annotated[Path | None, typer.Option("--run-dir", help="Run folder; default runs/DATE-TIME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --run-dir.")] = False,
@@ -305,7 +311,8 @@ def train(
         warmup_steps=warmup,
         clip_norm=clip or None,
         seed=seed,
-        data=data,
+        data=data_options(data, split, tokenizer, data_cache),
+        validation_every=validation_every,
         checkpoint_every=checkpoint_every,
         resume=resume,
         skip_limit=skip_limit,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli_data import data_options
 from cli_parts import Devices, MemoryLimit, Target, command_line, print_json, print_report
 from cli_training import launch_and_report
 
@@ -160,6 +161,7 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
         adam=Adam(betas=run.betas, epsilon=run.epsilon),
         clip_norm=run.clip_norm,
         seed=run.seed,
+        data=data_options(list(run.paths), run.split, run.tokenizer, Path(run.cache) if run.cache else None),
         validation_every=run.validation_every,
         validation_batches=run.validation_batches,
         checkpoint_every=run.checkpoint_every,
@@ -172,5 +174,7 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
     )
 
 
-def _vocabulary_of(path: str) -> int:
-    raise NotImplementedError(path)
+def _vocabulary_of(tokenizer: str) -> int:
+    from runtime.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(tokenizer).vocabulary

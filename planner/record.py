@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,14 @@ RECORD_FILE = "record.yaml"
 PLAN_FILE = "plan.yaml"
 KERNELS = ("gemm", "attention", "memory")
 PARTS = ("compute", "tp", "ep", "pp_bubble", "dp_exposed", "optimizer", "other")
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats per token; infinite where that is beyond a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from rich.text import Text
 from profiles.input_error import InputError
 
 from .errors import NoPlanError
+from .record import perplexity
 
 
 def seconds_text(seconds: float) -> str:
@@ -66,14 +67,10 @@ def record_report(record: dict[str, Any]) -> RenderableType:
         )
     expected, seen = predicted["peak_memory_bytes"], measured["peak_memory_bytes"]
     table.add_row("peak memory", bytes_text(expected), bytes_text(seen), f"{expected / seen - 1:+.1%}", "")
-    train, validation, skipped = (record.get(key) for key in ("train_loss", "validation_loss", "skipped_steps"))
-    loss = Text(
-        f"\ntrain loss {_loss_text(train)}, validation loss {_loss_text(validation)} nats per byte after "
-        f"{record['steps']} steps; a bigram model of the same text reaches {record['bigram_loss']:.3f}"
-    )
+    loss, skipped = Text(_reached(record)), record.get("skipped_steps", 0)
     if spiked := record.get("spiked_steps"):
         loss.append(f"\n{spiked} steps made no update: the gradient norm was above --spike-guard", style="bold")
-    if skipped and skipped > (spiked or 0):
+    if skipped > (spiked or 0):
         loss.append(
             f"\n{skipped - (spiked or 0)} steps made no update: loss or gradient norm was not finite", style="bold"
         )
@@ -84,6 +81,21 @@ def record_report(record: dict[str, Any]) -> RenderableType:
             style="bold",
         )
     return Group(table, loss)
+
+
+def _reached(record: dict[str, Any]) -> str:
+    """The losses at the end; a run on data without validation, or a baseline, has none to show."""
+    said = f"\ntrain loss {_loss_text(record.get('train_loss'))}"
+    if "validation_loss" in record:
+        validation = record["validation_loss"]
+        said += f", validation loss {_loss_text(validation)}"
+    said += f" nats per {record.get('token_unit', 'byte')}"
+    if record.get("validation_loss") is not None:
+        said += f" (perplexity {perplexity(record['validation_loss']):.4g})"
+    said += f" after {record['steps']} steps"
+    if record.get("bigram_loss") is not None:
+        said += f"; a bigram model of the same text reaches {record['bigram_loss']:.3f}"
+    return said
 
 
 def _loss_text(loss: float | None) -> str:

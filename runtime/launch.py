@@ -26,14 +26,13 @@ from profiles.input_error import InputError
 
 from . import run_folder, slurm, stacks
 from .compilation import choose_compilation
-from .data import load_corpus
 from .failure import RAISED, Interrupted, is_timeout, told
 from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
 from .rank_watch import RankWatch, Voice, die_with_launcher
 from .target import check_target
 from .trackers import check_installed
-from .trainer import Record, TrainOptions, check_vocabulary, run
+from .trainer import Record, TrainOptions, open_data, run
 
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
 # this process it has no threads and no CUDA context that a fork would break.
@@ -101,9 +100,8 @@ def _check_options(options: TrainOptions) -> None:
 
 def _check(plan: Plan, options: TrainOptions) -> None:
     """What every rank would find wrong, found once and before any starts."""
-    check_vocabulary(plan)
     choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
-    load_corpus(options.data, plan.job.sequence)
+    open_data(plan, options)
     devices, wanted = torch.cuda.device_count(), plan.layout.world_size
     if torch.cuda.is_available() and devices < wanted:
         raise InputError(

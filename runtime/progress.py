@@ -7,7 +7,18 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from planner.record import perplexity
 
 _PLAIN_LINES = 20  # how many lines stand for the bar where the output is no terminal
 
@@ -20,7 +31,7 @@ def step_progress(steps: int, tokens_per_step: int) -> Iterator[Callable[[dict[s
         every = max(1, steps // _PLAIN_LINES)
 
         def print_line(record: dict[str, Any]) -> None:
-            if record["step"] % every == 0 or record["step"] == steps:
+            if record["step"] % every == 0 or record["step"] == steps or "validation_loss" in record:
                 console.print(f"step {record['step']}/{steps}  {_figures(record, tokens_per_step)}")
 
         yield print_line
@@ -40,6 +51,19 @@ def counted_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     with _bar(what, console) as bar:
         task = bar.add_task("", total=total)
         yield lambda: bar.advance(task)
+
+
+@contextmanager
+def bytes_progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A callable that takes how many more bytes are done; elsewhere than on a terminal nothing is shown."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total_bytes)
+        yield lambda done: bar.advance(task, done)
 
 
 @contextmanager
@@ -69,4 +93,8 @@ def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
         return "no update: " + (
             f"gradient norm {record['grad_norm']:.3g}" if finite else "loss or gradient norm is not finite"
         )
-    return f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s"
+    said = f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s"
+    validation = record.get("validation_loss")
+    if validation is not None:
+        said += f"  validation loss {validation:.3f}, perplexity {perplexity(validation):.4g}"
+    return said

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import torch.distributed as dist
 from planner.plan import Plan
 from planner.record import RECORD_FILE
 from planner.record import SCHEMA as RECORD_SCHEMA
-from profiles.input_error import InputError
 from profiles.store import dump_yaml, write_atomically
 
 from . import checkpoint, flight_recorder, not_finite
 from .compilation import choose_compilation
-from .data import VOCABULARY, Corpus, bigram_loss, global_batch, load_corpus, own_samples, validation_batch
+from .data.data_options import DataOptions
+from .data.kept_order import check_order, keep_order
+from .data.open_tokens import open_tokens
+from .data.token_source import TokenSource, own_rows
 from .disk import full_disk_ends_run
 from .experts import Balance
 from .learning_rate import COSINE, RateSchedule, learning_rate_at
@@ -49,11 +51,10 @@ COMPILE_SECONDS = 600.0
 class TrainOptions:
     """How to train, beside what the plan says.
 
-    `steps` counts from the first step of the run, also after a resume. `data` is a text file or folder; None
-    is Python's standard library. `validation_every` and `checkpoint_every` are in steps, 0 for only at the
-    end. The run fails after `skip_limit` steps in a row whose loss or gradient norm is not finite, and when a
-    collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu divides by;
-    without it mfu is null. `compile` None is yes on CUDA where no rule forbids it.
+    `steps` counts from the first step of the run, also after a resume. `validation_every` and `checkpoint_every` are
+    in steps, 0 for only at the end. The run fails after `skip_limit` steps in a row whose loss or gradient norm is not
+    finite, and when a collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu
+    divides by; without it mfu is null. `compile` None is yes on CUDA where no rule forbids it.
     """
 
     run_dir: Path
@@ -66,7 +67,7 @@ class TrainOptions:
     adam: Adam = GPT3_ADAM
     clip_norm: float | None = 1.0
     seed: int = 0
-    data: Path | None = None
+    data: DataOptions = field(default_factory=DataOptions)
     validation_every: int = 0
     validation_batches: int = 4
     checkpoint_every: int = 0
@@ -102,8 +103,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
     with process_group(layout.world_size, patience) as device, ExitStack() as stack:
         stack.enter_context(full_disk_ends_run(options.run_dir, layout))
         here = stack.enter_context(Whereabouts(logs, dist.get_rank()))
-        corpus = load_corpus(options.data, job.sequence)
-        check_vocabulary(plan)
+        tokens = open_data(plan, options)
         state = build_state(
             plan,
             device,
@@ -127,13 +127,15 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
         )
         guard = SpikeGuard(options.watching.spike_guard)
         writer = stack.enter_context(_writer(plan, options)) if dist.get_rank() == 0 else None
+        if writer is not None and not options.resume:
+            keep_order(options.run_dir, tokens.order)
         record: Record = {}
         skipped, spiked, in_a_row, due = 0, 0, 0, False
 
         for step in range(done + 1, options.steps + 1):
             here.note(step, "data")
             step_start = time.perf_counter()
-            batch = global_batch(corpus, seed=options.seed, step=step, samples=job.global_batch, sequence=job.sequence)
+            batch = tokens.batch(step, job.global_batch, own_rows(job.global_batch, layout, state.mesh.coordinate.dp))
             learning_rate = learning_rate_at(
                 step,
                 steps=options.steps,
@@ -143,7 +145,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 schedule=options.schedule,
             )
             window.before(step, options.steps)
-            samples = _own_tensors(batch, plan, state)
+            samples = _inputs_and_targets(batch, state)
             here.note(step, "forward, backward and update")
             result = training_step(
                 state,
@@ -171,9 +173,9 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 guard.note(result.grad_norm)
 
             record = _step_record(plan, options, step, result, learning_rate, step_seconds, device)
-            if _due(step, options.validation_every, options.steps):
+            if tokens.has_validation and _due(step, options.validation_every, options.steps):
                 here.note(step, "validation")
-                record["validation_loss"] = _validate(plan, options, corpus, state)
+                record["validation_loss"] = _validate(plan, options, tokens, state)
             sound = result.finite or math.isfinite(record.get("validation_loss", math.nan))
             record = only_finite(record)
             if writer is not None:
@@ -193,7 +195,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
 
         ranks = _gather_measurements(meter, device, kernels_seen=compilation is None)
         if writer is not None:
-            _write_record(plan, options, record, ranks, corpus, (skipped, spiked), said)
+            _write_record(plan, options, record, ranks, tokens, (skipped, spiked), said)
 
 
 def _writer(plan: Plan, options: TrainOptions) -> RunWriter:
@@ -211,39 +213,37 @@ def _writer(plan: Plan, options: TrainOptions) -> RunWriter:
     )
 
 
-def check_vocabulary(plan: Plan) -> None:
-    """Raise InputError where the model has fewer tokens than there are bytes."""
-    if plan.model.vocab_size < VOCABULARY:
-        raise InputError(
-            f"{plan.model.name} cannot read bytes",
-            where="plan: model.vocab_size",
-            expected=f"at least {VOCABULARY}, since every byte of the text is a token",
-            got=str(plan.model.vocab_size),
-        )
+def open_data(plan: Plan, options: TrainOptions) -> TokenSource:
+    """What the run reads; raises InputError where it cannot, or a resumed run would not go on where it was."""
+    tokens = open_tokens(
+        options.data,
+        plan,
+        steps=options.steps,
+        validation_batches=options.validation_batches,
+        seed=options.seed,
+    )
+    if options.resume:
+        check_order(options.run_dir, tokens.order)
+    return tokens
 
 
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _own_tensors(batch: Any, plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets [microbatches · micro_batch, sequence] of this dp rank."""
-    ids = torch.from_numpy(own_samples(batch, plan.layout, state.mesh.coordinate.dp))
-    return ids[:, :-1].contiguous().to(state.device), ids[:, 1:].contiguous().to(state.device)
+def _inputs_and_targets(ids: Any, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
+    """[samples, sequence] each, of ids [samples, sequence + 1]."""
+    own = torch.from_numpy(ids)
+    return own[:, :-1].contiguous().to(state.device), own[:, 1:].contiguous().to(state.device)
 
 
-def _validate(plan: Plan, options: TrainOptions, corpus: Corpus, state: TrainState) -> float:
+def _validate(plan: Plan, options: TrainOptions, tokens: TokenSource, state: TrainState) -> float:
     """Mean cross-entropy in nats on held-out samples, the same ones each time. Every rank must call it."""
+    samples = plan.job.global_batch
+    rows = own_rows(samples, plan.layout, state.mesh.coordinate.dp)
     total = torch.zeros((), dtype=torch.float64, device=state.device)
     for index in range(options.validation_batches):
-        batch = validation_batch(
-            corpus,
-            seed=options.seed,
-            index=index,
-            samples=plan.job.global_batch,
-            sequence=plan.job.sequence,
-        )
-        total += state.runner.evaluate(*_own_tensors(batch, plan, state))
+        total += state.runner.evaluate(*_inputs_and_targets(tokens.validation_batch(index, samples, rows), state))
     return sum_over_ranks(total / options.validation_batches)
 
 
@@ -297,7 +297,7 @@ def _write_record(
     options: TrainOptions,
     last: Record,
     ranks: list[Record],
-    corpus: Corpus,
+    tokens: TokenSource,
     skipped: tuple[int, int],
     compiled: str,
 ) -> None:
@@ -331,8 +331,9 @@ def _write_record(
         "skipped_steps": skipped[0],
         "spiked_steps": skipped[1],
         "train_loss": last["loss"],
-        "validation_loss": last["validation_loss"],
-        "bigram_loss": bigram_loss(corpus),
-        "data": corpus.source,
+        **({"validation_loss": last["validation_loss"]} if tokens.has_validation else {}),
+        "bigram_loss": tokens.baseline_loss(),
+        "token_unit": tokens.unit,
+        "data": tokens.name,
     }
     write_atomically(options.run_dir / RECORD_FILE, dump_yaml(document))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from planner.plan import Plan
 
 from . import loss
-from .data import own_samples
+from .data.token_source import own_rows
 from .experts import Balance
 from .launch import start_ranks
 from .local_parameters import local_part
@@ -143,7 +143,7 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
 
 
 def _step(plan: Plan, options: TrainOptions, state: TrainState, batch: torch.Tensor) -> StepResult:
-    own = torch.from_numpy(own_samples(batch.numpy(), plan.layout, state.mesh.coordinate.dp))
+    own = batch[own_rows(len(batch), plan.layout, state.mesh.coordinate.dp)]
     inputs, targets = own[:, :-1].contiguous(), own[:, 1:].contiguous()
     return training_step(state, inputs, targets, learning_rate=options.learning_rate, clip_norm=None)
 

@@ -176,6 +176,12 @@ def test_samples_shares_and_windows() -> None:
     assert (run.paths, run.split, run.tokenizer) == (("0.3", "a", "0.7", "b"), "90,5,5", None)  # of NullTokenizer
 
 
+def test_without_data_there_is_text() -> None:
+    order = read(LLAMA + "--mock-data --split 99,1,0 --data-cache-path cache")
+    assert (order.run.paths, order.run.split, order.run.cache) == ((), None, None)
+    assert order.remarks == ("no --data-path: trained on the text of Python's library, as bytes",)
+
+
 def test_what_means_nothing_here_is_said() -> None:
     remarks = read(LLAMA + "--use-flash-attn --transformer-impl local --num-workers 2").remarks
     assert remarks[:2] == (

@@ -22,6 +22,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
 from runtime import parallelize, step, trainer, verify
+from runtime.data.byte_text import ByteText
 from runtime.launch import start_ranks, train
 from runtime.parameters import parameters_of
 from runtime.process_group import process_group
@@ -119,14 +120,14 @@ def sleep_for_ever() -> None:
 
 def stop_rank_one(plan: Plan, options: TrainOptions) -> None:
     """Rank 1 is stopped while it reads data: it obeys no signal but SIGKILL."""
-    read, calls = trainer.global_batch, itertools.count(1)
+    read, calls = ByteText.batch, itertools.count(1)
 
     def stop_and_read(*arguments: Any, **options: Any) -> Any:
         if next(calls) == FAULT_STEP and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         return read(*arguments, **options)
 
-    trainer.global_batch = stop_and_read
+    ByteText.batch = stop_and_read
     trainer.run(plan, options)
 
 

@@ -18,6 +18,7 @@ import yaml
 from planner.plan import load
 from profiles.input_error import InputError
 from runtime.checkpoint import latest
+from runtime.data.data_options import DataOptions
 from runtime.failure import RunFailed
 from runtime.launch import start_ranks, train
 from runtime.measure import PARTS
@@ -176,7 +177,7 @@ def test_torchrun_joins_and_a_wrong_number_of_ranks_is_refused(tmp_path: Path) -
 
 
 def test_nothing_starts_when_the_data_is_missing(tmp_path: Path) -> None:
-    options = TrainOptions(run_dir=tmp_path / "run", data=tmp_path / "nowhere")
+    options = TrainOptions(run_dir=tmp_path / "run", data=DataOptions(paths=(str(tmp_path / "nowhere"),)))
     with pytest.raises(InputError, match="cannot be read"):
         train(small_plan(pp=2), options, print)
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The corpus, the samples of a step, and the bigram baseline."""
+"""The corpus of bytes, its samples, and the bigram baseline."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from planner.layout import Layout
 from profiles.input_error import InputError
-from runtime.data import (
-    Corpus,
-    bigram_loss,
-    global_batch,
-    load_corpus,
-    own_samples,
-    sample_batch,
-    validation_batch,
-)
+from runtime.data.byte_text import ByteText, Corpus, bigram_loss, load_corpus, sample_starts, windows
 
 
 def corpus_of(train: bytes, held_out: bytes = b"") -> Corpus:
@@ -63,33 +54,24 @@ def test_a_corpus_that_cannot_be_used_is_an_input_error(case: str, tmp_path: Pat
 
 def test_a_batch_depends_on_seed_and_step_only() -> None:
     corpus = corpus_of(bytes(range(256)) * 4, bytes(range(256)))
-    batch = global_batch(corpus, seed=1, step=5, samples=6, sequence=10)
+    text = ByteText(corpus=corpus, sequence=10, seed=1)
+    batch = text.batch(5, 6)
     assert batch.shape == (6, 11)
-    assert np.array_equal(batch, global_batch(corpus, seed=1, step=5, samples=6, sequence=10))
-    assert not np.array_equal(batch, global_batch(corpus, seed=1, step=6, samples=6, sequence=10))
-    assert not np.array_equal(batch, global_batch(corpus, seed=2, step=5, samples=6, sequence=10))
+    assert batch.dtype == np.int64
+    assert np.array_equal(batch, text.batch(5, 6))
+    assert np.array_equal(batch[[4, 1]], text.batch(5, 6, np.array([4, 1])))
+    assert not np.array_equal(batch, text.batch(6, 6))
+    assert not np.array_equal(batch, ByteText(corpus=corpus, sequence=10, seed=2).batch(5, 6))
     assert np.array_equal(np.diff(batch) % 256, np.ones((6, 10)))  # each sample is a run of the text
-    held_out = validation_batch(corpus, seed=1, index=5, samples=6, sequence=10)
-    assert not np.array_equal(batch[:, 0], held_out[:, 0])
+    assert not np.array_equal(batch[:, 0], text.validation_batch(5, 6)[:, 0])
 
 
 def test_samples_reach_the_last_token() -> None:
     tokens = np.arange(12, dtype=np.uint8)
-    batch = sample_batch(tokens, seed=0, stream=0, step=0, samples=200, sequence=10)
+    starts = sample_starts(12, seed=0, stream=0, step=0, samples=200, sequence=10)
+    batch = windows(tokens, starts, 10)
     assert batch.min() == 0
     assert batch.max() == 11
-
-
-@pytest.mark.parametrize(("dp", "micro_batch"), [(1, 3), (2, 1), (2, 3), (4, 3), (3, 2)])
-def test_the_ranks_of_each_microbatch_share_consecutive_samples(dp: int, micro_batch: int) -> None:
-    batch = np.arange(12)[:, None] + np.zeros(5, dtype=int)
-    layout = Layout(dp=dp, micro_batch=micro_batch)
-    shares = [own_samples(batch, layout, rank).reshape(-1, micro_batch, 5) for rank in range(dp)]
-    assert len(shares[0]) == layout.microbatches(12)
-    for microbatch in range(len(shares[0])):
-        rows = np.concatenate([share[microbatch] for share in shares])[:, 0]
-        first = microbatch * micro_batch * dp
-        assert rows.tolist() == list(range(first, first + micro_batch * dp))
 
 
 def test_bigram_loss_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Text as byte tokens: the corpus, which samples make up a step, and a bigram model to beat."""
+"""Text as byte tokens: the corpus, its samples at random places, and a bigram model to beat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from planner.layout import Layout
 from profiles.input_error import InputError
 
 VOCABULARY = 256  # every byte is a token
@@ -18,6 +17,42 @@ _DOCUMENT_END = b"\0"  # does not occur in text
 _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "__pycache__"}
 _TRAIN, _VALIDATION = 0, 1  # streams of random numbers that never meet
 _BIGRAM_SMOOTHING = 0.1  # added to each count; of 1, 0.1 and 0.01 the best on the default corpus
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteText:
+    """The TokenSource of a corpus: windows at random places, drawn anew in every step."""
+
+    corpus: Corpus
+    sequence: int
+    seed: int
+
+    unit = "byte"
+    vocabulary = VOCABULARY
+    has_validation = True
+
+    @property
+    def name(self) -> str:
+        return self.corpus.source
+
+    @property
+    def order(self) -> str:
+        return f"windows of {self.sequence} + 1 bytes of {self.name}, seed {self.seed}"
+
+    def batch(self, step: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:
+        return self._batch(self.corpus.train, _TRAIN, step, samples, rows)
+
+    def validation_batch(self, index: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:
+        return self._batch(self.corpus.held_out, _VALIDATION, index, samples, rows)
+
+    def baseline_loss(self) -> float:
+        return bigram_loss(self.corpus)
+
+    def _batch(self, tokens: np.ndarray, stream: int, step: int, samples: int, rows: np.ndarray | None) -> np.ndarray:
+        starts = sample_starts(
+            len(tokens), seed=self.seed, stream=stream, step=step, samples=samples, sequence=self.sequence
+        )
+        return windows(tokens, starts if rows is None else starts[rows], self.sequence)
 
 
 @dataclass(frozen=True)
@@ -56,31 +91,15 @@ def load_corpus(path: Path | None, sequence: int) -> Corpus:
     return corpus
 
 
-def sample_batch(tokens: np.ndarray, *, seed: int, stream: int, step: int, samples: int, sequence: int) -> np.ndarray:
-    """[samples, sequence + 1] token ids, int64: windows at random places, a pure function of the arguments."""
+def sample_starts(tokens: int, *, seed: int, stream: int, step: int, samples: int, sequence: int) -> np.ndarray:
+    """Where the samples of a step begin: random places, a pure function of the arguments."""
     generator = np.random.default_rng([seed, stream, step])
-    starts = generator.integers(0, len(tokens) - sequence, size=samples)
+    return generator.integers(0, tokens - sequence, size=samples)
+
+
+def windows(tokens: np.ndarray, starts: np.ndarray, sequence: int) -> np.ndarray:
+    """[samples, sequence + 1] token ids, int64, from each start on."""
     return tokens[starts[:, None] + np.arange(sequence + 1)].astype(np.int64)
-
-
-def global_batch(corpus: Corpus, *, seed: int, step: int, samples: int, sequence: int) -> np.ndarray:
-    """The samples of a training step, the same under every layout: [samples, sequence + 1] ids."""
-    return sample_batch(corpus.train, seed=seed, stream=_TRAIN, step=step, samples=samples, sequence=sequence)
-
-
-def validation_batch(corpus: Corpus, *, seed: int, index: int, samples: int, sequence: int) -> np.ndarray:
-    """The held-out samples number `index`: [samples, sequence + 1] ids."""
-    return sample_batch(corpus.held_out, seed=seed, stream=_VALIDATION, step=index, samples=samples, sequence=sequence)
-
-
-def own_samples(batch: np.ndarray, layout: Layout, dp_rank: int) -> np.ndarray:
-    """The rows of a global batch that a dp rank trains on, microbatch after microbatch.
-
-    A microbatch is the next micro_batch · dp rows; the rank takes its micro_batch of them. With dp=2 and
-    micro_batch=1, rank 0 takes rows 0, 2, 4, … and rank 1 rows 1, 3, 5, …
-    """
-    grid = batch.reshape(-1, layout.dp, layout.micro_batch, batch.shape[1])
-    return grid[:, dp_rank].reshape(-1, batch.shape[1])
 
 
 def bigram_loss(corpus: Corpus) -> float:

@@ -1,0 +1,1 @@
+"""What a run trains on: text as bytes, or Megatron's indexed datasets; imports no torch."""

@@ -1,0 +1,87 @@
+"""The TokenSource that a person asked for: text as bytes, or indexed datasets, found by what lies at the paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from planner.plan import Plan
+from profiles.input_error import InputError
+
+from .blend import parse_blend
+from .byte_text import VOCABULARY, ByteText, load_corpus
+from .data_options import DEFAULT_SPLIT, DataOptions
+from .indexed_dataset import index_path, tokens_path
+from .indexed_tokens import open_indexed_tokens
+from .token_source import TokenSource
+from .tokenizer import BYTES, load_tokenizer
+
+
+def open_tokens(options: DataOptions, plan: Plan, *, steps: int, validation_batches: int, seed: int) -> TokenSource:
+    """What the run reads, for so many steps of the plan's global batch.
+
+    Raises InputError for whatever of the data or of its options cannot be used with the plan's model.
+    """
+    entries = _entries(options.paths)
+    vocabulary, job = plan.model.vocab_size, plan.job
+    if options.tokenizer is not None:
+        _check_tokenizer(options.tokenizer, plan)
+    if len(entries) < 2 and not (entries and _is_indexed(entries[0])):
+        _check_text_options(options)
+        if vocabulary < VOCABULARY:
+            raise InputError(
+                f"{plan.model.name} cannot read bytes",
+                where="plan: model.vocab_size",
+                expected=f"at least {VOCABULARY}, since every byte of the text is a token",
+                got=str(vocabulary),
+            )
+        corpus = load_corpus(Path(entries[0]) if entries else None, job.sequence)
+        return ByteText(corpus=corpus, sequence=job.sequence, seed=seed)
+    return open_indexed_tokens(
+        parse_blend([_prefix(entry) for entry in entries]),
+        options.split or DEFAULT_SPLIT,
+        cache=options.cache,
+        vocabulary=vocabulary,
+        training_samples=steps * job.global_batch,
+        validation_samples=validation_batches * job.global_batch,
+        sequence=job.sequence,
+        seed=seed,
+    )
+
+
+def _entries(paths: tuple[str, ...]) -> list[str]:
+    """Weights and paths one by one; blanks part them but in the name of something that exists."""
+    return [entry for path in paths for entry in ([path] if Path(path).exists() or _is_indexed(path) else path.split())]
+
+
+def _prefix(entry: str) -> str:
+    return entry.removesuffix(".bin").removesuffix(".idx")
+
+
+def _is_indexed(entry: str) -> bool:
+    prefix = _prefix(entry)
+    return prefix != entry or index_path(prefix).exists() or tokens_path(prefix).exists()
+
+
+def _check_tokenizer(name: str, plan: Plan) -> None:
+    size = load_tokenizer(name).vocabulary
+    if size > plan.model.vocab_size:
+        raise InputError(
+            f"{plan.model.name} does not know every token of the tokenizer",
+            where=f"--tokenizer {name}",
+            expected=f"ids below {plan.model.vocab_size}, the model's vocabulary",
+            got=f"ids up to {size - 1}",
+            hint="take the tokenizer of this model, or plan for a model of its vocabulary",
+        )
+
+
+def _check_text_options(options: DataOptions) -> None:
+    where, given = ("--split", options.split) if options.split is not None else ("--tokenizer", options.tokenizer)
+    if given is None or (where == "--tokenizer" and given == BYTES):
+        return
+    raise InputError(
+        f"{where} goes with indexed datasets, and text is read as bytes",
+        where=where,
+        expected="--data PREFIX, with PREFIX.bin and PREFIX.idx",
+        got="--data " + " ".join(options.paths) if options.paths else "no --data",
+        hint="cli.py data prepare --input FILE --tokenizer FOLDER --output X, then train --data X_text_document",
+    )

@@ -1,0 +1,60 @@
+"""megatron-core's data sets, the oracle for ours, with what importing them warns of kept quiet."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of what an accelerator would have
+    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.utils import get_blend_from_list
+
+__all__ = ["DType", "IndexedDataset", "datasets", "ids", "write"]
+
+
+class _Tokenizer:
+    """What a config asks of one."""
+
+    vocab_size = 1000
+    eod = 0
+    unique_identifiers: ClassVar[dict[str, str]] = {"name": "test"}
+
+
+def write(prefix: Path, documents: Sequence[np.ndarray], dtype: type[np.number[Any]]) -> None:
+    """Documents of one sequence each; an empty one has none, as preprocess_data.py does it."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    for document in documents:
+        builder.add_document(document, [len(document)] if len(document) else [])
+    builder.finalize(f"{prefix}.idx")
+
+
+def datasets(
+    paths: Sequence[str], split: str, samples: tuple[int, int], *, sequence: int, seed: int, cache: Path
+) -> list[Any]:
+    """Training and validation as `pretrain_gpt.py --data-path … --split …` builds them."""
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=sequence,
+        blend=get_blend_from_list(list(paths)),
+        split=split,
+        tokenizer=_Tokenizer(),  # pyright: ignore
+        path_to_cache=None,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    return BlendedMegatronDatasetBuilder(GPTDataset, [*samples, 0], lambda: True, config).build()[:2]
+
+
+def ids(dataset: Any, samples: int) -> np.ndarray:
+    """[samples, sequence + 1] of the first so many."""
+    rows = [dataset[number] for number in range(samples)]
+    return np.stack([np.append(row["tokens"].numpy(), row["labels"].numpy()[-1]) for row in rows])
