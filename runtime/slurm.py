@@ -17,7 +17,7 @@ _FIRST_PORT, _PORTS = 15000, 15000
 
 def joins(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Whether this process is one of several ranks that torchrun or srun has started."""
-    return ("RANK" in environment and "WORLD_SIZE" in environment) or _tasks(environment) > 1
+    return "RANK" in environment or _tasks(environment) > 1
 
 
 def is_first(environment: MutableMapping[str, str] = os.environ) -> bool:

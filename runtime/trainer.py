@@ -52,8 +52,9 @@ class TrainOptions:
     """How to train, beside what the plan says.
 
     `steps` counts from the first step of the run, also after a resume. `validation_every` and `checkpoint_every` are
-    in steps, 0 for only at the end. The run fails after `skip_limit` steps in a row whose loss or gradient norm is not
-    finite, and when a collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu
+    in steps, 0 for only at the end. The learning rate warms up to `learning_rate`, and `schedule` says how it falls to
+    `min_learning_rate`. The run fails after `skip_limit` steps in a row without an update ([Note: Steps that are not
+    finite]), and when a collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu
     divides by; without it mfu is null. `compile` None is yes on CUDA where no rule forbids it.
     """
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from planner.layout import Layout
+from planner.report import record_report
 from profiles.input_error import InputError
 from runtime import slurm
 from runtime.failure import RunFailed
@@ -66,6 +68,37 @@ def test_a_rank_is_slow_beside_its_own_stage() -> None:
     assert stragglers([*even[:3], [9.0, 3.0, 3.0]], layout) == []  # once is no habit
     assert stragglers([[1.0] * 2, [9.0] * 2], Layout(dp=2)) == []  # nor is twice
     assert stragglers([[9.0] * 5], Layout()) == []  # beside nobody
+
+
+def test_the_report_names_slow_ranks_and_steps_left_out() -> None:
+    parts = dict.fromkeys(("compute", "tp", "pp_bubble", "dp_exposed", "optimizer", "other"), 0.1)
+    planned = dict.fromkeys(("compute", "recompute", "tp", "ep", "pp", "bubble", "dp_exposed", "optimizer"), 0.1)
+    slow = {"rank": 3, "stage": 1, "slower": 1.314, "steps": 4}
+    console = Console(width=200)
+    with console.capture() as told:
+        console.print(
+            record_report(
+                {
+                    "predicted": {"breakdown_seconds": planned, "step_seconds": 1.0, "peak_memory_bytes": 1.0},
+                    "measured": {
+                        "parts": parts,
+                        "step_seconds": 0.6,
+                        "peak_memory_bytes": 1.0,
+                        "stragglers": [slow],
+                    },
+                    "steps": 9,
+                    "train_loss": 1.0,
+                    "skipped_steps": 3,
+                    "spiked_steps": 2,
+                }
+            )
+        )
+    assert told.get().splitlines()[-3:] == [
+        "2 steps made no update: the gradient norm was above --spike-guard",
+        "1 steps made no update: loss or gradient norm was not finite",
+        "rank 3 (pipeline rank 1) is slow: its kernels take 1.31 times as long as those of its stage's other ranks, in "
+        "4 steps",
+    ]
 
 
 def test_a_spike_is_so_many_medians(tmp_path: Path) -> None:
