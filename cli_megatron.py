@@ -84,7 +84,9 @@ def _make_plan(
 
 
 def _say(remarks: tuple[str, ...]) -> None:
-    for remark in remarks:
+    from runtime import slurm
+
+    for remark in remarks if slurm.is_first() else ():
         print_report(remark, error=True)
 
 
