@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli_checks import run_dry, verify
+from cli_checks import run_dry, validate, verify
 from cli_data import Data, DataCache, Split, Tokenizer, ValidationEvery, data_app, data_options
 from cli_ending import exit_code_of, say_interrupted
 from cli_export import export
@@ -26,6 +25,7 @@ from cli_life import (
     replan,
     tell_changes,
 )
+from cli_megatron import megatron
 from cli_parts import (
     Cluster,
     Devices,
@@ -41,6 +41,19 @@ from cli_parts import (
     command_line,
     print_json,
     print_report,
+)
+from cli_training import (
+    Betas,
+    Cooldown,
+    LogEvery,
+    LrSchedule,
+    Mlflow,
+    ProfileSteps,
+    SpikeGuard,
+    Wandb,
+    WeightDecay,
+    launch_and_report,
+    training_options,
 )
 
 if TYPE_CHECKING:
@@ -252,9 +265,18 @@ def train(
     global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Without a plan: sequences a step.")] = 16,
     sequence: Annotated[int, typer.Option("--seq", min=1, help="Without a plan: tokens a sequence.")] = 256,
     learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 3e-3,
-    min_learning_rate: Annotated[float, typer.Option("--min-lr", min=0.0, help="Where the cosine ends.")] = 3e-4,
+    min_learning_rate: Annotated[float, typer.Option("--min-lr", min=0.0, help="Where it falls to.")] = 3e-4,
+    lr_schedule: LrSchedule = "cosine",
+    cooldown: Cooldown = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
     clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
+    weight_decay: WeightDecay = 0.1,
+    betas: Betas = "0.9,0.95",
+    spike_guard: SpikeGuard = None,
+    log_every: LogEvery = 1,
+    wandb: Wandb = None,
+    mlflow: Mlflow = None,
+    profile_steps: ProfileSteps = None,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=0, help="Steps; 0: at the end.")] = 0,
     checkpoint_minutes: CheckpointMinutes = 0.0,
     keep_checkpoints: KeepCheckpoints = 0,
@@ -283,22 +305,18 @@ def train(
     if dry_run or rank is not None or as_json:
         run_dry(plan_file, model, rank, as_json, asked=dry_run)
         return
-    joins = "RANK" in os.environ  # one of the ranks that torchrun has started
-    if joins and (run_dir is None or (plan_file is None and not resume)):
+    from runtime.slurm import joins
+
+    if joins() and (run_dir is None or (plan_file is None and not resume)):
         from runtime.run_folder import torchrun_needs_files
 
         raise torchrun_needs_files()
 
     from planner.planning import PlanAnswer, plan_to_train
-    from planner.record import RECORD_FILE
-    from planner.report import record_report
     from profiles.catalogue import resolve_hardware_path
     from profiles.hardware import load_hardware
-    from profiles.store import parse_yaml, read_text
     from runtime.experts import Balance
     from runtime.hf_weights import model_to_start_from
-    from runtime.launch import train as launch
-    from runtime.progress import step_progress
     from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
 
@@ -336,47 +354,34 @@ def train(
         compile=compiled,
         balance=Balance(balance_loss, bias_rate),
         weights=weights,
+        **training_options(
+            lr_schedule, cooldown, weight_decay, betas, spike_guard, log_every, wandb, mlflow, profile_steps
+        ),
     )
-    try:
-        with step_progress(steps, chosen.job.tokens) as on_progress:
-            launch(chosen, options, on_progress)
-    except KeyboardInterrupt as error:
-        print_report(f"{error or 'interrupted'}; the ranks have ended, and {folder} holds what was done", error=True)
-        raise typer.Exit(getattr(error, "exit_code", 130)) from None
-    record = folder / RECORD_FILE
-    if record.exists() and os.environ.get("RANK", "0") == "0":
-        print_report(record_report(parse_yaml(read_text(record, "record"), str(record))))
-        print_report(f"run folder: {folder}")
+    launch_and_report(chosen, options)
 
 
 app.command(
     epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
 )(verify)
+app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")(validate)
 app.command(epilog="Example: cli.py export runs/mine --to hf --out my-model --dtype bf16")(export)
-
 app.command(
     epilog="Examples: cli.py replan runs/mine --devices 16 | cli.py replan runs/mine --lost-nodes 1; then "
     "cli.py train --run-dir runs/mine --resume"
 )(replan)
-
-
-@app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")
-def validate(
-    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="CSV of published runs, or a folder of our own.")],
-    as_json: Json = False,
-) -> None:
-    """Predict what was measured, and print how far off the predictions are."""
-    from planner.validate import validate as compare
-    from planner.validate_report import validation_report
-
-    found = compare(runs)
-    print_json(found.to_dict()) if as_json else print_report(validation_report(found))
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: cli.py megatron --cluster dgx-h100:4 --plan-only --tensor-model-parallel-size 4 --num-layers 32 … "
+    "(all flags of pretrain_gpt.py; without --plan-only it trains)",
+)(megatron)
 
 
 # ---- running it ----------------------------------------------------------------------------------------------
 
 
 def main() -> None:
+    """Run a verb, and exit with its code."""
     sys.exit(exit_code_of(app))
 
 

@@ -1,4 +1,4 @@
-"""The verbs that look at a plan without training it: one rank of it dry, all of it small beside one process."""
+"""The verbs that check: one rank of a plan dry, all of it small beside one process, predictions beside measured runs."""
 
 from __future__ import annotations
 
@@ -95,3 +95,15 @@ def _no_plan_to_run_dry() -> InputError:
         got="no file",
         hint="cli.py train plan.yaml --dry-run",
     )
+
+
+def validate(
+    runs: Annotated[Path, typer.Argument(metavar="RUNS", help="CSV of published runs, or a folder of our own.")],
+    as_json: Json = False,
+) -> None:
+    """Predict what was measured, and print how far off the predictions are."""
+    from planner.validate import validate as compare
+    from planner.validate_report import validation_report
+
+    found = compare(runs)
+    print_json(found.to_dict()) if as_json else print_report(validation_report(found))

@@ -38,6 +38,7 @@ from .schedule_orders import BACKWARD, FORWARD, INPUT, WEIGHT
 NOTHING, SEND = 0, 1
 GATHERED_FORWARD, RUN_FORWARD, RUN_BACKWARD, RUN_INPUT, RUN_WEIGHT, REDUCE = range(2, 8)
 COSTS = 6
+ACTION_KINDS = (FORWARD, FORWARD, BACKWARD, INPUT, WEIGHT, "R")  # of the six, "R" for a reduction
 _RUNS = {FORWARD: RUN_FORWARD, BACKWARD: RUN_BACKWARD, INPUT: RUN_INPUT, WEIGHT: RUN_WEIGHT}
 # torch gathers the weights of this many stages ahead (`_add_unshard_reshard`).
 _STAGES_AHEAD = 3

@@ -36,7 +36,7 @@ class Question:
 
 
 def ask(
-    model: str,
+    model: str | ModelSpec,
     cluster: str,
     global_batch: int,
     sequence: int,
@@ -71,7 +71,8 @@ def ask(
         bans=banned,
         expert_imbalance=expert_imbalance,
     )
-    return Question(resolve_model(model), spec, hardware, job)
+    known = resolve_model(model) if isinstance(model, str) else model
+    return Question(known, spec, hardware, job)
 
 
 def question_of(plan: Plan) -> Question:

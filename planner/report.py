@@ -67,11 +67,21 @@ def record_report(record: dict[str, Any]) -> RenderableType:
         )
     expected, seen = predicted["peak_memory_bytes"], measured["peak_memory_bytes"]
     table.add_row("peak memory", bytes_text(expected), bytes_text(seen), f"{expected / seen - 1:+.1%}", "")
-    loss = Text(_reached(record))
+    loss, skipped = Text(_reached(record)), record.get("skipped_steps", 0)
     if written := record.get("checkpoints"):
         loss.append(f"\n{_checkpoints_text(written)}")
-    if skipped := record.get("skipped_steps"):
-        loss.append(f"\n{skipped} steps made no update: loss or gradient norm was not finite", style="bold")
+    if spiked := record.get("spiked_steps"):
+        loss.append(f"\n{spiked} steps made no update: the gradient norm was above --spike-guard", style="bold")
+    if skipped > (spiked or 0):
+        loss.append(
+            f"\n{skipped - (spiked or 0)} steps made no update: loss or gradient norm was not finite", style="bold"
+        )
+    for slow in measured.get("stragglers", ()):
+        loss.append(
+            f"\nrank {slow['rank']} (pipeline rank {slow['stage']}) is slow: its kernels take {slow['slower']:.2f} "
+            f"times as long as those of its stage's other ranks, in {slow['steps']} steps",
+            style="bold",
+        )
     return Group(table, loss)
 
 

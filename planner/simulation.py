@@ -87,6 +87,14 @@ def simulate(pipeline: Pipeline, durations: Sequence[StageSeconds], send_seconds
     return Simulation(times[last], _trace(graph, times, last, pipeline.stages), tuple(busy))
 
 
+def event_times(
+    graph: EventGraph, durations: Sequence[StageSeconds], send_seconds: float
+) -> tuple[list[float], list[float]]:
+    """(seconds by the numbers of `event_graph`, when each event is over)."""
+    costs = _costs(durations, send_seconds)
+    return costs, _times(graph, costs)
+
+
 def _costs(durations: Sequence[StageSeconds], send_seconds: float) -> list[float]:
     """Seconds by the numbers of `event_graph`."""
     costs = [0.0, send_seconds]

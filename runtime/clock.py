@@ -18,7 +18,7 @@ class Clock:
     """
 
     device: torch.device
-    _spans: list[tuple[str, Any, Any]] = field(default_factory=list)
+    _spans: list[tuple[str, Any, Any, str]] = field(default_factory=list)
 
     def point(self) -> Any:
         if self.device.type == "cuda":
@@ -27,17 +27,28 @@ class Clock:
             return event
         return time.perf_counter()
 
-    def add(self, name: str, start: Any) -> None:
-        """Book the span from `start` to now under `name`."""
-        self._spans.append((name, start, self.point()))
+    def add(self, name: str, start: Any, action: str = "") -> None:
+        """Book the span from `start` to now under `name`; `action` is what it is called in a timeline, if it is."""
+        self._spans.append((name, start, self.point(), action))
 
     def read(self) -> dict[str, float]:
         """Seconds under each name since the last read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        self._catch_up()
         sums: dict[str, float] = {}
-        for name, start, end in self._spans:
-            seconds = start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start
-            sums[name] = sums.get(name, 0.0) + seconds
+        for name, start, end, _ in self._spans:
+            sums[name] = sums.get(name, 0.0) + self._seconds(start, end)
         self._spans.clear()
         return sums
+
+    def actions(self, zero: Any) -> list[tuple[str, float, float]]:
+        """Of the spans since the last read those that are actions, with begin and end in seconds from `zero`."""
+        self._catch_up()
+        found = [(action, start, end) for _, start, end, action in self._spans if action]
+        return [(action, self._seconds(zero, start), self._seconds(zero, end)) for action, start, end in found]
+
+    def _catch_up(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - start

@@ -216,8 +216,8 @@ class _Watch:
 def _after_spans(clock: Clock, call: Any) -> None:
     add = clock.add
 
-    def then_call(name: str, start: Any) -> None:
-        add(name, start)
+    def then_call(name: str, start: Any, action: str = "") -> None:
+        add(name, start, action)
         call(name)
 
     clock.add = then_call  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Start a plan's ranks on this machine, or join those that torchrun started; watch them and say who died."""
+"""Start a plan's ranks on this machine, or join those that torchrun or srun started; watch them and say who died."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from planner.plan import Plan
 from profiles.input_error import InputError
 
-from . import run_folder, stacks
+from . import run_folder, slurm, stacks
 from .checkpoint_folder import latest, step_of
 from .compilation import choose_compilation
 from .failure import RAISED, Interrupted, is_timeout, told
@@ -38,6 +38,7 @@ from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
 from .rank_watch import RankWatch, Voice, die_with_launcher, die_with_parent
 from .target import check_target
+from .trackers import check_installed
 from .trainer import Record, TrainOptions, open_data, run
 
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
@@ -56,11 +57,14 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
     """Train as the plan says, to the end; `on_progress` gets each step's record.
 
     On one machine this starts the ranks itself, with their output in RUN/logs; under torchrun (RANK and
-    WORLD_SIZE set) it is one of them, and rank 0 reports progress. Raises InputError for what a person can
-    put right, RunFailed when a rank dies, hangs or cannot go on, Left when the run was asked to leave and has
-    written a checkpoint, and Interrupted when a signal tells this process to end, in each case with no rank left.
+    WORLD_SIZE set) or srun (`runtime/slurm.py`) it is one of them, and rank 0 reports progress. Raises InputError
+    for what a person can put right, RunFailed when a rank dies, hangs or cannot go on, Left when the run was asked to
+    leave and has written a checkpoint, and Interrupted when a signal tells this process to end, in each case with no
+    rank left.
     """
     check_target(plan)
+    _check_options(options)
+    slurm.join()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _join(plan, options, on_progress)
         return
@@ -105,6 +109,20 @@ def _prepare(plan: Plan, options: TrainOptions) -> None:
     run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume, dtype=options.dtype)
     if not options.resume:
         keep_description(options.run_dir, options.weights)
+
+
+def _check_options(options: TrainOptions) -> None:
+    """What a person may have got wrong that has nothing to do with machines."""
+    options.schedule.check(steps=options.steps, warmup_steps=options.warmup_steps)
+    check_installed(options.watching.wandb, options.watching.mlflow)
+    window = options.watching.profile_steps
+    if window is not None and window[0] > options.steps:
+        raise InputError(
+            "the trace begins after the run",
+            where="--profile-steps",
+            expected=f"a first step of at most {options.steps}",
+            got=str(window[0]),
+        )
 
 
 def _check(plan: Plan, options: TrainOptions) -> None:

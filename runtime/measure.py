@@ -21,6 +21,7 @@ from .mesh import AXES, RankMesh
 WARM_UP_STEPS = 2  # first steps allocate and fill torch's caches of sharding rules
 LONG_RUN_STEPS = 8  # from here on steps 4 to 6 are watched; a shorter run watches its last step
 _WATCHED_STEPS = (4, 5, 6)
+WATCH_EVERY = 100  # besides, so that a rank that becomes slow later is seen
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_grouped_mm"}
 
 
@@ -113,7 +114,8 @@ def kernel_kind(name: str) -> str:
 class StepMeter:
     """Collects the spans of each step and, for a few steps, the seconds of each collective and kernel.
 
-    `watched_steps` are those few, where they are not to be the usual ones.
+    `watched_steps` are those few, where they are not to be the usual ones; else they come again every `watch_every`
+    steps, 0 for never, and none of `unwatched` is among them.
 
     Usage, on every rank: `with meter.watch(step):` around forward and backward, `meter.end_step(step, …)`
     after it, `meter.table()` when the run is over.
@@ -124,6 +126,8 @@ class StepMeter:
     pp: int
     steps: int
     watched_steps: tuple[int, ...] = ()
+    watch_every: int = 0
+    unwatched: range = range(0)
     _tables: dict[int, dict[str, float]] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)
     _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": [], "ep": []})
@@ -133,8 +137,10 @@ class StepMeter:
         """Whether collectives are timed in this step; `step` counts from 1 within this process's run."""
         if self.watched_steps:
             return step in self.watched_steps
+        if step in self.unwatched:
+            return False
         if self.steps >= LONG_RUN_STEPS:
-            return step in _WATCHED_STEPS
+            return step in _WATCHED_STEPS or (self.watch_every > 0 and step % self.watch_every == 0)
         return step == self.steps and self.steps > 1
 
     def watch(self, step: int) -> AbstractContextManager[Any]:
@@ -187,6 +193,10 @@ class StepMeter:
     def kernels(self) -> dict[str, float]:
         """Seconds of a step in kernels of each kind, medians over the watched steps; {} where none was watched."""
         return {kind: statistics.median(seconds) for kind, seconds in self._kernels.items() if seconds}
+
+    def kernel_seconds(self) -> list[float]:
+        """Seconds in kernels of all kinds, of each watched step."""
+        return [sum(step) for step in zip(*self._kernels.values(), strict=True)]
 
     def seconds(self, step: int) -> float:
         return self._seconds[step]

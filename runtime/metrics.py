@@ -21,29 +21,37 @@ def only_finite(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class MetricsWriter:
-    """Appends records to metrics.jsonl, each line written at once, and scalars to TensorBoard in the same folder.
+class LineFile:
+    """Appends to a file, each line written at once; an OSError that a full disk raises names the file."""
 
-    An OSError that a full disk raises names the file.
-    """
-
-    def __init__(self, run_dir: Path) -> None:
-        # Slow to import, and needed on one rank only.
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = run_dir / METRICS_FILE
+    def __init__(self, path: Path) -> None:
+        self._path = path
         # Without a buffer: what could not be written would be tried again on closing, and raise again.
-        self._file = self._path.open("ab", buffering=0)
-        self._events = SummaryWriter(log_dir=str(run_dir))
+        self._file = path.open("ab", buffering=0)
+        self.close = self._file.close
 
-    def write(self, record: dict[str, Any]) -> None:
-        """One step's record; its `step` is the x axis of every other number."""
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+    def write(self, text: str) -> None:
+        line = text.encode()
         try:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
+
+
+class MetricsWriter:
+    """Appends records to metrics.jsonl, a line each, and scalars to TensorBoard in the same folder."""
+
+    def __init__(self, run_dir: Path) -> None:
+        # Slow to import, and needed on one rank only.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = LineFile(run_dir / METRICS_FILE)
+        self._events = SummaryWriter(log_dir=str(run_dir))
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One step's record; its `step` is the x axis of every other number."""
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._events.add_scalar(name, value, record["step"])

@@ -1,9 +1,9 @@
-"""AdamW over this rank's shards, and the learning rate of each step."""
+"""AdamW over this rank's shards."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -13,8 +13,19 @@ from .parameters import parameters_of
 from .transformer import Chunk
 
 
-def build_optimizer(chunks: Sequence[Chunk], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101); matrices decay, norms and biases do not. The learning rate is set each step.
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """What AdamW (arXiv 1711.05101) goes by besides its learning rate and decay; these betas are GPT-3's."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+
+
+GPT3_ADAM = Adam()
+
+
+def build_optimizer(chunks: Sequence[Chunk], *, weight_decay: float, adam: Adam = GPT3_ADAM) -> torch.optim.AdamW:
+    """AdamW; matrices decay, norms and biases do not. The learning rate is set each step.
 
     Fused: one kernel a dtype instead of a Python loop, and it takes DTensors, whose shards it updates in
     place without communication.
@@ -28,32 +39,19 @@ def build_optimizer(chunks: Sequence[Chunk], *, weight_decay: float) -> torch.op
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         for (decays, _), parameters in sorted(groups.items(), key=lambda item: not item[0][0])
     ]
-    return torch.optim.AdamW(options, lr=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(options, lr=0.0, betas=adam.betas, eps=adam.epsilon, fused=True)
 
 
-def update(optimizer: torch.optim.AdamW, finite: torch.Tensor) -> None:
-    """One step of `optimizer`, but where `finite`, a bool on its device, is False: then all stays as it is.
+def update(optimizer: torch.optim.AdamW, sound: torch.Tensor) -> None:
+    """One step of `optimizer`, but where `sound`, a bool on its device, is False: then all stays as it is.
 
     Fused AdamW is told as torch.amp's GradScaler tells it, by `found_inf`: weights, moments and counts of steps are
     left alone by the kernel, so the host need not know.
     """
-    optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
+    optimizer.found_inf = (~sound).to(torch.float32)  # type: ignore[attr-defined]
     optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def learning_rate_at(step: int, *, steps: int, warmup_steps: int, peak: float, minimum: float) -> float:
-    """Linear from peak / warmup_steps up to `peak`, then a half cosine down to `minimum` at the last step.
-
-    `step` counts from 1 to `steps`.
-    """
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    if steps <= warmup_steps + 1:
-        return peak
-    progress = (step - warmup_steps - 1) / (steps - warmup_steps - 1)
-    return minimum + 0.5 * (peak - minimum) * (1.0 + math.cos(math.pi * min(1.0, progress)))

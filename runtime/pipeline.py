@@ -77,10 +77,10 @@ class AccumulationRunner:
             self._set_sync(last=index == self.microbatches - 1)
             forward = self.clock.point()
             loss = self.chunk(ids, wanted)
-            self.clock.add("forward", forward)
+            self.clock.add("forward", forward, f"0F{index}")
             backward = self.clock.point()
             loss.backward()
-            self.clock.add("backward", backward)
+            self.clock.add("backward", backward, f"0B{index}")
             losses.append(loss.detach())
         self.clock.add("schedule", start)
         return _sum(losses, inputs.device)
@@ -109,29 +109,33 @@ class AccumulationRunner:
 
 
 class TimedStage(PipelineStage):
-    """A pipeline stage that books its forward, backward and gradient reduction on a clock."""
+    """A pipeline stage that books its forward, backward and gradient reduction on a clock.
+
+    Actions are named as torch writes them ([Note: Action lists] in planner/schedule.py).
+    """
 
     clock: Clock
 
-    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         start = self.clock.point()
-        output = super().forward_one_chunk(*args, **kwargs)
-        self.clock.add("forward", start)
+        output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        self.clock.add("forward", start, f"{self.stage_index}F{fwd_chunk_id}")
         return output
 
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
         start = self.clock.point()
-        super().backward_one_chunk(*args, **kwargs)
-        self.clock.add("backward", start)
+        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        self.clock.add("backward", start, f"{self.stage_index}{'B' if full_backward else 'I'}{bwd_chunk_id}")
 
-    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> None:
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         start = self.clock.point()
-        super().backward_weight_one_chunk(*args, **kwargs)
-        self.clock.add("backward", start)
-
-    # Under schedules in a V torch passes gradients on between two chunks of one rank in an evaluation too, and raises.
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        self.clock.add("backward", start, f"{self.stage_index}W{bwd_chunk_id}")
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
+        # torch 2.13 hands gradients from stage to stage of one rank in an evaluation too, and finds none.
         return super().get_local_bwd_output(mb_index) if self.has_backward else ()
 
     def set_local_bwd_input(self, next_stage_bwd_outputs: Any, mb_index: int) -> None:
@@ -143,7 +147,7 @@ class TimedStage(PipelineStage):
             return
         start = self.clock.point()
         super().perform_reduce_grad(grad_scale_factor)
-        self.clock.add("reduce", start)
+        self.clock.add("reduce", start, f"{self.stage_index}R")
 
 
 class PipelineRunner:

@@ -33,7 +33,8 @@ def process_group(world_size: int, timeout_seconds: float, *, on_cpu: bool = Fal
             hint=f"start {world_size} ranks, or plan again for {running} devices",
         )
     if torch.cuda.is_available() and not on_cpu:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        # Slurm may show each rank its own device alone.
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -74,5 +75,5 @@ def _no_meeting_point(reason: str) -> InputError:
         where="MASTER_ADDR and MASTER_PORT",
         expected=f"a free port on {address}" if taken else "the machine of rank 0 and a free port there",
         got="another process that listens on it" if taken else reason.splitlines()[0],
-        hint="another --master-port for torchrun",
+        hint="another MASTER_PORT (torchrun: --master-port); under Slurm ranks are started by srun",
     )

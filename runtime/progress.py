@@ -89,7 +89,10 @@ def _bar(title: str, console: Console) -> Progress:
 
 def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
     if record["skipped"]:
-        return "no update: loss or gradient norm is not finite"
+        finite = record["loss"] is not None and record["grad_norm"] is not None
+        return "no update: " + (
+            f"gradient norm {record['grad_norm']:.3g}" if finite else "loss or gradient norm is not finite"
+        )
     said = f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s"
     validation = record.get("validation_loss")
     if validation is not None:

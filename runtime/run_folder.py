@@ -29,12 +29,12 @@ def default_run_dir() -> Path:
 
 
 def torchrun_needs_files() -> InputError:
-    """The error for ranks of torchrun's that would each choose a plan or a folder of their own."""
+    """The error for ranks of torchrun's or srun's that would each choose a plan or a folder of their own."""
     return InputError(
-        "under torchrun all ranks must be told the same plan and run folder",
+        "under torchrun and srun all ranks must be told the same plan and run folder",
         where="train",
         expected="a plan file and --run-dir FOLDER",
-        got="the environment of torchrun (RANK) and not both of them",
+        got="the environment of a rank, and not both of them",
         hint="torchrun --nproc-per-node 2 cli.py train plan.yaml --run-dir runs/mine",
     )
 

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan
+from planner.trace_names import UPDATE
 
 from .compilation import Compilation
 from .experts import Balance, Router, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
-from .optimizer import build_optimizer, set_learning_rate, update
+from .optimizer import GPT3_ADAM, Adam, build_optimizer, set_learning_rate, update
 from .parallelize import build_chunks
 from .pipeline import StepRunner, build_runner
 from .transformer import Chunk
@@ -42,8 +43,9 @@ class StepResult:
     """Loss in nats per token and gradient norm, the same on every rank; seconds of the parts after backward.
 
     `shares` are this rank's parts of loss and squared norm, on its device and not read. `synchronise_seconds` is the
-    one wait for all ranks, `optimizer_seconds` norm, clipping and update. `wishes` says of each wish whether any rank
-    has it.
+    one wait for all ranks, `optimizer_seconds` norm, clipping and update. `updated` is whether the update was made:
+    where loss or norm is not finite on any rank, or the norm above its limit, no rank makes it. `wishes` says of each
+    wish whether any rank has it.
     """
 
     loss: float
@@ -51,11 +53,12 @@ class StepResult:
     shares: torch.Tensor
     optimizer_seconds: float
     synchronise_seconds: float
+    updated: bool = True
     wishes: tuple[bool, ...] = ()
 
     @property
     def finite(self) -> bool:
-        """Whether the update was made: where loss or norm is not finite on any rank, no rank makes it."""
+        """Whether loss and norm are finite on every rank."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -70,6 +73,7 @@ def build_state(
     balance: Balance | None = None,
     mesh: RankMesh | None = None,
     weights: Path | None = None,
+    adam: Adam = GPT3_ADAM,
 ) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it.
 
@@ -81,7 +85,7 @@ def build_state(
     for router in routers_of(chunks):
         router.balance = balance or Balance()
         router.sequences_per_step = plan.job.global_batch
-    return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay)
+    return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay, adam=adam)
 
 
 def mesh_of(plan: Plan, device: torch.device) -> RankMesh:
@@ -100,11 +104,12 @@ def state_of(
     *,
     dtype: torch.dtype,
     weight_decay: float,
+    adam: Adam = GPT3_ADAM,
 ) -> TrainState:
     """The state that trains `chunks`, whose parameters are `dtype`."""
     activation_dtype = torch.bfloat16 if plan.job.precision == "bf16" else dtype
     runner = build_runner(plan, chunks, mesh, device, activation_dtype)
-    optimizer = build_optimizer(chunks, weight_decay=weight_decay)
+    optimizer = build_optimizer(chunks, weight_decay=weight_decay, adam=adam)
     return TrainState(device, mesh, chunks, runner, optimizer, routers_of(chunks))
 
 
@@ -115,13 +120,15 @@ def training_step(
     *,
     learning_rate: float,
     clip_norm: float | None,
+    norm_limit: float = math.inf,
     watch: AbstractContextManager[Any] | None = None,
     wishes: Sequence[bool] = (),
 ) -> StepResult:
     """One step on this dp rank's samples [microbatches · micro_batch, sequence]; every rank must call it.
 
-    `watch` is entered around forward, backward and what completes the gradients. `wishes` of this rank, as many on
-    each, are summed with loss and norm, so that all ranks know them after the same step and no collective is added.
+    Where the gradient norm is above `norm_limit` nothing is updated. `watch` is entered around forward, backward and
+    what completes the gradients. `wishes` of this rank, as many on each, are summed with loss and norm, so that all
+    ranks know them after the same step and no collective is added.
     """
     with watch or nullcontext():
         loss_share = state.runner.step(inputs, targets)
@@ -135,25 +142,22 @@ def training_step(
     reduce_start = time.perf_counter()
     dist.all_reduce(sums)
     synchronise_seconds = time.perf_counter() - reduce_start
-    norm = sums[1].sqrt()
+    norm, update_start = sums[1].sqrt(), state.runner.clock.point()
     if clip_norm is not None:
         clip(state.chunks, norm, clip_norm)
     set_learning_rate(state.optimizer, learning_rate)
-    update(state.optimizer, sums.isfinite().all())
+    update(state.optimizer, sums.isfinite().all() & (sums[1] <= norm_limit * norm_limit))
     state.optimizer.zero_grad()
+    state.runner.clock.add("update", update_start, UPDATE)
     update_selection_bias(state.routers, [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
     loss, square, *wished = sums.tolist()
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
-    return StepResult(
-        loss,
-        math.sqrt(square),
-        shares,
-        time.perf_counter() - start - synchronise_seconds,
-        synchronise_seconds,
-        tuple(count > 0 for count in wished),
-    )
+    seconds = time.perf_counter() - start - synchronise_seconds
+    updated = math.isfinite(loss) and math.isfinite(square) and square <= norm_limit * norm_limit
+    wanted = tuple(count > 0 for count in wished)
+    return StepResult(loss, math.sqrt(square), shares, seconds, synchronise_seconds, updated, wanted)
 
 
 def sum_over_ranks(value: torch.Tensor) -> float:

@@ -31,13 +31,18 @@ from .data.open_tokens import open_tokens
 from .data.token_source import TokenSource, own_rows
 from .disk import full_disk_ends_run
 from .experts import Balance
+from .learning_rate import COSINE, RateSchedule, learning_rate_at
 from .leaving import Leaving
-from .measure import StepMeter, busiest
-from .metrics import MetricsWriter, only_finite, peak_memory_bytes
-from .optimizer import learning_rate_at
+from .measure import WATCH_EVERY, StepMeter, busiest
+from .metrics import only_finite, peak_memory_bytes
+from .optimizer import GPT3_ADAM, Adam
 from .process_group import process_group, set_timeout
 from .run_folder import LOGS_FOLDER
+from .spike_guard import SpikeGuard
 from .step import StepResult, TrainState, build_state, sum_over_ranks, training_step
+from .stragglers import stragglers
+from .trace_window import TraceWindow
+from .watching import PLAIN, RunWriter, Watching
 from .whereabouts import Whereabouts
 
 Record = dict[str, Any]
@@ -54,7 +59,8 @@ class TrainOptions:
     steps, `checkpoint_minutes` besides in minutes, 0 for only at the end. Of whole checkpoints the `keep_checkpoints`
     newest stay, 0 for all; `async_checkpoint` writes them while training goes on. `time_limit_seconds`, from the ranks'
     start, is when the run leaves with a checkpoint. `settings` are what a resume goes on from, as plain values (see
-    RunState). The run fails after `skip_limit` steps in a row whose loss or gradient norm is not finite, and when a
+    RunState). The learning rate warms up to `learning_rate`, and `schedule` says how it falls to `min_learning_rate`.
+    The run fails after `skip_limit` steps in a row without an update ([Note: Steps that are not finite]), and when a
     collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu divides by; without
     it mfu is null. `compile` None is yes on CUDA where no rule forbids it. `weights` is a Hugging Face folder to start
     from; None draws first values from `seed`.
@@ -65,7 +71,9 @@ class TrainOptions:
     learning_rate: float = 3e-3
     min_learning_rate: float = 3e-4
     warmup_steps: int = 10
+    schedule: RateSchedule = COSINE
     weight_decay: float = 0.1
+    adam: Adam = GPT3_ADAM
     clip_norm: float | None = 1.0
     seed: int = 0
     data: DataOptions = field(default_factory=DataOptions)
@@ -85,6 +93,7 @@ class TrainOptions:
     compile: bool | None = None
     balance: Balance | None = None
     weights: Path | None = None
+    watching: Watching = PLAIN
 
 
 def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None] | None = None) -> str | None:
@@ -96,8 +105,10 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
     [Note: Steps that are not finite]
     Where loss or gradient norm of a step is NaN or infinite, on whichever rank it began, no rank changes its weights
     or moments; all know, since they have the same sums. The step counts, its samples are not seen again, its record
-    says `skipped`. No checkpoint is written while steps are skipped, since it may be the weights that are spoilt, but
-    where a validation loss says that they are not. After `skip_limit` of them in a row, or at the end, the run fails.
+    says `skipped`. No checkpoint is written while steps are not finite, since it may be the weights that are spoilt,
+    but where a validation loss says that they are not. After `skip_limit` of them in a row, or at the end, the run
+    fails. A step whose norm is finite and above the spike guard's limit is left out alike, and is no reason against a
+    checkpoint.
     """
     layout, job = plan.layout, plan.job
     compilation, said = choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
@@ -117,11 +128,21 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             compilation=compilation,
             balance=options.balance,
             weights=None if options.resume else options.weights,
+            adam=options.adam,
         )
         folder = latest(options.run_dir) if options.resume else None
         done = checkpoint.load(folder, state.chunks, state.optimizer) if folder is not None else 0
-        meter = StepMeter(state.mesh, state.runner.clock, layout.pp, options.steps - done)
-        writer = stack.enter_context(MetricsWriter(options.run_dir)) if dist.get_rank() == 0 else None
+        window = TraceWindow(options.watching.profile_steps, options.run_dir, state.runner.clock, layout)
+        meter = StepMeter(
+            state.mesh,
+            state.runner.clock,
+            layout.pp,
+            options.steps - done,
+            watch_every=WATCH_EVERY if compilation is None else 0,
+            unwatched=range(window.steps.start - done, window.steps.stop - done),
+        )
+        guard = SpikeGuard(options.watching.spike_guard)
+        writer = stack.enter_context(_writer(plan, options)) if dist.get_rank() == 0 else None
         if writer is not None and not options.resume:
             keep_order(options.run_dir, tokens.order)
         checkpoints = CheckpointWriter(
@@ -135,7 +156,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
         leaving = Leaving(logs, dist.get_rank(), options.time_limit_seconds)
         leaving.obey_sigterm()
         record: Record = {}
-        skipped, in_a_row, due, last_due = 0, 0, False, time.monotonic()
+        skipped, spiked, in_a_row, due, last_due = 0, 0, 0, False, time.monotonic()
 
         for step in range(done + 1, options.steps + 1):
             here.note(step, "data")
@@ -147,7 +168,9 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 warmup_steps=options.warmup_steps,
                 peak=options.learning_rate,
                 minimum=options.min_learning_rate,
+                schedule=options.schedule,
             )
+            window.before(step, options.steps)
             samples = _inputs_and_targets(batch, state)
             here.note(step, "forward, backward and update")
             result = training_step(
@@ -155,6 +178,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 *samples,
                 learning_rate=learning_rate,
                 clip_norm=options.clip_norm,
+                norm_limit=guard.limit,
                 watch=meter.watch(step - done),
                 wishes=(
                     _minutes_are_over(options.checkpoint_minutes, last_due),
@@ -164,6 +188,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             step_seconds = time.perf_counter() - step_start
             if step == done + 1 and compilation is not None:
                 set_timeout(state.mesh.all_groups(), options.timeout_seconds)
+            window.after(step)
             meter.end_step(
                 step - done,
                 step_seconds=step_seconds,
@@ -171,8 +196,11 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 synchronise=result.synchronise_seconds,
             )
 
-            in_a_row = 0 if result.finite else in_a_row + 1
-            skipped += not result.finite
+            in_a_row = 0 if result.updated else in_a_row + 1
+            skipped += not result.updated
+            spiked += result.finite and not result.updated
+            if result.updated:
+                guard.note(result.grad_norm)
 
             record = _step_record(plan, options, step, result, learning_rate, step_seconds, device)
             record |= checkpoints.news()
@@ -186,6 +214,8 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 writer.write(record)
                 if on_progress is not None:
                     on_progress(record)
+            if in_a_row == options.skip_limit and result.finite:
+                raise guard.failure(result.grad_norm, options.run_dir, step=step, in_a_row=in_a_row)
             if in_a_row == options.skip_limit or (step == options.steps and not sound):
                 raise not_finite.failure(state, *samples, result, layout, options.run_dir, step=step, in_a_row=in_a_row)
             minutes_over, left = result.wishes
@@ -204,8 +234,23 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
         checkpoints.finish()
         ranks = _gather_measurements(meter, device, kernels_seen=compilation is None)
         if writer is not None:
-            _write_record(plan, options, record, ranks, tokens, skipped, said, checkpoints.written)
+            _write_record(plan, options, record, ranks, tokens, (skipped, spiked), said, checkpoints.written)
     return None
+
+
+def _writer(plan: Plan, options: TrainOptions) -> RunWriter:
+    settings = {
+        "steps": options.steps,
+        "global_batch": plan.job.global_batch,
+        "sequence": plan.job.sequence,
+        "precision": plan.job.precision,
+        "learning_rate": options.learning_rate,
+        "schedule": options.schedule.shape,
+        "seed": options.seed,
+    }
+    return RunWriter(
+        plan, options.run_dir, options.watching, steps=options.steps, resume=options.resume, settings=settings
+    )
 
 
 def open_data(plan: Plan, options: TrainOptions) -> TokenSource:
@@ -263,7 +308,7 @@ def _step_record(
         "step": step,
         "loss": result.loss,
         "grad_norm": result.grad_norm,
-        "skipped": not result.finite,
+        "skipped": not result.updated,
         "lr": learning_rate,
         "step_seconds": step_seconds,
         "tokens_per_second": plan.job.tokens / step_seconds,
@@ -284,6 +329,7 @@ def _gather_measurements(meter: StepMeter, device: torch.device, *, kernels_seen
         "step_seconds": meter.seconds(chosen[0]),
         "parts": meter.table(chosen[0]),
         "kernels": meter.kernels() if kernels_seen else {},
+        "kernel_seconds": meter.kernel_seconds() if kernels_seen else [],
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     ranks: list[Record] = [{}] * dist.get_world_size()
@@ -297,12 +343,16 @@ def _write_record(
     last: Record,
     ranks: list[Record],
     tokens: TokenSource,
-    skipped: int,
+    skipped: tuple[int, int],
     compiled: str,
     written: Sequence[Written],
 ) -> None:
-    """record.yaml: predicted beside measured. The measured parts are those of the rank with the most compute."""
+    """record.yaml: predicted beside measured. The measured parts are those of the rank with the most compute.
+
+    `skipped` are all steps without an update, and those among them that were left out for their norm.
+    """
     busy = ranks[busiest([rank["parts"] for rank in ranks])]
+    slow = stragglers([rank.pop("kernel_seconds") for rank in ranks], plan.layout)
     document = {
         "schema": RECORD_SCHEMA,
         "predicted": {
@@ -317,13 +367,15 @@ def _write_record(
             "peak_memory_bytes": max(rank["peak_memory_bytes"] for rank in ranks),
             "rank": busy["rank"],
             "per_rank": ranks,
+            "stragglers": slow,
         },
         "host": platform.node(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": str(torch.__version__),
         "compile": compiled,
         "steps": options.steps,
-        "skipped_steps": skipped,
+        "skipped_steps": skipped[0],
+        "spiked_steps": skipped[1],
         "checkpoints": {
             "written": len(written),
             "bytes": written[-1].size_bytes,
