@@ -112,7 +112,7 @@ def training_step(
     clip_norm: float | None,
     watch: AbstractContextManager[Any] | None = None,
 ) -> StepResult:
-    """One step on this dp rank's samples [microbatches · micro_batch, sequence]; every rank must call it.
+    """One step on this rank's samples [microbatches · micro_batch, sequence / cp]; every rank must call it.
 
     `watch` is entered around forward, backward and what completes the gradients.
     """

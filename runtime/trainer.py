@@ -23,6 +23,7 @@ from profiles.store import dump_yaml, write_atomically
 
 from . import checkpoint, flight_recorder, not_finite
 from .compilation import choose_compilation
+from .context_parallel import inputs_and_targets
 from .data import VOCABULARY, Corpus, bigram_loss, global_batch, load_corpus, own_samples, validation_batch
 from .disk import full_disk_ends_run
 from .experts import Balance
@@ -183,9 +184,11 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _own_tensors(batch: Any, plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets [microbatches · micro_batch, sequence] of this dp rank."""
-    ids = torch.from_numpy(own_samples(batch, plan.layout, state.mesh.coordinate.dp))
-    return ids[:, :-1].contiguous().to(state.device), ids[:, 1:].contiguous().to(state.device)
+    """Inputs and targets [microbatches · micro_batch, sequence / cp] of this dp and cp rank."""
+    here = state.mesh.coordinate
+    ids = torch.from_numpy(own_samples(batch, plan.layout, here.dp))
+    inputs, targets = inputs_and_targets(ids, plan.layout, here.cp)
+    return inputs.to(state.device), targets.to(state.device)
 
 
 def _validate(plan: Plan, options: TrainOptions, corpus: Corpus, state: TrainState) -> float:
