@@ -14,7 +14,7 @@ fp32 at least (arXiv 2205.14135, section 3.1). Backward, the same steps are take
 outputs and logarithms. The gradients of keys and values follow them: they leave the rank of step 1, are added to
 by every later one, and go home after the last step, behind which nothing hides; those of step 0 wait there.
 They travel, and are added up, in the dtype of the keys. A step of torch's autograd is one operation of a library of
-our own: recomputation can keep it, compiled code calls it, and a dispatch mode that wants to see inside runs `BODIES`.
+our own: recomputation can keep it, compiled code calls it, and a dispatch mode can see through it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .attention_kernels import Attended, attend, attend_backward
 
@@ -64,6 +65,9 @@ def _steps(rank: int, ranks: int, tokens: int) -> list[_Step]:
     return steps
 
 
+WAIT = "CP::wait"  # the span of torch's profiler in which the ring waits for a message
+
+
 class _Ring:
     """Messages to the next rank of the group and from the one before."""
 
@@ -83,7 +87,7 @@ class _Ring:
         )
 
         def arrived() -> torch.Tensor:
-            with torch.profiler.record_function("CP::wait"):  # by which a run's seconds are booked on cp
+            with torch.profiler.record_function(WAIT):
                 for work in works:
                     work.wait()
             return received
@@ -224,4 +228,24 @@ def _gradients(ctx: Any, gradient: torch.Tensor, _of_logarithms: torch.Tensor) -
 _ring.register_autograd(_gradients, setup_context=_keep)
 
 RING = torch.ops.meshwright.ring_attention.default
-BODIES = {RING: _forward, torch.ops.meshwright.ring_attention_backward.default: _backward}
+_BODIES: dict[Any, Callable[..., Any]] = {
+    RING: _forward,
+    torch.ops.meshwright.ring_attention_backward.default: _backward,
+}
+
+
+def seen_through(mode: TorchDispatchMode, operation: Any) -> Callable[..., Any] | None:
+    """What an operation of the ring is made of, to be called in the handler of `mode`, which then sees it all; None for
+    every other operation."""
+    body = _BODIES.get(operation)
+    if body is None:
+        return None
+
+    def watched(*args: Any) -> Any:
+        TorchDispatchMode.__enter__(mode)  # and nothing that a kind of mode does besides when it is first entered
+        try:
+            return body(*args)
+        finally:
+            TorchDispatchMode.__exit__(mode, None, None, None)
+
+    return watched
