@@ -143,9 +143,7 @@ CASES |= {
         LLAMA, "fp32", cp=2, cp_style="all-to-all", tp=2, sequence_parallel=True, micro_batch=8
     ),
     "gpt2 bf16 cp4 all-to-all zero2": _case(GPT2, "bf16", cp=4, cp_style="all-to-all", zero=2, micro_batch=8),
-    "gpt2 fp32 cp2 all-to-all, selective": _case(
-        GPT2, "fp32", cp=2, cp_style="all-to-all", micro_batch=8, selective=4
-    ),
+    "gpt2 fp32 cp2 all-to-all, selective": _case(GPT2, "fp32", cp=2, cp_style="all-to-all", micro_batch=8, selective=4),
     "llama fp32 cp2 ring pp2 zb1p, first": _case(LLAMA, "fp32", cp=2, cp_style="ring", pp=2, schedule="zb1p"),
     "llama fp32 cp2 all-to-all pp2 1f1b, last": _case(LLAMA, "fp32", cp=2, cp_style="all-to-all", pp=2, at=1),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
