@@ -1,4 +1,4 @@
-"""The verbs that check: one rank of a plan dry, all of it small beside one process, predictions beside measured runs."""
+"""The verbs that check: a rank of a plan dry, all of it small beside one process, predictions beside measured runs."""
 
 from __future__ import annotations
 

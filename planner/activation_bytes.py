@@ -94,9 +94,13 @@ class ActivationModel:
         return self.element_bytes * tokens * sum(widths) + 2 * each * outside * model.hidden_size
 
     def _heads(self, layout: Layout, tokens: float) -> float:
-        """Queries, keys, values and the heads' outputs; of latent attention the latents and their norms besides."""
-        model = self._model
-        width = (model.query_width + model.attention_output_width) / layout.tp
+        """Queries, keys, values and the heads' outputs; of latent attention the latents and their norms besides.
+
+        On torch the exchange of heads over cp leaves two outputs: attention keeps its own, the product after it the
+        one that has come back.
+        """
+        model, twice = self._model, self._software.on_fsdp and layout.cp_style == "all-to-all"
+        width = (model.query_width + model.attention_output_width * (1 + twice)) / layout.tp
         latent = model.latent_attention
         if latent is None:
             width += 2 * local_kv_width(model, layout.tp)

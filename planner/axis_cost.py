@@ -17,7 +17,7 @@ from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost
 from .job import TrainingJob
 from .layout import Layout
-from .local_shapes import local_kv_width, local_tokens, loss_pieces, outside_tokens
+from .local_shapes import attended_width, local_tokens, loss_pieces, outside_tokens
 
 _FP32_BYTES = 4.0
 
@@ -155,21 +155,27 @@ class AxisModel:
             return Passes()
         model, group = self._model, Group(layout.cp, layout.tp)
         tokens = self._element_bytes * local_tokens(layout, self._job.sequence)
-        keys_values = 2 * tokens * local_kv_width(model, layout.tp)
-        if model.latent_attention is not None:
-            keys_values = tokens * model.heads / layout.tp * (model.head_dim + model.value_head_dim)
+        keys_values = tokens * attended_width(model, layout.tp)
         if layout.cp_style == "ring":
-            steps = layout.cp - 1
-            there = self._comm.neighbour_seconds(group, keys_values)
-            back = self._comm.neighbour_seconds(group, 2 * keys_values)
-            behind = 1.0 / layout.cp
-            exposed = self._hardware.exposed_seconds
-            forward = steps * exposed(there, compute.forward.attention * behind)
-            return Passes(forward, steps * exposed(back, compute.backward.attention * behind), forward, forward)
+            return self._ring(layout, group, keys_values, compute)
         queries = tokens * model.query_width / layout.tp
         outputs = tokens * model.attention_output_width / layout.tp
         forward = sum(self._comm.collective_seconds("all_to_all", group, s) for s in (queries, keys_values, outputs))
         return Passes(forward, forward, forward, forward)
+
+    def _ring(self, layout: Layout, group: Group, keys_values: float, compute: ComputeCost) -> Passes:
+        """Our own starts its backward with the keys that the rank holds: the gradients of others set out a step later
+        than their keys, are alone in the last step, and come home behind nothing ([Note: Ring] in
+        runtime/ring_attention.py). Its selective recomputation keeps what comes of the ring."""
+        one, both = (self._comm.neighbour_seconds(group, times * keys_values) for times in (1, 2))
+        exposed, steps = self._hardware.exposed_seconds, layout.cp - 1
+        there, back = compute.forward.attention / layout.cp, compute.backward.attention / layout.cp
+        forward = steps * exposed(one, there)
+        if not self._software.own_context_parallelism:
+            return Passes(forward, steps * exposed(both, back), forward, forward)
+        alone = 1 if layout.cp == 2 else 3  # keys in the first two steps, gradients in the last
+        backward = alone * exposed(one, back) + max(0, layout.cp - 3) * exposed(both, back) + one
+        return Passes(forward, backward, 0.0, forward)
 
     # ---- ep --------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ CAPABILITIES = {
         zero_with_pipeline=(0, 1, 3),
         zero_reason="torch's pipeline keeps gradients unsharded until the last microbatch, so zero 2 is zero 1 there; "
         "ask for zero=1",
+        cp_styles=("ring", "all-to-all"),
         experts=True,
         expert_tp=True,
         experts_need_sequence_parallel=True,

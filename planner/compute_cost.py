@@ -13,9 +13,11 @@ from profiles.points import DIRECTIONS, ELEMENTWISE, SCALAR_SLOWDOWN
 from profiles.software import Software
 
 from .compute_seconds import HOST_OPERATIONS, NO_SECONDS, ComputeCost, ComputeSeconds
+from .context_seconds import context_work
 from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import (
+    attended_width,
     expert_linear_shapes,
     local_kv_width,
     local_linear_shape,
@@ -103,6 +105,9 @@ class ComputeModel:
         forward = ComputeSeconds(memory=forward, operations=there)
         backward = ComputeSeconds(memory=backward, operations=back)
         return ComputeCost(forward, backward, NO_SECONDS, forward if self._keeps_matmuls else NO_SECONDS)
+
+    def _once(self, operation: str, elements: float) -> ComputeSeconds:
+        return self._memory(operation, elements).forward
 
     def _norm(self, elements: float) -> ComputeCost:
         return self._memory("norm_eager" if self._software.norm == "eager" else self._model.norm, elements)
@@ -205,7 +210,7 @@ class ComputeModel:
 
     def _beside_feed_forward(self, layout: Layout) -> ComputeCost:
         """All of a layer but its feed-forward, which alone depends on ep and etp."""
-        key = (layout.tp, layout.cp, layout.sequence_parallel, layout.micro_batch)
+        key = (layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch)
         if key not in self._beside:
             self._beside[key] = _total(self._attention_and_norms(layout))
         return self._beside[key]
@@ -225,6 +230,9 @@ class ComputeModel:
             parts.append(self._rope(query * model.rotary_share))
             parts.append(self._rope(tokens * local_kv_width(model, layout.tp) * model.rotary_share))
         parts += [self._attention(layout), self._heads(layout)]
+        if layout.cp > 1 and self._software.own_context_parallelism:
+            outputs, keys_values = tokens * model.attention_output_width / layout.tp, attended_width(model, layout.tp)
+            parts.append(context_work(layout, self._once, query, tokens * keys_values, outputs))
         parts += [self._residual(hidden), self._residual(hidden)]
         parts.append(self._meeting_gradients(tokens))
         if layout.tp > 1:

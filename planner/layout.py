@@ -129,6 +129,8 @@ class Layout:
         if self.dp > 1:
             shard = f"·hsdp{self.dp_shard}" if self.zero and self.dp_shard < self.dp else ""
             words.append(f"dp{self.dp} zero{self.zero}{shard}")
+        elif self.zero:  # over cp
+            words.append(f"zero{self.zero}")
         if self.ep > 1:
             words.append(f"ep{self.ep}")
         if self.etp > 1:

@@ -45,6 +45,13 @@ def local_kv_width(model: ModelSpec, tp: int) -> int:
     return max(model.kv_width // tp, model.head_dim)
 
 
+def attended_width(model: ModelSpec, tp: int) -> float:
+    """Elements of a token's keys and values as attention takes them, on one tp rank; of a latent those of each head."""
+    if model.latent_attention is not None:
+        return model.heads / tp * (model.head_dim + model.value_head_dim)
+    return 2 * local_kv_width(model, tp)
+
+
 def local_linear_shape(model: ModelSpec, name: str, tp: int) -> tuple[int, int]:
     """(outputs, inputs) of a dense layer's linear on one tp rank.
 

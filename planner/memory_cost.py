@@ -244,7 +244,9 @@ class MemoryModel:
         directions = sum((stage > 0) + (stage < stages - 1) for stage in layout.stages_of(rank))
         buffers = microbatches if self._software.on_torch_pipeline else 2
         beside = self._beside_buffers(layout, rank, microbatches) if self._software.on_torch_pipeline else 0
-        groups = sum(axis > 1 for axis in (layout.tp, layout.cp, layout.pp, layout.dp, layout.ep * layout.etp))
+        groups = sum(
+            axis > 1 for axis in (layout.tp, layout.cp, layout.pp, layout.dp * layout.cp, layout.ep * layout.etp)
+        )
         return MemoryBytes(
             pipeline_buffers=boundary * buffers * directions,
             activations=boundary * beside,

@@ -15,7 +15,7 @@ SCHEMA = "meshwright.record/v1"
 RECORD_FILE = "record.yaml"
 PLAN_FILE = "plan.yaml"
 KERNELS = ("gemm", "attention", "memory")
-PARTS = ("compute", "tp", "ep", "pp_bubble", "dp_exposed", "optimizer", "other")
+PARTS = ("compute", "tp", "cp", "ep", "pp_bubble", "dp_exposed", "optimizer", "other")
 
 
 def perplexity(loss: float) -> float:
@@ -62,7 +62,7 @@ def load_record(folder: Path) -> RunRecord:
         date=reader.text("date"),
         rank=_rank(measured, plan),
         step_seconds=measured.number("step_seconds", above=0),
-        parts={part: parts.number(part, **({"default": 0.0} if part == "ep" else {})) for part in PARTS},
+        parts={part: parts.number(part, **({"default": 0.0} if part in ("cp", "ep") else {})) for part in PARTS},
         kernels={kind: kernels.number(kind, minimum=0) for kind in kernels if kind in KERNELS},
     )
 

@@ -24,7 +24,7 @@ def small_model(model: ModelSpec, before: Layout, layout: Layout, layers: int, m
     that a model is besides its sizes.
     """
     tp = layout.tp
-    heads, kv_heads = _heads(model, before.tp, tp)
+    heads, kv_heads = _heads(model, _ranks_of_heads(before), _ranks_of_heads(layout))
     latent = model.latent_attention
     if latent is not None:
         latent = replace(_LATENT, q_lora_rank=None if latent.q_lora_rank is None else _QUERY_RANK)
@@ -51,12 +51,17 @@ def small_model(model: ModelSpec, before: Layout, layout: Layout, layers: int, m
     )
 
 
-def _heads(model: ModelSpec, tp_before: int, tp: int) -> tuple[int, int]:
-    """(heads, key-value heads), grouped as the model's and shared by ranks of tp as there."""
-    shared = tp_before // model.kv_heads  # ranks to a key-value head
+def _ranks_of_heads(layout: Layout) -> int:
+    """Ranks that heads are cut over."""
+    return layout.tp * (layout.cp if layout.cp_style == "all-to-all" else 1)
+
+
+def _heads(model: ModelSpec, ranks_before: int, ranks: int) -> tuple[int, int]:
+    """(heads, key-value heads), grouped as the model's and shared by ranks as there."""
+    shared = ranks_before // model.kv_heads  # ranks to a key-value head
     if shared > 1:
-        return (tp if model.heads == tp_before else 2 * tp), (tp // 2 if tp % 2 == 0 else 1)
-    kv_heads = tp if model.kv_heads == tp_before else 2 * tp
+        return (ranks if model.heads == ranks_before else 2 * ranks), (ranks // 2 if ranks % 2 == 0 else 1)
+    kv_heads = ranks if model.kv_heads == ranks_before else 2 * ranks
     return (kv_heads if model.heads == model.kv_heads else 2 * kv_heads), kv_heads
 
 

@@ -16,7 +16,7 @@ from .rules import RuleContext, violations
 from .schedule import why_illegal
 from .space import divisors
 
-MOST_RANKS = 8  # processes of one small machine; 8 hold two of each of tp, pp and dp
+MOST_RANKS = 8  # processes of one small machine; 8 hold two of each of three axes
 _SEQUENCE = 16  # tokens
 _MOST_OF_A_MICROBATCH = 2  # sequences
 _ACCUMULATED = 3  # microbatches without a pipeline; with one, twice its ranks, which has a steady state
@@ -70,13 +70,15 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
     """The plan on at most `most_ranks` ranks, of a model of the same form.
 
     Kept are the schedule and its chunks, zero, sequence parallelism, every axis above 1 (as much of pp as fits, then of
-    tp, then of dp), HSDP where 4 ranks of dp fit, which stages have more blocks than others and which none, every
-    recompute mode, experts' axes above 1, and all that the model is besides its sizes. Precision is fp32.
+    tp, of cp and of dp, which is not kept beside all three), HSDP where 4 ranks of dp fit, which stages have more
+    blocks than others and which none, every recompute mode, experts' axes above 1, and all that the model is besides
+    its sizes. Precision is fp32.
     """
     before = plan.layout
     layout = _small_layout(before, most_ranks)
     stages = _stages(plan, layout)
-    sequence = -(-min(plan.job.sequence, _SEQUENCE) // layout.tp) * layout.tp
+    cut = layout.tp if layout.cp == 1 else 2 * layout.cp * layout.tp
+    sequence = -(-min(plan.job.sequence, _SEQUENCE) // cut) * cut
     positions = sequence * (2 if plan.model.max_positions > plan.job.sequence else 1)
     model = small_model(plan.model, before, layout, stages[-1].end, positions)
     job = replace(
@@ -103,29 +105,30 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
 
 
 def _small_layout(before: Layout, most_ranks: int) -> Layout:
-    pp, tp, dp, dp_shard = _degrees(before, most_ranks)
+    pp, tp, cp, dp, dp_shard = _degrees(before, most_ranks)
     etp = tp if before.etp > 1 else 1
     ep = 1
     if before.ep > 1:  # the least, so that the same experts are on several ranks where they were, and their copies
         replicas = dp // dp_shard if before.zero else 1
-        grids = [(n, tp * dp // etp // n) for n in divisors(tp * dp // etp) if n > 1]
+        ranks = tp * cp * dp // etp
+        grids = [(n, ranks // n) for n in divisors(ranks) if n > 1]
         ep = next((n for n, edp in grids if (edp > 1) == (before.edp > 1) and edp % replicas == 0), grids[0][0])
     micro_batch = min(before.micro_batch, _MOST_OF_A_MICROBATCH)
-    return replace(before, pp=pp, tp=tp, dp=dp, dp_shard=dp_shard, ep=ep, etp=etp, micro_batch=micro_batch)
+    return replace(before, pp=pp, tp=tp, cp=cp, dp=dp, dp_shard=dp_shard, ep=ep, etp=etp, micro_batch=micro_batch)
 
 
-def _degrees(layout: Layout, most_ranks: int) -> tuple[int, int, int, int]:
-    """(pp, tp, dp, dp_shard)."""
+def _degrees(layout: Layout, most_ranks: int) -> tuple[int, int, int, int, int]:
+    """(pp, tp, cp, dp, dp_shard)."""
 
     def down(degree: int) -> range:
         return range(min(degree, most_ranks), min(degree, 2) - 1, -1)
 
     hsdp = bool(layout.zero) and layout.dp_shard < layout.dp
-    for replicas, dps in ((2, (_HSDP_RANKS,) if hsdp else ()), (1, down(layout.dp))):
-        for pp, tp, dp in itertools.product(down(layout.pp), down(layout.tp), dps):
-            if pp * tp * dp <= most_ranks:
-                return pp, tp, dp, dp // replicas if layout.zero else 1
-    raise AssertionError(f"no two ranks of each axis in {most_ranks}")
+    for replicas, dps in ((2, (_HSDP_RANKS,) if hsdp else ()), (1, down(layout.dp)), (1, (1,))):
+        for pp, tp, cp, dp in itertools.product(down(layout.pp), down(layout.tp), down(layout.cp), dps):
+            if pp * tp * cp * dp <= most_ranks:
+                return pp, tp, cp, dp, dp // replicas if layout.zero else 1
+    raise AssertionError(f"no two ranks of each of pp, tp and cp in {most_ranks}")
 
 
 def _microbatches(number: int, layout: Layout) -> int:
@@ -189,7 +192,7 @@ def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
     models = (plan.model, small.model)
     has_experts = plan.model.experts is not None
     rows = [
-        ("ranks, pp·tp·dp", *(f"{o.world_size} = {o.pp}·{o.tp}·{o.dp}" for o in (old, new)), RANKS),
+        (f"ranks, pp·tp{'·cp' if old.cp > 1 else ''}·dp", *map(_ranks_text, (old, new)), RANKS),
         ("expert grid, edp·ep·etp", *(f"{o.edp}·{o.ep}·{o.etp}" if has_experts else "" for o in (old, new)), RANKS),
         ("shards of HSDP", *map(_hsdp_text, (old, new)), f"HSDP needs {_HSDP_RANKS} ranks of dp"),
         ("micro batch", old.micro_batch, new.micro_batch, SIZE),
@@ -205,6 +208,11 @@ def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
     for what, before, after, why in rows:
         if str(before) != str(after):
             yield Change(what=what, before=str(before), after=str(after), why=why)
+
+
+def _ranks_text(layout: Layout) -> str:
+    degrees = [layout.pp, layout.tp, *([layout.cp] if layout.cp > 1 else []), layout.dp]
+    return f"{layout.world_size} = {'·'.join(map(str, degrees))}"
 
 
 def _hsdp_text(layout: Layout) -> str:

@@ -46,6 +46,7 @@ def record_report(record: dict[str, Any]) -> RenderableType:
     rows = [
         ("compute + recompute", parts["compute"] + parts["recompute"], found["compute"]),
         ("tp communication", parts["tp"], found["tp"]),
+        ("cp communication", parts["cp"], found.get("cp", 0.0)),
         ("ep communication", parts["ep"], found.get("ep", 0.0)),
         ("pp + bubble", parts["pp"] + parts["bubble"], found["pp_bubble"]),
         ("dp exposed", parts["dp_exposed"], found["dp_exposed"]),

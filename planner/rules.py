@@ -87,8 +87,6 @@ def _context_parallel(layout: Layout, context: RuleContext) -> str | None:
     styles = context.capabilities.cp_styles
     if layout.cp == 1:
         return f"cp_style={layout.cp_style} and cp=1" if layout.cp_style != "none" else None
-    if not styles:
-        return f"cp={layout.cp}: {context.executor} does not train with cp > 1 today"
     if layout.cp_style not in styles:
         return f"cp={layout.cp} with cp_style={layout.cp_style}: {context.executor} runs {' or '.join(styles)}"
     if context.job.sequence % (2 * layout.cp):

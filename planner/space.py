@@ -96,7 +96,7 @@ class _Space:
         """Degrees, micro batch and sequence parallelism, each with the rules of degrees held."""
         world, batch = self._context.world_size, self._job.global_batch
         for tp in self._choices("tp", world):
-            for cp in self._choices("cp", world // tp) if self._able.cp_styles else [1]:
+            for cp in self._choices("cp", world // tp):
                 for pp in self._choices("pp", world // (tp * cp)):
                     dp = world // (tp * cp * pp)
                     if batch % dp or not self._held("dp", dp):

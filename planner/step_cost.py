@@ -238,7 +238,8 @@ class CostModel:
 
     def _part_compute(self, layout: Layout) -> dict[str, ComputeCost]:
         key = (
-            *(layout.tp, layout.cp, layout.sequence_parallel, layout.micro_batch, layout.ep, layout.etp),
+            *(layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
+            *(layout.ep, layout.etp),
             self._logits_again(layout),
         )
         if key not in self._compute_cache:

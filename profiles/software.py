@@ -137,6 +137,11 @@ class Software:
         return self.cross_entropy == "pieces"
 
     @property
+    def own_context_parallelism(self) -> bool:
+        """cp as in runtime/context_parallel.py, of which it is known what it does besides attending and sending."""
+        return self.family == "meshwright"
+
+    @property
     def selective_keeps_matmuls(self) -> bool:
         """Selective recomputation keeps what GEMMs (or half of them) and attention give."""
         return self.selective != "core_attention"

@@ -139,8 +139,8 @@ def skip_vote(runner: StepRunner) -> None:
 
 
 def no_tokens(plan: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of a dp rank's step, all of them token 0."""
-    size = (plan.microbatches * plan.layout.micro_batch, plan.job.sequence)
+    """Inputs and targets of a rank's step, all of them token 0."""
+    size = (plan.microbatches * plan.layout.micro_batch, plan.job.sequence // plan.layout.cp)
     return torch.zeros(size, dtype=torch.int64, device=device), torch.zeros(size, dtype=torch.int64, device=device)
 
 

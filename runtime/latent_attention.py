@@ -8,6 +8,7 @@ from torch import nn
 
 from profiles.model import ModelSpec
 
+from .context_parallel import WHOLE, SequenceShard, causal_attention
 from .local_parameters import LocalParameters
 from .norm import Norm
 from .rotary import constant_tables, rotate
@@ -37,6 +38,7 @@ class LatentAttention(nn.Module):
     wq_b: LocalLinear
     wkv_a: LocalLinear
     wkv_b: LocalLinear
+    shard: SequenceShard = WHOLE
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
@@ -64,7 +66,7 @@ class LatentAttention(nn.Module):
         q_turned, k_turned = self._turned(q_turned), self._turned(k_turned.unsqueeze(1))
         q = torch.cat((q, q_turned), dim=-1)
         k = torch.cat((k, k_turned.expand(-1, k.shape[1], -1, -1)), dim=-1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = causal_attention(q, k, v, self.shard)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def _turned(self, heads: torch.Tensor) -> torch.Tensor:
@@ -72,5 +74,6 @@ class LatentAttention(nn.Module):
         paired = heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         dtype = torch.promote_types(heads.dtype, torch.float32)
         width = self.latent.qk_rope_head_dim
-        tables = constant_tables(heads.shape[2], width, self.rope_theta, self.rope_scaling, heads.device, dtype)
+        spans = self.shard.spans(heads.shape[2])
+        tables = constant_tables(spans, width, self.rope_theta, self.rope_scaling, heads.device, dtype)
         return rotate(paired, *tables)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .local_parameters import local_part
+from .ring_attention import seen_through
 
 
 class LiveBytes(TorchDispatchMode):
@@ -40,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # DTensor unfolds first; its plain ops come back here
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._number_read if args[0].dtype.is_floating_point else int(self._number_read)
-        output = func(*args, **(kwargs or {}))
+        output = (seen_through(self, func) or func)(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
                 self._see(leaf.untyped_storage())

@@ -1,4 +1,4 @@
-"""Where a step's seconds went on each rank: compute and its kernels, tp, dp, pipeline bubble, optimizer."""
+"""Where a step's seconds went on each rank: compute and its kernels, tp, cp, dp, pipeline bubble, optimizer."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from planner.record import KERNELS, PARTS
 
 from .clock import Clock
 from .mesh import AXES, RankMesh
+from .ring_attention import WAIT, seen_through
 
 WARM_UP_STEPS = 2  # first steps allocate and fill torch's caches of sharding rules
 LONG_RUN_STEPS = 8  # from here on steps 4 to 6 are watched; a shorter run watches its last step
 _WATCHED_STEPS = (4, 5, 6)
 WATCH_EVERY = 100  # besides, so that a rank that becomes slow later is seen
+_SPANS = {"FSDP::": "dp", WAIT: "cp"}  # how the names of spans that are booked whole begin, and on which axis
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_grouped_mm"}
 
 
 class OperationTimer(TorchDispatchMode):
     """Times each collective on its own, from issue to end, and books it on the mesh axis of its group; and each
     kernel, booked as gemm, attention or memory (all others). All that FSDP2 does is dp's: its packing and its Python
-    with its collectives, as the profiler measures them. It marks what it does for torch's profiler.
+    with its collectives, as the profiler measures them. It marks what it does for torch's profiler, and so does the
+    ring where it waits for a message, which is what cp's costs.
 
     To wait for each collective takes away overlap, so steps under this mode are not counted as step time. Sends
     and receives are let through: to wait for one before its partner is posted would deadlock.
@@ -43,8 +46,10 @@ class OperationTimer(TorchDispatchMode):
         self.axis_of_group: dict[str, str] = {
             group.group_name: booked for axis, booked in axes.items() for group in mesh.groups(axis)
         }
+        if mesh.context_group is not None:
+            self.axis_of_group[mesh.context_group.group_name] = "cp"
         self.counts: dict[str, int] = {}
-        self._marks: list[bool] = []  # of the spans that are open: whether each is FSDP2's
+        self._marks: list[str | None] = []  # of the spans that are open: the axis that each is booked on
         self._entered: Any = None
 
     @classmethod
@@ -58,6 +63,8 @@ class OperationTimer(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "profiler":
             return self._mark(func, args, kwargs)
+        if (ring := seen_through(self, func)) is not None:
+            return ring(*args)
         axis = self._axis(func, args, kwargs)
         if axis is None and (func.namespace != "aten" or func.is_view):
             return func(*args, **kwargs)
@@ -78,16 +85,17 @@ class OperationTimer(TorchDispatchMode):
         return output
 
     def _mark(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """A span of torch's profiler begins or ends; the outermost of FSDP2's are booked whole."""
+        """A span of torch's profiler begins or ends; the outermost of _SPANS are booked whole."""
         inside = any(self._marks)
         if func.__name__.startswith("_record_function_enter"):
-            self._marks.append(str(args[0]).startswith("FSDP::"))
+            name = str(args[0])
+            self._marks.append(next((axis for start, axis in _SPANS.items() if name.startswith(start)), None))
             if any(self._marks) and not inside:
                 self._entered = self.clock.point()
         elif self._marks:
-            self._marks.pop()
+            axis = self._marks.pop()
             if inside and not any(self._marks):
-                self.clock.add("communication_dp", self._entered)
+                self.clock.add(f"communication_{axis}", self._entered)
         return func(*args, **kwargs)
 
     def _axis(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
@@ -130,7 +138,7 @@ class StepMeter:
     unwatched: range = range(0)
     _tables: dict[int, dict[str, float]] = field(default_factory=dict)
     _seconds: dict[int, float] = field(default_factory=dict)
-    _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "dp": [], "ep": []})
+    _communication: dict[str, list[float]] = field(default_factory=lambda: {"tp": [], "cp": [], "dp": [], "ep": []})
     _kernels: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KERNELS})
 
     def watched(self, step: int) -> bool:
@@ -180,10 +188,10 @@ class StepMeter:
     def table(self, step: int) -> dict[str, float]:
         """Seconds of each part of `step`; they sum to its seconds.
 
-        tp, ep and dp_exposed are medians over the watched steps and are taken out of compute.
+        tp, cp, ep and dp_exposed are medians over the watched steps and are taken out of compute.
         """
         parts = dict(self._tables[step])
-        for part, axis in (("tp", "tp"), ("ep", "ep"), ("dp_exposed", "dp")):
+        for part, axis in (("tp", "tp"), ("cp", "cp"), ("ep", "ep"), ("dp_exposed", "dp")):
             seconds = statistics.median(self._communication[axis]) if self._communication[axis] else 0.0
             seconds = min(seconds, parts["compute"])
             parts[part] += seconds

@@ -1,4 +1,4 @@
-"""The order of parallelisation, on one screen: tensor, experts, recomputation, compilation, data parallel."""
+"""The order of parallelisation, on one screen: tensor, context, experts, recomputation, compilation, data parallel."""
 
 from __future__ import annotations
 
@@ -15,25 +15,31 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from planner.layout import Layout
 from planner.plan import Plan, Stage
 
 from .compilation import Compilation, compile_chunk
-from .experts import Experts
+from .context_parallel import SequenceShard
+from .experts import Experts, Router
 from .hf_weights import load_weights
+from .latent_attention import LatentAttention
 from .local_parameters import local_part
 from .loss import LossWay
 from .mesh import RankMesh
 from .parameters import clear_buffers, initialise
+from .ring_attention import RING
 from .tensor_parallel import apply_tensor_parallel
-from .transformer import Chunk, build_chunk
+from .transformer import Attention, Chunk, LearnedPositions, build_chunk
 
-# What selective recomputation keeps: outputs of products and of attention, and of the sums over tp, so that nothing
-# is sent twice. Everything else is computed again. Attention goes by its name, one a backend.
+# What selective recomputation keeps: outputs of products and of attention, the ring's as a whole, and of the sums over
+# tp, so that of all these nothing is sent twice. Everything else is computed again, the exchange of heads over cp with
+# it. Attention goes by its name, one a backend.
 _KEPT_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    RING,
 }
 _KEPT_NAMES = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
 
@@ -88,11 +94,13 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     choose_loss(chunk, plan)
     if layout.tp > 1:
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
+    if layout.cp > 1:
+        apply_context_parallel(chunk, layout, mesh)
     apply_expert_parallel(chunk, mesh)
     apply_recompute(chunk, stage)
     if compilation is not None:
         compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
-    if layout.dp > 1 or plan.job.precision == "bf16" or (mesh.expert_mesh is not None and layout.edp > 1):
+    if layout.dp * layout.cp > 1 or plan.job.precision == "bf16" or (mesh.expert_mesh is not None and layout.edp > 1):
         apply_data_parallel(chunk, mesh, zero=layout.zero, precision=plan.job.precision)
 
 
@@ -104,6 +112,16 @@ def choose_loss(chunk: Chunk, plan: Plan) -> None:
             logits_again=plan.layout.logits_again(plan.microbatches),
             backward_twice=plan.layout.splits_backward,
         )
+
+
+def apply_context_parallel(chunk: Chunk, layout: Layout, mesh: RankMesh) -> None:
+    """Tell the modules to which a token's place in its sequence matters what this rank holds of it."""
+    shard = SequenceShard(mesh.coordinate.cp, layout.cp, layout.cp_style, mesh.context_group)
+    for module in chunk.modules():
+        if isinstance(module, Attention | LatentAttention | LearnedPositions):
+            module.shard = shard
+        elif isinstance(module, Router):
+            module.sequence_group = mesh.sequence_group or mesh.context_group
 
 
 def apply_expert_parallel(chunk: Chunk, mesh: RankMesh) -> None:

@@ -39,9 +39,9 @@ class StepRunner(Protocol):
     clock: Clock
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Forward and backward of this dp rank's samples [microbatches · micro_batch, sequence].
+        """Forward and backward of this rank's samples [microbatches · micro_batch, sequence / cp].
 
-        Gradients end up summed over microbatches and dp. Returns this rank's share of the step's loss in nats, a
+        Gradients end up summed over microbatches, dp and cp. Returns this rank's share of the step's loss in nats, a
         float64 scalar on the device; the shares of all ranks add up to it.
         """
         ...
@@ -225,7 +225,7 @@ def _boundaries(plan: Plan, place: int, dtype: torch.dtype) -> tuple[torch.Tenso
     Given to torch so that it need not run a microbatch to find out. Hidden states are marked as requiring
     gradients, without which no gradient is sent back; under sequence parallelism they are sequence shards.
     """
-    layout, model, sequence = plan.layout, plan.model, plan.job.sequence
+    layout, model, sequence = plan.layout, plan.model, plan.job.sequence // plan.layout.cp
     local_sequence = sequence // layout.tp if layout.sequence_parallel else sequence
     size = (layout.micro_batch, local_sequence, model.hidden_size)
     hidden = torch.empty(size, dtype=dtype, device="meta", requires_grad=True)

@@ -29,20 +29,21 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 @lru_cache(maxsize=8)
 def rotary_tables(
-    sequence: int,
+    spans: tuple[tuple[int, int], ...],
     head_dim: int,
     theta: float,
     scaling: RopeScaling | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Cosine and sine of positions 0 to sequence - 1, of shape [2, sequence, head_dim].
+    """Cosine and sine of the positions of `spans`, each [start, end), of shape [2, positions, head_dim].
 
     The sine of the first half is negative: what is added to the first element of a pair is minus the second's.
     Cached with every input in the key: the blocks of a stage and its microbatches share one pair.
     """
     frequencies = inverse_frequencies(head_dim, theta, scaling)
-    angles = torch.outer(torch.arange(sequence, dtype=torch.float64), frequencies)
+    positions = torch.cat([torch.arange(start, end, dtype=torch.float64) for start, end in spans])
+    angles = torch.outer(positions, frequencies)
     cosine, sine = angles.cos(), angles.sin()
     tables = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
     return torch.stack(tables).to(device, dtype)

@@ -124,7 +124,7 @@ def training_step(
     watch: AbstractContextManager[Any] | None = None,
     wishes: Sequence[bool] = (),
 ) -> StepResult:
-    """One step on this dp rank's samples [microbatches · micro_batch, sequence]; every rank must call it.
+    """One step on this rank's samples [microbatches · micro_batch, sequence / cp]; every rank must call it.
 
     Where the gradient norm is above `norm_limit` nothing is updated. `watch` is entered around forward, backward and
     what completes the gradients. `wishes` of this rank, as many on each, are summed with loss and norm, so that all

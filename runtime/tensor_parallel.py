@@ -127,7 +127,7 @@ class _Whole(ParallelStyle):
         if self.partial:
             module.grad_placements = [Partial()]
         if self.sequence_parallel and isinstance(module, LearnedPositions):
-            module.sequence_shard = (device_mesh.get_local_rank(), device_mesh.size())
+            module.slice_of_shard = (device_mesh.get_local_rank(), device_mesh.size())
         if self.sequence_parallel and isinstance(module, Router):
             module.sequence_group = device_mesh.get_group()
         return module

@@ -25,6 +25,7 @@ from . import checkpoint, flight_recorder, not_finite
 from .checkpoint_folder import StateText, latest
 from .checkpoint_writer import CheckpointWriter, Written
 from .compilation import choose_compilation
+from .context_parallel import inputs_and_targets
 from .data.data_options import DataOptions
 from .data.kept_order import check_order, keep_order
 from .data.open_tokens import open_tokens
@@ -171,7 +172,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 schedule=options.schedule,
             )
             window.before(step, options.steps)
-            samples = _inputs_and_targets(batch, state)
+            samples = _own_tensors(batch, plan, state)
             here.note(step, "forward, backward and update")
             result = training_step(
                 state,
@@ -276,10 +277,10 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _inputs_and_targets(ids: Any, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
-    """[samples, sequence] each, of ids [samples, sequence + 1]."""
-    own = torch.from_numpy(ids)
-    return own[:, :-1].contiguous().to(state.device), own[:, 1:].contiguous().to(state.device)
+def _own_tensors(ids: Any, plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets [samples, sequence / cp] of this cp rank, of ids [samples, sequence + 1]."""
+    inputs, targets = inputs_and_targets(torch.from_numpy(ids), plan.layout, state.mesh.coordinate.cp)
+    return inputs.to(state.device), targets.to(state.device)
 
 
 def _validate(plan: Plan, options: TrainOptions, tokens: TokenSource, state: TrainState) -> float:
@@ -288,7 +289,7 @@ def _validate(plan: Plan, options: TrainOptions, tokens: TokenSource, state: Tra
     rows = own_rows(samples, plan.layout, state.mesh.coordinate.dp)
     total = torch.zeros((), dtype=torch.float64, device=state.device)
     for index in range(options.validation_batches):
-        total += state.runner.evaluate(*_inputs_and_targets(tokens.validation_batch(index, samples, rows), state))
+        total += state.runner.evaluate(*_own_tensors(tokens.validation_batch(index, samples, rows), plan, state))
     return sum_over_ranks(total / options.validation_batches)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from planner.plan import Stage
 from profiles.model import ModelSpec
 
+from .context_parallel import WHOLE, SequenceShard, causal_attention, pick
 from .experts import Experts, Router
 from .latent_attention import LatentAttention
 from .local_parameters import LocalParameters
@@ -18,18 +19,22 @@ from .rotary import constant_tables, rotate
 
 
 class LearnedPositions(LocalParameters):
-    """One vector per position. `sequence_shard` is (rank, ranks) when each rank holds a slice of the sequence."""
+    """One vector per position. `shard` is this rank's part of the sequence, `slice_of_shard` which of how many slices
+    of that it holds when tp cuts the sequence too."""
 
-    sequence_shard: tuple[int, int] = (0, 1)
+    shard: SequenceShard = WHOLE
+    slice_of_shard: tuple[int, int] = (0, 1)
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(model.max_positions, model.hidden_size))
 
-    def forward(self, sequence: int) -> torch.Tensor:
-        rank, ranks = self.sequence_shard
-        length = sequence // ranks
-        return self.plain(self.weight)[rank * length : (rank + 1) * length]
+    def forward(self, tokens: int) -> torch.Tensor:
+        """Vectors of the `tokens` positions that the cp rank holds, or of its slice of them."""
+        rank, ranks = self.slice_of_shard
+        length = tokens // ranks
+        positions = pick(self.plain(self.weight), self.shard.spans(tokens), 0)
+        return positions[rank * length : (rank + 1) * length]
 
 
 class TokenTable(LocalParameters):
@@ -73,6 +78,7 @@ class Attention(nn.Module):
     wk: nn.Linear
     wv: nn.Linear
     wo: nn.Linear
+    shard: SequenceShard = WHOLE
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
@@ -91,11 +97,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rope:
             dtype = torch.promote_types(q.dtype, torch.float32)
-            cosine, sine = constant_tables(
-                q.shape[2], self.head_dim, self.rope_theta, self.rope_scaling, q.device, dtype
-            )
+            spans = self.shard.spans(q.shape[2])
+            cosine, sine = constant_tables(spans, self.head_dim, self.rope_theta, self.rope_scaling, q.device, dtype)
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        mixed = causal_attention(q, k, v, self.shard)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:

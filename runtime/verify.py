@@ -17,6 +17,7 @@ import torch.distributed as dist
 from planner.plan import Plan
 
 from . import loss
+from .context_parallel import inputs_and_targets
 from .data.token_source import own_rows
 from .experts import Balance
 from .launch import start_ranks
@@ -143,8 +144,9 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
 
 
 def _step(plan: Plan, options: TrainOptions, state: TrainState, batch: torch.Tensor) -> StepResult:
-    own = batch[own_rows(len(batch), plan.layout, state.mesh.coordinate.dp)]
-    inputs, targets = own[:, :-1].contiguous(), own[:, 1:].contiguous()
+    here = state.mesh.coordinate
+    own = batch[own_rows(len(batch), plan.layout, here.dp)]
+    inputs, targets = inputs_and_targets(own, plan.layout, here.cp)
     return training_step(state, inputs, targets, learning_rate=options.learning_rate, clip_norm=None)
 
 

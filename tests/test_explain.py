@@ -78,7 +78,7 @@ def test_each_runner_up_is_the_best_layout_that_differs_there() -> None:
         others = [c for layout, c in best.items() if c and vars(layout)[axis] != vars(PLAN.layout)[axis]]
         assert rival.step_seconds == pytest.approx(min(c.step_seconds for c in others), rel=1e-6)
         checked += 1
-    assert checked == 5  # tp, pp, dp, zero, micro_batch
+    assert checked == 6  # tp, cp, pp, dp, zero, micro_batch
 
 
 def test_the_runner_up_in_recomputation() -> None:
@@ -231,12 +231,14 @@ links   network carries the most exposed seconds: 1.19 ms, 15.1% of the step (dp
 bubble  none
 
 the best otherwise, and why it loses
-if                           step  slower by  layout                        because of
-recompute everywhere      8.06 ms      2.16%  tp2·sp dp2 zero3 mb4          +0.113 ms tp, +0.0579 ms recompute
-tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 looped-bfs  +3.25 ms bubble, +0.889 ms recompute, −2.61
-                                                                            ms compute, −1.07 ms dp exposed
-dp ≠ 2, micro_batch ≠ 4   8.75 ms     10.99%  tp2·sp pp2 mb8 looped-bfs     +3.68 ms bubble, +0.364 ms pp, −1.93 ms
-                                                                            compute, −1.19 ms dp exposed
+if                           step  slower by  layout                          because of
+recompute everywhere      8.06 ms      2.16%  tp2·sp dp2 zero3 mb4            +0.113 ms tp, +0.0579 ms recompute
+tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 looped-bfs    +3.25 ms bubble, +0.889 ms recompute,
+                                                                              −2.61 ms compute, −1.07 ms dp exposed
+dp ≠ 2, micro_batch ≠ 4   8.75 ms     10.99%  tp2·sp pp2 mb8 looped-bfs       +3.68 ms bubble, +0.364 ms pp, −1.93 ms
+                                                                              compute, −1.19 ms dp exposed
+cp ≠ 1                    9.11 ms     15.52%  cp2·ring pp2·v2 mb4 looped-bfs  +1.4 ms bubble, +0.987 ms pp, −1.07 ms dp
+                                                                              exposed, −0.518 ms tp
 
 what would help, solved anew
 change             s…  more tok…  layout then

@@ -46,8 +46,11 @@ def test_whatever_is_legal_becomes_small_and_stays_legal(data: st.DataObject) ->
     zero = draw(st.integers(0, 3))
     tp = draw(st.sampled_from([1, 2, 3, 4, 5, 6, 8, 12]))
     micro_batch = draw(st.integers(1, 4))
+    cp = draw(st.sampled_from([1, 1, 2, 3, 4, 12]))
     layout = Layout(
         tp=tp,
+        cp=cp,
+        cp_style=draw(st.sampled_from(["ring", "all-to-all"])) if cp > 1 else "none",
         pp=pp,
         dp=dp,
         dp_shard=draw(st.sampled_from([n for n in range(1, dp + 1) if dp % n == 0])) if zero else 1,
@@ -89,10 +92,11 @@ def test_whatever_is_legal_becomes_small_and_stays_legal(data: st.DataObject) ->
     document["prediction"]["memory_bytes"] = document["prediction"]["memory_bytes"][: small.layout.pp]
     assert Plan.from_dict(Reader(document, source="reduced")).stages == small.stages
     assert small.layout.world_size <= MOST_RANKS
-    for axis in ("tp", "pp", "dp"):
-        assert (getattr(small.layout, axis) > 1) == (getattr(layout, axis) > 1)
+    for axis in ("tp", "cp", "pp", "dp"):
+        full_house = axis == "dp" and min(layout.tp, layout.cp, layout.pp) > 1
+        assert (getattr(small.layout, axis) > 1) == (getattr(layout, axis) > 1 and not full_house)
         assert getattr(small.layout, axis) <= getattr(layout, axis)
-    kept = ("schedule", "virtual_stages", "zero", "sequence_parallel", "cp", "ep", "etp")
+    kept = ("schedule", "virtual_stages", "zero", "sequence_parallel", "cp_style", "ep", "etp")
     assert all(getattr(small.layout, key) == getattr(layout, key) for key in kept)
     assert [any(column) for column in zip(*blocks(small), strict=True)] == [
         any(column) for column in zip(*blocks(plan), strict=True)
@@ -135,10 +139,20 @@ def test_a_plan_for_a_thousand_gpus() -> None:
         ({"tp": 4, "pp": 16, "dp": 2}, "tp2 pp2 dp2 zero0 mb1 1f1b"),
         ({"dp": 64, "dp_shard": 8, "zero": 3}, "dp4 zero3·hsdp2 mb1"),
         ({"pp": 4, "dp": 64, "dp_shard": 8, "zero": 1}, "pp2 dp4 zero1·hsdp2 mb1 1f1b"),
+        ({"cp": 16, "cp_style": "ring", "dp": 4, "dp_shard": 4, "zero": 3}, "cp4·ring dp2 zero3 mb1"),
+        ({"tp": 8, "cp": 4, "cp_style": "all-to-all", "pp": 4, "dp": 4}, "tp2 cp2·all-to-all pp2 mb1 1f1b"),
     ],
 )
-def test_dp_gives_way_first_then_tp(degrees: dict[str, Any], expected: str) -> None:
+def test_dp_gives_way_first_then_cp_then_tp(degrees: dict[str, Any], expected: str) -> None:
     assert reduced(GPT3, **degrees).plan.layout.short() == expected
+
+
+def test_what_is_said_of_cp() -> None:
+    found = reduced(GPT3, tp=8, cp=4, cp_style="all-to-all", pp=4, dp=4)
+    rows = {change.what: (change.before, change.after) for change in found.changes}
+    assert rows["ranks, pp·tp·cp·dp"] == ("512 = 4·8·4·4", "8 = 2·2·2·1")
+    model = found.plan.model
+    assert (model.heads, model.kv_heads, found.plan.job.sequence) == (8, 8, 16)
 
 
 def test_a_vocabulary_that_tp_does_not_divide_stays_so() -> None:

@@ -30,7 +30,7 @@ RULED_OUT: list[tuple[Layout, RuleContext, str]] = [
         context(),
         "tp·cp·pp·dp = 2·1·2·1 = 4 and 8 devices: a layout uses every device once",
     ),
-    (Layout(cp=2, dp=4), context(), "cp=2: the meshwright runtime does not train with cp > 1 today"),
+    (Layout(cp=2, dp=4), context(), "cp=2 with cp_style=none: the meshwright runtime runs ring or all-to-all"),
     (Layout(dp=8, ep=4), context(), "ep=4: tiny-llama has no experts"),
     (Layout(dp=8, etp=2), context(), "etp=2: tiny-llama has no experts"),
     (

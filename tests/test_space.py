@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.capabilities import CAPABILITIES
-from planner.layout import SCHEDULES, Layout
+from planner.layout import CP_STYLES, SCHEDULES, Layout
 from planner.rules import RuleContext, violations
 from planner.space import divisors, enumerate_layouts, layout_groups
 from profiles.experts_spec import Experts
@@ -25,14 +25,17 @@ def naive(where: RuleContext) -> set[Layout]:
     world, batch = where.world_size, where.job.global_batch
     numbers = range(1, world + 1)
     found = set()
-    for tp, cp, pp, dp in product(numbers, (1, 2), numbers, numbers):
+    for tp, cp, pp, dp in product(numbers, repeat=4):
         if tp * cp * pp * dp != world:
             continue
         for dp_shard, zero, micro_batch, schedule in product({1, dp}, range(5), range(1, batch + 2), SCHEDULES):
-            for sequence_parallel, virtual_stages in product((False, True), range(1, 5)):
+            if zero and dp_shard < dp and cp > 1:
+                continue  # HSDP over cp alone
+            for style, sequence_parallel, virtual_stages in product(CP_STYLES, (False, True), range(1, 5)):
                 layout = Layout(
                     tp=tp,
                     cp=cp,
+                    cp_style=style,
                     pp=pp,
                     dp=dp,
                     dp_shard=dp_shard,
@@ -125,7 +128,8 @@ def test_the_space_of_every_target_is_what_trying_every_number_leaves(
         assert used[1] == set(CAPABILITIES[target].schedules)
         assert max(used[0]) == 3
         axes = {key: {vars(layout)[key] for layout in layouts} for key in ("cp", "ep", "etp")}
-        assert (max(axes["cp"]) > 1) == (target != "meshwright")
+        assert max(axes["cp"]) > 1
+        assert {layout.cp_style for layout in layouts} == {"none", *CAPABILITIES[target].cp_styles}
         assert (max(axes["ep"]), max(axes["etp"])) == ((4, 2) if experts else (1, 1))
         hsdp = {(layout.dp, layout.dp_shard) for layout in layouts if layout.zero and layout.dp_shard < layout.dp}
         assert (hsdp == set()) == (nodes == 1)

@@ -42,6 +42,20 @@ def own_samples(plan: Plan, tokens: torch.Tensor, dp_rank: int) -> torch.Tensor:
     return tokens.view(plan.microbatches, layout.dp, layout.micro_batch, -1)[:, dp_rank].flatten(0, 1)
 
 
+def own_tokens(plan: Plan, tokens: torch.Tensor, dp_rank: int, cp_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of a rank: of its samples the piece that is its cp rank's, or under the ring the two pieces of
+    2·cp that are as far from the front as from the end."""
+    own, cp = own_samples(plan, tokens, dp_rank), plan.layout.cp
+    if plan.layout.cp_style == "ring":
+        inputs, targets = (
+            torch.cat([ids.chunk(2 * cp, dim=1)[chunk] for chunk in (cp_rank, 2 * cp - 1 - cp_rank)], dim=1)
+            for ids in (own[:, :-1], own[:, 1:])
+        )
+    else:
+        inputs, targets = (ids.chunk(cp, dim=1)[cp_rank] for ids in (own[:, :-1], own[:, 1:]))
+    return inputs.contiguous(), targets.contiguous()
+
+
 def run_plan(
     plan: Plan,
     steps: int,
@@ -69,8 +83,8 @@ def run_plan(
     if clip_norm is not None:
         state.optimizer.register_step_pre_hook(read_clipped_norm)
     for step in range(steps):
-        tokens = own_samples(plan, tokens_of(plan, step), state.mesh.coordinate.dp)
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        here = state.mesh.coordinate
+        inputs, targets = own_tokens(plan, tokens_of(plan, step), here.dp, here.cp)
         result = training_step(state, inputs, targets, learning_rate=LEARNING_RATE, clip_norm=clip_norm)
         losses.append(result.loss)
         norms.append(result.grad_norm)

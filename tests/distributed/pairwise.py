@@ -30,10 +30,13 @@ PIPELINES = (
     ("zbv", 2),
     ("dualpipev", 2),
 )
+# Style and degree of context parallelism.
+CONTEXTS = (("none", 1), ("ring", 2), ("all-to-all", 2))
 FACTORS: dict[str, tuple[object, ...]] = {
     "model": tuple(MODELS),
     "tp": (1, 2),
     "sequence_parallel": (False, True),
+    "context": CONTEXTS,
     "pipeline": PIPELINES,
     "pp": (1, 2, 3),
     "dp": (1, 2, 4),
@@ -62,11 +65,14 @@ class Setting:
     def layout(self) -> Layout:
         """The layout, which need not be legal."""
         number = {name: int(str(self[name])) for name in ("tp", "pp", "dp", "zero", "micro_batch", "shard_groups")}
-        pipeline = self["pipeline"]
+        pipeline, context = self["pipeline"], self["context"]
         assert isinstance(pipeline, tuple)
+        assert isinstance(context, tuple)
         return Layout(
             tp=number["tp"],
             sequence_parallel=bool(self["sequence_parallel"]),
+            cp_style=context[0],
+            cp=context[1],
             pp=number["pp"],
             schedule=pipeline[0] or "1f1b",
             virtual_stages=pipeline[1],

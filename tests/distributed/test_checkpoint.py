@@ -23,14 +23,14 @@ from runtime.parallelize import build_chunks
 from runtime.parameters import named_parameters
 from runtime.pipeline import build_runner
 from tests.distributed.harness import RankError, run_ranks
-from tests.distributed.layout_runs import own_samples, tokens_of
+from tests.distributed.layout_runs import own_tokens, tokens_of
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
 
 Values = dict[str, torch.Tensor]
 
 
 def plan_of(model: ModelSpec, **layout: Any) -> Plan:
-    sharded = {"dp_shard": layout["dp"]} if layout.get("zero") else {}
+    sharded = {"dp_shard": layout.get("dp", 1)} if layout.get("zero") else {}
     return make_plan(
         model, Layout(micro_batch=2, **layout, **sharded), TrainingJob(global_batch=8, sequence=16, precision="fp32")
     )
@@ -50,8 +50,7 @@ def train_and_save(plan: Plan, run_dir: Path) -> Values:
     chunks = build_chunks(plan, mesh, torch.device("cpu"), dtype=torch.float32, seed=0)
     optimizer = build_optimizer(chunks, weight_decay=0.1)
     runner = build_runner(plan, chunks, mesh, torch.device("cpu"), torch.float32)
-    tokens = own_samples(plan, tokens_of(plan, 0), mesh.coordinate.dp)
-    runner.step(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    runner.step(*own_tokens(plan, tokens_of(plan, 0), mesh.coordinate.dp, mesh.coordinate.cp))
     complete_gradients(chunks, mesh)
     set_learning_rate(optimizer, 1e-2)
     optimizer.step()
@@ -77,8 +76,9 @@ def merged(ranks: list[Values]) -> Values:
         (plan_of(tiny_llama(), tp=2, dp=2, zero=1), plan_of(tiny_llama(), pp=2)),
         (plan_of(tiny_gpt2(), dp=2), plan_of(tiny_gpt2(), tp=2, pp=2)),
         (plan_of(tiny_gpt2(), pp=2), plan_of(tiny_gpt2())),
+        (plan_of(tiny_gpt2(), cp=2, cp_style="ring", zero=3), plan_of(tiny_gpt2(), pp=2)),
     ],
-    ids=["pp2 to dp2 zero3", "tp2 dp2 zero1 to pp2", "tied dp2 to tp2 pp2", "tied pp2 to one rank"],
+    ids=["pp2 to dp2 zero3", "tp2 dp2 zero1 to pp2", "tied dp2 to tp2 pp2", "tied pp2 to one rank", "cp2 zero3 to pp2"],
 )
 def test_a_checkpoint_loads_under_another_layout(writer: Plan, reader: Plan, tmp_path: Path) -> None:
     written = merged(run_ranks(train_and_save, writer.layout.world_size, writer, tmp_path))

@@ -23,7 +23,7 @@ MODELS = {model.name: model for model in (tiny_experts(), tiny_shared_experts(),
 
 def plan_of(model: str, recompute: Any = None, selective: Any = None, **layout: Any) -> Plan:
     if layout.get("zero"):
-        layout.setdefault("dp_shard", layout["dp"])
+        layout.setdefault("dp_shard", layout.get("dp", 1))
     if layout.get("dp", 1) < 4 and layout.get("schedule") != "dualpipev":
         layout.setdefault("micro_batch", 2)
     return make_plan(MODELS[model], Layout(**layout), JOB, None, recompute, selective)
@@ -63,6 +63,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("tiny-latent", SP | {"ep": 2}),
     ("tiny-latent", SP | {"etp": 2, "dp": 2, "zero": 1, "recompute": (4,)}),
     ("tiny-latent", {"pp": 2, "dp": 2, "ep": 2, "zero": 1}),
+    ("tiny-shared", {"cp": 2, "cp_style": "ring", "ep": 2}),
+    ("tiny-experts", SP | {"cp": 2, "cp_style": "ring", "ep": 4, "zero": 1}),
+    ("tiny-latent", {"cp": 2, "cp_style": "ring", "ep": 2, "zero": 3}),
+    ("tiny-shared", SP | {"cp": 2, "cp_style": "all-to-all", "etp": 2, "ep": 2, "zero": 2}),
+    ("tiny-latent", {"cp": 2, "cp_style": "all-to-all", "pp": 2, "recompute": (2, 2)}),
+    ("tiny-shared", {"cp": 2, "cp_style": "ring", "dp": 4, "dp_shard": 2, "ep": 4, "zero": 3}),
 ]
 
 

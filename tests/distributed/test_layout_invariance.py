@@ -68,6 +68,8 @@ CASES = {
     "pp2 zbv, head alone": llama(pp=2, schedule="zbv", virtual_stages=2, cuts=(1, 3, 4)),
     "dp3 zero1, uneven shards": llama(dp=3, zero=1),
     "dp4 zero2": llama(dp=4, zero=2, micro_batch=1),
+    "cp4 ring zero3": llama(cp=4, cp_style="ring", zero=3, micro_batch=6),
+    "gpt2 cp4 all-to-all zero2": gpt2(cp=4, cp_style="all-to-all", zero=2, micro_batch=6),
     "gpt2 tp2 sp pp2": gpt2(tp=2, pp=2, sequence_parallel=True, micro_batch=6),
 }
 GENERATED = {str(setting): setting for setting in pairwise_settings()}

@@ -38,7 +38,16 @@ def test_a_pipelined_step() -> None:
     table = measured.table(8)
     assert list(table) == list(PARTS)
     assert table == pytest.approx(
-        {"compute": 2.5, "tp": 0.4, "ep": 0.0, "pp_bubble": 1.7, "dp_exposed": 0.6, "optimizer": 0.3, "other": 0.58}
+        {
+            "compute": 2.5,
+            "tp": 0.4,
+            "cp": 0.0,
+            "ep": 0.0,
+            "pp_bubble": 1.7,
+            "dp_exposed": 0.6,
+            "optimizer": 0.3,
+            "other": 0.58,
+        }
     )
     assert sum(table.values()) == pytest.approx(measured.seconds(8)) == pytest.approx(6.08)
 
@@ -51,7 +60,16 @@ def test_without_a_pipeline_there_is_no_bubble() -> None:
     # A short run watches its last step. What is booked never exceeds what was there to take it from.
     assert [step for step in range(1, 5) if measured.watched(step)] == [4]
     assert measured.table(measured.median_step()) == pytest.approx(
-        {"compute": 0.0, "tp": 0.0, "ep": 0.0, "pp_bubble": 0.0, "dp_exposed": 3.1, "optimizer": 0.5, "other": 0.4}
+        {
+            "compute": 0.0,
+            "tp": 0.0,
+            "cp": 0.0,
+            "ep": 0.0,
+            "pp_bubble": 0.0,
+            "dp_exposed": 3.1,
+            "optimizer": 0.5,
+            "other": 0.4,
+        }
     )
 
 
@@ -79,6 +97,7 @@ class NoMesh:
 
     group_name = "a group"
     expert_mesh = None
+    context_group = None
 
     def groups(self, _axis: str) -> list[NoMesh]:
         return [self]

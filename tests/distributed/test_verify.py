@@ -41,6 +41,7 @@ PLANS = {
     ),
     "experts": big(tiny_shared_experts(layers=6), dp=2, dp_shard=2, zero=1, ep=2),
     "zbv, zero 1": big(GPT2, pp=2, schedule="zbv", virtual_stages=2, dp=2, dp_shard=2, zero=1),
+    "cp, zero 3": big(GPT2, cp=2, cp_style="ring", zero=3, recompute=[6]),
 }
 
 

@@ -150,7 +150,8 @@ def test_pins_and_bans_are_kept_and_never_make_it_better(data: st.DataObject) ->
     layout = data.draw(st.sampled_from(list(tried)))
     values = vars(layout) | {"recompute": data.draw(st.sampled_from(("none", "full")))}
     keys = ("tp", "pp", "dp", "sequence_parallel", "zero", "micro_batch", "schedule", "recompute")
-    pins = {key: values[key] for key in data.draw(st.lists(st.sampled_from(keys), unique=True, max_size=3))}
+    more = {key: values[key] for key in data.draw(st.lists(st.sampled_from(keys), unique=True, max_size=3))}
+    pins = job.pins | more
     bans = tuple(data.draw(st.lists(st.sampled_from(("tp", "pp", "dp", "zero", "recompute")), unique=True, max_size=1)))
     pinned = with_limit(replace(free, job=replace(job, pins=pins, bans=bans)), limit)
     if "recompute" in bans and pins.get("recompute") == "full":

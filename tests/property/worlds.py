@@ -144,7 +144,7 @@ def actions(question: Question) -> int:
 def questions(draw: st.DrawFn, target: str = "meshwright", most_actions: int = MOST_ACTIONS) -> Question:
     """A question without a memory limit that brute force answers in about a third of a second.
 
-    What is too large gets fewer layers, a smaller batch or, for the targets with more to choose, pins.
+    What is too large gets pins, fewer layers and a smaller batch.
     """
     devices = draw(st.sampled_from((1, 2, 3, 4, 6, 8)))
     nodes = draw(st.sampled_from((1, 2))) if devices % 2 == 0 else 1
@@ -166,7 +166,7 @@ def questions(draw: st.DrawFn, target: str = "meshwright", most_actions: int = M
         expert_imbalance=draw(st.sampled_from((1.0, 1.3))) if experts else 1.0,
         expert_capacity=draw(st.sampled_from((None, 1.25))) if experts else None,
     )
-    keys: list[str] = list(draw(st.permutations(_PINNED_FIRST))) if target != "meshwright" else []
+    keys: list[str] = list(draw(st.permutations(_PINNED_FIRST)))
     while actions(question) > most_actions:
         question = _smaller(draw, question, keys)
     return question

@@ -1,0 +1,66 @@
+"""Context parallelism: which tokens of each sequence a cp rank holds, and how its attention reaches the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from planner.layout import Layout
+
+from .head_exchange import all_to_all_attention
+from .ring_attention import ring_attention
+
+Spans = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """The part of each sequence that a rank holds, and the group of those that hold the rest."""
+
+    rank: int = 0
+    ranks: int = 1
+    style: str = "none"
+    group: dist.ProcessGroup | None = None
+
+    def spans(self, tokens: int) -> Spans:
+        """The positions of the `tokens` that the rank holds of a sequence, as [start, end) in order.
+
+        Under the ring a piece from the front and one from the end ([Note: Ring] in ring_attention.py), else one piece:
+
+        >>> SequenceShard(1, 4, "ring").spans(4), SequenceShard(1, 4, "all-to-all").spans(4)
+        (((2, 4), (12, 14)), ((4, 8),))
+        """
+        if self.style != "ring":
+            return ((self.rank * tokens, (self.rank + 1) * tokens),)
+        chunk, mirrored = tokens // 2, 2 * self.ranks - 1 - self.rank
+        return ((self.rank * chunk, (self.rank + 1) * chunk), (mirrored * chunk, (mirrored + 1) * chunk))
+
+
+WHOLE = SequenceShard()
+
+
+def pick(whole: torch.Tensor, spans: Spans, dim: int) -> torch.Tensor:
+    """The positions of `spans` of a tensor that has all along `dim`."""
+    pieces = [whole.narrow(dim, start, end - start) for start, end in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
+def inputs_and_targets(samples: torch.Tensor, layout: Layout, cp_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples [rows, sequence + 1] of token ids -> inputs and targets [rows, sequence / cp] of a cp rank."""
+    tokens = (samples.shape[1] - 1) // layout.cp
+    spans = SequenceShard(cp_rank, layout.cp, layout.cp_style).spans(tokens)
+    return pick(samples[:, :-1], spans, 1).contiguous(), pick(samples[:, 1:], spans, 1).contiguous()
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
+    """Attention of the rank's queries to all keys that are not later.
+
+    q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped -> as q, of v's head_dim.
+    """
+    if shard.group is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    attention = ring_attention if shard.style == "ring" else all_to_all_attention
+    return attention(q, k, v, shard.group)
