@@ -40,14 +40,17 @@ DOCUMENT_TOKENS = 1000  # on average, of the dataset whose indices are built
 VOCABULARY = 16_384
 
 
-def timed(body: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
+def timed(body: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Seconds that passed, seconds of this process's CPU time, and what `body` returns."""
+    start, cpu = time.perf_counter(), time.process_time()
     found = body()
-    return time.perf_counter() - start, found
+    return time.perf_counter() - start, time.process_time() - cpu, found
 
 
-def row(what: str, seconds: float, amount: float, unit: str, note: str = "") -> None:
-    print(f"{what:48} {seconds:8.2f} s {amount / seconds:14,.0f} {unit:9} {note}", flush=True)
+def row(what: str, seconds: float, cpu_seconds: float | None, tokens: float, note: str = "") -> None:
+    """CPU seconds are what a busy machine does not stretch; None where workers spent them."""
+    cpu = "" if cpu_seconds is None else f"{cpu_seconds:.3f}"
+    print(f"{what:44} {seconds:9.3f} {cpu:>9} {tokens / seconds:21,.0f}  {note}", flush=True)
 
 
 def write_documents(path: Path, megabytes: float) -> list[str]:
@@ -81,9 +84,9 @@ def measure_preparing(folder: Path, megabytes: float) -> str:
     for name, tokenizer in (("bytes", "bytes"), (f"BPE, {VOCABULARY:,} tokens", str(folder / "model"))):
         for workers in sorted({1, os.cpu_count() or 1}):
             wanted = Preparation(inputs=(source,), output=str(folder / "out"), tokenizer=tokenizer, workers=workers)
-            seconds, found = timed(partial(prepare, wanted))
+            seconds, cpu, found = timed(partial(prepare, wanted))
             note = f"{found.tokens:,} tokens, {found.bytes_read / seconds / 1e6:.1f} MB/s of JSON"
-            row(f"prepare, {name}, {workers} workers", seconds, found.tokens, "tokens/s", note)
+            row(f"prepare, {name}, {workers} workers", seconds, cpu if workers == 1 else None, found.tokens, note)
             prefix = found.prefix
     return prefix
 
@@ -112,16 +115,16 @@ def measure_indices(folder: Path, tokens: int) -> None:
     for number in (1, 3):
         for said in ("built and kept", "found kept"):
             build = partial(_order, lengths, number)
-            seconds, arrays = timed(partial(cached_arrays, folder / "indices", {"epochs": number}, build))
+            seconds, cpu, arrays = timed(partial(cached_arrays, folder / "indices", {"epochs": number}, build))
             note = f"{len(lengths):,} documents, {len(arrays['shuffle']):,} samples"
-            row(f"indices, {number} epochs, {said}", seconds, number * total, "tokens/s", note)
-        seconds, shuffle = timed(partial(_megatrons_order, lengths, number))
+            row(f"indices, {number} epochs, {said}", seconds, cpu, number * total, note)
+        seconds, cpu, shuffle = timed(partial(_megatrons_order, lengths, number))
         assert np.array_equal(shuffle, arrays["shuffle"])
-        row(f"indices, {number} epochs, built by megatron-core", seconds, number * total, "tokens/s")
+        row(f"indices, {number} epochs, built by megatron-core", seconds, cpu, number * total)
     for datasets in (2, 8, 32):
         shares, samples = normalized(range(1, datasets + 1)), total // SEQUENCE
-        seconds, _ = timed(partial(blending_index, shares, samples))
-        row(f"blend of {datasets} datasets", seconds, samples * SEQUENCE, "tokens/s", f"{samples:,} samples")
+        seconds, cpu, _ = timed(partial(blending_index, shares, samples))
+        row(f"blend of {datasets} datasets", seconds, cpu, samples * SEQUENCE, f"{samples:,} samples")
 
 
 def measure_loading(prefix: str, folder: Path) -> None:
@@ -140,8 +143,8 @@ def measure_loading(prefix: str, folder: Path) -> None:
         )
         read = partial(_read, tokens, steps, samples)
         read()  # so that the pages are there
-        seconds, _ = timed(read)
-        row(f"load, {samples} samples of {SEQUENCE} a step", seconds, steps * samples * SEQUENCE, "tokens/s")
+        seconds, cpu, _ = timed(read)
+        row(f"load, {samples} samples of {SEQUENCE} a step", seconds, cpu, steps * samples * SEQUENCE)
 
 
 def _read(tokens: IndexedTokens, steps: int, samples: int) -> None:
@@ -166,7 +169,7 @@ def consumption() -> None:
     answer = json.loads(subprocess.check_output([sys.executable, str(ROOT / "cli.py"), *words]))
     seconds, dp = answer["prediction"]["step_seconds"], answer["layout"]["dp"]
     note = f"llama3-8b on 32 H100, dp{dp}, predicted: what one of its ranks reads"
-    row("a step takes", seconds, 512 * 8192 / dp, "tokens/s", note)
+    row("a step takes", seconds, None, 512 * 8192 / dp, note)
 
 
 def main() -> None:
@@ -180,6 +183,7 @@ def main() -> None:
     arguments = options.parse_args()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     print(f"{now}  {platform.node()}  {os.cpu_count()} cores  {' '.join(sys.argv)}")
+    print(f"{'':44} {'seconds':>9} {'CPU-s':>9} {'tokens/s':>21}")
     with tempfile.TemporaryDirectory(prefix="meshwright-") as name:
         folder = Path(name)
         if arguments.only in (None, "data"):

@@ -31,7 +31,7 @@ def write(prefix: Path, documents: Sequence[np.ndarray], dtype: type[np.number[A
     """Documents of one sequence each; an empty one has none, as preprocess_data.py does it."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
-        builder.add_document(document, [len(document)] if len(document) else [])
+        builder.add_document(document, [len(document)] if len(document) else [])  # pyright: ignore
     builder.finalize(f"{prefix}.idx")
 
 
