@@ -169,6 +169,7 @@ def _write_weights(
         tensors = dict(islice(assembled, len(shard)))
         assert list(tensors) == shard, "tensors come in the order of their sizes"
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        os.chmod(folder / file, 0o644)  # safetensors lets nobody else read it
     if len(shards) > 1:
         of_tensor = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": of_tensor}

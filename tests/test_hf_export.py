@@ -106,6 +106,7 @@ def test_files_are_cut_at_their_size_and_hold_everything_once(
     monkeypatch.setattr(CheckpointReader, "read", read_and_note)
     found = export_run(run_dir, tmp_path / "out", step=None, dtype="fp32", shard_bytes=shard_bytes)
     files = {file: load_file(found.folder / file) for file in found.files}
+    assert all((found.folder / file).stat().st_mode & 0o044 == 0o044 for file in files)  # others may read them
     sizes = [[tensor.nbytes for tensor in tensors.values()] for tensors in files.values()]
     assert all(len(of_file) == 1 or sum(of_file) <= shard_bytes for of_file in sizes)
     assert sum(map(sum, sizes)) == found.weight_bytes == 4 * model.parameters
