@@ -12,7 +12,7 @@ from .layout import Layout
 from .pins import pin_text, plainest
 from .plan import Plan
 from .question import Question
-from .rules import RuleContext, recompute_modes, violations, why_no_recompute
+from .rules import RuleContext, recompute_modes, violations, why_no_recompute, why_not_proposed
 from .space import enumerate_layouts
 from .step_cost import CostModel
 
@@ -166,6 +166,7 @@ def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
         settings.setdefault("cp_style", "none" if settings.get("cp", 1) == 1 else "ring")
         plain = [Layout(**settings)]
     lines = [f"{layout.short()}: {reason}" for layout in plain for reason in violations(layout, rules)]
+    lines += [f"{layout.short()}: {reason}" for layout in plain if (reason := why_not_proposed(layout)) is not None]
     if "recompute" in pins:
         again = [(layout, why_no_recompute(pins["recompute"], layout, rules)) for layout in plain]
         lines += [f"{layout.short()}: {reason}" for layout, reason in again if reason is not None]

@@ -232,6 +232,22 @@ def violations(layout: Layout, context: RuleContext) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+def why_not_proposed(layout: Layout) -> str | None:
+    """The reason why a legal layout is not in the space; `estimate` and `train` take it all the same.
+
+    With a common factor g of cp and micro_batch, cp/g, micro_batch/g and g·dp give every rank the same tokens, as many
+    microbatches and the same shards of the state, and less to send.
+    """
+    both = gcd(layout.cp, layout.micro_batch)
+    if both == 1:
+        return None
+    fewer = f"cp={layout.cp // both} with micro_batch={layout.micro_batch // both} and dp={layout.dp * both}"
+    return (
+        f"cp={layout.cp} with micro_batch={layout.micro_batch}: {fewer} gives every rank as many tokens and less to "
+        "send, so only estimate and train take it"
+    )
+
+
 def recompute_modes(layout: Layout, context: RuleContext) -> tuple[str, ...]:
     """The modes that a block of this layout may have, the job's pin held."""
     allowed = tuple(mode for mode in context.capabilities.recompute if why_no_recompute(mode, layout, context) is None)

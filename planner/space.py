@@ -1,4 +1,4 @@
-"""The space: every legal layout of a question once, in groups that share their degrees.
+"""The space: every layout of a question that is legal and worth proposing once, in groups that share their degrees.
 
 Within a group the pipeline's schedule, the sharding of the state and the experts' grid are chosen apart, so a group
 says how many layouts it holds without listing them, and a bound on all of them costs as much as one on one.
@@ -13,7 +13,7 @@ from itertools import product
 from .capabilities import Capabilities, missing_features
 from .job import TrainingJob
 from .layout import Layout
-from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, recompute_modes, zero_rule
+from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, recompute_modes, why_not_proposed, zero_rule
 from .schedule import V_SHAPED
 
 
@@ -113,8 +113,9 @@ class _Space:
         if any(rule(base, self._context) for rule in DEGREE_RULES):
             return
         for micro_batch in divisors(self._job.global_batch // dp):
-            if self._held("micro_batch", micro_batch):
-                yield replace(base, micro_batch=micro_batch)
+            layout = replace(base, micro_batch=micro_batch)
+            if self._held("micro_batch", micro_batch) and why_not_proposed(layout) is None:
+                yield layout
 
     def _choices(self, key: str, most: int) -> list[int]:
         return [degree for degree in divisors(most) if self._held(key, degree)]

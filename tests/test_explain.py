@@ -231,14 +231,14 @@ links   network carries the most exposed seconds: 1.19 ms, 15.1% of the step (dp
 bubble  none
 
 the best otherwise, and why it loses
-if                           step  slower by  layout                          because of
-recompute everywhere      8.06 ms      2.16%  tp2·sp dp2 zero3 mb4            +0.113 ms tp, +0.0579 ms recompute
-tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 looped-bfs    +3.25 ms bubble, +0.889 ms recompute,
-                                                                              −2.61 ms compute, −1.07 ms dp exposed
-dp ≠ 2, micro_batch ≠ 4   8.75 ms     10.99%  tp2·sp pp2 mb8 looped-bfs       +3.68 ms bubble, +0.364 ms pp, −1.93 ms
-                                                                              compute, −1.19 ms dp exposed
-cp ≠ 1                    9.11 ms     15.52%  cp2·ring pp2·v2 mb4 looped-bfs  +1.4 ms bubble, +0.987 ms pp, −1.07 ms dp
-                                                                              exposed, −0.518 ms tp
+if                           step  slower by  layout                         because of
+recompute everywhere      8.06 ms      2.16%  tp2·sp dp2 zero3 mb4           +0.113 ms tp, +0.0579 ms recompute
+tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 looped-bfs   +3.25 ms bubble, +0.889 ms recompute, −2.61
+                                                                             ms compute, −1.07 ms dp exposed
+dp ≠ 2, micro_batch ≠ 4   8.75 ms     10.99%  tp2·sp pp2 mb8 looped-bfs      +3.68 ms bubble, +0.364 ms pp, −1.93 ms
+                                                                             compute, −1.19 ms dp exposed
+cp ≠ 1                    21.9 ms    177.82%  cp2·ring pp2·v2 zero1 mb1 zbv  +14.7 ms compute, +0.524 ms cp, −1.04 ms dp
+                                                                             exposed, −0.518 ms tp
 
 what would help, solved anew
 change             s…  more tok…  layout then

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from planner.layout import Layout
-from planner.rules import RULES, RuleContext, recompute_modes, require_legal, violations, why_no_recompute
+from planner.rules import (
+    RULES,
+    RuleContext,
+    recompute_modes,
+    require_legal,
+    violations,
+    why_no_recompute,
+    why_not_proposed,
+)
+from planner.space import enumerate_layouts
 from profiles.experts_spec import Experts
 from profiles.input_error import InputError
 from tests.oracles.small_world import rule_context as context
@@ -278,3 +287,16 @@ def test_recomputation_of_a_split_backward_is_refused_in_words() -> None:
     with pytest.raises(InputError) as caught:
         require_legal(split, "selective", where)
     assert "recompute=selective with zb1p" in caught.value.got
+
+
+def test_what_is_legal_but_not_proposed() -> None:
+    crowded = Layout(cp=4, cp_style="ring", dp=2, micro_batch=2)
+    where = context(sequence=16)
+    assert violations(crowded, where) == ()
+    assert why_not_proposed(crowded) == (
+        "cp=4 with micro_batch=2: cp=2 with micro_batch=1 and dp=4 gives every rank as many tokens and less to send, so "
+        "only estimate and train take it"
+    )
+    assert why_not_proposed(replace(crowded, micro_batch=1)) is None
+    assert why_not_proposed(Layout(dp=2, micro_batch=2)) is None
+    assert crowded not in enumerate_layouts(where)

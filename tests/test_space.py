@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import gcd
 
 import pytest
 from hypothesis import given, settings
@@ -45,7 +46,7 @@ def naive(where: RuleContext) -> set[Layout]:
                     schedule=schedule,
                     virtual_stages=virtual_stages,
                 )
-                if not violations(layout, where):
+                if gcd(cp, micro_batch) == 1 and not violations(layout, where):
                     found.add(layout)
     return found
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from math import gcd
 from typing import Any
 
 from planner.layout import CP_STYLES, RECOMPUTE_MODES, SCHEDULES, Layout
@@ -48,7 +49,8 @@ def all_layouts(question: Question) -> list[Layout]:
         for knobs in product(_pipelines(layout, question), _states(layout, question), _expert_grids(layout, question)):
             tried = Layout(**(vars(layout) | knobs[0] | knobs[1] | knobs[2]))
             pinned = _as_pinned(tried, question.job.pins, question.job.bans) and modes_of(tried, question)
-            if pinned and not violations(tried, question.rules):
+            proposed = gcd(tried.cp, tried.micro_batch) == 1  # else the same with less of both and more of dp
+            if pinned and proposed and not violations(tried, question.rules):
                 legal.append(tried)
     return legal
 
