@@ -142,25 +142,35 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(
     assert sorted(complete_steps(options.run_dir)) == [STEPS - EVERY, STEPS]
 
 
+def ranks_run(run_dir: Path) -> bool:
+    """Whether both ranks of the newest start have begun."""
+    logs = [run_dir / "logs" / f"rank_{rank}.log" for rank in (0, 1)]
+    return all(log.exists() and "process" in log.read_text() for log in logs) and all(
+        alive(process_of(run_dir, rank)) for rank in (0, 1)
+    )
+
+
 @pytest.mark.full
 def test_20_kills_of_launcher_and_ranks_lose_no_checkpoint(tmp_path: Path, text: Path) -> None:
     """Two ranks under our launcher, which the kernel kills with it, at 20 moments from their start on."""
-    run_dir, steps, before = tmp_path / "run", 400, []
+    run_dir, steps = tmp_path / "run", 1000
+    before: list[int] = []
     command = [sys.executable, "-m", "tests.distributed.faults"]
-    kills = 0
-    while kills < 20:
-        start = newest_line(run_dir)
+    for _ in range(20):
         run = subprocess.Popen([*command, str(run_dir), str(steps), str(text)], cwd=ROOT, stdout=subprocess.DEVNULL)
-        until(lambda start=start, run=run: newest_line(run_dir) != start or run.poll() is not None)
-        time.sleep(MOMENTS.uniform(0.0, 0.6))
-        assert run.poll() is None, "the run has ended: it is too short for so many kills"
+        until(lambda run=run: ranks_run(run_dir) or run.poll() is not None)
+        time.sleep(MOMENTS.uniform(0.0, 1.5))
+        assert run.poll() is None, "the run has ended: it failed, or is too short for so many kills"
         ranks = [process_of(run_dir, rank) for rank in (0, 1)]
         run.kill()
         run.wait()
         until(lambda ranks=ranks: not any(map(alive, ranks)))
-        before, kills = check_kept(run_dir, before, 3), kills + 1
+        before = check_kept(run_dir, before, 3)
+    assert before
     subprocess.run([*command, str(run_dir), str(steps), str(text)], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-    subprocess.run([*command, str(tmp_path / "whole"), str(steps), str(text)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, str(tmp_path / "whole"), str(steps), str(text)], cwd=ROOT, stdout=subprocess.DEVNULL, check=True
+    )
     assert losses(run_dir) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
