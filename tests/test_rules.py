@@ -294,8 +294,8 @@ def test_what_is_legal_but_not_proposed() -> None:
     where = context(sequence=16)
     assert violations(crowded, where) == ()
     assert why_not_proposed(crowded) == (
-        "cp=4 with micro_batch=2: cp=2 with micro_batch=1 and dp=4 gives every rank as many tokens and less to send, so "
-        "only estimate and train take it"
+        "cp=4 with micro_batch=2: cp=2 with micro_batch=1 and dp=4 gives every rank as many tokens and less to send, "
+        "so only estimate and train take it"
     )
     assert why_not_proposed(replace(crowded, micro_batch=1)) is None
     assert why_not_proposed(Layout(dp=2, micro_batch=2)) is None
