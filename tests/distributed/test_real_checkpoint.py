@@ -76,7 +76,7 @@ def train(plan: Plan, weights: Path, tokens: torch.Tensor, run_dir: Path) -> tup
     own = own_samples(plan, tokens, state.mesh.coordinate.dp)
     inputs, targets = own[:, :-1].contiguous(), own[:, 1:].contiguous()
     before = training_step(state, inputs, targets, learning_rate=1e-4, clip_norm=1.0).loss
-    checkpoint.save(run_dir, 1, state.chunks, state.optimizer)
+    checkpoint.save(run_dir, 1, state.chunks, state.optimizer, "")
     return before, training_step(state, inputs, targets, learning_rate=0.0, clip_norm=1.0).loss
 
 
