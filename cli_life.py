@@ -18,7 +18,7 @@ _SECONDS_TO_PLAN = 60.0  # while all ranks wait
 # Options of `train` that concern one start of a run and not the run.
 _OF_ONE_START = {
     *("plan_file", "model", "run_dir", "resume", "global_batch", "sequence", "elastic", "time_limit", "timeout"),
-    *("compiled", "dry_run", "rank", "as_json"),
+    *("compiled", "dry_run", "rank", "as_json", "profile_steps"),
 }
 
 

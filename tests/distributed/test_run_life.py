@@ -23,6 +23,7 @@ import torch.distributed as dist
 from planner.plan import Plan, load, save
 from runtime.checkpoint_folder import FOLDER, complete_steps, latest, step_of
 from runtime.checkpoint_index import SafeReader
+from runtime.data.data_options import DataOptions
 from runtime.launch import train
 from runtime.leaving import Left
 from runtime.trainer import TrainOptions
@@ -109,10 +110,14 @@ def check_kept(run_dir: Path, before: list[int], keep: int) -> list[int]:
     return now
 
 
+def reading(text: Path) -> DataOptions:
+    return DataOptions(paths=(str(text),))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> list[float]:
     """Losses of a run that nothing happens to."""
-    options = TrainOptions(run_dir=tmp_path_factory.mktemp("whole") / "run", steps=STEPS, data=text)
+    options = TrainOptions(run_dir=tmp_path_factory.mktemp("whole") / "run", steps=STEPS, data=reading(text))
     assert ended(one_rank(options)) == 0
     return losses(options.run_dir)
 
@@ -124,7 +129,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(
     options = TrainOptions(
         run_dir=tmp_path / "killed",
         steps=STEPS,
-        data=text,
+        data=reading(text),
         checkpoint_every=EVERY,
         keep_checkpoints=2,
         async_checkpoint=asynchronous,
@@ -179,7 +184,7 @@ def test_a_time_limit_leaves_with_a_checkpoint(tmp_path: Path, text: Path) -> No
     options = TrainOptions(
         run_dir=tmp_path / "run",
         steps=100_000,
-        data=text,
+        data=reading(text),
         checkpoint_minutes=0.001,
         keep_checkpoints=2,
         async_checkpoint=True,
@@ -272,7 +277,12 @@ def test_an_elastic_run_loses_a_node_and_goes_on(killed: int, tmp_path: Path, te
     assert load(run_dir / "plan.yaml").layout.world_size == 3
     assert [load(path) for path in run_dir.glob("plan_until_step_*.yaml")] == [plan]
     options = TrainOptions(
-        run_dir=tmp_path / "whole", steps=STEPS, data=text, learning_rate=1e-3, warmup_steps=10, min_learning_rate=3e-4
+        run_dir=tmp_path / "whole",
+        steps=STEPS,
+        data=reading(text),
+        learning_rate=1e-3,
+        warmup_steps=10,
+        min_learning_rate=3e-4,
     )
     assert ended(one_rank(options, plan_for(tmp_path, devices=1))) == 0
     assert losses(run_dir) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
