@@ -176,7 +176,7 @@ tp          0.518 ms   6.6%
 dp exposed   1.19 ms  15.1%
 optimizer   0.642 ms   8.1%
 
-no legal layout is faster: of 257 legal layouts 44 cannot fit, 163 have a bound above this plan, 50 were solved (24
+no legal layout is faster: of 345 legal layouts 44 cannot fit, 251 have a bound above this plan, 50 were solved (24
 ILPs, HiGHS through pulp, 250 ms)
 
 next best
