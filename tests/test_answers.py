@@ -176,13 +176,13 @@ tp          0.518 ms   6.6%
 dp exposed   1.19 ms  15.1%
 optimizer   0.642 ms   8.1%
 
-no legal layout is faster: of 257 legal layouts 42 cannot fit, 165 have a bound above this plan, 50 were solved (24
+no legal layout is faster: of 345 legal layouts 43 cannot fit, 270 have a bound above this plan, 32 were solved (14
 ILPs, HiGHS through pulp, 250 ms)
 
 next best
 layout                          step  slower …  peak memory  differs in
-pp2 dp2 zero1 mb4 looped-bfs  8.2 ms     3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=looped-b…
 pp2 dp2 zero1 mb4 gpipe       8.2 ms     3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=gpipe
+pp2 dp2 zero1 mb4 looped-bfs  8.2 ms     3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=looped-b…
 
 assumed: kernels and overlap as meshwright's; compute under communication × 1.25, communication × 1.5; slowest rank × 1
 assumed: mfu counts attention in full, of which causal kernels do half

@@ -233,7 +233,7 @@ bubble  none
 the best otherwise, and why it loses
 if                           step  slower by  layout                         because of
 recompute everywhere      8.06 ms      2.16%  tp2·sp dp2 zero3 mb4           +0.113 ms tp, +0.0579 ms recompute
-tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 looped-bfs   +3.25 ms bubble, +0.889 ms recompute, −2.61
+tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 gpipe        +3.25 ms bubble, +0.889 ms recompute, −2.61
                                                                              ms compute, −1.07 ms dp exposed
 dp ≠ 2, micro_batch ≠ 4   8.75 ms     10.99%  tp2·sp pp2 mb8 looped-bfs      +3.68 ms bubble, +0.364 ms pp, −1.93 ms
                                                                              compute, −1.19 ms dp exposed
@@ -241,12 +241,12 @@ cp ≠ 1                    21.9 ms    177.82%  cp2·ring pp2·v2 zero1 mb1 zbv 
                                                                              exposed, −0.518 ms tp
 
 what would help, solved anew
-change             s…  more tok…  layout then
-global batch 16    1…    +42.37%  tp2·sp dp2 zero1 mb8 (zero=1 micro_batch=8)
-device memory +1…  7…     +8.76%  pp2 dp2 zero1 mb4 looped-bfs (tp=1 pp=2 sequence_parallel=false zero=1 schedule=loope…
-compute +10%       7…     +6.53%  the same
-network bandwidt…  7…     +0.48%  the same
-node bandwidth +…  7…     +0.17%  the same
+change                 step  more token…  layout then
+global batch 16       11.1…      +42.37%  tp2·sp dp2 zero1 mb8 (zero=1 micro_batch=8)
+device memory +10%    7.25…       +8.76%  pp2 dp2 zero1 mb4 gpipe (tp=1 pp=2 sequence_parallel=false zero=1 schedule=gp…
+compute +10%          7.4 …       +6.53%  the same
+network bandwidth +…  7.85…       +0.48%  the same
+node bandwidth +10%   7.87…       +0.17%  the same
 """
 
 

@@ -164,7 +164,7 @@ def test_what_is_remembered_survives_yaml_as_it_was(
     save(plan, tmp_path / "run" / "plan.yaml")
     assert call(monkeypatch, "train", "--run-dir", str(tmp_path / "run"), "--resume") == 0
     assert asked[1] == replace(asked[0], resume=True)
-    assert (asked[1].data, asked[1].async_checkpoint, asked[1].keep_checkpoints) == (tmp_path, True, 2)
+    assert (asked[1].data.paths, asked[1].async_checkpoint, asked[1].keep_checkpoints) == ((str(tmp_path),), True, 2)
 
 
 def raising(error: Exception) -> Callable[..., None]:

@@ -135,17 +135,14 @@ CASES |= {
     "llama fp32 tp2 sp, selective": _case(LLAMA, "fp32", tp=2, sequence_parallel=True, selective=4, micro_batch=4),
     "llama bf16 dp4 zero2 hsdp2": _case(LLAMA, "bf16", dp=4, zero=2, dp_shard=2),
     "llama fp32 cp4 ring": _case(LLAMA, "fp32", cp=4, cp_style="ring", micro_batch=8),
-    "gpt2 bf16 cp2 ring zero3": _case(GPT2, "bf16", cp=2, cp_style="ring", zero=3, micro_batch=8),
     "llama bf16 cp2 ring dp2 zero1, selective": _case(
         LLAMA, "bf16", cp=2, cp_style="ring", dp=2, zero=1, micro_batch=4, selective=4
     ),
     "llama fp32 cp2 all-to-all tp2 sp": _case(
         LLAMA, "fp32", cp=2, cp_style="all-to-all", tp=2, sequence_parallel=True, micro_batch=8
     ),
-    "gpt2 bf16 cp4 all-to-all zero2": _case(GPT2, "bf16", cp=4, cp_style="all-to-all", zero=2, micro_batch=8),
     "gpt2 fp32 cp2 all-to-all, selective": _case(GPT2, "fp32", cp=2, cp_style="all-to-all", micro_batch=8, selective=4),
     "llama fp32 cp2 ring pp2 zb1p, first": _case(LLAMA, "fp32", cp=2, cp_style="ring", pp=2, schedule="zb1p"),
-    "llama fp32 cp2 all-to-all pp2 1f1b, last": _case(LLAMA, "fp32", cp=2, cp_style="all-to-all", pp=2, at=1),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
 }
 

@@ -82,7 +82,11 @@ CASES = {
 
 CONTEXT_CASES = {
     "cp2 ring": (plan_of(cp=2, cp_style="ring", recompute=(1,), selective=(2,)), 4, 4),
-    "cp2 all-to-all": (plan_of(cp=2, cp_style="all-to-all", micro_batch=6), 2, 2),
+    "tp2 sp cp2 all-to-all": (
+        plan_of(GPT2, tp=2, sequence_parallel=True, cp=2, cp_style="all-to-all", micro_batch=6),
+        2,
+        2,
+    ),
 }
 CASES |= CONTEXT_CASES
 

@@ -66,7 +66,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("tiny-shared", {"cp": 2, "cp_style": "ring", "ep": 2}),
     ("tiny-experts", SP | {"cp": 2, "cp_style": "ring", "ep": 4, "zero": 1}),
     ("tiny-latent", {"cp": 2, "cp_style": "ring", "ep": 2, "zero": 3}),
-    ("tiny-shared", SP | {"cp": 2, "cp_style": "all-to-all", "etp": 2, "ep": 2, "zero": 2}),
+    ("tiny-latent", SP | {"cp": 2, "cp_style": "all-to-all", "etp": 2, "ep": 2, "zero": 2}),
     ("tiny-latent", {"cp": 2, "cp_style": "all-to-all", "pp": 2, "recompute": (2, 2)}),
     ("tiny-shared", {"cp": 2, "cp_style": "ring", "dp": 4, "dp_shard": 2, "ep": 4, "zero": 3}),
 ]
