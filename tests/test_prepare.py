@@ -148,7 +148,14 @@ def test_the_command_writes_in_parallel_and_ctrl_c_leaves_nothing(tmp_path: Path
     source = lines(tmp_path / "a.jsonl", ["word " * 10_000] * 300)  # 15 MB
     command = [sys.executable, str(ROOT / "cli.py"), "data", "prepare", "--input", str(source)]
     command += ["--output", str(tmp_path / "out"), "--workers", "2"]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also in the background of a shell
+    )
     partial = tmp_path / "out_text_document.bin.partial"
     while run.poll() is None and not (partial.exists() and partial.stat().st_size):
         time.sleep(0.01)
