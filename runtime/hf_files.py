@@ -30,7 +30,8 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
-_DESCRIPTION_FILES = (CONFIG_FILE, "generation_config.json", *TOKENIZER_FILES)
+_MODEL_FILES = (CONFIG_FILE, "generation_config.json")
+_DESCRIPTION_FILES = (*_MODEL_FILES, *TOKENIZER_FILES)
 _DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of what can be read as numbers without a scale
 
 
@@ -110,12 +111,20 @@ class TensorFiles:
         self._stack.close()
 
 
-def keep_description(run_dir: Path, folder: Path | None) -> None:
-    """Copy config and tokenizer of the folder that a run starts from into the run's own; None leaves none there."""
+def keep_description(run_dir: Path, folder: Path | None, tokenizer: Path | None = None) -> None:
+    """Copy config and tokenizer of the folder that a run starts from into the run's own; None leaves none there.
+
+    `tokenizer`, the folder or file that the run's data were made with, takes the place of the folder's.
+    """
     kept = run_dir / DESCRIPTION_FOLDER
     shutil.rmtree(kept, ignore_errors=True)
     if folder is not None:
-        copy_files(folder, kept, _DESCRIPTION_FILES)
+        copy_files(folder, kept, _DESCRIPTION_FILES if tokenizer is None else _MODEL_FILES)
+    if tokenizer is not None and tokenizer.is_dir():
+        copy_files(tokenizer, kept, TOKENIZER_FILES)
+    elif tokenizer is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tokenizer, kept / TOKENIZER_FILES[0])
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...]) -> list[str]:

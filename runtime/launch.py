@@ -30,6 +30,7 @@ from profiles.input_error import InputError
 from . import run_folder, slurm, stacks
 from .checkpoint_folder import latest, step_of
 from .compilation import choose_compilation
+from .data.tokenizer import BYTES
 from .failure import RAISED, Interrupted, is_timeout, told
 from .hf_files import keep_description
 from .hf_weights import check_before_start
@@ -108,7 +109,9 @@ def _prepare(plan: Plan, options: TrainOptions) -> None:
         check_before_start(options.weights, plan)
     run_folder.prepare(options.run_dir, plan, steps=options.steps, resume=options.resume, dtype=options.dtype)
     if not options.resume:
-        keep_description(options.run_dir, options.weights)
+        tokenizer = options.data.tokenizer
+        made_with = Path(tokenizer) if tokenizer not in (None, BYTES) else None
+        keep_description(options.run_dir, options.weights, made_with)
 
 
 def _check_options(options: TrainOptions) -> None:

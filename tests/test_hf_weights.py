@@ -225,6 +225,14 @@ def test_a_run_keeps_config_and_tokenizer_of_what_it_started_from(saved: Any, tm
     keep_description(run_dir, folder)
     kept = run_dir / "hugging_face"
     assert {path.name for path in kept.iterdir()} == {"config.json", "tokenizer.json"}
+    (other := tmp_path / "other").mkdir()
+    (other / "tokenizer.json").write_text('{"other": 1}')
+    (other / "vocab.json").write_text("{}")
+    keep_description(run_dir, folder, other)
+    assert {path.name for path in kept.iterdir()} == {"config.json", "tokenizer.json", "vocab.json"}
+    assert (kept / "tokenizer.json").read_text() == '{"other": 1}'
+    keep_description(run_dir, None, other / "tokenizer.json")
+    assert {path.name for path in kept.iterdir()} == {"tokenizer.json"}
     keep_description(run_dir, None)
     assert not kept.exists()
 
