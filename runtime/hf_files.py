@@ -122,7 +122,7 @@ def keep_description(run_dir: Path, folder: Path | None, tokenizer: Path | None 
         copy_files(folder, kept, _DESCRIPTION_FILES if tokenizer is None else _MODEL_FILES)
     if tokenizer is not None and tokenizer.is_dir():
         copy_files(tokenizer, kept, TOKENIZER_FILES)
-    elif tokenizer is not None:
+    elif tokenizer is not None and tokenizer.is_file():
         kept.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(tokenizer, kept / TOKENIZER_FILES[0])
 
