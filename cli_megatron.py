@@ -12,7 +12,7 @@ from cli_parts import Devices, MemoryLimit, Target, command_line, print_json, pr
 from cli_training import launch_and_report
 
 if TYPE_CHECKING:
-    from planner.megatron_order import MegatronOrder
+    from planner.megatron_order import MegatronOrder, RunWishes
     from planner.plan import Plan
     from profiles.input_error import InputError
     from runtime.trainer import TrainOptions
@@ -169,6 +169,7 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
         checkpoint_every=run.checkpoint_every,
         async_checkpoint=run.async_checkpoint,
         time_limit_seconds=run.time_limit_seconds,
+        settings=_settings(run),
         # As with Megatron-LM, the first start of a command finds nothing to load yet.
         resume=run.load is not None and bool(complete_steps(folder)),
         timeout_seconds=run.timeout_seconds,
@@ -176,6 +177,32 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
         balance=Balance(run.balance_loss, run.bias_rate),
         watching=Watching(log_every=run.log_every, wandb=run.wandb, profile_steps=run.profile_steps),
     )
+
+
+def _settings(run: RunWishes) -> dict[str, Any]:
+    """The run's options by their names in `train`, which `train --resume` takes for its defaults."""
+    return {
+        "steps": run.steps,
+        "learning_rate": run.learning_rate,
+        "min_learning_rate": run.min_learning_rate,
+        "warmup": run.warmup_steps,
+        "lr_schedule": run.shape,
+        "cooldown": run.cooldown_steps,
+        "weight_decay": run.weight_decay,
+        "betas": ",".join(map(str, run.betas)),
+        "clip": run.clip_norm or 0.0,
+        "seed": run.seed,
+        "data": list(run.paths) or None,
+        "split": run.split,
+        "tokenizer": run.tokenizer,
+        "data_cache": run.cache,
+        "validation_every": run.validation_every,
+        "checkpoint_every": run.checkpoint_every,
+        "async_checkpoint": run.async_checkpoint,
+        "log_every": run.log_every,
+        "balance_loss": run.balance_loss,
+        "bias_rate": run.bias_rate,
+    }
 
 
 def _vocabulary_of(tokenizer: str) -> int:
