@@ -156,7 +156,7 @@ def test_20_kills_of_launcher_and_ranks_lose_no_checkpoint(tmp_path: Path, text:
     """Two ranks under our launcher, which the kernel kills with it, at 20 moments from their start on."""
     run_dir, before = tmp_path / "run", list[int]()
     for _ in range(20):
-        killed_after(run_dir, text, lambda: ranks_run(run_dir), MOMENTS.uniform(0.0, 1.5))
+        killed_after(run_dir, text, lambda: ranks_run(run_dir), MOMENTS.uniform(0.0, 1.0))
         before = check_kept(run_dir, before, 3)
     assert before
     kept = max(before)
@@ -170,7 +170,7 @@ def killed_after(run_dir: Path, text: Path, condition: Callable[[], bool], secon
     """Start the run, or go on with it, and kill its launcher so many seconds after the condition holds."""
     command = [sys.executable, "-m", "tests.distributed.faults", str(run_dir), "1000000", str(text)]
     run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    until(lambda: condition() or run.poll() is not None)
+    until(lambda: condition() or run.poll() is not None, 120.0)
     time.sleep(seconds)
     assert run.poll() is None
     ranks = [process_of(run_dir, rank) for rank in (0, 1)]
