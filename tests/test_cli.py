@@ -385,6 +385,7 @@ def test_ranges_of_pins_are_kept_in_the_plan(
     assert json.loads(json.dumps(load(path).to_dict())) == document
 
 
+@pytest.mark.full
 def test_a_price_is_said_and_what_does_not_fit_has_remedies(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,7 @@ def test_shorter_sequences_are_a_remedy_and_keep_the_tokens_of_a_step() -> None:
     pytest.fail("no limit at which shorter sequences alone help")
 
 
+@pytest.mark.full
 def test_more_devices_are_the_fewest_that_help() -> None:
     cluster = small_cluster(4, 2)
     wide = replace(cluster, links=(cluster.links[0], replace(cluster.links[1], span=64)))

@@ -72,8 +72,8 @@ def test_a_rank_is_slow_beside_its_own_stage() -> None:
 
 
 def test_the_report_names_slow_ranks_and_steps_left_out() -> None:
-    parts = dict.fromkeys(("compute", "tp", "pp_bubble", "dp_exposed", "optimizer", "other"), 0.1)
-    planned = dict.fromkeys(("compute", "recompute", "tp", "ep", "pp", "bubble", "dp_exposed", "optimizer"), 0.1)
+    parts = dict.fromkeys(("compute", "tp", "cp", "pp_bubble", "dp_exposed", "optimizer", "other"), 0.1)
+    planned = dict.fromkeys(("compute", "recompute", "tp", "cp", "ep", "pp", "bubble", "dp_exposed", "optimizer"), 0.1)
     slow = {"rank": 3, "stage": 1, "slower": 1.314, "steps": 4}
     console = Console(width=200)
     with console.capture() as told:

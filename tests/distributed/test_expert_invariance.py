@@ -78,7 +78,7 @@ def references() -> dict[tuple[str, torch.dtype], Trajectory]:
 
 
 # Every fourth of them in `make test`, since each takes seconds; all in `make test-full`.
-@pytest.mark.parametrize(("model", "case"), every(4, CASES, first=1), ids=str)
+@pytest.mark.parametrize(("model", "case"), every(6, CASES, first=1), ids=str)
 def test_loss_and_norm_do_not_depend_on_the_grid(
     model: str, case: dict[str, Any], references: dict[tuple[str, torch.dtype], Trajectory]
 ) -> None:
