@@ -8,12 +8,14 @@ from typing import Any
 
 from .bounds import fits, lower_bound
 from .first_assignment import first_assignment, least_missing_bytes
+from .group_bounds import least_of_one_state, one_state_each
 from .layout import Layout
 from .pins import pin_text, plainest
 from .plan import Plan
 from .question import Question
+from .rank_limits import ROUNDING
 from .rules import RuleContext, recompute_modes, violations, why_no_recompute, why_not_proposed
-from .space import enumerate_layouts
+from .space import layout_groups
 from .step_cost import CostModel
 
 _MOST_DOUBLINGS = 10
@@ -70,12 +72,21 @@ def what_forbids(question: Question) -> tuple[float | None, tuple[str, ...]]:
     rules, limit = question.rules, question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     best: tuple[float, int, Layout] | None = None
-    legal = 0
-    for layout in enumerate_layouts(rules):
-        legal += 1
-        rank, missing = least_missing_bytes(prices.price(layout), limit, recompute_modes(layout, rules))
-        if best is None or missing < best[0]:
-            best = (missing, rank, layout)
+    groups = [one for group in layout_groups(rules) for one in one_state_each(group)]
+    legal = sum(len(group) for group in groups)
+    # A layout misses at least what its states, shared evenly, do not fit into a rank.
+    least = [(prices.least_state_bytes(group) / group.base.pp - limit, n) for n, group in enumerate(groups)]
+    for bound, n in sorted(least):
+        if best is not None and bound * (1 - ROUNDING) > best[0]:
+            break
+        if best is not None:
+            enough = _with_job(question, memory_limit_bytes=limit + best[0])
+            if least_of_one_state(prices, groups[n], enough) is None:
+                continue  # none of it misses less
+        for layout in groups[n]:
+            rank, missing = least_missing_bytes(prices.price(layout), limit, recompute_modes(layout, rules))
+            if best is None or missing < best[0]:
+                best = (missing, rank, layout)
     if best is None:
         return None, _why_none_legal(rules)
     missing, rank, layout = best
@@ -148,10 +159,17 @@ def _something_fits(question: Question) -> bool:
     """Whether the first good assignment of some layout fits."""
     limit = question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
-    for layout in enumerate_layouts(question.rules):
-        costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
-        if lower_bound(costs, limit, modes) is not None and fits(costs, first_assignment(costs, limit, modes), limit):
-            return True
+    groups = (one for group in layout_groups(question.rules) for one in one_state_each(group))
+    for group in groups:
+        if prices.least_state_bytes(group) > group.base.pp * limit * (1 + ROUNDING):
+            continue
+        if least_of_one_state(prices, group, question) is None:
+            continue
+        for layout in group:
+            costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
+            first = lower_bound(costs, limit, modes) is not None and first_assignment(costs, limit, modes)
+            if first and fits(costs, first, limit):
+                return True
     return False
 
 

@@ -12,15 +12,15 @@ import heapq
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import count
 
 from profiles.model import ModelSpec
 
-from .bounds import any_pipeline_bound, fits, lower_bound
+from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
+from .group_bounds import least_of_one_state, one_state_each
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
@@ -87,7 +87,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             continue
         if isinstance(item, LayoutGroup) and item not in bounded:
             bounded.add(item)
-            for group in (each for of_state in item.by_state() for each in of_state.by_shape()):
+            for group in one_state_each(item):
                 bound = least_of_one_state(prices, group, question, cutoff)
                 if bound is None:
                     pruned_memory += len(group)
@@ -146,22 +146,6 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         best[0].step_seconds, proven, legal, pruned_memory, pruned_bound, ilps, time.monotonic() - started
     )
     return make_plan(question, best[0], certificate, best[1:top])
-
-
-def least_of_one_state(
-    prices: CostModel, group: LayoutGroup, question: Question, enough_seconds: float = math.inf
-) -> float | None:
-    """Seconds that no layout of a group with one state and shape is below; above `enough_seconds` any such will do.
-    None when none fits."""
-    base, pipelines = group.base, group.pipelines
-    of_schedule = [replace(base, schedule=schedule) for schedule in dict(pipelines)]
-    modes = list({mode for layout in of_schedule for mode in recompute_modes(layout, question.rules)})
-    sizes = prices.least_bytes(base, pipelines)
-    bounds = [
-        any_pipeline_bound(costs, pipelines, sizes, question.limit_bytes, modes, enough_seconds)
-        for costs in prices.of_fewest_chunks(base, pipelines)
-    ]
-    return min((bound for bound in bounds if bound is not None), default=None)
 
 
 def check_supported(question: Question) -> None:

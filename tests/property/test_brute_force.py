@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound
 from planner.errors import InfeasibleError
+from planner.group_bounds import least_of_one_state, one_state_each
 from planner.layout import RECOMPUTE_MODES
 from planner.question import Question
-from planner.search import least_of_one_state, search
+from planner.search import search
 from planner.solve_stages import solve_stages
 from planner.space import enumerate_layouts, layout_groups
 from planner.step_cost import CostModel
@@ -107,7 +108,7 @@ def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> N
     for group in layout_groups(question.rules):
         fastest_of_group = min(candidate.step_seconds for layout in group for candidate in tried[layout])
         assert prices.least_work(group) <= fastest_of_group * (1 + 1e-12), group
-        for one in (each for of_state in group.by_state() for each in of_state.by_shape()):
+        for one in one_state_each(group):
             fastest_of_one = fastest([candidate for layout in one for candidate in tried[layout]], limit)
             bound = least_of_one_state(prices, one, question)
             if bound is None:
