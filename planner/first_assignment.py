@@ -85,7 +85,7 @@ def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[
     else:
         dearest = sorted(modes, key=lambda mode: min(s.memory.held_by(mode).total for s in costs.segments))[:1]
         counts = first_assignment(costs, limit_bytes, dearest or ("none",))
-    missing = [memory.total - limit_bytes for memory in costs.memory(counts)]
+    missing = [costs.rank_bytes(rank, counts) - limit_bytes for rank in range(costs.layout.pp)]
     worst = max(range(len(missing)), key=missing.__getitem__)
     return worst, missing[worst]
 
@@ -99,7 +99,7 @@ def _roomiest_assignment(costs: LayoutCosts, modes: Sequence[str]) -> tuple[Stag
         for mode in modes:
             held: StageCount = (Blocks(**{mode: layers}),)
             counts = [*nothing[:stage], held, *nothing[stage + 1 :]]
-            found.append((costs.rank_memory(stage, counts).total, held))
+            found.append((costs.rank_bytes(stage, counts), held))
         return min(found, key=lambda option: option[0])
 
     numbers = [1 if 0 < stage < stages - 1 else 0 for stage in range(stages)]
