@@ -125,7 +125,7 @@ def _gap_text(gap: float) -> str:
 
 def _helps_table(found: Explanation) -> Table:
     table = plain_table("\nwhat would help, solved anew", "change", "step", "more tokens/s", "layout then")
-    table.columns[-1].justify = "left"
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for each in found.helps:
         layout = found.plan.layout
         same = "the same" if each.layout == layout else f"{each.layout.short()} ({differing_text(layout, each.layout)})"

@@ -121,7 +121,7 @@ def certificate_text(certificate: Certificate) -> Text:
 def alternatives_table(plan: Plan, alternatives: Sequence[Alternative]) -> Table:
     """The best layouts, ranked, with how much slower each is and in what it differs from the plan."""
     table = plain_table("\nnext best", "layout", "step", "slower by", "peak memory", "differs in")
-    table.columns[-1].justify = "left"
+    table.columns[-1].justify, table.columns[-1].no_wrap = "left", False
     for other in alternatives:
         table.add_row(
             other.layout.short(),

@@ -180,9 +180,10 @@ no legal layout is faster: of 345 legal layouts 43 cannot fit, 270 have a bound 
 ILPs, HiGHS through pulp, 250 ms)
 
 next best
-layout                          step  slower …  peak memory  differs in
-pp2 dp2 zero1 mb4 gpipe       8.2 ms     3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=gpipe
-pp2 dp2 zero1 mb4 looped-bfs  8.2 ms     3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=looped-b…
+layout                          step  slower by  peak memory  differs in
+pp2 dp2 zero1 mb4 gpipe       8.2 ms      3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=gpipe
+pp2 dp2 zero1 mb4 looped-bfs  8.2 ms      3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1
+                                                              schedule=looped-bfs
 
 assumed: kernels and overlap as meshwright's; compute under communication × 1.25, communication × 1.5; slowest rank × 1
 assumed: mfu counts attention in full, of which causal kernels do half

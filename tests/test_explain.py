@@ -241,12 +241,13 @@ cp ≠ 1                    21.9 ms    177.82%  cp2·ring pp2·v2 zero1 mb1 zbv 
                                                                              exposed, −0.518 ms tp
 
 what would help, solved anew
-change                 step  more token…  layout then
-global batch 16       11.1…      +42.37%  tp2·sp dp2 zero1 mb8 (zero=1 micro_batch=8)
-device memory +10%    7.25…       +8.76%  pp2 dp2 zero1 mb4 gpipe (tp=1 pp=2 sequence_parallel=false zero=1 schedule=gp…
-compute +10%          7.4 …       +6.53%  the same
-network bandwidth +…  7.85…       +0.48%  the same
-node bandwidth +10%   7.87…       +0.17%  the same
+change                     step  more tokens/s  layout then
+global batch 16         11.1 ms        +42.37%  tp2·sp dp2 zero1 mb8 (zero=1 micro_batch=8)
+device memory +10%      7.25 ms         +8.76%  pp2 dp2 zero1 mb4 gpipe (tp=1 pp=2 sequence_parallel=false zero=1
+                                                schedule=gpipe)
+compute +10%             7.4 ms         +6.53%  the same
+network bandwidth +10%  7.85 ms         +0.48%  the same
+node bandwidth +10%     7.87 ms         +0.17%  the same
 """
 
 
