@@ -103,7 +103,7 @@ def any_pipeline_bound(
     ]
     ends = [0.0] * layout.pp
     ends[0] += sizes.embedding
-    ends[costs.pipeline.rank_of(layout.stages - 1)] += sizes.head
+    ends[costs.last_rank] += sizes.head
     segment, slack = _largest_segment(costs), 1.0 + costs.allocator_slack
     limits = [
         RankLimits(costs, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
@@ -229,7 +229,7 @@ def _around(
     first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
     plain = layout.virtual_stages * count * (bare.forward.total + bare.backward.total)
     own, reduce, update = [plain] * layout.pp, [0.0] * layout.pp, [0.0] * layout.pp
-    for end, rank in ((first, 0), (last, costs.pipeline.rank_of(layout.stages - 1))):
+    for end, rank in ((first, 0), (last, costs.last_rank)):
         own[rank] += count * (end.forward.total + end.backward.total - bare.forward.total - bare.backward.total)
         own[rank] += end.gather.total
         reduce[rank] += end.reduce.total

@@ -167,8 +167,9 @@ def _something_fits(question: Question) -> bool:
             continue
         for layout in group:
             costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
-            first = lower_bound(costs, limit, modes) is not None and first_assignment(costs, limit, modes)
-            if first and fits(costs, first, limit):
+            if lower_bound(costs, limit, modes) is None:
+                continue
+            if fits(costs, first_assignment(costs, limit, modes), limit):
                 return True
     return False
 

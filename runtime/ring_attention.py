@@ -175,22 +175,8 @@ def _backward(
     return of_queries.to(q.dtype), home
 
 
-@torch.library.custom_op("meshwright::ring_attention", mutates_args=())
-def _ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return _forward(q, k, v, group)
-
-
-@torch.library.custom_op("meshwright::ring_attention_backward", mutates_args=())
-def _ring_backward(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    outputs: torch.Tensor,
-    logarithms: torch.Tensor,
-    group: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _backward(gradient, q, k, v, outputs, logarithms, group)
+_ring = torch.library.custom_op("meshwright::ring_attention", _forward, mutates_args=())
+_ring_backward = torch.library.custom_op("meshwright::ring_attention_backward", _backward, mutates_args=())
 
 
 @_ring.register_fake
