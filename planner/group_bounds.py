@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from .bounds import any_pipeline_bound
 from .question import Question
+from .rank_limits import ROUNDING
 from .rules import recompute_modes
 from .space import LayoutGroup
 from .step_cost import CostModel
@@ -17,6 +18,11 @@ def one_state_each(group: LayoutGroup) -> Iterator[LayoutGroup]:
     """The same layouts in groups with one state each, whose last stages are on the same rank."""
     for of_state in group.by_state():
         yield from of_state.by_shape()
+
+
+def states_too_large(prices: CostModel, group: LayoutGroup, question: Question) -> bool:
+    """Whether weights, gradients and optimizer alone, of a group with one state, are more than its ranks hold."""
+    return prices.least_state_bytes(group) > group.base.pp * question.limit_bytes * (1 + ROUNDING)
 
 
 def least_of_one_state(

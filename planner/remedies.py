@@ -8,7 +8,7 @@ from typing import Any
 
 from .bounds import fits, lower_bound
 from .first_assignment import first_assignment, least_missing_bytes
-from .group_bounds import least_of_one_state, one_state_each
+from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .layout import Layout
 from .pins import pin_text, plainest
 from .plan import Plan
@@ -161,9 +161,7 @@ def _something_fits(question: Question) -> bool:
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     groups = (one for group in layout_groups(question.rules) for one in one_state_each(group))
     for group in groups:
-        if prices.least_state_bytes(group) > group.base.pp * limit * (1 + ROUNDING):
-            continue
-        if least_of_one_state(prices, group, question) is None:
+        if states_too_large(prices, group, question) or least_of_one_state(prices, group, question) is None:
             continue
         for layout in group:
             costs, modes = prices.price(layout), recompute_modes(layout, question.rules)

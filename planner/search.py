@@ -20,13 +20,12 @@ from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment
-from .group_bounds import least_of_one_state, one_state_each
+from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts, StageCount
 from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
-from .rank_limits import ROUNDING
 from .remedies import why_nothing_fits
 from .rules import recompute_modes
 from .solve_stages import solve_stages
@@ -80,7 +79,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         least, _, item = heapq.heappop(left)
         if isinstance(item, LayoutGroup) and len(item.states) > 1:
             for group in item.by_state():
-                if prices.least_state_bytes(group) > group.base.pp * question.limit_bytes * (1 + ROUNDING):
+                if states_too_large(prices, group, question):
                     pruned_memory += len(group)
                 else:
                     heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
