@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .calibrate import CalibrationRow
-from .report import plain_table, seconds_text
+from .quantity_text import seconds_text
+from .report import plain_table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

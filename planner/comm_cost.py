@@ -74,10 +74,14 @@ class CommModel:
 
     def neighbour_seconds(self, group: Group, size_bytes: float) -> float:
         """Seconds of one step of a ring over the group: all send to the next and receive at once."""
-        measured = self._measured("send_recv", Group(2, group.stride), size_bytes) if group.size == 2 else None
-        if measured is not None:
-            return measured
-        return self._figures("send_recv", group).seconds("send_recv", group.size, size_bytes)
+        for operation in ("exchange", "send_recv") if group.size == 2 else ("exchange",):
+            measured = self._measured(operation, group, size_bytes)
+            if measured is not None:
+                return measured
+        # Published and older profiles know of single messages alone.
+        known = {o.operation for link in self._cluster.links for o in link.operations}
+        operation = "exchange" if "exchange" in known else "send_recv"
+        return self._figures(operation, group).seconds(operation, group.size, size_bytes)
 
     def send_seconds(self, group: Group, size_bytes: float) -> float:
         """Seconds of one message between neighbours of the group, the slowest pair of them.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from profiles.alpha_beta import ONE_STEP
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.input_error import InputError
 
@@ -223,7 +224,7 @@ def _groups(layout: Layout) -> dict[str, tuple[str, Group]]:
     tp, cp, dp = layout.tp, layout.cp, layout.dp
     return {
         "tp": ("all_reduce" if not layout.sequence_parallel else "all_gather", Group(tp, 1)),
-        "cp": ("send_recv" if layout.cp_style == "ring" else "all_to_all", Group(cp, tp)),
+        "cp": ("exchange" if layout.cp_style == "ring" else "all_to_all", Group(cp, tp)),
         "ep": ("all_to_all", Group(layout.ep, layout.etp)),
         "pp": ("send_recv", Group(layout.pp, tp * cp * dp)),
         "dp_exposed": ("reduce_scatter" if layout.zero else "all_reduce", Group(dp, tp * cp)),
@@ -233,7 +234,7 @@ def _groups(layout: Layout) -> dict[str, tuple[str, Group]]:
 def tightest_link(cluster: ClusterSpec, operation: str, group: Group) -> LinkTier:
     """The tier that bounds the group's bandwidth ([Note: Where a group lies]), the widest of equals."""
     span = group.size * group.stride
-    if operation == "send_recv":  # a message crosses one tier, the slowest pair's the widest
+    if operation in ONE_STEP:  # a message crosses one tier, the slowest pair's the widest
         return cluster.link_within(span)
     widest = cluster.links.index(cluster.link_within(span))
     tightest, least, below = cluster.links[widest], float("inf"), 1

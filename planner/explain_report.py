@@ -13,7 +13,8 @@ from .explain import Binding, Explanation, Rival
 from .layout import Layout
 from .plan import Plan, Prediction
 from .plan_report import PART_NAMES
-from .report import bytes_text, plain_table, seconds_text
+from .quantity_text import bytes_text, seconds_text
+from .report import plain_table
 
 _PARTS_TOLD = 4
 _SMALLEST_SHARE = 0.0005  # of the step: a part that differs by less is not told

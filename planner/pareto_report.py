@@ -7,7 +7,8 @@ from rich.text import Text
 
 from .pareto import Front
 from .profile_plots import Axis, Series, plot
-from .report import bytes_text, plain_table, seconds_text
+from .quantity_text import bytes_text, seconds_text
+from .report import plain_table
 
 
 def front_report(found: Front) -> RenderableType:

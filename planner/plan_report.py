@@ -11,7 +11,8 @@ from rich.text import Text
 from .answer import Answer, assumptions, differing_text
 from .default_layout import IN_WORDS
 from .plan import Alternative, Certificate, Plan, Prediction
-from .report import bytes_text, plain_table, seconds_text
+from .quantity_text import bytes_text, seconds_text
+from .report import plain_table
 from .stage_table import stage_table
 
 PART_NAMES = {"dp_exposed": "dp exposed"}

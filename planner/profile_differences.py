@@ -14,7 +14,7 @@ from rich.text import Text
 from profiles.hardware import HardwareProfile
 from profiles.points import DIRECTIONS, AttentionPoint, GemmPoint
 
-from .profile_figures import short_seconds
+from .quantity_text import seconds_text
 from .report import plain_table
 
 _SAME = 1e-3  # figures closer than this are not listed
@@ -221,7 +221,7 @@ def _part_table(found: list[PartDifference]) -> RenderableType:
     table = plain_table("", "part", "points", "median", "range")
     table.add_column("most different", no_wrap=False)
     for d in found:
-        here, there = (short_seconds(value) for value in d.seconds)
+        here, there = (seconds_text(value) for value in d.seconds)
         table.add_row(
             d.part,
             f"{'~' if d.priced else ''}{d.points}",

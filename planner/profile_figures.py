@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from profiles.alpha_beta import PASSES
+from profiles.alpha_beta import ONE_STEP, PASSES
 from profiles.hardware import HardwareProfile
 from profiles.points import CollectivePoint
 
@@ -15,25 +14,6 @@ RINGS = {
     "fsdp_reduce_scatter": "reduce_scatter",
     "replicate_all_reduce": "all_reduce",
 }
-
-# ---- words -----------------------------------------------------------------------------------------------
-
-
-def short_seconds(seconds: float) -> str:
-    """Three significant figures in s, ms or µs."""
-    scale, unit = (1.0, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "µs")
-    return f"{seconds * scale:.3g} {unit}"
-
-
-def size_text(size_bytes: float) -> str:
-    """Bytes as one word of a column: "4 MiB"."""
-    power = min(3, max(0, int((math.log2(size_bytes) + 0.01) // 10)))
-    return f"{size_bytes / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
-
-
-def figure_text(value: float) -> str:
-    """Three significant figures, from 999.5 on a whole number: "12,300", "9.9", "0.012"."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
 def flops_unit(hardware: HardwareProfile) -> tuple[str, float]:
@@ -78,7 +58,7 @@ def best_attention(hardware: HardwareProfile, dtype: str, direction: str) -> flo
 def bus_bandwidth(point: CollectivePoint) -> float:
     """Bytes per second on the busiest link, as nccl-tests prints it: 2(n-1)/n of the bytes for an all-reduce."""
     operation, n = RINGS.get(point.operation, point.operation), point.ranks
-    share = 1.0 if operation in ("broadcast", "send_recv") else PASSES[operation] * (n - 1) / n
+    share = 1.0 if operation in ("broadcast", *ONE_STEP) else PASSES[operation] * (n - 1) / n
     return share * point.bytes / point.seconds
 
 

@@ -13,7 +13,8 @@ from rich.text import Text
 from profiles.hardware import HardwareProfile
 from profiles.points import DTYPES, CollectivePoint
 
-from .profile_figures import best_gemm, bus_bandwidth, figure_text, flops_unit, size_text
+from .profile_figures import best_gemm, bus_bandwidth, flops_unit
+from .quantity_text import figure_text, size_text
 
 _WIDTH, _HEIGHT = 100, 20
 _SIDES = [2**power for power in range(7, 15)]  # of the square products at which a model is drawn

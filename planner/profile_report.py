@@ -17,20 +17,10 @@ from profiles.model import ModelSpec
 from profiles.points import DIRECTIONS, DTYPES, CollectivePoint
 
 from .profile_differences import difference_report
-from .profile_figures import (
-    RINGS,
-    best_attention,
-    best_gemm,
-    bus_bandwidth,
-    figure_text,
-    flops_unit,
-    gemm_errors,
-    quantile,
-    short_seconds,
-    size_text,
-)
+from .profile_figures import RINGS, best_attention, best_gemm, bus_bandwidth, flops_unit, gemm_errors, quantile
 from .profile_plots import profile_plots
-from .report import bytes_text, plain_table
+from .quantity_text import bytes_text, figure_text, seconds_text, size_text
+from .report import plain_table
 
 __all__ = ["catalogue_report", "difference_report", "profile_report", "show_report"]
 
@@ -156,7 +146,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
     held += f", allocator slack {h.allocator_slack:.1%}"
     lines = [
         ("memory bandwidth", ", ".join(bandwidths)),
-        ("overheads", ", ".join(f"{name} {short_seconds(value)}" for name, value in overheads if value > 0)),
+        ("overheads", ", ".join(f"{name} {seconds_text(value)}" for name, value in overheads if value > 0)),
         ("overlap", overlap),
         ("stragglers", f"× {h.straggler_slowdown:.3f}"),
         ("contention", ", ".join(f"{p.active} computing × {p.slowdown:.2f}" for p in h.contention_points)),
@@ -190,7 +180,7 @@ def _collectives(hardware: HardwareProfile) -> RenderableType:
     table = plain_table("", "operation", "ranks", "stride", *names, "bus")
     for operation, uneven, ranks, stride in listed:
         points = groups[operation, uneven, ranks, stride]
-        cells = [next((short_seconds(p.seconds) for p in points if p.bytes in columns[i]), "") for i in shown]
+        cells = [next((seconds_text(p.seconds) for p in points if p.bytes in columns[i]), "") for i in shown]
         bus = "" if uneven else figure_text(bus_bandwidth(max(points, key=lambda p: p.bytes)) / 1e9)
         table.add_row(operation.replace("_", " ") + " uneven" * uneven, str(ranks), str(stride), *cells, bus)
     return Group(Text(title, style="bold"), table)  # a table's own title wraps at its width
@@ -225,8 +215,8 @@ def _fits(hardware: HardwareProfile) -> Table:
         table.add_row(
             name,
             str(len(samples)),
-            short_seconds(f.fixed_seconds),
-            short_seconds(f.step_seconds),
+            seconds_text(f.fixed_seconds),
+            seconds_text(f.step_seconds),
             figure_text(f.bandwidth_bytes_per_second / 1e9),
             size_text(f.ramp_bytes) if f.ramp_bytes else "none",
             f"{statistics.median(errors):.0%}",

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from .quantity_text import bytes_text, seconds_text
 from .rank_memory import RankMemory
-from .report import bytes_text, plain_table, seconds_text
+from .report import plain_table
 from .stage_table import layers_text
 
 # The parts in the order of the table; others follow. The last two are seldom more than a little.

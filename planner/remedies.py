@@ -12,6 +12,7 @@ from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .layout import Layout
 from .pins import pin_text, plainest
 from .plan import Plan
+from .quantity_text import seconds_text
 from .question import Question
 from .rank_limits import ROUNDING
 from .rules import RuleContext, recompute_modes, violations, why_no_recompute, why_not_proposed
@@ -48,9 +49,8 @@ class Remedy:
         }
 
     def line(self) -> str:
-        seconds = self.plan.prediction.step_seconds
-        step = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-        cost = f"step {step}, {1e6 * self.seconds_per_token:.3g} µs a token"
+        step = seconds_text(self.plan.prediction.step_seconds)
+        cost = f"step {step}, {seconds_text(self.seconds_per_token)} a token"
         return f"  {self.change}, for example {self.plan.layout.short()}: {cost}"
 
 

@@ -8,8 +8,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from .plan import Plan
+from .quantity_text import bytes_text, seconds_text
 from .replanning import Replan
-from .report import bytes_text, plain_table, seconds_text
+from .report import plain_table
 
 
 def replan_report(found: Replan, run_dir: Path, kept: Path | None) -> RenderableType:

@@ -11,17 +11,8 @@ from rich.text import Text
 from profiles.input_error import InputError
 
 from .errors import NoPlanError
+from .quantity_text import bytes_text, seconds_text
 from .record import perplexity
-
-
-def seconds_text(seconds: float) -> str:
-    """Three significant figures in s or ms."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def bytes_text(size_bytes: float) -> str:
-    """GiB, or MiB below one GiB."""
-    return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def plain_table(title: str, *columns: str) -> Table:

@@ -11,7 +11,8 @@ from rich.text import Text
 from .answer import Answer
 from .layout import RECOMPUTE_MODES
 from .plan import Stage
-from .report import plain_table, seconds_text
+from .quantity_text import seconds_text
+from .report import plain_table
 
 _MEMORY_NAMES = {
     "gradients": "grads",

@@ -22,7 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1, "send_recv": 1}
+PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "broadcast": 1}
+PASSES |= {"send_recv": 1, "exchange": 1}
+# One step of all its bytes: a message, and a message from each rank of a ring to the next, all at once.
+ONE_STEP = ("send_recv", "exchange")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class AlphaBeta:
     ramp_bytes: float = 0.0
 
     def seconds(self, operation: str, ranks: int, size_bytes: float) -> float:
-        """Seconds of the collective over `ranks` ranks; a send is one step of all its bytes."""
+        """Seconds of the collective over `ranks` ranks; a send or an exchange is one step of all its bytes."""
         steps, moved = _work(operation, ranks, size_bytes)
         ramp = math.sqrt(1.0 + self.ramp_bytes / size_bytes)
         return self.fixed_seconds + steps * self.step_seconds + moved * ramp / self.bandwidth_bytes_per_second
@@ -70,7 +73,7 @@ class Fit:
 
 def _work(operation: str, ranks: int, size_bytes: float) -> tuple[float, float]:
     """(steps, bytes on the wire per rank)."""
-    if operation == "send_recv":
+    if operation in ONE_STEP:
         return 1.0, size_bytes
     steps = PASSES[operation] * (ranks - 1)
     return float(steps), steps / ranks * size_bytes

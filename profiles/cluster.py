@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import networkx
 
 SCHEMA = "meshwright.cluster/v1"
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv")
+COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv", "exchange")
 
 
 @dataclass(frozen=True, kw_only=True)

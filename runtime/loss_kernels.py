@@ -15,6 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 
+# Renamed in torch 2.13.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+
 
 def _loss(
     logits: torch.Tensor, targets: torch.Tensor, first_row: int, group: dist.ProcessGroup | None
@@ -95,6 +98,6 @@ def _log_probabilities(logits: torch.Tensor, group: dist.ProcessGroup | None) ->
     normaliser = logits[:, 0] - own[:, 0]
     if group is None:
         return own, normaliser
-    gathered = collectives.wait_tensor(collectives.all_gather_tensor(normaliser.unsqueeze(0), 0, group))
+    gathered = collectives.wait_tensor(_all_gather(normaliser.unsqueeze(0), 0, group))
     whole = torch.logsumexp(gathered, dim=0)
     return own.add_((normaliser - whole).unsqueeze(-1)), whole

@@ -29,13 +29,14 @@ SIZES = [2.0**power for power in range(10, 31, 2)]  # 1 KiB to 1 GiB
         ("all_to_all", 10e-6 + 3 * 2e-6 + 3e-3),
         ("broadcast", 10e-6 + 3 * 2e-6 + 3e-3),
         ("send_recv", 10e-6 + 2e-6 + 4e-3),
+        ("exchange", 10e-6 + 2e-6 + 4e-3),
     ],
 )
 def test_the_formula_by_hand(operation: str, seconds: float) -> None:
     figures = AlphaBeta(fixed_seconds=10e-6, step_seconds=2e-6, bandwidth_bytes_per_second=1e9)
     assert figures.seconds(operation, 4, 4e6) == pytest.approx(seconds, rel=1e-12)
     # With a ramp of three times the bytes, what is on the wire takes the square root of 1 + 3 times as long.
-    wire = {"all_reduce": 6e-3, "send_recv": 4e-3}.get(operation, 3e-3)
+    wire = {"all_reduce": 6e-3, "send_recv": 4e-3, "exchange": 4e-3}.get(operation, 3e-3)
     ramped = replace(figures, ramp_bytes=12e6).seconds(operation, 4, 4e6)
     assert ramped == pytest.approx(seconds + wire, rel=1e-12)
 
@@ -158,7 +159,9 @@ def by_hand(figures: AlphaBeta, sample: Sample) -> float:
     """(fitted - measured) / measured, of a ring of one pass or two, or a send."""
     n, size = sample.ranks, sample.size_bytes
     passes = 2 if sample.operation == "all_reduce" else 1
-    steps, moved = (1, size) if sample.operation == "send_recv" else (passes * (n - 1), passes * (n - 1) / n * size)
+    steps, moved = (
+        (1, size) if sample.operation in ("send_recv", "exchange") else (passes * (n - 1), passes * (n - 1) / n * size)
+    )
     wire = moved / (figures.bandwidth_bytes_per_second * sample.sharing) * math.sqrt(1 + figures.ramp_bytes / size)
     return (figures.fixed_seconds + steps * figures.step_seconds + wire) / sample.seconds - 1
 

@@ -170,11 +170,11 @@ stage  layers  recompute  weights  optim  gather  activ  passing  context  slack
 0       4 E H       none     0.04   0.08    0.01   0.27     0.06     0.01   0.02   0.01   0.49  7.29 ms
 
 where the step goes
-part            time  share
-compute      5.53 ms  70.1%
-tp          0.518 ms   6.6%
-dp exposed   1.19 ms  15.1%
-optimizer   0.642 ms   8.1%
+part           time  share
+compute     5.53 ms  70.1%
+tp           518 µs   6.6%
+dp exposed  1.19 ms  15.1%
+optimizer    642 µs   8.1%
 
 no legal layout is faster: of 345 legal layouts 43 cannot fit, 270 have a bound above this plan, 32 were solved (14
 ILPs, HiGHS through pulp, 250 ms)
@@ -213,12 +213,12 @@ rank   layers  recompute  weights  grads  optim  activ  passing  pipe  slack  ot
 1     2 + 1 H       none     0.11   0.11   0.11   0.15     0.01  0.01   0.03   0.01   0.56    12 ms
 
 where the step goes
-part             time  share
-compute       9.99 ms  69.0%
-pp            2.77 ms  19.2%
-bubble       0.988 ms   6.8%
-dp exposed  0.0598 ms   0.4%
-optimizer     0.66 ms   4.6%
+part           time  share
+compute     9.99 ms  69.0%
+pp          2.77 ms  19.2%
+bubble       988 µs   6.8%
+dp exposed  59.8 µs   0.4%
+optimizer    660 µs   4.6%
 
 assumed: kernels and overlap as megatron-core-2025's; compute under communication × 1.25, communication × 1.5; slowest
 rank × 1

@@ -22,7 +22,7 @@ from profiles.cluster import SCHEMA, ClusterSpec, LinkOperation, LinkTier
 from profiles.input_error import InputError
 from profiles.store import Reader, dump_yaml
 
-OPERATIONS = "one of all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send_recv"
+OPERATIONS = "one of all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send_recv, exchange"
 
 
 def link(tier: str, span: int, bandwidth: float, latency: float = 1e-6) -> LinkTier:

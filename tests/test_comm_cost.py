@@ -300,3 +300,21 @@ def test_the_slowest_hop_of_a_pipeline_over_two_nodes_is_the_network() -> None:
     question = small_question(tiny_llama(layers=16), cluster=cluster, global_batch=16)
     costs = CostModel(question.model, cluster, question.hardware, question.job).price(Layout(pp=16))
     assert costs.send_seconds == pytest.approx(16 * 32 * 4 / 1e6)
+
+
+def test_a_ring_s_step_is_an_exchange_and_a_message_where_none_was_measured() -> None:
+    one_way, both = point("send_recv", 2, 1, 0.25), point("exchange", 2, 1, 0.5)
+    assert measured(small_cluster(4), one_way).neighbour_seconds(Group(2, 1), 1000) == 0.25
+    assert measured(small_cluster(4), one_way, both).neighbour_seconds(Group(2, 1), 1000) == 0.5
+    four = measured(small_cluster(4), one_way, point("exchange", 4, 1, 0.75)).neighbour_seconds(Group(4, 1), 1000)
+    assert four == 0.75
+
+
+def test_a_ring_that_was_not_measured_goes_by_what_the_links_know() -> None:
+    known = [
+        LinkOperation(operation=operation, bandwidth_bytes_per_second=rate, latency_seconds=0.0)
+        for operation, rate in (("send_recv", 1e9), ("exchange", 5e8))
+    ]
+    for operations, rate in ((known[:1], 1e9), (known, 5e8)):
+        comm = nodes_of_8(1, inside={"operations": tuple(operations)})
+        assert comm.neighbour_seconds(Group(4, 1), 1e6) == pytest.approx(1e6 / rate, rel=1e-12)

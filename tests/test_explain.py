@@ -11,8 +11,8 @@ from planner.errors import InfeasibleError
 from planner.explain import compare, explain, tightest_link
 from planner.explain_report import against_report, explain_report, parts_text
 from planner.layout import Layout
+from planner.quantity_text import seconds_text
 from planner.question import Question
-from planner.report import seconds_text
 from planner.search import search
 from planner.sensitivity import faster_compute, relaxed_questions, wider_link, wider_points
 from profiles.input_error import InputError
@@ -232,13 +232,13 @@ bubble  none
 
 the best otherwise, and why it loses
 if                           step  slower by  layout                         because of
-recompute everywhere      8.06 ms      2.16%  tp2·sp dp2 zero3 mb4           +0.113 ms tp, +0.0579 ms recompute
-tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 gpipe        +3.25 ms bubble, +0.889 ms recompute, −2.61
+recompute everywhere      8.06 ms      2.16%  tp2·sp dp2 zero3 mb4           +113 µs tp, +57.9 µs recompute
+tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 gpipe        +3.25 ms bubble, +889 µs recompute, −2.61
                                                                              ms compute, −1.07 ms dp exposed
-dp ≠ 2, micro_batch ≠ 4   8.75 ms     10.99%  tp2·sp pp2 mb8 looped-bfs      +3.68 ms bubble, +0.364 ms pp, −1.93 ms
+dp ≠ 2, micro_batch ≠ 4   8.75 ms     10.99%  tp2·sp pp2 mb8 looped-bfs      +3.68 ms bubble, +364 µs pp, −1.93 ms
                                                                              compute, −1.19 ms dp exposed
-cp ≠ 1                    21.9 ms    177.82%  cp2·ring pp2·v2 zero1 mb1 zbv  +14.7 ms compute, +0.524 ms cp, −1.04 ms dp
-                                                                             exposed, −0.518 ms tp
+cp ≠ 1                    21.9 ms    177.82%  cp2·ring pp2·v2 zero1 mb1 zbv  +14.7 ms compute, +524 µs cp, −1.04 ms dp
+                                                                             exposed, −518 µs tp
 
 what would help, solved anew
 change                     step  more tokens/s  layout then
@@ -258,16 +258,16 @@ def test_the_report_of_an_explanation() -> None:
 GOLDEN_AGAINST = """
 tp2·sp dp2 zero3 mb4 beside the best with tp=2,pp=2: tp2·sp pp2 mb8 looped-bfs
 differs in pp=2 dp=1 zero=0 micro_batch=8 schedule=looped-bfs
-part             plan  tp=2,pp=2    difference  of the step
-compute       5.53 ms     3.6 ms      −1.93 ms       -24.4%
-recompute        0 ms  0.0557 ms    +0.0557 ms        +0.7%
-tp           0.518 ms   0.411 ms     −0.107 ms        -1.4%
-pp               0 ms   0.364 ms     +0.364 ms        +4.6%
-bubble           0 ms    3.68 ms      +3.68 ms       +46.6%
-dp exposed    1.19 ms       0 ms      −1.19 ms       -15.1%
-optimizer    0.642 ms   0.642 ms  −0.000726 ms        -0.0%
-step          7.89 ms    8.75 ms     +0.867 ms       +11.0%
-peak memory   0.5 MiB    0.5 MiB
+part            plan  tp=2,pp=2  difference  of the step
+compute      5.53 ms     3.6 ms    −1.93 ms       -24.4%
+recompute       0 ms    55.7 µs    +55.7 µs        +0.7%
+tp            518 µs     411 µs     −107 µs        -1.4%
+pp              0 ms     364 µs     +364 µs        +4.6%
+bubble          0 ms    3.68 ms    +3.68 ms       +46.6%
+dp exposed   1.19 ms       0 ms    −1.19 ms       -15.1%
+optimizer     642 µs     642 µs   −0.726 µs        -0.0%
+step         7.89 ms    8.75 ms     +867 µs       +11.0%
+peak memory  0.5 MiB    0.5 MiB
 """
 
 

@@ -210,7 +210,7 @@ def test_any_point_survives_its_file(named: tuple[str, Any]) -> None:
 # ---- what a point cannot be ------------------------------------------------------------------------------
 
 DTYPE = "one of fp32, tf32, bf16, fp16, fp8"
-PLAIN = "all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send_recv"
+PLAIN = "all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send_recv, exchange"
 FSDP = "fsdp_all_gather, fsdp_reduce_scatter, replicate_all_reduce"
 
 

@@ -13,17 +13,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from planner.profile_differences import part_differences
-from planner.profile_figures import (
-    best_attention,
-    best_gemm,
-    bus_bandwidth,
-    gemm_errors,
-    quantile,
-    short_seconds,
-    size_text,
-)
+from planner.profile_figures import best_attention, best_gemm, bus_bandwidth, gemm_errors, quantile
 from planner.profile_plots import Axis, Series, plot
 from planner.profile_report import catalogue_report, difference_report, profile_report, show_report
+from planner.quantity_text import seconds_text, size_text
 from profiles.catalogue import list_catalogue, resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.hardware import HardwareProfile, load_hardware
 from profiles.points import (
@@ -155,7 +148,7 @@ def test_bus_bandwidth_as_nccl_tests_prints_it(operation: str, share: float) -> 
 
 
 def test_words() -> None:
-    assert [short_seconds(s) for s in (2.5, 0.0125, 7.25e-6)] == ["2.5 s", "12.5 ms", "7.25 µs"]
+    assert [seconds_text(s) for s in (2.5, 0.0125, 7.25e-6)] == ["2.5 s", "12.5 ms", "7.25 µs"]
     assert [size_text(s) for s in (8, 1024, 1048560, 3 * 2**20, 2**33)] == ["8 B", "1 KiB", "1 MiB", "3 MiB", "8 GiB"]
 
 
@@ -189,8 +182,8 @@ all to all uneven      2       1             70 µs
 
 communication as α-β with a ramp
 operation                 points              once  a step  GB/s  ramp  error p50  worst
-all reduce                     3              0 µs   10 µs     1  none         0%     0%
-all reduce, across nodes       3              0 µs   10 µs   0.5  none         0%     0%
+all reduce                     3              0 ms   10 µs     1  none         0%     0%
+all reduce, across nodes       3              0 ms   10 µs   0.5  none         0%     0%
 all to all                     1  two sizes needed
 
 16 points, 14 with a spread (interquartile range over median): median 4.0%, 2 noisy, above 20%

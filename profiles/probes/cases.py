@@ -56,6 +56,10 @@ def all_cases(rank: Rank, groups: Groups, dtypes: tuple[str, ...]) -> list[Case]
     return ordered
 
 
+# What every layout sends first.
+_IN_ORDER = ("send_recv", "all_reduce", "all_gather", "reduce_scatter", "exchange", "all_to_all", "broadcast")
+assert set(_IN_ORDER) == set(COLLECTIVES)
+
 # ---- links -------------------------------------------------------------------------------------------------
 
 
@@ -73,9 +77,8 @@ def _links(rank: Rank, groups: Groups) -> Iterator[Case]:
     yield Case("bandwidths", "links", QUICK, lambda r: {"bandwidths": measure_bandwidths(r, pair_bytes)})
     # Small ones of all operations first: a slow link that leaves no time for the large ones has latencies then.
     for size, level in sorted(sizes.items()):
-        for operation in ("send_recv", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast"):
-            assert operation in COLLECTIVES
-            needed = operation not in ("all_to_all", "broadcast")
+        for operation in _IN_ORDER:
+            needed = operation != "broadcast"
             for placement, placed in groups.items():
                 if operation == "send_recv" and placed.size != 2:
                     continue

@@ -21,6 +21,10 @@ from .timing import Rank, time_alone, time_together
 
 Placement = tuple[int, int]
 
+# Renamed in torch 2.13.
+_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_reduce_scatter = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
+
 BETWEEN_SECONDS = 1e-3  # of compute before each collective on CPUs; a block's linears take about as long
 GAP_SECONDS = 2e-2  # of quiet before each message on CPUs; a stage works so long on a small model's microbatch
 
@@ -111,14 +115,22 @@ def _action(rank: Rank, placed: PlacedGroup, operation: str, whole: torch.Tensor
             dist.recv(other, peer, group=group)
             dist.send(whole, peer, group=group)
 
+    def exchange() -> None:
+        """As the ring of context parallelism does it: to the next rank and from the one before."""
+        following, before = placed.ranks[(position + 1) % n], placed.ranks[position - 1]
+        sent = dist.P2POp(dist.isend, whole, following, group)
+        for work in dist.batch_isend_irecv([sent, dist.P2POp(dist.irecv, other, before, group)]):
+            work.wait()
+
     wait = functional.wait_tensor
     return {
         "all_reduce": lambda: wait(functional.all_reduce(whole, "sum", group)),
-        "all_gather": lambda: wait(functional.all_gather_tensor(part, 0, group)),
-        "reduce_scatter": lambda: wait(functional.reduce_scatter_tensor(whole, "sum", 0, group)),
+        "all_gather": lambda: wait(_all_gather(part, 0, group)),
+        "reduce_scatter": lambda: wait(_reduce_scatter(whole, "sum", 0, group)),
         "all_to_all": lambda: wait(functional.all_to_all_single(whole, received, splits, group)),
         "broadcast": lambda: dist.broadcast(whole, placed.ranks[0], group=group),
         "send_recv": send_recv,
+        "exchange": exchange,
     }[operation]
 
 

@@ -49,7 +49,7 @@ def probe_links() -> tuple[list[CollectivePoint], list[list[float]]]:
 
 def test_collectives_of_every_placement() -> None:
     points, matrix = run_ranks(probe_links, 4)[0]
-    assert len(points) == 3 * 5 + 2 + 1
+    assert len(points) == 3 * 6 + 2 + 1
     assert all(0 < point.seconds < 5 for point in points)
     assert {(p.ranks, p.stride) for p in points} == {(2, 1), (2, 2), (4, 1)}
     assert {p.bytes for p in points} == {4096}
@@ -197,7 +197,7 @@ def test_small_messages_of_every_operation_come_before_large_ones() -> None:
     ]
     sizes = [c.size for c in quick[1:]]
     assert sizes == sorted(sizes)
-    assert len(sizes) == 12
+    assert len(sizes) == 18
 
 
 # ---- the whole of it, as a person runs it ------------------------------------------------------------------------
