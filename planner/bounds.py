@@ -43,9 +43,9 @@ from .simulation import blocked_sends, late_forwards
 
 
 class LeastBytes(NamedTuple):
-    """Of several pipelines: their layers of the commonest kind, and the least states of embedding and head."""
+    """Whatever the chunks: a layer of the commonest kind, and the states of embedding and head."""
 
-    layer: list[PartMemory]
+    layer: PartMemory
     embedding: float
     head: float
 
@@ -77,30 +77,26 @@ def lower_bound(
     return None if dealt is None else max(dealt, least) + costs.step_seconds
 
 
-def any_pipeline_bound(
+def any_chunks_bound(
     costs: LayoutCosts,
-    pipelines: Sequence[tuple[str, int]],
+    chunks: Sequence[int],
     sizes: LeastBytes,
     limit_bytes: float,
     modes: Sequence[str],
     enough_seconds: float = math.inf,
 ) -> float | None:
-    """Seconds that no layout of these (schedule, chunks) is below, None when none fits.
+    """Seconds that no layout with one of these numbers of chunks is below, None when none fits.
 
-    `costs` are those of a pipeline with as few chunks as any of them, whose last stage is on the same rank; it holds
-    no bytes. Above `enough_seconds` the bound need not be the best one known.
+    `costs` are those with fewest chunks, without bytes: more only add to every number. Above `enough_seconds` the bound
+    need not be the best one known.
     """
-    layout, split = costs.layout, any(schedule in SPLIT_BACKWARD for schedule, _ in pipelines)
+    layout, split = costs.layout, costs.layout.schedule in SPLIT_BACKWARD
     heads, tails = _heads_and_tails(costs)
-    if split:
-        tails = [0.0] * len(heads)
-    stages = layout.pp * max(chunks for _, chunks in pipelines)
+    stages = layout.pp * max(chunks)
     least = max(_poured(costs, modes, heads, tails), _one_stage(costs, modes, stages, split)) + costs.step_seconds
     if least > enough_seconds:
         return least
-    every = [
-        least_in_flight(Pipeline(schedule, layout.pp, chunks, costs.microbatches)) for schedule, chunks in pipelines
-    ]
+    every = [least_in_flight(Pipeline(layout.schedule, layout.pp, n, costs.microbatches)) for n in chunks]
     ends = [0.0] * layout.pp
     ends[0] += sizes.embedding
     ends[costs.last_rank] += sizes.head

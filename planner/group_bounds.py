@@ -1,4 +1,4 @@
-"""Bounds of layouts in groups: those that share degrees and state, all their pipelines together."""
+"""Bounds of layouts in groups: those that share degrees, state and schedule, whatever their chunks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .bounds import any_pipeline_bound
+from .bounds import any_chunks_bound
 from .question import Question
 from .rank_limits import ROUNDING
 from .rules import recompute_modes
@@ -15,9 +15,9 @@ from .step_cost import CostModel
 
 
 def one_state_each(group: LayoutGroup) -> Iterator[LayoutGroup]:
-    """The same layouts in groups with one state each, whose last stages are on the same rank."""
+    """The same layouts in groups with one state and one schedule each."""
     for of_state in group.by_state():
-        yield from of_state.by_shape()
+        yield from of_state.by_schedule()
 
 
 def states_too_large(prices: CostModel, group: LayoutGroup, question: Question) -> bool:
@@ -28,14 +28,11 @@ def states_too_large(prices: CostModel, group: LayoutGroup, question: Question) 
 def least_of_one_state(
     prices: CostModel, group: LayoutGroup, question: Question, enough_seconds: float = math.inf
 ) -> float | None:
-    """Seconds that no layout of a group with one state and shape is below; above `enough_seconds` any such will do.
+    """Seconds that no layout of a group with one state and schedule is below; above `enough_seconds` any such will do.
     None when none fits."""
-    base, pipelines = group.base, group.pipelines
-    of_schedule = [replace(base, schedule=schedule) for schedule in dict(pipelines)]
-    modes = list({mode for layout in of_schedule for mode in recompute_modes(layout, question.rules)})
-    sizes = prices.least_bytes(base, pipelines)
-    bounds = [
-        any_pipeline_bound(costs, pipelines, sizes, question.limit_bytes, modes, enough_seconds)
-        for costs in prices.of_fewest_chunks(base, pipelines)
-    ]
-    return min((bound for bound in bounds if bound is not None), default=None)
+    schedule, chunks = group.pipelines[0][0], [chunks for _, chunks in group.pipelines]
+    of_schedule = replace(group.base, schedule=schedule)
+    modes = recompute_modes(of_schedule, question.rules)
+    fewest = prices.price_seconds(replace(of_schedule, virtual_stages=min(chunks)))
+    sizes = prices.least_bytes(replace(of_schedule, virtual_stages=max(chunks)))
+    return any_chunks_bound(fewest, chunks, sizes, question.limit_bytes, modes, enough_seconds)

@@ -31,7 +31,7 @@ class RankLimits:
     """What one rank allows: the least seconds that its layers must spend on recomputation to fit.
 
     `moments` are (bytes of its ends, microbatches that any layer has in flight), of which each must fit. A layer has
-    the seconds of `segment` and no fewer bytes than any of `sizes`.
+    the seconds of `segment` and its bytes, or those of `size`.
     """
 
     def __init__(
@@ -41,17 +41,16 @@ class RankLimits:
         moments: Sequence[tuple[float, int]],
         limit_bytes: float,
         modes: Sequence[str],
-        sizes: Sequence[PartMemory] = (),
+        size: PartMemory | None = None,
     ) -> None:
         slack = 1.0 + costs.allocator_slack
-        totals = [part.totals for part in sizes or (segment.memory,)]
-        state = min(size.state for size in totals)
+        totals = (size or segment.memory).totals
         self._moments: list[tuple[float, list[tuple[float, float]]]] = []
         for used, flight in moments:
             options = sorted(
                 (
                     segment.seconds.recompute(mode).total,
-                    slack * (state + flight * min(size.held[mode] for size in totals)),
+                    slack * (totals.state + flight * totals.held[mode]),
                 )
                 for mode in modes
             )

@@ -12,6 +12,7 @@ import heapq
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 
 from profiles.model import ModelSpec
@@ -28,10 +29,18 @@ from .plan import Alternative, Certificate, Plan, Prediction, Stage
 from .question import Question
 from .remedies import why_nothing_fits
 from .rules import recompute_modes
-from .solve_stages import solve_stages
+from .solve_stages import NOTHING_BEGUN, Begun, solve_stages
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE
 from .step_cost import CostModel
+
+
+@dataclass(frozen=True)
+class _Priced:
+    """A layout with its bound, and what is kept of it where it has been put aside."""
+
+    costs: LayoutCosts
+    begun: Begun = NOTHING_BEGUN
 
 
 def search(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan:
@@ -57,7 +66,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
     ties = count()
-    left: list[tuple[float, int, LayoutGroup | Layout | LayoutCosts]] = [
+    left: list[tuple[float, int, LayoutGroup | Layout | _Priced]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
@@ -106,26 +115,27 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             if bound is None:
                 pruned_memory += 1
             else:
-                heapq.heappush(left, (max(least, bound), next(ties), costs))
+                heapq.heappush(left, (max(least, bound), next(ties), _Priced(costs)))
                 first = guesses.look_at(costs, bound, cutoff, first)
             continue
-        costs, modes = item, recompute_modes(item.layout, rules)
-        start = first_assignment(costs, question.limit_bytes, modes)
-        if not fits(costs, start, question.limit_bytes):
-            start = None
+        costs, begun = item.costs, item.begun
+        modes = recompute_modes(costs.layout, rules)
+        if begun.counts is None:
+            counts = first_assignment(costs, question.limit_bytes, modes)
+            begun = replace(begun, counts=counts if fits(costs, counts, question.limit_bytes) else None)
         solution = solve_stages(
             costs,
             question.limit_bytes,
             bound_seconds=least,
             cutoff_seconds=cutoff,
             aside_seconds=left[0][0] if left else math.inf,
-            start=start,
+            begun=begun,
             modes=modes,
-            deadline=deadline if best or first is not None or start is not None else float("inf"),
+            deadline=deadline if best or first is not None or begun.counts is not None else float("inf"),
         )
         ilps += solution.ilps_solved
         if solution.aside:
-            heapq.heappush(left, (solution.bound_seconds, next(ties), costs))
+            heapq.heappush(left, (solution.bound_seconds, next(ties), _Priced(costs, solution.aside)))
             if solution.counts is not None and (first is None or solution.step_seconds < first.step_seconds):
                 first = Solved(costs, solution.counts, solution.step_seconds)
             continue
@@ -199,8 +209,8 @@ def solve_layout(question: Question, layout: Layout, recompute: str | None) -> t
             continue
         first = first_assignment(costs, limit, modes)
         finite = limit if limit != float("inf") else 1e3 * max(m.total for m in costs.memory(first))
-        start = first if fits(costs, first, finite) else None
-        solution = solve_stages(costs, finite, bound_seconds=bound, start=start, modes=modes)
+        begun = Begun(first if fits(costs, first, finite) else None)
+        solution = solve_stages(costs, finite, bound_seconds=bound, begun=begun, modes=modes)
         if solution.counts is not None:
             return Solved(costs, solution.counts, solution.step_seconds), limit != float("inf")
     raise AssertionError("an assignment without a memory limit always exists")

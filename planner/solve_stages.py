@@ -9,15 +9,27 @@ from dataclasses import dataclass
 
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
-from .simulation import Simulation, StageSeconds, known_paths, simulate
+from .simulation import Path, Simulation, StageSeconds, known_paths, simulate
 from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program, make_solver
 
 _MOST_CUTS = 200
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
 _MOST_RELAXED = 40
 _RELAXED_ENOUGH = 1e-3
-_FIRST_PATIENCE_SECONDS = 1.0  # of one program; twice as much after each that did not end
 _TOWARDS_ANSWER = 0.3  # of the way from the best fractions seen to the program's answer
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is kept of a layout that is put aside: the best that it is known to reach, the paths that whole numbers came
+    upon, and how long a program may take."""
+
+    counts: tuple[StageCount, ...] | None = None
+    cuts: tuple[Path, ...] = ()
+    patience_seconds: float = 1.0  # twice as much after each that did not end
+
+
+NOTHING_BEGUN = Begun()
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Solution:
     step_seconds: float
     bound_seconds: float
     ilps_solved: int
-    aside: bool = False
+    aside: Begun | None = None
 
 
 def solve_stages(
@@ -42,7 +54,7 @@ def solve_stages(
     bound_seconds: float,
     cutoff_seconds: float = math.inf,
     aside_seconds: float = math.inf,
-    start: Sequence[StageCount] | None = None,
+    begun: Begun = NOTHING_BEGUN,
     modes: Sequence[str] = RECOMPUTE_MODES,
     deadline: float = math.inf,
 ) -> Solution:
@@ -52,11 +64,11 @@ def solve_stages(
         bound_seconds: a valid lower bound (`bounds.lower_bound`); it spares the solver the proof of it.
         cutoff_seconds: stop when no assignment can be faster than this.
         aside_seconds: put the layout aside when its bound is found to be above this.
-        start: an assignment that fits, if one is known.
+        begun: what an earlier call kept, or just an assignment that fits, if one is known.
         modes: what a layer may recompute.
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
     """
-    best = tuple(start) if start is not None else None
+    best = begun.counts
     best_seconds = costs.step(best) if best is not None else math.inf
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
@@ -71,8 +83,9 @@ def solve_stages(
     program.fits_memory()
     program.durations()
     program.optimizer_of_slowest()
-    for path in known_paths(costs.pipeline):
+    for path in (*known_paths(costs.pipeline), *begun.cuts):
         program.longer_than_path(path)
+    found = list(begun.cuts)
     if best is not None:
         program.longer_than_path(costs.simulate(best).critical_path)
     start_seconds = costs.durations(best) if best is not None else None
@@ -81,13 +94,13 @@ def solve_stages(
         return Solution(best, best_seconds, min(best_seconds, cutoff_seconds), solved)
     bound = max(bound, relaxed)
     program.not_below_bound(bound)
-    patience = _FIRST_PATIENCE_SECONDS
+    patience = begun.patience_seconds
     while solved < _MOST_CUTS and time.monotonic() < deadline:
         goal = min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE)
         if bound >= goal:
             break
         if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
-            return Solution(best, best_seconds, bound, solved, aside=True)
+            return Solution(best, best_seconds, bound, solved, aside=Begun(best, tuple(found), patience))
         program.better_than(goal)
         began = time.monotonic()
         counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
@@ -104,6 +117,7 @@ def solve_stages(
         seconds = simulation.seconds + costs.optimizer_seconds(counts) + costs.step_seconds
         if seconds < best_seconds:
             best, best_seconds = counts, seconds
+        found.append(simulation.critical_path)
         program.longer_than_path(simulation.critical_path)
     return Solution(best, best_seconds, min(bound, best_seconds), solved)
 
@@ -117,7 +131,7 @@ def _cut_by_fractions(
     The programs' own answers jump from corner to corner, and each corner has a path of its own. So paths are taken
     between the answer and the best seen too (in-out separation), where few matter.
     """
-    costs, scale = program.costs, program.scale
+    costs = program.costs
     program.better_than(most_seconds * (1 - RELATIVE_TOLERANCE))
 
     def simulated(durations: Sequence[StageSeconds]) -> Simulation:
@@ -127,11 +141,11 @@ def _cut_by_fractions(
     for _ in range(_MOST_RELAXED):
         if time.monotonic() > deadline:
             break
-        outer = program.relax()
-        if outer is None:
-            return math.inf if program.infeasible else least
-        makespan, simulation = (program.makespan.value() or 0.0) * scale, simulated(outer)
-        least = (program.step.value() or 0.0) * scale + costs.step_seconds
+        answer = program.relax()
+        if answer is None:
+            return math.inf if program.relaxed is not None and program.relaxed.infeasible else least
+        outer, makespan = answer.durations, answer.makespan_seconds
+        simulation, least = simulated(outer), answer.step_seconds + costs.step_seconds
         program.longer_than_path(simulation.critical_path)
         if inner is None or simulation.seconds < inner[0]:
             inner = (simulation.seconds, outer)

@@ -14,7 +14,6 @@ from .capabilities import Capabilities, missing_features
 from .job import TrainingJob
 from .layout import Layout
 from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, recompute_modes, why_not_proposed, zero_rule
-from .schedule import V_SHAPED
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,10 @@ class LayoutGroup:
             zero, shard, ep, etp = state
             yield replace(self, base=replace(self.base, zero=zero, dp_shard=shard, ep=ep, etp=etp), states=(state,))
 
-    def by_shape(self) -> Iterator[LayoutGroup]:
-        """The same layouts, those whose last stage is on the last rank apart from those where it is on the first."""
-        for shaped in (False, True):
-            if pipelines := tuple(each for each in self.pipelines if (each[0] in V_SHAPED) == shaped):
-                yield replace(self, pipelines=pipelines)
+    def by_schedule(self) -> Iterator[LayoutGroup]:
+        """The same layouts, a group for each schedule."""
+        for schedule in dict(self.pipelines):
+            yield replace(self, pipelines=tuple(each for each in self.pipelines if each[0] == schedule))
 
     def __len__(self) -> int:
         return len(self.pipelines) * len(self.states)

@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import pulp
 
@@ -47,11 +48,20 @@ from .bounds import most_layers
 from .layout_costs import Blocks, LayoutCosts, StageCount
 from .part_seconds import PartSeconds
 from .rank_limits import empty_counts
+from .relaxed_program import RelaxedProgram
 from .simulation import Path, StageSeconds
 
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
+
+
+class RelaxedAnswer(NamedTuple):
+    """Of fractions of layers: each stage's durations, T, and T + O, which no whole layers are below; in seconds."""
+
+    durations: list[StageSeconds]
+    makespan_seconds: float
+    step_seconds: float
 
 
 @dataclass
@@ -64,6 +74,7 @@ class Program:
     modes: tuple[str, ...]
     goal_seconds: float
     problem: pulp.LpProblem = field(init=False)
+    relaxed: RelaxedProgram | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         stages, segments = range(self.costs.layout.stages), self.costs.segments
@@ -218,27 +229,32 @@ class Program:
             for s, number in enumerate(times):
                 if number != base:
                     length += (number - base) * self.phase[phase, s]
-        self.problem += self.makespan >= length
+        constraint = self.makespan >= length
+        self.problem += constraint
+        if self.relaxed is not None:
+            self.relaxed.add(constraint)
 
     # ---- solving ---------------------------------------------------------------------------------------
 
-    def relax(self) -> list[StageSeconds] | None:
-        """Durations of the best assignment of fractions of layers, None when the solver has none (`infeasible`).
-
-        `step` then has the objective: no assignment of whole layers is below it.
-        """
-        self.problem.solve(make_solver(math.inf, whole=False))
-        if self.problem.status != pulp.LpStatusOptimal:
+    def relax(self) -> RelaxedAnswer | None:
+        """The best assignment of fractions of layers; None where there is none (`relaxed` tells whether that is
+        proven) and where HiGHS is missing."""
+        if not pulp.HiGHS().available():
             return None
-        return [
-            StageSeconds(**{p: (self.phase[p, s].value() or 0.0) * self.scale for p in PATH_PHASES})
-            for s in range(self.costs.layout.stages)
-        ]
-
-    @property
-    def infeasible(self) -> bool:
-        """Whether the last answer was that nothing reaches the goal; any other failure proves nothing."""
-        return self.problem.status == pulp.LpStatusInfeasible
+        if self.relaxed is None:
+            self.relaxed = RelaxedProgram(self.problem, make_solver(math.inf, whole=False))
+        self.relaxed.solve()
+        if not self.relaxed.optimal:
+            return None
+        value, scale = self.relaxed.value, self.scale
+        return RelaxedAnswer(
+            [
+                StageSeconds(**{p: value(self.phase[p, s]) * scale for p in PATH_PHASES})
+                for s in range(self.costs.layout.stages)
+            ],
+            value(self.makespan) * scale,
+            value(self.step) * scale,
+        )
 
     def solve(self, solver: pulp.LpSolver) -> tuple[tuple[StageCount, ...] | None, float]:
         """(assignment or None, lower bound of T + O in seconds); the bound is infinite when nothing is feasible.
@@ -247,7 +263,7 @@ class Program:
         status is read for "infeasible" alone: a time-limited answer is called optimal too.
         """
         self.problem.solve(solver)
-        if self.infeasible:
+        if self.problem.status == pulp.LpStatusInfeasible:
             return None, float("inf")
         model = getattr(self.problem, "solverModel", None)
         if self.problem.status != pulp.LpStatusOptimal:
@@ -270,7 +286,7 @@ def _of(part: PartSeconds, phase: str) -> float:
     return getattr(part, phase).total
 
 
-def make_solver(limit_seconds: float, whole: bool = True) -> pulp.LpSolver:
+def make_solver(limit_seconds: float, whole: bool = True) -> Any:
     """HiGHS, or CBC where HiGHS is missing; one thread, no gap, stopped after `limit_seconds`.
 
     Not `whole`: numbers of layers may be fractions.

@@ -6,7 +6,6 @@ parallelism, the pipeline and the state.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -28,7 +27,7 @@ from .layout_costs import LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, V_SHAPED
+from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
 from .space import LayoutGroup
 
 # Layers by kind, embedding, head, and what a microbatch costs besides.
@@ -98,27 +97,16 @@ class CostModel:
             allocator_slack=self._hardware.allocator_slack,
         )
 
-    def of_fewest_chunks(self, base: Layout, pipelines: Sequence[tuple[str, int]]) -> list[LayoutCosts]:
-        """Seconds of a layout as if it waited for no message and had as few chunks as any of these (schedule, chunks):
-        what all of them have at least. Twice where some compute logits again and others do not."""
-        if pipelines[0][0] in V_SHAPED:
-            return [self.price_seconds(replace(base, schedule=pipelines[0][0], virtual_stages=pipelines[0][1]))]
-        alike = {"gpipe" if self._logits_again(replace(base, schedule=s)) else "1f1b" for s in dict(pipelines)}
-        return [self.price_seconds(replace(base, schedule=s, virtual_stages=1)) for s in sorted(alike)]
+    def least_bytes(self, of_most_chunks: Layout) -> LeastBytes:
+        """What no layer and neither end holds less than in a layout with these or fewer chunks.
 
-    def least_bytes(self, base: Layout, pipelines: Sequence[tuple[str, int]]) -> LeastBytes:
-        """What no layer and neither end holds less than in any of these pipelines.
-
-        Of each schedule it is least with most chunks: fewer weights are gathered at once (`memory_cost`).
+        With most chunks fewest weights are gathered at once (`memory_cost`).
         """
         memory, kind = self._memory, max(self._model.segments, key=lambda segment: segment.count).kind
-        each = [
-            replace(base, schedule=s, virtual_stages=max(c for t, c in pipelines if t == s)) for s in dict(pipelines)
-        ]
         return LeastBytes(
-            [memory.block(layout, kind) for layout in each],
-            min(memory.embedding(layout).state.total for layout in each),
-            min(memory.head(layout).state.total for layout in each),
+            memory.block(of_most_chunks, kind),
+            memory.embedding(of_most_chunks).state.total,
+            memory.head(of_most_chunks).state.total,
         )
 
     def _parts(self, layout: Layout, microbatches: int) -> _Parts:

@@ -14,7 +14,7 @@ from planner.bounds import fits, lower_bound
 from planner.layout import Layout
 from planner.layout_costs import LayoutCosts, StageCount
 from planner.question import Question
-from planner.solve_stages import Solution, solve_stages
+from planner.solve_stages import Begun, Solution, solve_stages
 from planner.stage_ilp import RELATIVE_TOLERANCE
 from tests.oracles import small_world
 from tests.oracles.brute_force import assignments, fastest, priced
@@ -153,9 +153,9 @@ def test_the_best_as_a_start_stays_and_a_bad_start_is_improved() -> None:
     every = [chosen for chosen in every_of(costs) if fits(costs, chosen, limit)]
     best, worst = min(every, key=costs.step), max(every, key=costs.step)
     for start in (best, worst):
-        solution = solve(costs, limit, start=start)
+        solution = solve(costs, limit, begun=Begun(start))
         assert solution.step_seconds == pytest.approx(costs.step(best), rel=1e-6)
-    assert solve(costs, limit, start=best).counts == best
+    assert solve(costs, limit, begun=Begun(best)).counts == best
 
 
 def test_past_its_deadline_it_returns_the_start_and_what_is_proven() -> None:
@@ -163,7 +163,7 @@ def test_past_its_deadline_it_returns_the_start_and_what_is_proven() -> None:
     bound = lower_bound(costs, limit, FREE)
     assert bound is not None
     start = max((chosen for chosen in every_of(costs) if fits(costs, chosen, limit)), key=costs.step)
-    solution = solve(costs, limit, start=start, deadline=time.monotonic() - 1)
+    solution = solve(costs, limit, begun=Begun(start), deadline=time.monotonic() - 1)
     assert (solution.counts, solution.step_seconds, solution.ilps_solved) == (start, costs.step(start), 0)
     assert solution.bound_seconds == bound < best_of(costs, limit)
     empty = solve(costs, limit, deadline=time.monotonic() - 1)
@@ -172,7 +172,7 @@ def test_past_its_deadline_it_returns_the_start_and_what_is_proven() -> None:
 
 def test_a_start_that_meets_the_bound_needs_no_program() -> None:
     costs = price(Layout())
-    solution = solve(costs, 1e9, start=counts((6, 0)))
+    solution = solve(costs, 1e9, begun=Begun(counts((6, 0))))
     assert (solution.ilps_solved, solution.counts) == (0, counts((6, 0)))
 
 
