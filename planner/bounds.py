@@ -77,36 +77,37 @@ def lower_bound(
     return None if dealt is None else max(dealt, least) + costs.step_seconds
 
 
-def any_chunks_bound(
-    costs: LayoutCosts,
+def any_chunks_seconds(fewest: LayoutCosts, most_chunks: int, modes: Sequence[str]) -> float:
+    """Seconds that no layout with `most_chunks` or fewer is below. `fewest` are the costs with fewest chunks: more only
+    add to every number."""
+    layout, split = fewest.layout, fewest.layout.schedule in SPLIT_BACKWARD
+    least = _one_stage(fewest, modes, layout.pp * most_chunks, split)
+    return max(_poured(fewest, modes, *_heads_and_tails(fewest)), least) + fewest.step_seconds
+
+
+def any_chunks_dealt(
+    fewest: LayoutCosts,
     chunks: Sequence[int],
     sizes: LeastBytes,
     limit_bytes: float,
     modes: Sequence[str],
     enough_seconds: float = math.inf,
 ) -> float | None:
-    """Seconds that no layout with one of these numbers of chunks is below, None when none fits.
-
-    `costs` are those with fewest chunks, without bytes: more only add to every number. Above `enough_seconds` the bound
-    need not be the best one known.
-    """
-    layout, split = costs.layout, costs.layout.schedule in SPLIT_BACKWARD
-    heads, tails = _heads_and_tails(costs)
-    stages = layout.pp * max(chunks)
-    least = max(_poured(costs, modes, heads, tails), _one_stage(costs, modes, stages, split)) + costs.step_seconds
-    if least > enough_seconds:
-        return least
-    every = [least_in_flight(Pipeline(layout.schedule, layout.pp, n, costs.microbatches)) for n in chunks]
+    """The same with layers dealt out to ranks that have memory for them; None when no layout with one of these numbers
+    of chunks fits. Above `enough_seconds` the bound need not be the best one known."""
+    layout = fewest.layout
+    every = [least_in_flight(Pipeline(layout.schedule, layout.pp, n, fewest.microbatches)) for n in chunks]
     ends = [0.0] * layout.pp
     ends[0] += sizes.embedding
-    ends[costs.last_rank] += sizes.head
-    segment, slack = _largest_segment(costs), 1.0 + costs.allocator_slack
+    ends[fewest.last_rank] += sizes.head
+    segment, slack = _largest_segment(fewest), 1.0 + fewest.allocator_slack
     limits = [
-        RankLimits(costs, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
+        RankLimits(fewest, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
         for end, flight in zip(ends, map(min, zip(*every, strict=True)), strict=True)
     ]
-    dealt = _deal(costs, segment, limits, _around(costs, segment, heads, tails, split), enough_seconds)
-    return None if dealt is None else max(least, dealt + costs.step_seconds)
+    around = _around(fewest, segment, *_heads_and_tails(fewest), split=layout.schedule in SPLIT_BACKWARD)
+    dealt = _deal(fewest, segment, limits, around, enough_seconds)
+    return None if dealt is None else dealt + fewest.step_seconds
 
 
 def most_layers(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .bounds import any_chunks_bound
+from .bounds import any_chunks_dealt, any_chunks_seconds
 from .question import Question
 from .rank_limits import ROUNDING
 from .rules import recompute_modes
@@ -34,5 +34,9 @@ def least_of_one_state(
     of_schedule = replace(group.base, schedule=schedule)
     modes = recompute_modes(of_schedule, question.rules)
     fewest = prices.price_seconds(replace(of_schedule, virtual_stages=min(chunks)))
+    least = any_chunks_seconds(fewest, max(chunks), modes)
+    if least > enough_seconds:
+        return least  # no byte was looked at
     sizes = prices.least_bytes(replace(of_schedule, virtual_stages=max(chunks)))
-    return any_chunks_bound(fewest, chunks, sizes, question.limit_bytes, modes, enough_seconds)
+    dealt = any_chunks_dealt(fewest, chunks, sizes, question.limit_bytes, modes, enough_seconds)
+    return None if dealt is None else max(least, dealt)

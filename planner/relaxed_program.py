@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pulp
 
@@ -23,7 +24,7 @@ class RelaxedProgram:
     def __init__(self, problem: pulp.LpProblem, solver: pulp.HiGHS) -> None:
         solver.createAndConfigureSolver(problem)
         solver.buildSolverModel(problem)
-        self._model = problem.solverModel
+        self._model: Any = problem.solverModel
         self._values: Sequence[float] = ()
         self.optimal = self.infeasible = False
 
@@ -45,6 +46,6 @@ class RelaxedProgram:
         self.optimal, self.infeasible = ended == "kOptimal", ended in _INFEASIBLE
         self._values = self._model.getSolution().col_value if self.optimal else ()
 
-    def value(self, variable: pulp.LpVariable) -> float:
-        """Of the last answer, which was optimal."""
+    def value(self, variable: Any) -> float:
+        """Of a variable of the problem, in the last answer, which was optimal."""
         return self._values[variable.index]
