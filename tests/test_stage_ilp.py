@@ -158,6 +158,30 @@ def test_the_best_as_a_start_stays_and_a_bad_start_is_improved() -> None:
     assert solve(costs, limit, begun=Begun(best)).counts == best
 
 
+def test_what_is_put_aside_goes_on_to_the_same_answer() -> None:
+    """Each time the bound rises above the aside line, with what was found so far in hand."""
+    costs = price(Layout(pp=2, schedule="zb1p", virtual_stages=2))
+    limit = needs(costs)[60]
+    bound = lower_bound(costs, limit, FREE)
+    assert bound is not None
+    solution, looks = solve(costs, limit, aside_seconds=bound), 1
+    while solution.aside is not None:
+        more = solve_stages(
+            costs,
+            limit,
+            bound_seconds=solution.bound_seconds,
+            aside_seconds=solution.bound_seconds,
+            begun=solution.aside,
+            modes=FREE,
+        )
+        assert more.bound_seconds >= solution.bound_seconds
+        assert more.step_seconds <= solution.step_seconds
+        solution, looks = more, looks + 1
+        assert looks < 50
+    assert looks > 1
+    assert solution.step_seconds == pytest.approx(best_of(costs, limit), rel=1e-6)
+
+
 def test_past_its_deadline_it_returns_the_start_and_what_is_proven() -> None:
     costs, limit = tight()
     bound = lower_bound(costs, limit, FREE)
