@@ -6,11 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from profiles.model import ModelSpec
-
+from .assignment import counts_of
 from .default_layout import DefaultLayout, default_layout
-from .layout import LAYOUT_KEYS, RECOMPUTE_MODES, Layout
-from .layout_costs import Blocks, LayoutCosts, StageCount
+from .layout import LAYOUT_KEYS, Layout
+from .layout_costs import LayoutCosts, StageCount
 from .plan import Prediction, Stage
 from .question import Question
 from .step_cost import CostModel
@@ -67,18 +66,6 @@ def answer(
         default=default_layout(question),
         price_per_gpu_hour=price,
     )
-
-
-def counts_of(model: ModelSpec, stages: Sequence[Stage]) -> tuple[StageCount, ...]:
-    """What each stage holds of each segment, its first blocks the ones that recompute."""
-    kinds = [k for k, segment in enumerate(model.segments) for _ in range(segment.count)]
-    counts = []
-    for stage in stages:
-        held: list[dict[str, int]] = [dict.fromkeys(RECOMPUTE_MODES, 0) for _ in model.segments]
-        for block in range(stage.first, stage.end):
-            held[kinds[block]][stage.recompute_mode(block)] += 1
-        counts.append(tuple(Blocks(**modes) for modes in held))
-    return tuple(counts)
 
 
 def work_seconds(costs: LayoutCosts, counts: Sequence[StageCount]) -> tuple[float, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.input_error import InputError
 
-from .answer import counts_of
+from .assignment import counts_of
 from .comm_cost import Group
 from .errors import InfeasibleError
 from .layout import SCHEDULES, Layout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from profiles.store import Reader, dump_yaml, load_document, write_atomically
 from .capabilities import CAPABILITIES
 from .job import TrainingJob
 from .layout import RECOMPUTE_MODES, Layout
+from .recompute_spans import Span, plain_spans, read_spans
 from .rules import RuleContext, violations, why_no_recompute
 
 SCHEMA = "meshwright.plan/v1"
@@ -23,7 +24,7 @@ TIME_PARTS = ("compute", "recompute", "tp", "cp", "ep", "pp", "bubble", "dp_expo
 class Stage:
     """One chunk of the model on one pipeline rank: blocks [first, end), and how many recompute how.
 
-    The recomputing blocks of a stage are its first `full` ones, then `selective`, then `none`.
+    Its first blocks do, unless `recompute_spans` says which ([Note: Which blocks recompute]).
     """
 
     rank: int
@@ -35,6 +36,7 @@ class Stage:
     recompute_none: int
     recompute_selective: int
     recompute_full: int
+    recompute_spans: tuple[Span, ...] = ()
 
     @classmethod
     def whole(cls, model: ModelSpec) -> Stage:
@@ -53,6 +55,8 @@ class Stage:
 
     def recompute_mode(self, block: int) -> str:
         """`full`, `selective` or `none` for a global block index of this stage."""
+        if self.recompute_spans:
+            return next((mode for mode, first, end in self.recompute_spans if first <= block < end), "none")
         position = block - self.first
         if position < self.recompute_full:
             return "full"
@@ -66,6 +70,7 @@ class Stage:
             "embedding": self.embedding,
             "head": self.head,
             "recompute": {mode: getattr(self, f"recompute_{mode}") for mode in RECOMPUTE_MODES},
+            **({"recompute_layers": plain_spans(self.recompute_spans)} if self.recompute_spans else {}),
         }
 
     @classmethod
@@ -84,13 +89,17 @@ class Stage:
             recompute_full=counts.integer("full"),
         )
         counts.finish()
+        spans = reader.child("recompute_layers") if "recompute_layers" in reader else None
         reader.finish()
         if first > end:
             raise reader.fail("layers", "[first, end) with first <= end", [first, end])
         total = stage.recompute_none + stage.recompute_selective + stage.recompute_full
         if total != end - first:
             raise reader.fail("recompute", f"counts that add up to the stage's {end - first} layers", total)
-        return stage
+        if spans is None:
+            return stage
+        again = {"full": stage.recompute_full, "selective": stage.recompute_selective}
+        return replace(stage, recompute_spans=read_spans(spans, first, end, again))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ from profiles.catalogue import resolve_model
 from profiles.input_error import InputError
 
 from .answer import answer
+from .assignment import stages_of
 from .parse import parse_layout
 from .plan import Plan, load, save
 from .question import Question, ask, question_of
 from .rules import require_legal
-from .search import check_supported, predict, search, solve_layout, stages_of
+from .search import check_supported, predict, search, solve_layout
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

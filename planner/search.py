@@ -16,6 +16,7 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
+from .assignment import stages_of
 from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
@@ -23,8 +24,8 @@ from .first_assignment import first_assignment
 from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .guesses import Guesses, Solved
 from .layout import Layout
-from .layout_costs import LayoutCosts, StageCount
-from .plan import Alternative, Certificate, Plan, Prediction, Stage
+from .layout_costs import LayoutCosts
+from .plan import Alternative, Certificate, Plan, Prediction
 from .question import Question
 from .remedies import why_nothing_fits
 from .rules import recompute_modes
@@ -224,30 +225,6 @@ def make_plan(question: Question, solved: Solved, certificate: Certificate, othe
             for o in others
         ),
     )
-
-
-def stages_of(layout: Layout, counts: Sequence[StageCount]) -> tuple[Stage, ...]:
-    """Counts as half-open block ranges, in the order of the model."""
-    places = {stage: (rank, chunk) for rank in range(layout.pp) for chunk, stage in enumerate(layout.stages_of(rank))}
-    stages, first = [], 0
-    for stage, held in enumerate(counts):
-        rank, chunk = places[stage]
-        end = first + sum(blocks.total for blocks in held)
-        stages.append(
-            Stage(
-                rank=rank,
-                chunk=chunk,
-                first=first,
-                end=end,
-                embedding=stage == 0,
-                head=stage == len(counts) - 1,
-                recompute_none=sum(blocks.none for blocks in held),
-                recompute_selective=sum(blocks.selective for blocks in held),
-                recompute_full=sum(blocks.full for blocks in held),
-            )
-        )
-        first = end
-    return tuple(stages)
 
 
 def predict(question: Question, solved: Solved) -> Prediction:

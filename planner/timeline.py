@@ -9,7 +9,7 @@ from typing import Any
 
 from profiles.store import load_json, write_atomically
 
-from .answer import counts_of
+from .assignment import counts_of
 from .event_graph import ACTION_KINDS, COSTS, build_graph
 from .layout_costs import LayoutCosts, StageCount
 from .plan import Plan

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from planner.answer import answer, assumptions, counts_of, differing, differing_text, nominal_figures
+from planner.answer import answer, assumptions, differing, differing_text, nominal_figures
+from planner.assignment import counts_of, stages_of
 from planner.default_layout import default_layout
 from planner.layout import Layout
 from planner.plan_report import default_text, estimate_report, plan_report
 from planner.question import Question
 from planner.rules import violations
-from planner.search import predict, search, solve_layout, stages_of
+from planner.search import predict, search, solve_layout
 from planner.stage_table import stage_table
 from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.experts_spec import Experts

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from planner.assignment import counts_of
 from planner.job import TrainingJob
 from planner.layout import Layout
-from planner.layout_costs import Blocks
 from planner.plan import Plan
 from planner.step_cost import CostModel
 from profiles.model import ModelSpec
@@ -182,8 +182,7 @@ def compare(case: MemoryCase) -> Compared:
     """Predict and run a case in this process, which must run no other."""
     plan = plan_of(case)
     costs = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job).price(case.layout)
-    counts = [(Blocks(stage.recompute_none, stage.recompute_selective, stage.recompute_full),) for stage in plan.stages]
-    items = costs.rank_memory(case.pipeline_rank, counts).items()
+    items = costs.rank_memory(case.pipeline_rank, counts_of(plan.model, plan.stages)).items()
     predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
     return Compared(predicted, run(case).parts)
 
