@@ -46,8 +46,7 @@ def read_spans(reader: Reader, first: int, end: int, counts: Mapping[str, int]) 
     Raises:
         InputError: they are no spans of these blocks, meet, or are not as long as `counts` says.
     """
-    modes = [mode for mode in MODES_IN_ORDER[:2] if mode in reader]
-    spans = [span for mode in modes for span in _read(reader, mode, first, end)]
+    spans = [span for mode in MODES_IN_ORDER[:2] for span in _read(reader, mode, first, end)]
     reader.finish()
     spans.sort(key=lambda span: span[1:])
     block, runs = first, []
@@ -64,7 +63,7 @@ def read_spans(reader: Reader, first: int, end: int, counts: Mapping[str, int]) 
 
 
 def _read(reader: Reader, mode: str, first: int, end: int) -> Iterator[Span]:
-    found = reader.anything(mode)
+    found = reader.anything(mode, default=[])
     expected = f"a list of spans [first, end) of the stage's blocks, {first} <= first < end <= {end}"
     if not isinstance(found, list | tuple):
         raise reader.fail(mode, expected, found)
