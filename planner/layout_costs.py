@@ -4,6 +4,12 @@
 For a fixed layout each duration on a stage (forward, backward, gather, reduce, optimizer) and each byte is a
 sum over the layers it holds, so it is linear in how many layers of each segment and recompute mode it has. What is
 not linear, such as how much of a collective hides behind compute, is settled per layer beforehand.
+
+[Note: Resharding]
+Under zero 3 with gpipe or 1f1b each stage says what becomes of its layers' weights: freed after every forward and
+backward and gathered again for each, or kept from the first forward to the reduction of the gradients, which costs
+their bytes and spares all gathers but one. All stages keeping is zero 1. A plan of before stages could say so has them
+freed after forwards alone: gathered for each backward, and at the peak all there.
 """
 
 from __future__ import annotations
@@ -59,6 +65,9 @@ class LayoutCosts:
 
     `fixed_memory` and `in_flight` have an entry a pipeline rank, the latter the vectors of [Note: In-flight
     activations] of which none is below another.
+
+    Where stages choose ([Note: Resharding]) `reshard` has each one's choice, and `choices` the layers by it; `segments`
+    then have no more seconds and bytes than either, for bounds.
     """
 
     layout: Layout
@@ -74,6 +83,16 @@ class LayoutCosts:
     fixed_memory: tuple[MemoryBytes, ...]
     in_flight: tuple[tuple[InFlight, ...], ...]
     allocator_slack: float
+    reshard: tuple[bool | None, ...] = ()
+    choices: tuple[tuple[bool | None, tuple[SegmentCosts, ...]], ...] = ()
+
+    def segments_if(self, reshard: bool | None) -> tuple[SegmentCosts, ...]:
+        """The layers of a stage that has chosen so."""
+        return dict(self.choices)[reshard] if self.choices else self.segments
+
+    def segments_of(self, stage: int) -> tuple[SegmentCosts, ...]:
+        """The layers as the stage has them."""
+        return self.segments_if(self.reshard[stage]) if self.reshard else self.segments
 
     @property
     def pipeline(self) -> Pipeline:
@@ -89,7 +108,7 @@ class LayoutCosts:
         """All phases of a stage; recomputation is apart from `backward_input`, under `recompute_full`."""
         total = self.ends_seconds(stage)
         again = Seconds()
-        for segment, blocks in zip(self.segments, count, strict=True):
+        for segment, blocks in zip(self.segments_of(stage), count, strict=True):
             total = total + segment.seconds * blocks.total
             for mode in ("selective", "full"):
                 if number := blocks.of(mode):
@@ -128,7 +147,7 @@ class LayoutCosts:
         """(local chunk, part, how many, mode) of all that a rank holds."""
         parts: list[_RankPart] = []
         for chunk, stage in enumerate(self.layout.stages_of(rank)):
-            for segment, blocks in zip(self.segments, counts[stage], strict=True):
+            for segment, blocks in zip(self.segments_of(stage), counts[stage], strict=True):
                 parts += [(chunk, segment.memory, blocks.of(mode), mode) for mode in RECOMPUTE_MODES]
         return [part for part in parts if part[2]] + self.end_parts(rank)
 

@@ -38,27 +38,31 @@ class MemoryModel:
 
     # ---- state -----------------------------------------------------------------------------------------
 
-    def _state(self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False) -> MemoryBytes:
+    def _state(
+        self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False, frees: bool = False
+    ) -> MemoryBytes:
         """Weights, gradients and AdamW moments of `parameters` (already cut by tp or by ep and etp)."""
         shards, ranks = (layout.expert_shards, layout.edp) if expert else (layout.shards, layout.dp * layout.cp)
         if self._software.on_fsdp:
-            return self._fsdp2_state(layout, parameters, shards, ranks > 1, root)
+            return self._fsdp2_state(layout, parameters, shards, ranks > 1, root, frees)
         return self._master_state(layout, parameters, shards)
 
-    def _fsdp2_state(self, layout: Layout, parameters: float, shards: int, shared: bool, root: bool) -> MemoryBytes:
+    def _fsdp2_state(
+        self, layout: Layout, parameters: float, shards: int, shared: bool, root: bool, frees: bool
+    ) -> MemoryBytes:
         """fp32 shards, as FSDP2 keeps them.
 
         zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
         the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
         unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
-        `PipelineStage.backward_maybe_with_nosync`). Unsharded sums are freed group by group as they are reduced, when
+        `PipelineStage.backward_maybe_with_nosync`), unless ours `frees` the weights. Unsharded sums are freed group by group as they are reduced, when
         activations are gone, so their shards do not count besides. Embedding and head (`root`) are FSDP2's root group,
         gathered from forward to backward. Gradients that only appear as activations go are in `_late_gradients`.
         """
         weights = _FP32_BYTES * parameters / shards
         optimizer = _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
         wrapped = shared or self._job.precision != "fp32"
-        stays = wrapped and (layout.zero < 3 or layout.pp > 1 or root)
+        stays = wrapped and (layout.zero < 3 or (layout.pp > 1 and not frees) or root)
         gathered = self._element_bytes * parameters if stays else 0.0
         if not root:  # of even chunks; which of them has the root's cannot be said
             gathered *= min(1.0, STAGES_GATHERED / layout.virtual_stages)
@@ -129,16 +133,17 @@ class MemoryModel:
 
     # ---- activations -----------------------------------------------------------------------------------
 
-    def block(self, layout: Layout, kind: str = "dense") -> PartMemory:
+    def block(self, layout: Layout, kind: str = "dense", *, frees: bool = False) -> PartMemory:
+        """A layer; under a pipeline `frees` says that its weights are gathered for each pass ([Note: Resharding])."""
         kept = self._activations.layer(layout, kind)
         dense, expert = self.block_parameters(layout, kind)
-        state = self._state(layout, dense)
+        state = self._state(layout, dense, frees=frees)
         if expert:
-            state = state + self._state(layout, expert, expert=True)
+            state = state + self._state(layout, expert, expert=True, frees=frees)
         modes = (kept.none, kept.selective, kept.full)
         comes_back = (kept.none, kept.none + kept.unclaimed, kept.none)
         transients = [
-            self._transient(layout, dense, expert, kept, held, whole)
+            self._transient(layout, dense, expert, kept, held, whole, frees)
             for held, whole in zip(modes, comes_back, strict=True)
         ]
         held = [
@@ -157,7 +162,7 @@ class MemoryModel:
         )
 
     def _transient(
-        self, layout: Layout, dense: float, expert: float, kept: KeptBytes, held: float, whole: float
+        self, layout: Layout, dense: float, expert: float, kept: KeptBytes, held: float, whole: float, frees: bool
     ) -> float:
         """The most that a layer's backward has beyond what its stage holds, `held` of it by this layer, whose
         activations are `whole` once what it recomputes has come back.
@@ -172,7 +177,7 @@ class MemoryModel:
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
-        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp)
+        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or frees)
         gathered = 2 * element * parameters if gathers else 0.0
         start = kept.transient + gathered + whole - held
         if fsdp and self._halves_apart(layout):
@@ -185,7 +190,8 @@ class MemoryModel:
             before = max(self._root_reduction(layout), reduced - held)
             return max(start, end) + before
         share = max(1, self._model.layers // layout.pp)
-        return max(start, reduced * (1 + 1 / layout.shards) - share * (element * parameters + held))
+        stayed = 0.0 if frees else element * parameters
+        return max(start, reduced * (1 + 1 / layout.shards) - share * (stayed + held))
 
     def _left_between(self, kept: KeptBytes) -> float:
         """Of a layer's passing gradients those that a split backward leaves between its halves: there they are held,

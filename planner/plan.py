@@ -14,7 +14,7 @@ from .capabilities import CAPABILITIES
 from .job import TrainingJob
 from .layout import RECOMPUTE_MODES, Layout
 from .recompute_spans import Span, plain_spans, read_spans
-from .rules import RuleContext, violations, why_no_recompute
+from .rules import RuleContext, violations, why_no_recompute, why_no_reshard
 
 SCHEMA = "meshwright.plan/v1"
 TIME_PARTS = ("compute", "recompute", "tp", "cp", "ep", "pp", "bubble", "dp_exposed", "optimizer")
@@ -24,7 +24,8 @@ TIME_PARTS = ("compute", "recompute", "tp", "cp", "ep", "pp", "bubble", "dp_expo
 class Stage:
     """One chunk of the model on one pipeline rank: blocks [first, end), and how many recompute how.
 
-    Its first blocks do, unless `recompute_spans` says which ([Note: Which blocks recompute]).
+    Its first blocks do, unless `recompute_spans` says which ([Note: Which blocks recompute]). `reshard` is whether its
+    layers' weights are freed between passes ([Note: Resharding] in `layout_costs`).
     """
 
     rank: int
@@ -37,6 +38,7 @@ class Stage:
     recompute_selective: int
     recompute_full: int
     recompute_spans: tuple[Span, ...] = ()
+    reshard: bool | None = None
 
     @classmethod
     def whole(cls, model: ModelSpec) -> Stage:
@@ -71,6 +73,7 @@ class Stage:
             "head": self.head,
             "recompute": {mode: getattr(self, f"recompute_{mode}") for mode in RECOMPUTE_MODES},
             **({"recompute_layers": plain_spans(self.recompute_spans)} if self.recompute_spans else {}),
+            **({"reshard": self.reshard} if self.reshard is not None else {}),
         }
 
     @classmethod
@@ -87,6 +90,7 @@ class Stage:
             recompute_none=counts.integer("none"),
             recompute_selective=counts.integer("selective"),
             recompute_full=counts.integer("full"),
+            reshard=reader.boolean("reshard") if "reshard" in reader else None,
         )
         counts.finish()
         spans = reader.child("recompute_layers") if "recompute_layers" in reader else None
@@ -289,6 +293,8 @@ def _check_stages(plan: Plan, reader: Reader) -> None:
             number = getattr(stage, f"recompute_{mode}")
             if number and (reason := why_no_recompute(mode, layout, rules)) is not None:
                 raise reader.fail(f"{place}.recompute.{mode}", f"0: {reason}", number)
+        if stage.reshard is not None and (reason := why_no_reshard(layout)) is not None:
+            raise reader.fail(f"{place}.reshard", f"no such key: {reason}", stage.reshard)
         if stage.first == stage.end and not (stage.embedding or stage.head):
             raise reader.fail(f"{place}.layers", "at least one layer on a stage between first and last", 0)
         expected_first = stage.end

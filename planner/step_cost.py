@@ -54,28 +54,39 @@ class CostModel:
         self._axes = AxisModel(model, hardware, self._comm, job, software)
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
         self._memory = MemoryModel(model, hardware, job, software)
-        self._part_cache: dict[Layout, _Parts] = {}
+        self._part_cache: dict[tuple[Layout, bool | None], _Parts] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
-    def price(self, layout: Layout) -> LayoutCosts:
-        """Every number of the layout."""
-        costs, memory = self.price_seconds(layout), self._memory
-        layers = {kind: memory.block(layout, kind) for kind in {segment.kind for segment in costs.segments}}
+    def price(self, layout: Layout, reshard: Sequence[bool | None] = ()) -> LayoutCosts:
+        """Every number of the layout. `reshard` is each stage's choice where stages have one, by default to free."""
+        costs, memory, choose = self.price_seconds(layout), self._memory, layout.stages_choose
         held = held_by_torch if self._software.on_torch_pipeline else in_flight
-        return replace(
+        costs = replace(
             costs,
-            segments=tuple(replace(segment, memory=layers[segment.kind]) for segment in costs.segments),
+            segments=self._segments(layout, False if choose else None, frees=choose),
             embedding_memory=memory.embedding(layout),
             head_memory=memory.head(layout),
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
             in_flight=held(costs.pipeline),
         )
+        if not choose:
+            return costs
+        chosen = tuple(reshard) or (True,) * layout.stages
+        choices = {each: self._segments(layout, each, frees=bool(each)) for each in (True, False, *chosen)}
+        return replace(costs, reshard=chosen, choices=tuple(choices.items()))
+
+    def _segments(self, layout: Layout, reshard: bool | None, *, frees: bool) -> tuple[SegmentCosts, ...]:
+        """The layers, with the seconds of one choice of their stage and the bytes of one."""
+        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), reshard)
+        memory = {kind: self._memory.block(layout, kind, frees=frees) for kind in seconds}
+        return tuple(SegmentCosts(s.kind, s.count, seconds[s.kind], memory[s.kind]) for s in self._model.segments)
 
     def price_seconds(self, layout: Layout) -> LayoutCosts:
         """The layout as if it held no bytes, which is much sooner than `price`: most are ruled out by it."""
         microbatches = layout.microbatches(self._job.global_batch)
-        layers, embedding, head, overhead = self._parts(layout, microbatches)
+        spared = False if layout.stages_choose else None  # no stage takes less than one that keeps its weights
+        layers, embedding, head, overhead = self._parts(layout, microbatches, spared)
         send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
         alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
@@ -116,27 +127,27 @@ class CostModel:
             replace(base, schedule=s, virtual_stages=max(c for t, c in pipelines if t == s)) for s in dict(pipelines)
         ]
         return LeastBytes(
-            [memory.block(layout, kind) for layout in each],
+            [memory.block(layout, kind, frees=layout.stages_choose) for layout in each],
             min(memory.embedding(layout).state.total for layout in each),
             min(memory.head(layout).state.total for layout in each),
         )
 
-    def _parts(self, layout: Layout, microbatches: int) -> _Parts:
+    def _parts(self, layout: Layout, microbatches: int, reshard: bool | None) -> _Parts:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
         nothing but whether logits are computed again, so layouts that differ in it share them."""
         alike = "gpipe" if self._logits_again(layout) else "1f1b"
-        key = replace(layout, virtual_stages=1, schedule=alike)
+        key = (replace(layout, virtual_stages=1, schedule=alike), reshard)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
                 self._part_cache.clear()
-            self._part_cache[key] = self._price_parts(key, microbatches)
+            self._part_cache[key] = self._price_parts(*key, microbatches)
         return self._part_cache[key]
 
-    def _price_parts(self, layout: Layout, microbatches: int) -> _Parts:
+    def _price_parts(self, layout: Layout, reshard: bool | None, microbatches: int) -> _Parts:
         memory, pace = self._memory, self._pace(layout, microbatches)
         compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
         layers = {
-            kind: self._layer(layout, compute[kind], kind, microbatches)
+            kind: self._layer(layout, compute[kind], kind, microbatches, reshard)
             for kind in {segment.kind for segment in self._model.segments}
         }
         (first, last), axes = self._model.end_tensors, self._axes
@@ -206,7 +217,8 @@ class CostModel:
             if not chunks:
                 continue
             layout = replace(group.base, schedule=schedule, virtual_stages=chunks)
-            layers = {segment.kind: memory.block(layout, segment.kind).state.total for segment in self._model.segments}
+            kinds = {segment.kind for segment in self._model.segments}
+            layers = {kind: memory.block(layout, kind, frees=layout.stages_choose).state.total for kind in kinds}
             total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
             least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
         return least
@@ -250,10 +262,12 @@ class CostModel:
 
     # ---- parts -----------------------------------------------------------------------------------------
 
-    def _layer(self, layout: Layout, compute: ComputeCost, kind: str, microbatches: int) -> PartSeconds:
+    def _layer(
+        self, layout: Layout, compute: ComputeCost, kind: str, microbatches: int, reshard: bool | None
+    ) -> PartSeconds:
         axes = self._axis_passes(layout, compute, kind)
         parameters, tensors = self._memory.block_parameters(layout, kind), self._model.layer_tensors(kind)
-        return self._part(layout, compute, axes, parameters, microbatches, tensors)
+        return self._part(layout, compute, axes, parameters, microbatches, tensors, reshard=reshard)
 
     def _axis_passes(self, layout: Layout, compute: ComputeCost, kind: str) -> dict[str, Passes]:
         axes = {"tp": self._axes.block_tp(layout, compute, kind), "cp": self._axes.block_cp(layout, compute)}
@@ -270,6 +284,7 @@ class CostModel:
         microbatches: int,
         tensors: int,
         root: bool = False,
+        reshard: bool | None = None,
     ) -> PartSeconds:
         """Phases of one part: a layer, or (`root`) embedding and head; `parameters` dense and of experts."""
 
@@ -285,7 +300,7 @@ class CostModel:
         forward = compute.forward.total + sum(sent("forward").values())
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
         number = self._software.joined_tensors(tensors, root)
-        dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root)
+        dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root, reshard=reshard)
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
             backward_input=Seconds(compute.backward_input.total, **sent("backward")) + dp.backward,
