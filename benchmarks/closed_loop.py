@@ -71,7 +71,8 @@ def plans_of(question: Question) -> list[Plan]:
 
 def priced_anew(plan: Plan, hardware: HardwareProfile, cluster: ClusterSpec) -> Plan:
     """The plan as it is, predicted from another profile."""
-    costs = CostModel(plan.model, cluster, hardware, plan.job).price(plan.layout)
+    prices = CostModel(plan.model, cluster, hardware, plan.job)
+    costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
     counts = counts_of(plan.model, plan.stages)
     question = Question(plan.model, cluster, hardware, plan.job)
     return make_plan(question, Solved(costs, counts, costs.step(counts)), UNPROVEN)

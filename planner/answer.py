@@ -56,7 +56,8 @@ def answer(
     question: Question, layout: Layout, stages: Sequence[Stage], prediction: Prediction, price: float | None = None
 ) -> Answer:
     """What a report says of the layout; nothing is solved."""
-    costs = CostModel(question.model, question.cluster, question.hardware, question.job).price(layout)
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    costs = prices.price(layout, [stage.reshard for stage in stages])
     return Answer(
         question=question,
         layout=layout,

@@ -12,8 +12,11 @@ from .plan import Stage
 from .recompute_spans import MODES_IN_ORDER, spans_of
 
 
-def stages_of(layout: Layout, counts: Sequence[StageCount]) -> tuple[Stage, ...]:
-    """Counts as half-open block ranges, in the order of the model; within a segment the first blocks recompute."""
+def stages_of(layout: Layout, counts: Sequence[StageCount], reshard: Sequence[bool | None] = ()) -> tuple[Stage, ...]:
+    """Counts as half-open block ranges, in the order of the model; within a segment the first blocks recompute.
+
+    `reshard` is each stage's choice, where stages have one.
+    """
     places = {stage: (rank, chunk) for rank in range(layout.pp) for chunk, stage in enumerate(layout.stages_of(rank))}
     stages, first = [], 0
     for stage, held in enumerate(counts):
@@ -31,6 +34,7 @@ def stages_of(layout: Layout, counts: Sequence[StageCount]) -> tuple[Stage, ...]
                 recompute_selective=sum(blocks.selective for blocks in held),
                 recompute_full=sum(blocks.full for blocks in held),
                 recompute_spans=spans_of([(mode, each.of(mode)) for each in held for mode in MODES_IN_ORDER], first),
+                reshard=reshard[stage] if reshard else None,
             )
         )
         first = end

@@ -107,7 +107,8 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
     """The same parts as `hardware` prices them, for the same rank: collectives whole, nothing hidden."""
     plan, stage = record.plan, record.stage
     waiting = replace(hardware, overlap_compute_slowdown=2.0, overlap_communication_slowdown=2.0)
-    costs = CostModel(plan.model, plan.cluster, waiting, plan.job).price(plan.layout)
+    prices = CostModel(plan.model, plan.cluster, waiting, plan.job)
+    costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
     count = counts_of(plan.model, plan.stages)[stage]
     seconds = costs.stage_seconds(stage, count)
     each = seconds.forward + seconds.backward + seconds.recompute_full

@@ -6,10 +6,11 @@ sum over the layers it holds, so it is linear in how many layers of each segment
 not linear, such as how much of a collective hides behind compute, is settled per layer beforehand.
 
 [Note: Resharding]
-Under zero 3 with gpipe or 1f1b each stage says what becomes of its layers' weights: freed after every forward and
-backward and gathered again for each, or kept from the first forward to the reduction of the gradients, which costs
-their bytes and spares all gathers but one. All stages keeping is zero 1. A plan of before stages could say so has them
-freed after forwards alone: gathered for each backward, and at the peak all there.
+Under zero 3 with gpipe or 1f1b each stage says what becomes of its layers' weights. `reshard: true`: freed after every
+forward and backward, and gathered again for each. `false`: kept from the first forward to the reduction of the
+gradients, gathered once; all stages so are zero 1. Neither: freed after forwards alone, as torch's pipeline has it, and
+gathered for each backward, which leaves them where a microbatch's activations were; they add to the peak only what they
+are more than those.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .memory_bytes import MemoryBytes, PartMemory
 from .part_seconds import PartSeconds, Seconds
 from .schedule import Pipeline
 from .simulation import Simulation, StageSeconds, simulate
+
+RESHARD_CHOICES = (False, None, True)  # from quick to small
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +175,7 @@ class LayoutCosts:
         parts = self.rank_parts(rank, counts)
         state, transient = self.fixed_memory[rank], 0.0
         for _, part, number, mode in parts:
-            state = state + part.state * number
+            state = state + part.state * number + MemoryBytes(gathered_weights=part.left_by(mode) * number)
             transient = max(transient, part.transient_by(mode))
         worst = MemoryBytes()
         for vector in self.in_flight[rank]:
@@ -210,7 +213,7 @@ class LayoutCosts:
         held = [0.0] * len(vectors)
         for chunk, part, number, mode in parts:
             totals = part.totals
-            kept += totals.state * number
+            kept += (totals.state + totals.left[mode]) * number
             transient = max(transient, part.transient_by(mode))
             each, weight = number * totals.held[mode], number * totals.held_weight
             for i, vector in enumerate(vectors):

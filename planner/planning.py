@@ -95,7 +95,7 @@ def estimate(question: Question, text: str, price: float | None = None) -> PlanA
     layout, recompute = parse_layout(text, question.cluster.devices)
     require_legal(layout, recompute, question.rules)
     solved, fits = solve_layout(question, layout, recompute)
-    prediction, stages = predict(question, solved), stages_of(layout, solved.counts)
+    prediction, stages = predict(question, solved), stages_of(layout, solved.counts, solved.costs.reshard)
     document = {
         "layout": layout.to_dict(),
         "fits": fits,

@@ -128,13 +128,13 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         if solution.aside:
             heapq.heappush(left, (solution.bound_seconds, next(ties), costs))
             if solution.counts is not None and (first is None or solution.step_seconds < first.step_seconds):
-                first = Solved(costs, solution.counts, solution.step_seconds)
+                first = Solved(solution.costs, solution.counts, solution.step_seconds)
             continue
         proven = min(proven, solution.bound_seconds)
         if solution.counts is None:
             pruned_memory += solution.bound_seconds == float("inf")
         else:
-            best.append(Solved(costs, solution.counts, solution.step_seconds))
+            best.append(Solved(solution.costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
     pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     if first is not None and (not best or first.step_seconds < best[0].step_seconds):
@@ -203,7 +203,7 @@ def solve_layout(question: Question, layout: Layout, recompute: str | None) -> t
         start = first if fits(costs, first, finite) else None
         solution = solve_stages(costs, finite, bound_seconds=bound, start=start, modes=modes)
         if solution.counts is not None:
-            return Solved(costs, solution.counts, solution.step_seconds), limit != float("inf")
+            return Solved(solution.costs, solution.counts, solution.step_seconds), limit != float("inf")
     raise AssertionError("an assignment without a memory limit always exists")
 
 
@@ -217,7 +217,7 @@ def make_plan(question: Question, solved: Solved, certificate: Certificate, othe
         cluster=question.cluster,
         job=question.job,
         layout=solved.costs.layout,
-        stages=stages_of(solved.costs.layout, solved.counts),
+        stages=stages_of(solved.costs.layout, solved.counts, solved.costs.reshard),
         prediction=predict(question, solved),
         certificate=certificate,
         alternatives=tuple(

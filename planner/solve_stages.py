@@ -26,8 +26,10 @@ class Solution:
 
     `counts` is None when nothing fits, or when the layout cannot beat the cut-off (then `bound_seconds`
     is at least the cut-off). `aside` where the bound is not reached, but others should be looked at first.
+    `costs` are those of the layout with what its stages have chosen.
     """
 
+    costs: LayoutCosts
     counts: tuple[StageCount, ...] | None
     step_seconds: float
     bound_seconds: float
@@ -56,11 +58,11 @@ def solve_stages(
         modes: what a layer may recompute.
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
     """
-    best = tuple(start) if start is not None else None
+    best, chosen = tuple(start) if start is not None else None, costs
     best_seconds = costs.step(best) if best is not None else math.inf
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
-        return Solution(best, best_seconds, min(bound, best_seconds), solved)
+        return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
     program = Program(
         costs, limit_bytes, scale=bound_seconds, modes=tuple(modes), goal_seconds=min(best_seconds, cutoff_seconds)
     )
@@ -68,6 +70,7 @@ def solve_stages(
     program.no_empty_stage()
     program.layers_of_ranks()
     program.segments_in_order()
+    program.one_choice_a_stage()
     program.fits_memory()
     program.durations()
     program.optimizer_of_slowest()
@@ -78,7 +81,7 @@ def solve_stages(
     start_seconds = costs.durations(best) if best is not None else None
     relaxed = _cut_by_fractions(program, start_seconds, min(best_seconds, cutoff_seconds), deadline)
     if relaxed == math.inf:
-        return Solution(best, best_seconds, min(best_seconds, cutoff_seconds), solved)
+        return Solution(chosen, best, best_seconds, min(best_seconds, cutoff_seconds), solved)
     bound = max(bound, relaxed)
     program.not_below_bound(bound)
     patience = _FIRST_PATIENCE_SECONDS
@@ -87,7 +90,7 @@ def solve_stages(
         if bound >= goal:
             break
         if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
-            return Solution(best, best_seconds, bound, solved, aside=True)
+            return Solution(chosen, best, best_seconds, bound, solved, aside=True)
         program.better_than(goal)
         began = time.monotonic()
         counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
@@ -100,12 +103,13 @@ def solve_stages(
             break
         if counts is None:
             continue
-        simulation = costs.simulate(counts)
-        seconds = simulation.seconds + costs.optimizer_seconds(counts) + costs.step_seconds
+        found = program.as_chosen()
+        simulation = found.simulate(counts)
+        seconds = simulation.seconds + found.optimizer_seconds(counts) + costs.step_seconds
         if seconds < best_seconds:
-            best, best_seconds = counts, seconds
+            best, best_seconds, chosen = counts, seconds, found
         program.longer_than_path(simulation.critical_path)
-    return Solution(best, best_seconds, min(bound, best_seconds), solved)
+    return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
 
 
 def _cut_by_fractions(

@@ -24,7 +24,7 @@ from .data_parallel_cost import DataParallelModel
 from .in_flight import held_by_torch, in_flight
 from .job import TrainingJob
 from .layout import Layout
-from .layout_costs import LayoutCosts, SegmentCosts
+from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .part_seconds import PartSeconds, Seconds
@@ -64,7 +64,7 @@ class CostModel:
         held = held_by_torch if self._software.on_torch_pipeline else in_flight
         costs = replace(
             costs,
-            segments=self._segments(layout, False if choose else None, frees=choose),
+            segments=self._segments(layout, False if choose else None, choose or None),
             embedding_memory=memory.embedding(layout),
             head_memory=memory.head(layout),
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
@@ -73,13 +73,13 @@ class CostModel:
         if not choose:
             return costs
         chosen = tuple(reshard) or (True,) * layout.stages
-        choices = {each: self._segments(layout, each, frees=bool(each)) for each in (True, False, *chosen)}
-        return replace(costs, reshard=chosen, choices=tuple(choices.items()))
+        choices = tuple((each, self._segments(layout, each, each)) for each in RESHARD_CHOICES)
+        return replace(costs, reshard=chosen, choices=choices)
 
-    def _segments(self, layout: Layout, reshard: bool | None, *, frees: bool) -> tuple[SegmentCosts, ...]:
-        """The layers, with the seconds of one choice of their stage and the bytes of one."""
-        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), reshard)
-        memory = {kind: self._memory.block(layout, kind, frees=frees) for kind in seconds}
+    def _segments(self, layout: Layout, quick: bool | None, small: bool | None) -> tuple[SegmentCosts, ...]:
+        """The layers, with the seconds of one choice of their stage ([Note: Resharding]) and the bytes of one."""
+        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), quick)
+        memory = {kind: self._memory.block(layout, kind, small) for kind in seconds}
         return tuple(SegmentCosts(s.kind, s.count, seconds[s.kind], memory[s.kind]) for s in self._model.segments)
 
     def price_seconds(self, layout: Layout) -> LayoutCosts:
@@ -127,7 +127,7 @@ class CostModel:
             replace(base, schedule=s, virtual_stages=max(c for t, c in pipelines if t == s)) for s in dict(pipelines)
         ]
         return LeastBytes(
-            [memory.block(layout, kind, frees=layout.stages_choose) for layout in each],
+            [memory.block(layout, kind, layout.stages_choose or None) for layout in each],
             min(memory.embedding(layout).state.total for layout in each),
             min(memory.head(layout).state.total for layout in each),
         )
@@ -218,7 +218,7 @@ class CostModel:
                 continue
             layout = replace(group.base, schedule=schedule, virtual_stages=chunks)
             kinds = {segment.kind for segment in self._model.segments}
-            layers = {kind: memory.block(layout, kind, frees=layout.stages_choose).state.total for kind in kinds}
+            layers = {kind: memory.block(layout, kind, layout.stages_choose or None).state.total for kind in kinds}
             total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
             least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
         return least

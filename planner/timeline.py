@@ -28,7 +28,8 @@ Span = tuple[int, str, float, float]
 def planned_spans(plan: Plan) -> list[Span]:
     """Every action of one step of the plan as the simulation plays it, and the update that follows."""
     question = question_of(plan)
-    costs = CostModel(question.model, question.cluster, question.hardware, question.job).price_seconds(plan.layout)
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
     return spans_of(costs, counts_of(plan.model, plan.stages))
 
 

@@ -35,7 +35,8 @@ _NO_TENSORS = ("context", "communicators", "allocator_slack")
 class MemoryCase:
     """A layout of a model, and the pipeline rank whose memory is looked at.
 
-    `recompute` and `selective` are blocks a stage that recompute in full and selectively.
+    `recompute` and `selective` are blocks a stage that recompute in full and selectively, `reshard` what all stages say
+    of their weights.
     """
 
     model: ModelSpec
@@ -46,6 +47,7 @@ class MemoryCase:
     sequence: int
     recompute: tuple[int, ...]
     selective: tuple[int, ...]
+    reshard: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def _case(
     sequence: int = 128,
     recompute: int = 0,
     selective: int = 0,
+    reshard: bool | None = None,
     **axes: Any,
 ) -> MemoryCase:
     defaults: dict[str, Any] = {"micro_batch": 2}
@@ -91,6 +94,7 @@ def _case(
         sequence=sequence,
         recompute=(recompute,) * layout.stages,
         selective=(selective,) * layout.stages,
+        reshard=reshard,
     )
 
 
@@ -161,7 +165,8 @@ def in_child(function: Callable[..., Any], cases: Iterable[Any]) -> list[Any]:
 
 def plan_of(case: MemoryCase) -> Plan:
     job = TrainingJob(global_batch=case.global_batch, sequence=case.sequence, precision=case.precision)
-    return make_plan(case.model, case.layout, job, recompute=case.recompute, selective=case.selective)
+    plan = make_plan(case.model, case.layout, job, recompute=case.recompute, selective=case.selective)
+    return replace(plan, stages=tuple(replace(stage, reshard=case.reshard) for stage in plan.stages))
 
 
 def run(case: MemoryCase, *, fake: bool = True) -> DryRun:
@@ -181,7 +186,8 @@ def parts_of(plan_and_rank: tuple[Plan, int], **options: Any) -> dict[str, int]:
 def compare(case: MemoryCase) -> Compared:
     """Predict and run a case in this process, which must run no other."""
     plan = plan_of(case)
-    costs = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job).price(case.layout)
+    prices = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job)
+    costs = prices.price(case.layout, [stage.reshard for stage in plan.stages])
     items = costs.rank_memory(case.pipeline_rank, counts_of(plan.model, plan.stages)).items()
     predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
     return Compared(predicted, run(case).parts)
