@@ -170,6 +170,7 @@ def _stages(plan: Plan, layout: Layout) -> tuple[Stage, ...]:
             recompute_selective=counts[place]["selective"],
             recompute_full=counts[place]["full"],
             recompute_spans=spans_of(runs[place], ends[place - 1] if place else 0),
+            reshard=chosen[place].reshard,
         )
         for place in places
     )

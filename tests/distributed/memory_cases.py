@@ -25,6 +25,7 @@ from tests.plans import make_plan, tiny_gpt2, tiny_llama
 _SIZE: dict[str, Any] = {"hidden_size": 256, "heads": 8, "head_dim": 32, "vocab_size": 1024, "max_positions": 256}
 LLAMA = tiny_llama(kv_heads=4, ffn_hidden_size=704, **_SIZE)
 LLAMA_8 = tiny_llama(kv_heads=4, ffn_hidden_size=704, layers=8, **_SIZE)
+WIDE = tiny_llama(kv_heads=4, ffn_hidden_size=2048, layers=8, **_SIZE)  # weights more than activations
 GPT2 = tiny_gpt2(kv_heads=8, ffn_hidden_size=1024, **_SIZE)
 
 _SECONDS = 300.0  # for all cases of a call
@@ -147,6 +148,14 @@ CASES |= {
     ),
     "gpt2 fp32 cp2 all-to-all, selective": _case(GPT2, "fp32", cp=2, cp_style="all-to-all", micro_batch=8, selective=4),
     "llama fp32 cp2 ring pp2 zb1p, first": _case(LLAMA, "fp32", cp=2, cp_style="ring", pp=2, schedule="zb1p"),
+    "llama bf16 pp2 dp2 zero3 1f1b, first, freed": _case(LLAMA, "bf16", pp=2, dp=2, zero=3, reshard=True),
+    "llama bf16 pp2 dp2 zero3 gpipe, last": _case(LLAMA, "bf16", pp=2, dp=2, zero=3, schedule="gpipe", at=1),
+    "wide bf16 pp2 dp4 zero3 1f1b, last, freed, recompute": _case(
+        WIDE, "bf16", pp=2, dp=4, zero=3, reshard=True, recompute=4, batch=32, sequence=64, at=1
+    ),
+    "wide bf16 pp2 dp4 zero3 1f1b, first, recompute": _case(
+        WIDE, "bf16", pp=2, dp=4, zero=3, recompute=4, batch=32, sequence=64
+    ),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
 }
 
