@@ -123,6 +123,8 @@ def nominal_figures(question: Question) -> tuple[str, ...]:
     """The figures of hardware and links that their source calls nominal."""
     hardware, dtype = question.hardware, question.job.precision
     sourced = {key: text for key, text in hardware.provenance.items() if isinstance(text, str)}
+    if question.job.offload == "none":
+        sourced.pop("host_link", None)
     found = [_NAMES.get(key, key.replace("_", " ")) for key, text in sourced.items() if text.startswith("nominal")]
     models = (("GEMM", hardware.gemm_models), ("attention", hardware.attention_models))
     for name, known in models:
@@ -140,6 +142,7 @@ _NAMES = {
     "communicator_bytes": "communicators",
     "allocator_slack": "allocator slack",
     "straggler_slowdown": "stragglers",
+    "host_link": "link to the host",
     "host_operation_seconds": "host operations",
     "launch_seconds": "launches",
     "overlap_compute_slowdown": "compute under communication",

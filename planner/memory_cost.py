@@ -19,6 +19,7 @@ from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
+from .offload import passing_moments_bytes
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
@@ -61,7 +62,7 @@ class MemoryModel:
         appear as activations go are in `_late`.
         """
         weights = _FP32_BYTES * parameters / shards
-        optimizer = _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
+        optimizer = 0.0 if self._job.offload == "optimizer" else _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
         wrapped = shared or self._job.precision != "fp32"
         stays = wrapped and (layout.zero < 3 or (layout.pp > 1 and not frees) or root)
         gathered = self._element_bytes * parameters if stays else 0.0
@@ -236,7 +237,8 @@ class MemoryModel:
 
     def embedding(self, layout: Layout) -> PartMemory:
         state = self._state(layout, self.embedding_parameters(layout), root=True)
-        passing = self._table_gradient(layout)
+        moments = passing_moments_bytes(self._job, self.embedding_parameters(layout) / layout.shards)
+        passing = max(self._table_gradient(layout), moments)
         return PartMemory(state, NO_BYTES, NO_BYTES, passing, passing, NO_BYTES, passing)
 
     def _table_gradient(self, layout: Layout) -> float:
@@ -249,6 +251,7 @@ class MemoryModel:
         state = self._state(layout, self.head_parameters(layout), root=True)
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
+        passing = max(passing, passing_moments_bytes(self._job, self.head_parameters(layout) / layout.shards))
         return PartMemory(state, held, held, passing, passing, held, passing, weight)
 
     def _root_reduction(self, layout: Layout) -> float:

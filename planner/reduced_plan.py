@@ -88,6 +88,7 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
         sequence=sequence,
         precision="fp32",
         memory_limit_bytes=None,
+        offload="none",
         pins={},
         bans=(),
     )
@@ -216,6 +217,7 @@ def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
         ("experts", *map(_experts_text, models), SIZE),
         ("vocabulary", *(f"{model.vocab_size:,}" for model in models), SIZE),
         ("sequence", f"{plan.job.sequence:,}", f"{small.job.sequence:,}", SIZE),
+        ("offload", plan.job.offload, small.job.offload, "ranks here have no device beside the host"),
         ("precision", plan.job.precision, "fp32" if plan.job.precision == "fp32" else "fp32, float64", ROUNDING),
     ]
     for what, before, after, why in rows:

@@ -25,6 +25,7 @@ from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts
+from .offload import why_no_offload
 from .plan import Alternative, Certificate, Plan, Prediction
 from .question import Question
 from .remedies import why_nothing_fits
@@ -162,6 +163,8 @@ def check_supported(question: Question) -> None:
             f"the {job.target} runtime does not recompute {_listed(job.recompute_modes)} today",
             (f"it recomputes {' or '.join(capabilities.recompute)}",),
         )
+    if (reason := why_no_offload(job, question.hardware)) is not None:
+        raise UnsupportedError(reason)
     if not question.hardware.supports(job.precision):
         known = [dtype for dtype in capabilities.precisions if question.hardware.supports(dtype)]
         raise UnsupportedError(

@@ -27,6 +27,7 @@ from .layout import Layout
 from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
+from .offload import transfer_seconds
 from .part_seconds import PartSeconds, Seconds
 from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, V_SHAPED
 from .space import LayoutGroup
@@ -309,7 +310,9 @@ class CostModel:
             recompute_full=Seconds(compute.forward.total, **sent("full")),
             gather=dp.gather,
             reduce=dp.reduce,
-            optimizer=Seconds(self._compute.optimizer_seconds(kept, tensors)),
+            optimizer=Seconds(
+                self._compute.optimizer_seconds(kept, tensors) + transfer_seconds(self._job, self._hardware, kept)
+            ),
         )
 
     # ---- the pipeline and the step -----------------------------------------------------------------------

@@ -36,6 +36,7 @@ from .hf_files import keep_description
 from .hf_weights import check_before_start
 from .leaving import EXIT_CODE, Left, sigterm_is_a_wish
 from .metrics import METRICS_FILE
+from .offload import check_offload
 from .post_mortem import log_path, waited, why
 from .rank_watch import RankWatch, Voice, die_with_launcher, die_with_parent
 from .target import check_target
@@ -130,7 +131,9 @@ def _check_options(options: TrainOptions) -> None:
 
 def _check(plan: Plan, options: TrainOptions) -> None:
     """What every rank would find wrong, found once and before any starts."""
-    choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    choose_compilation(plan, options.compile, device_type)
+    check_offload(plan, device_type)
     open_data(plan, options)
     devices, wanted = torch.cuda.device_count(), plan.layout.world_size
     if torch.cuda.is_available() and devices < wanted:
