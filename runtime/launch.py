@@ -34,9 +34,9 @@ from .data.tokenizer import BYTES
 from .failure import RAISED, Interrupted, is_timeout, told
 from .hf_files import keep_description
 from .hf_weights import check_before_start
+from .host_moments import check_offload
 from .leaving import EXIT_CODE, Left, sigterm_is_a_wish
 from .metrics import METRICS_FILE
-from .offload import check_offload
 from .post_mortem import log_path, waited, why
 from .rank_watch import RankWatch, Voice, die_with_launcher, die_with_parent
 from .target import check_target

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from .offload import OffloadedAdamW
+from .host_moments import OffloadedAdamW
 from .parameters import parameters_of
 from .transformer import Chunk
 

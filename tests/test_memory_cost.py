@@ -60,15 +60,20 @@ STATE = {
     ("bf16", 1, 1): (1, 2, 4, 2),
     ("bf16", 2, 1): (1, 2, 1, 2),
     ("bf16", 3, 1): (1, 0, 1, 2),
-    # A pipeline gathers once and reduces once: zero 3 saves nothing over zero 1 there.
+    # A pipeline reduces once; of weights that stages free, what backwards leave is among the bytes of activations.
     ("fp32", 0, 2): (4, 4, 4, 8),
     ("fp32", 1, 2): (1, 4, 4, 2),
-    ("fp32", 3, 2): (1, 4, 4, 2),
+    ("fp32", 3, 2): (1, 0, 4, 2),
     ("bf16", 1, 2): (1, 2, 4, 2),
-    ("bf16", 3, 2): (1, 2, 4, 2),
+    ("bf16", 3, 2): (1, 0, 4, 2),
 }
 # Embedding and head are FSDP2's root group: gathered from forward to backward also under zero 3.
-ROOT_STATE = STATE | {("fp32", 3, 1): (1, 4, 1, 2), ("bf16", 3, 1): (1, 2, 1, 2)}
+ROOT_STATE = STATE | {
+    ("fp32", 3, 1): (1, 4, 1, 2),
+    ("bf16", 3, 1): (1, 2, 1, 2),
+    ("fp32", 3, 2): (1, 4, 4, 2),
+    ("bf16", 3, 2): (1, 2, 4, 2),
+}
 
 
 @pytest.mark.parametrize(("precision", "zero", "pp"), list(STATE))
@@ -361,7 +366,24 @@ def test_zero_3_gathers_two_blocks_at_a_time() -> None:
     model = memory(precision="bf16")
     more = model.block(sharded(3)).transient - model.block(sharded(2)).transient
     assert more == 2 * 2 * parameters_of(model, "block", sharded(3))
-    assert model.block(sharded(3, pp=2)).transient == model.block(sharded(1, pp=2)).transient
+    piped, zero1 = sharded(3, pp=2), model.block(sharded(1, pp=2))
+    assert model.block(piped, reshard=False) == zero1
+    assert model.block(piped, reshard=True).transient == zero1.transient + more
+    # Under interleaved-1f1b stages have no choice, and torch's pipeline has all weights there.
+    free, kept = (replace(sharded(zero, pp=2), schedule="interleaved-1f1b", virtual_stages=2) for zero in (3, 1))
+    assert model.block(free) == model.block(kept)
+
+
+def test_weights_that_a_backward_leaves_take_the_place_of_activations() -> None:
+    piped = sharded(3, pp=2)
+    for sequence in (1, 64):  # weights are more than a microbatch's activations, or less
+        model = memory(precision="bf16", sequence=sequence)
+        weights, block = 2 * parameters_of(model, "block", piped), model.block(piped)
+        for mode in ("none", "selective", "full"):
+            held = block.held_by(mode).total
+            assert block.left_by(mode) == max(0.0, weights - held)
+            assert model.block(piped, reshard=True).left_by(mode) == 0.0
+        assert (block.left > 0) == (sequence == 1)
 
 
 @pytest.mark.parametrize(("part", "axes"), [("block", {}), ("head", {"pp": 2, "schedule": "gpipe"})])

@@ -17,7 +17,7 @@ from planner.reduced_plan import reduce_plan
 from planner.search import search
 from profiles.input_error import InputError
 from runtime.dry_run import check_plan
-from runtime.offload import OffloadedAdamW, check_offload
+from runtime.host_moments import OffloadedAdamW, check_offload
 from runtime.optimizer import update
 from tests.oracles.small_world import counts, price, small_hardware, small_question
 from tests.plans import make_plan, tiny_llama

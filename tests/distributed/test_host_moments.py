@@ -11,7 +11,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
 from runtime import checkpoint
-from runtime.offload import OffloadedAdamW
+from runtime.host_moments import OffloadedAdamW
 from runtime.step import build_state, training_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_samples, tokens_of
