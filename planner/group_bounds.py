@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .bounds import any_pipeline_bound
+from .bounds import any_pipeline_bound, largest_segment
 from .question import Question
 from .rank_limits import ROUNDING
 from .rules import recompute_modes
@@ -33,9 +33,9 @@ def least_of_one_state(
     base, pipelines = group.base, group.pipelines
     of_schedule = [replace(base, schedule=schedule) for schedule in dict(pipelines)]
     modes = list({mode for layout in of_schedule for mode in recompute_modes(layout, question.rules)})
-    sizes = prices.least_bytes(base, pipelines)
+    alike = prices.of_fewest_chunks(base, pipelines)
+    sizes = prices.least_bytes(base, pipelines, largest_segment(alike[0]).kind)
     bounds = [
-        any_pipeline_bound(costs, pipelines, sizes, question.limit_bytes, modes, enough_seconds)
-        for costs in prices.of_fewest_chunks(base, pipelines)
+        any_pipeline_bound(costs, pipelines, sizes, question.limit_bytes, modes, enough_seconds) for costs in alike
     ]
     return min((bound for bound in bounds if bound is not None), default=None)

@@ -118,12 +118,12 @@ class CostModel:
         alike = {"gpipe" if self._logits_again(replace(base, schedule=s)) else "1f1b" for s in dict(pipelines)}
         return [self.price_seconds(replace(base, schedule=s, virtual_stages=1)) for s in sorted(alike)]
 
-    def least_bytes(self, base: Layout, pipelines: Sequence[tuple[str, int]]) -> LeastBytes:
-        """What no layer and neither end holds less than in any of these pipelines.
+    def least_bytes(self, base: Layout, pipelines: Sequence[tuple[str, int]], kind: str) -> LeastBytes:
+        """What no layer of a kind and neither end holds less than in any of these pipelines.
 
         Of each schedule it is least with most chunks: fewer weights are gathered at once (`memory_cost`).
         """
-        memory, kind = self._memory, max(self._model.segments, key=lambda segment: segment.count).kind
+        memory = self._memory
         each = [
             replace(base, schedule=s, virtual_stages=max(c for t, c in pipelines if t == s)) for s in dict(pipelines)
         ]
