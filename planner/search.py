@@ -20,7 +20,7 @@ from .assignment import stages_of
 from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
-from .first_assignment import first_assignment
+from .first_assignment import first_assignment, quickest_start
 from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .guesses import Guesses, Solved
 from .layout import Layout
@@ -112,9 +112,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                 first = guesses.look_at(costs, bound, cutoff, first)
             continue
         costs, modes = item, recompute_modes(item.layout, rules)
-        start = first_assignment(costs, question.limit_bytes, modes)
-        if not fits(costs, start, question.limit_bytes):
-            start = None
+        costs, start = quickest_start(costs, question.limit_bytes, modes) or (costs, None)
         solution = solve_stages(
             costs,
             question.limit_bytes,
