@@ -177,7 +177,7 @@ class MemoryModel:
 
     def _after_forwards(self, layout: Layout, reshard: bool | None) -> bool:
         """Whether layers free their weights after forwards and leave them after backwards."""
-        return layout.stages_choose and reshard is None
+        return self._software.on_fsdp and layout.stages_choose and reshard is None
 
     def _left(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> float:
         """Weights that backwards leave, where they do not come with late gradients: the layers of a stage change over
@@ -212,7 +212,7 @@ class MemoryModel:
         fsdp = self._software.on_fsdp
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or (layout.stages_choose and reshard is not False))
         gathered = 2 * element * parameters if gathers else 0.0
-        if self._after_forwards(layout, reshard):  # what it comes beside has then not yet been left by as many layers
+        if self._after_forwards(layout, reshard):  # two layers' activations are not yet weights that were left
             gradients = self._gradient_bytes(layout, parameters, layout.shards)
             late = gradients if self._gradients_come_late(layout) else 0.0
             gathered = min(gathered, 2 * max(0.0, held - late))
