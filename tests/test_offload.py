@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from planner.errors import UnsupportedError
+from planner.errors import InfeasibleError, UnsupportedError
 from planner.layout import Layout
 from planner.plan import load, save
 from planner.question import ask
@@ -58,8 +58,11 @@ def test_where_state_is_what_does_not_fit_a_plan_offloads(tmp_path: Path) -> Non
     layout = {"pins": {"dp": 4, "zero": 0, "recompute": "full", "micro_batch": 1}}
     need = search(question(**layout)).prediction.peak_memory_bytes
     limit = need - 4 * question().model.parameters
-    with pytest.raises(Exception, match="nothing fits"):
+    with pytest.raises(InfeasibleError, match="nothing fits") as caught:
         search(question(**layout, memory_limit_bytes=limit))
+    assert any(
+        line.startswith("  --offload optimizer, for example dp4 zero0 mb1: step ") for line in caught.value.lines
+    )
     plan = search(question(**layout, memory_limit_bytes=limit, offload="optimizer"))
     assert plan.prediction.peak_memory_bytes <= limit
     save(plan, tmp_path / "plan.yaml")
