@@ -147,20 +147,30 @@ def candidates(question: Question) -> dict[Layout, list[Candidate]]:
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     return {
         layout: [
-            found for costs in as_stages_choose(prices, layout) for found in priced(costs, modes_of(layout, question))
+            found
+            for costs in as_stages_choose(prices, layout)
+            for found in priced(costs, modes_of(layout, question))
+            if some_layer_is_freed(costs, found.counts)
         ]
         for layout in all_layouts(question)
     }
 
 
 def as_stages_choose(prices: CostModel, layout: Layout) -> Iterator[LayoutCosts]:
-    """The layout's costs with every choice of its stages what to do with weights; all keeping them is zero 1."""
+    """The layout's costs with every choice of its stages what to do with weights."""
     if layout.zero < 3 or layout.pp == 1 or layout.schedule not in ("gpipe", "1f1b"):
         yield prices.price(layout)
         return
     for choice in product((True, None, False), repeat=layout.pp):
-        if choice != (False,) * layout.pp:
-            yield prices.price(layout, choice)
+        yield prices.price(layout, choice)
+
+
+def some_layer_is_freed(costs: LayoutCosts, counts: Sequence[StageCount]) -> bool:
+    """Where stages choose: if none is, it is zero 1."""
+    if not costs.reshard:
+        return True
+    held = [any(blocks.total for blocks in count) for count in counts]
+    return any(has and choice is not False for has, choice in zip(held, costs.reshard, strict=True))
 
 
 def priced(costs: LayoutCosts, modes: Sequence[str]) -> Iterator[Candidate]:
