@@ -34,6 +34,7 @@ from cli_parts import (
     Json,
     MemoryLimit,
     Model,
+    Offload,
     Precision,
     Price,
     SequenceLength,
@@ -98,6 +99,7 @@ def plan(
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds after which to settle.")] = 60.0,
     price: Price = None,
     expert_imbalance: Imbalance = 1.0,
+    offload: Offload = "none",
     allow_idle: Annotated[bool, typer.Option("--allow-idle", help="Leave nodes idle where that is faster.")] = False,
     pareto: Annotated[
         str | None, typer.Option("--pareto", help="devices or memory: the best step against less of it, as a plot.")
@@ -121,6 +123,7 @@ def plan(
         pins=pin or (),
         bans=ban or (),
         expert_imbalance=expert_imbalance,
+        offload=offload,
     )
     answer = make(
         question,
@@ -152,6 +155,7 @@ def estimate(
     target: Target = "meshwright",
     price: Price = None,
     expert_imbalance: Imbalance = 1.0,
+    offload: Offload = "none",
     as_json: Json = False,
 ) -> None:
     """Price your own layout: does it fit, and how fast is it?"""
@@ -168,6 +172,7 @@ def estimate(
         memory_limit=memory_limit,
         target=target,
         expert_imbalance=expert_imbalance,
+        offload=offload,
     )
     _answer(price_layout(question, layout, price), as_json)
 

@@ -44,6 +44,7 @@ Imbalance = Annotated[
     float,
     typer.Option("--expert-imbalance", min=1.0, help="Tokens of the fullest expert rank over its even share."),
 ]
+Offload = Annotated[str, typer.Option("--offload", help="optimizer: its state in the host's memory; GPUs only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
 
 

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder, whe
 from scores import show, show_parts
 from side_by_side import Case, ranks_of_this_machine, read_cases, save_plans
 
+from planner.assignment import counts_of
 from planner.job import TrainingJob
-from planner.layout_costs import Blocks
 from planner.plan import Certificate, Plan, load
 from planner.question import Question
 from planner.search import Solved, make_plan, solve_layout
@@ -71,11 +71,9 @@ def plans_of(question: Question) -> list[Plan]:
 
 def priced_anew(plan: Plan, hardware: HardwareProfile, cluster: ClusterSpec) -> Plan:
     """The plan as it is, predicted from another profile."""
-    costs = CostModel(plan.model, cluster, hardware, plan.job).price(plan.layout)
-    counts = tuple(
-        (Blocks(none=stage.recompute_none, selective=stage.recompute_selective, full=stage.recompute_full),)
-        for stage in plan.stages
-    )
+    prices = CostModel(plan.model, cluster, hardware, plan.job)
+    costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
+    counts = counts_of(plan.model, plan.stages)
     question = Question(plan.model, cluster, hardware, plan.job)
     return make_plan(question, Solved(costs, counts, costs.step(counts)), UNPROVEN)
 

@@ -6,11 +6,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from profiles.model import ModelSpec
-
+from .assignment import counts_of
 from .default_layout import DefaultLayout, default_layout
-from .layout import LAYOUT_KEYS, RECOMPUTE_MODES, Layout
-from .layout_costs import Blocks, LayoutCosts, StageCount
+from .layout import LAYOUT_KEYS, Layout
+from .layout_costs import LayoutCosts, StageCount
 from .plan import Prediction, Stage
 from .question import Question
 from .step_cost import CostModel
@@ -57,7 +56,8 @@ def answer(
     question: Question, layout: Layout, stages: Sequence[Stage], prediction: Prediction, price: float | None = None
 ) -> Answer:
     """What a report says of the layout; nothing is solved."""
-    costs = CostModel(question.model, question.cluster, question.hardware, question.job).price(layout)
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    costs = prices.price(layout, [stage.reshard for stage in stages])
     return Answer(
         question=question,
         layout=layout,
@@ -67,18 +67,6 @@ def answer(
         default=default_layout(question),
         price_per_gpu_hour=price,
     )
-
-
-def counts_of(model: ModelSpec, stages: Sequence[Stage]) -> tuple[StageCount, ...]:
-    """What each stage holds of each segment, its first blocks the ones that recompute."""
-    kinds = [k for k, segment in enumerate(model.segments) for _ in range(segment.count)]
-    counts = []
-    for stage in stages:
-        held: list[dict[str, int]] = [dict.fromkeys(RECOMPUTE_MODES, 0) for _ in model.segments]
-        for block in range(stage.first, stage.end):
-            held[kinds[block]][stage.recompute_mode(block)] += 1
-        counts.append(tuple(Blocks(**modes) for modes in held))
-    return tuple(counts)
 
 
 def work_seconds(costs: LayoutCosts, counts: Sequence[StageCount]) -> tuple[float, ...]:
@@ -135,6 +123,8 @@ def nominal_figures(question: Question) -> tuple[str, ...]:
     """The figures of hardware and links that their source calls nominal."""
     hardware, dtype = question.hardware, question.job.precision
     sourced = {key: text for key, text in hardware.provenance.items() if isinstance(text, str)}
+    if question.job.offload == "none":
+        sourced.pop("host_link", None)
     found = [_NAMES.get(key, key.replace("_", " ")) for key, text in sourced.items() if text.startswith("nominal")]
     models = (("GEMM", hardware.gemm_models), ("attention", hardware.attention_models))
     for name, known in models:
@@ -152,6 +142,7 @@ _NAMES = {
     "communicator_bytes": "communicators",
     "allocator_slack": "allocator slack",
     "straggler_slowdown": "stragglers",
+    "host_link": "link to the host",
     "host_operation_seconds": "host operations",
     "launch_seconds": "launches",
     "overlap_compute_slowdown": "compute under communication",

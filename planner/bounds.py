@@ -100,7 +100,7 @@ def any_chunks_dealt(
     ends = [0.0] * layout.pp
     ends[0] += sizes.embedding
     ends[fewest.last_rank] += sizes.head
-    segment, slack = _largest_segment(fewest), 1.0 + fewest.allocator_slack
+    segment, slack = largest_segment(fewest), 1.0 + fewest.allocator_slack
     limits = [
         RankLimits(fewest, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
         for end, flight in zip(ends, map(min, zip(*every, strict=True)), strict=True)
@@ -129,13 +129,14 @@ def most_layers(
 
 def _commonest(costs: LayoutCosts, around: tuple[list[float], list[float]]) -> tuple[SegmentCosts, RankCost]:
     """The segment with most layers, and what those cost a rank at least."""
-    segment = _largest_segment(costs)
+    segment = largest_segment(costs)
     if _is_simple(costs):
         return segment, _round_trip(costs, segment)
     return segment, _around(costs, segment, *around, split=costs.layout.schedule in SPLIT_BACKWARD)
 
 
-def _largest_segment(costs: LayoutCosts) -> SegmentCosts:
+def largest_segment(costs: LayoutCosts) -> SegmentCosts:
+    """The segment with most layers, whose kind bounds count as the commonest."""
     return max(costs.segments, key=lambda segment: segment.layers)
 
 

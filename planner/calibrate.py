@@ -20,9 +20,10 @@ from profiles.hardware import CORRECTED_PARTS, HardwareProfile
 from profiles.input_error import InputError
 from profiles.software import load_software
 
+from .assignment import counts_of
 from .capabilities import CAPABILITIES
 from .compute_cost import ComputeCost, ComputeModel
-from .layout_costs import Blocks
+from .layout_costs import StageCount
 from .record import KERNELS, RunRecord
 from .step_cost import CostModel
 
@@ -106,12 +107,12 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
     """The same parts as `hardware` prices them, for the same rank: collectives whole, nothing hidden."""
     plan, stage = record.plan, record.stage
     waiting = replace(hardware, overlap_compute_slowdown=2.0, overlap_communication_slowdown=2.0)
-    costs = CostModel(plan.model, plan.cluster, waiting, plan.job).price(plan.layout)
-    placed = plan.stages[stage]
-    blocks = Blocks(placed.recompute_none, placed.recompute_selective, placed.recompute_full)
-    seconds = costs.stage_seconds(stage, (blocks,))
+    prices = CostModel(plan.model, plan.cluster, waiting, plan.job)
+    costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
+    count = counts_of(plan.model, plan.stages)[stage]
+    seconds = costs.stage_seconds(stage, count)
     each = seconds.forward + seconds.backward + seconds.recompute_full
-    kernels = _kernels(hardware, record, blocks)
+    kernels = _kernels(hardware, record, count)
     return {
         **kernels,
         "tp": each.tp * costs.microbatches,
@@ -120,11 +121,15 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
     }
 
 
-def _kernels(hardware: HardwareProfile, record: RunRecord, count: Blocks) -> dict[str, float]:
+def _kernels(hardware: HardwareProfile, record: RunRecord, count: StageCount) -> dict[str, float]:
     plan, stage = record.plan, record.stage
     software = load_software(CAPABILITIES[plan.job.target].software).software
     compute = ComputeModel(plan.model, hardware, plan.job, software)
-    parts: list[tuple[ComputeCost, int, int]] = [(compute.block(plan.layout), count.total, count.full)]
+    parts: list[tuple[ComputeCost, int, int]] = [
+        (compute.block(plan.layout, segment.kind), blocks.total, blocks.full)
+        for segment, blocks in zip(plan.model.segments, count, strict=True)
+        if blocks.total
+    ]
     if stage == 0:
         parts.append((compute.embedding(plan.layout), 1, 0))
     if stage == plan.layout.pp - 1:

@@ -49,12 +49,14 @@ class DataParallelModel:
         *,
         tensors: int = 1,
         root: bool = False,
+        reshard: bool | None = None,
     ) -> DataParallel:
         """What a part of so many parameters in `tensors` adds, with so many seconds of compute to hide behind.
 
         FSDP2 keeps embedding and head in the root group (`root`): gathered first and reduced last, they hide behind
         nothing, and zero 3 keeps them gathered from forward to backward. torch's pipeline reduces once, after the
-        last action, behind nothing; under zero 3 it gathers layers again for each backward.
+        last action, behind nothing; under zero 3 it gathers layers again for each backward, unless stages say
+        otherwise (`reshard`, [Note: Resharding]).
         """
         gathered, reduced = self._collectives(layout, dense, expert, tensors)
         if gathered == reduced == 0.0:
@@ -68,7 +70,11 @@ class DataParallelModel:
         last = Seconds(dp=exposed(reduced, backward if hides_reduce else 0.0))
         if zero == 0:
             return DataParallel(reduce=last)
-        if zero == 1 or pipelined:
+        if pipelined and reshard and not torch_root:
+            return DataParallel(forward=first, backward=again, reduce=last)
+        if zero == 1 or (pipelined and reshard is False):
+            return DataParallel(gather=first, reduce=last)
+        if pipelined:
             backward_gather = again if zero == 3 and not torch_root else NOTHING
             return DataParallel(backward=backward_gather, gather=first, reduce=last)
         if zero == 2:

@@ -15,7 +15,7 @@ from profiles.alpha_beta import ONE_STEP
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.input_error import InputError
 
-from .answer import counts_of
+from .assignment import counts_of
 from .comm_cost import Group
 from .errors import InfeasibleError
 from .layout import SCHEDULES, Layout
@@ -189,7 +189,8 @@ def compare(question: Question, plan: Plan, text: str, time_limit_seconds: float
 
 def _as_planned(question: Question, plan: Plan) -> Solved:
     """The plan with its own stages, priced by today's profile."""
-    costs = CostModel(question.model, question.cluster, question.hardware, question.job).price(plan.layout)
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
     counts = counts_of(plan.model, plan.stages)
     return Solved(costs, counts, costs.step(counts))
 

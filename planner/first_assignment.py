@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
+from .bounds import fits
 from .layout import RECOMPUTE_MODES
-from .layout_costs import Blocks, LayoutCosts, StageCount
+from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, StageCount
 
 
 def first_assignment(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[StageCount, ...]:
@@ -23,6 +25,20 @@ def first_assignment(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str
     for rank in range(costs.layout.pp):
         _recompute_until_it_fits(costs, rank, counts, limit_bytes, ordered)
     return tuple(counts)
+
+
+def quickest_start(
+    costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]
+) -> tuple[LayoutCosts, tuple[StageCount, ...]] | None:
+    """The first assignment that fits, with all stages' choice alike where they have one and the quickest that does."""
+    alike = [costs]
+    if costs.choices:
+        alike = [replace(costs, reshard=(choice,) * costs.layout.stages) for choice in RESHARD_CHOICES[1:]]
+    for each in alike:
+        counts = first_assignment(each, limit_bytes, modes)
+        if fits(each, counts, limit_bytes):
+            return each, counts
+    return None
 
 
 def _even_cuts(work: Sequence[float], ends: Sequence[float]) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .bounds import any_chunks_dealt, any_chunks_seconds
+from .bounds import any_chunks_dealt, any_chunks_seconds, largest_segment
 from .question import Question
 from .rank_limits import ROUNDING
 from .rules import recompute_modes
@@ -37,6 +37,6 @@ def least_of_one_state(
     least = any_chunks_seconds(fewest, max(chunks), modes)
     if least > enough_seconds:
         return least  # no byte was looked at
-    sizes = prices.least_bytes(replace(of_schedule, virtual_stages=max(chunks)))
+    sizes = prices.least_bytes(replace(of_schedule, virtual_stages=max(chunks)), largest_segment(fewest).kind)
     dealt = any_chunks_dealt(fewest, chunks, sizes, question.limit_bytes, modes, enough_seconds)
     return None if dealt is None else max(least, dealt)

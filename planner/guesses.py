@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .bounds import fits
-from .first_assignment import first_assignment
+from .first_assignment import quickest_start
 from .layout_costs import LayoutCosts, StageCount
 from .question import Question
 from .rules import recompute_modes
@@ -68,10 +67,10 @@ class Guesses:
         return found if best is None or found.step_seconds < best.step_seconds else best
 
     def _better(self, costs: LayoutCosts, best: Solved | None) -> Solved | None:
-        counts = first_assignment(
-            costs, self._question.limit_bytes, recompute_modes(costs.layout, self._question.rules)
-        )
-        if not fits(costs, counts, self._question.limit_bytes):
+        modes = recompute_modes(costs.layout, self._question.rules)
+        start = quickest_start(costs, self._question.limit_bytes, modes)
+        if start is None:
             return best
+        costs, counts = start
         solved = Solved(costs, counts, costs.step(counts))
         return solved if best is None or solved.step_seconds < best.step_seconds else best

@@ -13,6 +13,7 @@ from .pins import allows, pin_from_plain, plain_pin
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
 TARGETS = ("meshwright", "megatron", "torchtitan")
 OPTIMIZERS = ("adamw",)
+OFFLOADS = ("none", "optimizer")
 
 # What a user may pin (any key of a layout) or ban (what has a plain value to stay at: 1, 0, off, none).
 PINNABLE = (*LAYOUT_KEYS, "recompute")
@@ -26,7 +27,8 @@ class TrainingJob:
 
     `pins` maps a layout key to what is allowed for it (`planner.pins`); `bans` names axes that must stay at 1 (or
     off). `memory_limit_bytes` replaces the device's memory when it is not None. `expert_imbalance` is how many times
-    its even share the fullest expert rank gets; a capacity drops or pads instead.
+    its even share the fullest expert rank gets; a capacity drops or pads instead. `offload` is what lies in the host's
+    memory ([Note: Offloaded moments] in `offload`).
     """
 
     global_batch: int
@@ -39,6 +41,7 @@ class TrainingJob:
     bans: tuple[str, ...] = ()
     expert_imbalance: float = 1.0
     expert_capacity: float | None = None
+    offload: str = "none"
 
     @property
     def tokens(self) -> int:
@@ -67,6 +70,7 @@ class TrainingJob:
             "bans": list(self.bans),
             "expert_imbalance": self.expert_imbalance,
             "expert_capacity": self.expert_capacity,
+            **({"offload": self.offload} if self.offload != "none" else {}),
         }
 
     @classmethod
@@ -93,6 +97,7 @@ class TrainingJob:
             bans=tuple(bans),
             expert_imbalance=reader.number("expert_imbalance", minimum=1, default=1.0),
             expert_capacity=reader.number("expert_capacity", above=0) if capacity is not None else None,
+            offload=reader.text("offload", choices=OFFLOADS, default="none"),
         )
         reader.finish()
         return job

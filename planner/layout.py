@@ -7,7 +7,7 @@ from typing import Any
 
 from profiles.store import Reader
 
-from .schedule import FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
+from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb1p", "zbv", "dualpipev")
 CP_STYLES = ("none", "ring", "all-to-all")
@@ -77,6 +77,11 @@ class Layout:
     def forwards_first(self) -> bool:
         """Whether all microbatches are in flight before the first backward."""
         return self.pp > 1 and self.schedule in FORWARDS_FIRST
+
+    @property
+    def stages_choose(self) -> bool:
+        """Whether each stage says if its weights are freed between passes ([Note: Resharding] in `layout_costs`)."""
+        return self.zero == 3 and self.pp > 1 and self.schedule in BLOCKING
 
     def logits_again(self, microbatches: int) -> bool:
         """Whether our runtime computes the logits once more in the backward pass ([Note: Loss in pieces])."""

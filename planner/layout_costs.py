@@ -4,6 +4,13 @@
 For a fixed layout each duration on a stage (forward, backward, gather, reduce, optimizer) and each byte is a
 sum over the layers it holds, so it is linear in how many layers of each segment and recompute mode it has. What is
 not linear, such as how much of a collective hides behind compute, is settled per layer beforehand.
+
+[Note: Resharding]
+Under zero 3 with gpipe or 1f1b each stage says what becomes of its layers' weights. `reshard: true`: freed after every
+forward and backward, and gathered again for each. `false`: kept from the first forward to the reduction of the
+gradients, gathered once; all stages so are zero 1. Neither: freed after forwards alone, as torch's pipeline has it, and
+gathered for each backward, which leaves them where a microbatch's activations were; they add to the peak only what they
+are more than those.
 """
 
 from __future__ import annotations
@@ -18,6 +25,8 @@ from .memory_bytes import MemoryBytes, PartMemory
 from .part_seconds import PartSeconds, Seconds
 from .schedule import Pipeline
 from .simulation import Simulation, StageSeconds, simulate
+
+RESHARD_CHOICES = (False, None, True)  # from quick to small
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,9 @@ class LayoutCosts:
 
     `fixed_memory` and `in_flight` have an entry a pipeline rank, the latter the vectors of [Note: In-flight
     activations] of which none is below another.
+
+    Where stages choose ([Note: Resharding]) `reshard` has each one's choice, and `choices` the layers by it; `segments`
+    then have no more seconds and bytes than either, for bounds.
     """
 
     layout: Layout
@@ -74,6 +86,16 @@ class LayoutCosts:
     fixed_memory: tuple[MemoryBytes, ...]
     in_flight: tuple[tuple[InFlight, ...], ...]
     allocator_slack: float
+    reshard: tuple[bool | None, ...] = ()
+    choices: tuple[tuple[bool | None, tuple[SegmentCosts, ...]], ...] = ()
+
+    def segments_if(self, reshard: bool | None) -> tuple[SegmentCosts, ...]:
+        """The layers of a stage that has chosen so."""
+        return dict(self.choices)[reshard] if self.choices else self.segments
+
+    def segments_of(self, stage: int) -> tuple[SegmentCosts, ...]:
+        """The layers as the stage has them."""
+        return self.segments_if(self.reshard[stage]) if self.reshard else self.segments
 
     @property
     def pipeline(self) -> Pipeline:
@@ -89,7 +111,7 @@ class LayoutCosts:
         """All phases of a stage; recomputation is apart from `backward_input`, under `recompute_full`."""
         total = self.ends_seconds(stage)
         again = Seconds()
-        for segment, blocks in zip(self.segments, count, strict=True):
+        for segment, blocks in zip(self.segments_of(stage), count, strict=True):
             total = total + segment.seconds * blocks.total
             for mode in ("selective", "full"):
                 if number := blocks.of(mode):
@@ -128,7 +150,7 @@ class LayoutCosts:
         """(local chunk, part, how many, mode) of all that a rank holds."""
         parts: list[_RankPart] = []
         for chunk, stage in enumerate(self.layout.stages_of(rank)):
-            for segment, blocks in zip(self.segments, counts[stage], strict=True):
+            for segment, blocks in zip(self.segments_of(stage), counts[stage], strict=True):
                 parts += [(chunk, segment.memory, blocks.of(mode), mode) for mode in RECOMPUTE_MODES]
         return [part for part in parts if part[2]] + self.end_parts(rank)
 
@@ -153,7 +175,7 @@ class LayoutCosts:
         parts = self.rank_parts(rank, counts)
         state, transient = self.fixed_memory[rank], 0.0
         for _, part, number, mode in parts:
-            state = state + part.state * number
+            state = state + part.state * number + MemoryBytes(gathered_weights=part.left_by(mode) * number)
             transient = max(transient, part.transient_by(mode))
         worst = MemoryBytes()
         for vector in self.in_flight[rank]:
@@ -191,7 +213,7 @@ class LayoutCosts:
         held = [0.0] * len(vectors)
         for chunk, part, number, mode in parts:
             totals = part.totals
-            kept += totals.state * number
+            kept += (totals.state + totals.left[mode]) * number
             transient = max(transient, part.transient_by(mode))
             each, weight = number * totals.held[mode], number * totals.held_weight
             for i, vector in enumerate(vectors):

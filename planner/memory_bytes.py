@@ -52,6 +52,7 @@ class PartTotals:
     """A part's bytes without what they are for."""
 
     state: float
+    left: dict[str, float]
     held: dict[str, float]
     held_weight: float
 
@@ -61,8 +62,10 @@ class PartMemory:
     """What one part of the model (a layer, the embedding, the head) adds to its rank.
 
     `held` per in-flight microbatch without recomputation, `held_selective` and `held_recomputed` with it,
-    `held_weight` between the two halves of a split backward; `transient` is the most that its backward needs at
-    once beyond what is held, and with recomputation the activations that come back for one layer at a time.
+    `held_weight` between the two halves of a split backward. `left` (`left_selective`, `left_recomputed`) are gathered
+    weights that a backward leaves where its activations were, as far as they are more. `transient` is the most that its
+    backward needs at once beyond what is held, and with recomputation the activations that come back for one layer at a
+    time.
     """
 
     state: MemoryBytes = NO_BYTES
@@ -73,17 +76,24 @@ class PartMemory:
     held_selective: MemoryBytes = NO_BYTES
     transient_selective: float = 0.0
     held_weight: MemoryBytes = NO_BYTES
+    left: float = 0.0
+    left_selective: float = 0.0
+    left_recomputed: float = 0.0
 
     @cached_property
     def totals(self) -> PartTotals:
         return PartTotals(
             state=self.state.total,
+            left={mode: self.left_by(mode) for mode in RECOMPUTE_MODES},
             held={mode: self.held_by(mode).total for mode in RECOMPUTE_MODES},
             held_weight=self.held_weight.total,
         )
 
     def held_by(self, mode: str) -> MemoryBytes:
         return {"none": self.held, "selective": self.held_selective, "full": self.held_recomputed}[mode]
+
+    def left_by(self, mode: str) -> float:
+        return {"none": self.left, "selective": self.left_selective, "full": self.left_recomputed}[mode]
 
     def transient_by(self, mode: str) -> float:
         return {"none": self.transient, "selective": self.transient_selective, "full": self.transient_recomputed}[mode]

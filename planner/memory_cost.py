@@ -19,6 +19,7 @@ from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
+from .offload import passing_moments_bytes
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
@@ -38,27 +39,32 @@ class MemoryModel:
 
     # ---- state -----------------------------------------------------------------------------------------
 
-    def _state(self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False) -> MemoryBytes:
+    def _state(
+        self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False, frees: bool = False
+    ) -> MemoryBytes:
         """Weights, gradients and AdamW moments of `parameters` (already cut by tp or by ep and etp)."""
         shards, ranks = (layout.expert_shards, layout.edp) if expert else (layout.shards, layout.dp * layout.cp)
         if self._software.on_fsdp:
-            return self._fsdp2_state(layout, parameters, shards, ranks > 1, root)
+            return self._fsdp2_state(layout, parameters, shards, ranks > 1, root, frees)
         return self._master_state(layout, parameters, shards)
 
-    def _fsdp2_state(self, layout: Layout, parameters: float, shards: int, shared: bool, root: bool) -> MemoryBytes:
+    def _fsdp2_state(
+        self, layout: Layout, parameters: float, shards: int, shared: bool, root: bool, frees: bool
+    ) -> MemoryBytes:
         """fp32 shards, as FSDP2 keeps them.
 
         zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
         the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
         unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
-        `PipelineStage.backward_maybe_with_nosync`). Unsharded sums are freed group by group as they are reduced, when
-        activations are gone, so their shards do not count besides. Embedding and head (`root`) are FSDP2's root group,
-        gathered from forward to backward. Gradients that only appear as activations go are in `_late_gradients`.
+        `PipelineStage.backward_maybe_with_nosync`); where it `frees` them `block` says what is left. Unsharded sums are
+        freed group by group as they are reduced, when activations are gone, so their shards do not count besides.
+        Embedding and head (`root`) are FSDP2's root group, gathered from forward to backward. Gradients that only
+        appear as activations go are in `_late`.
         """
         weights = _FP32_BYTES * parameters / shards
-        optimizer = _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
+        optimizer = 0.0 if self._job.offload == "optimizer" else _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
         wrapped = shared or self._job.precision != "fp32"
-        stays = wrapped and (layout.zero < 3 or layout.pp > 1 or root)
+        stays = wrapped and (layout.zero < 3 or (layout.pp > 1 and not frees) or root)
         gathered = self._element_bytes * parameters if stays else 0.0
         if not root:  # of even chunks; which of them has the root's cannot be said
             gathered *= min(1.0, STAGES_GATHERED / layout.virtual_stages)
@@ -95,15 +101,16 @@ class MemoryModel:
         """Bytes of a gradient that must be widened."""
         return self._element_bytes if self._element_bytes != _FP32_BYTES else 0
 
-    def _late_gradients(self, layout: Layout, parameters: float, activations: float) -> float:
-        """What a layer's gradients add to each microbatch in flight, where they come late.
+    def _late(self, layout: Layout, parameters: float, activations: float, beside: float = 0.0) -> float:
+        """What a layer's gradients, and what comes `beside` them, add to each microbatch in flight, where they come
+        late.
 
         With M in flight a layer holds M·A before its first backward and (M-1)·A + G after it; the layers change over
         one by one, so the most is (M-1)·A + max(A, G) a layer.
         """
         if not self._gradients_come_late(layout):
             return 0.0
-        gradients = self._gradient_bytes(layout, parameters, layout.shards)
+        gradients = self._gradient_bytes(layout, parameters, layout.shards) + beside
         return max(0.0, gradients - activations) / layout.microbatches(self._job.global_batch)
 
     def _master_state(self, layout: Layout, parameters: float, shards: int) -> MemoryBytes:
@@ -129,40 +136,71 @@ class MemoryModel:
 
     # ---- activations -----------------------------------------------------------------------------------
 
-    def block(self, layout: Layout, kind: str = "dense") -> PartMemory:
+    def block(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
+        """A layer, of a stage that has chosen so where stages choose ([Note: Resharding])."""
         kept = self._activations.layer(layout, kind)
         dense, expert = self.block_parameters(layout, kind)
-        state = self._state(layout, dense)
+        frees = layout.stages_choose and reshard is not False
+        state = self._state(layout, dense, frees=frees)
         if expert:
-            state = state + self._state(layout, expert, expert=True)
+            state = state + self._state(layout, expert, expert=True, frees=frees)
         modes = (kept.none, kept.selective, kept.full)
         comes_back = (kept.none, kept.none + kept.unclaimed, kept.none)
-        transients = [
-            self._transient(layout, dense, expert, kept, held, whole)
+        passing = [
+            self._transient(layout, dense, expert, kept, held, whole, reshard)
             for held, whole in zip(modes, comes_back, strict=True)
         ]
-        held = [
-            MemoryBytes(activations=bytes_, gradients=self._late_gradients(layout, dense + expert, bytes_))
-            for bytes_ in modes
-        ]
+        held = [self._held(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
+        left = [self._left(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
         return PartMemory(
             state=state,
             held=held[0],
             held_selective=held[1],
             held_recomputed=held[2],
             held_weight=MemoryBytes(activations=kept.weight),
-            transient=transients[0],
-            transient_selective=transients[1],
-            transient_recomputed=transients[2],
+            left=left[0],
+            left_selective=left[1],
+            left_recomputed=left[2],
+            transient=passing[0],
+            transient_selective=passing[1],
+            transient_recomputed=passing[2],
         )
 
+    def _held(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> MemoryBytes:
+        """What a layer adds for each microbatch in flight, gradients that come late among it, and gathered weights
+        that stay from then on."""
+        late = self._late(layout, parameters, activations)
+        if not self._after_forwards(layout, reshard):
+            return MemoryBytes(activations=activations, gradients=late)
+        gathered = self._late(layout, parameters, activations, self._element_bytes * parameters) - late
+        return MemoryBytes(activations=activations, gradients=late, gathered_weights=gathered)
+
+    def _after_forwards(self, layout: Layout, reshard: bool | None) -> bool:
+        """Whether layers free their weights after forwards and leave them after backwards."""
+        return self._software.on_fsdp and layout.stages_choose and reshard is None
+
+    def _left(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> float:
+        """Weights that backwards leave, where they do not come with late gradients: the layers of a stage change over
+        from activations to weights one by one, and the next forward changes them back."""
+        if not self._after_forwards(layout, reshard) or self._gradients_come_late(layout):
+            return 0.0
+        return max(0.0, self._element_bytes * parameters - activations)
+
     def _transient(
-        self, layout: Layout, dense: float, expert: float, kept: KeptBytes, held: float, whole: float
+        self,
+        layout: Layout,
+        dense: float,
+        expert: float,
+        kept: KeptBytes,
+        held: float,
+        whole: float,
+        reshard: bool | None,
     ) -> float:
         """The most that a layer's backward has beyond what its stage holds, `held` of it by this layer, whose
         activations are `whole` once what it recomputes has come back.
 
-        FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it. Where each microbatch's gradients
+        FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it; under a pipeline where nothing has
+        been left of them, or activations are more than what has. Where each microbatch's gradients
         are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
         `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
         before reduced last, the root group. At the end of the backward this layer's activations are gone too, and its
@@ -172,8 +210,12 @@ class MemoryModel:
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
-        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp)
+        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or (layout.stages_choose and reshard is not False))
         gathered = 2 * element * parameters if gathers else 0.0
+        if self._after_forwards(layout, reshard):  # two layers' activations are not yet weights that were left
+            gradients = self._gradient_bytes(layout, parameters, layout.shards)
+            late = gradients if self._gradients_come_late(layout) else 0.0
+            gathered = min(gathered, 2 * max(0.0, held - late))
         start = kept.transient + gathered + whole - held
         if fsdp and self._halves_apart(layout):
             start += self._narrow_bytes * parameters - self._left_between(kept)
@@ -185,7 +227,8 @@ class MemoryModel:
             before = max(self._root_reduction(layout), reduced - held)
             return max(start, end) + before
         share = max(1, self._model.layers // layout.pp)
-        return max(start, reduced * (1 + 1 / layout.shards) - share * (element * parameters + held))
+        stayed = 0.0 if layout.stages_choose and reshard else element * parameters
+        return max(start, reduced * (1 + 1 / layout.shards) - share * (stayed + held))
 
     def _left_between(self, kept: KeptBytes) -> float:
         """Of a layer's passing gradients those that a split backward leaves between its halves: there they are held,
@@ -194,7 +237,8 @@ class MemoryModel:
 
     def embedding(self, layout: Layout) -> PartMemory:
         state = self._state(layout, self.embedding_parameters(layout), root=True)
-        passing = self._table_gradient(layout)
+        moments = passing_moments_bytes(self._job, self.embedding_parameters(layout) / layout.shards)
+        passing = max(self._table_gradient(layout), moments)
         return PartMemory(state, NO_BYTES, NO_BYTES, passing, passing, NO_BYTES, passing)
 
     def _table_gradient(self, layout: Layout) -> float:
@@ -207,6 +251,7 @@ class MemoryModel:
         state = self._state(layout, self.head_parameters(layout), root=True)
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
+        passing = max(passing, passing_moments_bytes(self._job, self.head_parameters(layout) / layout.shards))
         return PartMemory(state, held, held, passing, passing, held, passing, weight)
 
     def _root_reduction(self, layout: Layout) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from profiles.store import Reader, dump_yaml, load_document, write_atomically
 from .capabilities import CAPABILITIES
 from .job import TrainingJob
 from .layout import RECOMPUTE_MODES, Layout
-from .rules import RuleContext, violations, why_no_recompute
+from .recompute_spans import Span, plain_spans, read_spans
+from .rules import RuleContext, violations, why_no_recompute, why_no_reshard
 
 SCHEMA = "meshwright.plan/v1"
 TIME_PARTS = ("compute", "recompute", "tp", "cp", "ep", "pp", "bubble", "dp_exposed", "optimizer")
@@ -23,7 +24,8 @@ TIME_PARTS = ("compute", "recompute", "tp", "cp", "ep", "pp", "bubble", "dp_expo
 class Stage:
     """One chunk of the model on one pipeline rank: blocks [first, end), and how many recompute how.
 
-    The recomputing blocks of a stage are its first `full` ones, then `selective`, then `none`.
+    Its first blocks do, unless `recompute_spans` says which ([Note: Which blocks recompute]). `reshard` is whether its
+    layers' weights are freed between passes ([Note: Resharding] in `layout_costs`).
     """
 
     rank: int
@@ -35,6 +37,8 @@ class Stage:
     recompute_none: int
     recompute_selective: int
     recompute_full: int
+    recompute_spans: tuple[Span, ...] = ()
+    reshard: bool | None = None
 
     @classmethod
     def whole(cls, model: ModelSpec) -> Stage:
@@ -53,6 +57,8 @@ class Stage:
 
     def recompute_mode(self, block: int) -> str:
         """`full`, `selective` or `none` for a global block index of this stage."""
+        if self.recompute_spans:
+            return next((mode for mode, first, end in self.recompute_spans if first <= block < end), "none")
         position = block - self.first
         if position < self.recompute_full:
             return "full"
@@ -66,6 +72,8 @@ class Stage:
             "embedding": self.embedding,
             "head": self.head,
             "recompute": {mode: getattr(self, f"recompute_{mode}") for mode in RECOMPUTE_MODES},
+            **({"recompute_layers": plain_spans(self.recompute_spans)} if self.recompute_spans else {}),
+            **({"reshard": self.reshard} if self.reshard is not None else {}),
         }
 
     @classmethod
@@ -82,15 +90,20 @@ class Stage:
             recompute_none=counts.integer("none"),
             recompute_selective=counts.integer("selective"),
             recompute_full=counts.integer("full"),
+            reshard=reader.boolean("reshard") if "reshard" in reader else None,
         )
         counts.finish()
+        spans = reader.child("recompute_layers") if "recompute_layers" in reader else None
         reader.finish()
         if first > end:
             raise reader.fail("layers", "[first, end) with first <= end", [first, end])
         total = stage.recompute_none + stage.recompute_selective + stage.recompute_full
         if total != end - first:
             raise reader.fail("recompute", f"counts that add up to the stage's {end - first} layers", total)
-        return stage
+        if spans is None:
+            return stage
+        again = {"full": stage.recompute_full, "selective": stage.recompute_selective}
+        return replace(stage, recompute_spans=read_spans(spans, first, end, again))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +293,8 @@ def _check_stages(plan: Plan, reader: Reader) -> None:
             number = getattr(stage, f"recompute_{mode}")
             if number and (reason := why_no_recompute(mode, layout, rules)) is not None:
                 raise reader.fail(f"{place}.recompute.{mode}", f"0: {reason}", number)
+        if stage.reshard is not None and (reason := why_no_reshard(layout)) is not None:
+            raise reader.fail(f"{place}.reshard", f"no such key: {reason}", stage.reshard)
         if stage.first == stage.end and not (stage.embedding or stage.head):
             raise reader.fail(f"{place}.layers", "at least one layer on a stage between first and last", 0)
         expected_first = stage.end

@@ -11,11 +11,12 @@ from profiles.catalogue import resolve_model
 from profiles.input_error import InputError
 
 from .answer import answer
+from .assignment import stages_of
 from .parse import parse_layout
 from .plan import Plan, load, save
 from .question import Question, ask, question_of
 from .rules import require_legal
-from .search import check_supported, predict, search, solve_layout, stages_of
+from .search import check_supported, predict, search, solve_layout
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -94,7 +95,7 @@ def estimate(question: Question, text: str, price: float | None = None) -> PlanA
     layout, recompute = parse_layout(text, question.cluster.devices)
     require_legal(layout, recompute, question.rules)
     solved, fits = solve_layout(question, layout, recompute)
-    prediction, stages = predict(question, solved), stages_of(layout, solved.counts)
+    prediction, stages = predict(question, solved), stages_of(layout, solved.counts, solved.costs.reshard)
     document = {
         "layout": layout.to_dict(),
         "fits": fits,

@@ -40,7 +40,8 @@ def predict(case: RunCase, hardware: HardwareProfile) -> CasePrediction:
 
 def price(case: RunCase, hardware: HardwareProfile, recompute: str) -> CasePrediction:
     """The case with every layer under one recompute mode."""
-    costs = CostModel(case.model, case.cluster, hardware, case.job, case.software).price(case.layout)
+    prices = CostModel(case.model, case.cluster, hardware, case.job, case.software)
+    costs = prices.price(case.layout, (None,) * case.layout.stages)  # stages of torch's own pipeline choose nothing
     counts = assignment(costs.segments, case.chunk_layers, recompute)
     breakdown = costs.breakdown(counts)
     fullest = max(costs.memory(counts), key=lambda memory: memory.total)

@@ -11,7 +11,7 @@ from profiles.hardware import HardwareProfile, load_hardware
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
-from .job import PRECISIONS, TARGETS, TrainingJob
+from .job import OFFLOADS, PRECISIONS, TARGETS, TrainingJob
 from .parse import parse_bytes, parse_pins
 from .plan import Plan
 from .rules import RuleContext
@@ -48,12 +48,14 @@ def ask(
     pins: Sequence[str] = (),
     bans: Sequence[str] = (),
     expert_imbalance: float = 1.0,
+    offload: str = "none",
 ) -> Question:
     """The question that the words ask; an InputError names the flag that cannot be understood.
 
     `precision` defaults to what the device is made for: bf16 on GPUs, fp32 on CPUs.
     """
     _one_of("--target", target, TARGETS)
+    _one_of("--offload", offload, OFFLOADS)
     if precision is not None:
         _one_of("--precision", precision, PRECISIONS)
     pinned, banned = parse_pins(pins, bans)
@@ -70,6 +72,7 @@ def ask(
         pins=pinned,
         bans=banned,
         expert_imbalance=expert_imbalance,
+        offload=offload,
     )
     known = resolve_model(model) if isinstance(model, str) else model
     return Question(known, spec, hardware, job)

@@ -11,6 +11,7 @@ from profiles.model import ModelSpec
 
 from .layout import LOSS_TOKENS, RECOMPUTE_MODES, Layout
 from .plan import Plan, Stage
+from .recompute_spans import MODES_IN_ORDER, spans_of
 from .reduced_model import small_model
 from .rules import RuleContext, violations
 from .schedule import why_illegal
@@ -87,6 +88,7 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
         sequence=sequence,
         precision="fp32",
         memory_limit_bytes=None,
+        offload="none",
         pins={},
         bans=(),
     )
@@ -156,6 +158,7 @@ def _stages(plan: Plan, layout: Layout) -> tuple[Stage, ...]:
         if having and not any(count[mode] for count in counts):
             counts[round(having[0] / step) if step else 0][mode] = 1
     ends = list(itertools.accumulate(sum(count.values()) for count in counts))
+    runs = [[(mode, count[mode]) for mode in _in_order(stage)] for stage, count in zip(chosen, counts, strict=True)]
     return tuple(
         Stage(
             rank=pipeline.rank_of(place),
@@ -167,9 +170,20 @@ def _stages(plan: Plan, layout: Layout) -> tuple[Stage, ...]:
             recompute_none=counts[place]["none"],
             recompute_selective=counts[place]["selective"],
             recompute_full=counts[place]["full"],
+            recompute_spans=spans_of(runs[place], ends[place - 1] if place else 0),
+            reshard=chosen[place].reshard,
         )
         for place in places
     )
+
+
+def _in_order(stage: Stage) -> list[str]:
+    """The modes as they first appear in a stage whose spans say where, else as they stand without."""
+    spans = stage.recompute_spans
+    begins = {mode: first for mode, first, _ in reversed(spans)}
+    plain_first = bool(spans) and spans[0][1] > stage.first
+    begins["none"] = stage.first if plain_first else stage.end
+    return sorted(MODES_IN_ORDER, key=lambda mode: begins.get(mode, stage.first))
 
 
 def _modes(stage: Stage) -> Counts:
@@ -203,6 +217,7 @@ def _changes(plan: Plan, small: Plan) -> Iterator[Change]:
         ("experts", *map(_experts_text, models), SIZE),
         ("vocabulary", *(f"{model.vocab_size:,}" for model in models), SIZE),
         ("sequence", f"{plan.job.sequence:,}", f"{small.job.sequence:,}", SIZE),
+        ("offload", plan.job.offload, small.job.offload, "ranks here have no device beside the host"),
         ("precision", plan.job.precision, "fp32" if plan.job.precision == "fp32" else "fp32, float64", ROUNDING),
     ]
     for what, before, after, why in rows:

@@ -10,6 +10,7 @@ from .bounds import fits, lower_bound
 from .first_assignment import first_assignment, least_missing_bytes
 from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .layout import Layout
+from .offload import why_no_offload
 from .pins import pin_text, plainest
 from .plan import Plan
 from .quantity_text import seconds_text
@@ -101,12 +102,15 @@ def _gib(size_bytes: float) -> str:
 
 
 def remedies(question: Question, enough_bytes: float, solve: Solve) -> Iterator[Remedy]:
-    """Memory, each pin, ban and limit of the user's, the sequence and the devices, each changed alone."""
+    """Memory, the host's too, each pin, ban and limit of the user's, the sequence and the devices, each alone."""
     job = question.job
     if job.memory_limit_bytes is not None:
         yield from _tried("without --memory-limit", _with_job(question, memory_limit_bytes=None), solve)
     more = _with_job(question, memory_limit_bytes=enough_bytes * (1 + 1e-9))
     yield from _tried(f"{_gib(enough_bytes)} of memory per device", more, solve)
+    offloaded = _with_job(question, offload="optimizer")
+    if job.offload == "none" and why_no_offload(offloaded.job, question.hardware) is None:
+        yield from _first(iter([("--offload optimizer", offloaded)]), solve)
     for key, pin in job.pins.items():
         free = {k: v for k, v in job.pins.items() if k != key}
         yield from _tried(f"without --pin {key}={pin_text(pin)}", _with_job(question, pins=free), solve)

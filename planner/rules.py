@@ -272,6 +272,20 @@ def why_no_recompute(mode: str, layout: Layout, context: RuleContext) -> str | N
     return None
 
 
+def why_no_reshard(layout: Layout) -> str | None:
+    """The reason why stages of this layout cannot say whether their weights are freed between passes."""
+    if layout.zero != 3:
+        return f"zero={layout.zero} keeps gathered weights, so only stages of zero=3 have a choice"
+    if layout.pp == 1:
+        return "pp=1 has one stage, which zero=3 reshards and zero=2 does not"
+    if not layout.stages_choose:
+        return (
+            f"under {layout.schedule} torch's pipeline gathers all weights of a chunk before its turn; gpipe and 1f1b "
+            "leave that to each layer"
+        )
+    return None
+
+
 def require_legal(layout: Layout, recompute: str, context: RuleContext) -> None:
     """Raise an InputError with every reason that forbids a layout which a person wrote."""
     reasons = list(violations(layout, context))

@@ -17,15 +17,17 @@ from itertools import count
 
 from profiles.model import ModelSpec
 
+from .assignment import stages_of
 from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
-from .first_assignment import first_assignment
+from .first_assignment import first_assignment, quickest_start
 from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .guesses import Guesses, Solved
 from .layout import Layout
-from .layout_costs import LayoutCosts, StageCount
-from .plan import Alternative, Certificate, Plan, Prediction, Stage
+from .layout_costs import LayoutCosts
+from .offload import why_no_offload
+from .plan import Alternative, Certificate, Plan, Prediction
 from .question import Question
 from .remedies import why_nothing_fits
 from .rules import recompute_modes
@@ -121,8 +123,8 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         costs, begun = item.costs, item.begun
         modes = recompute_modes(costs.layout, rules)
         if begun.counts is None:
-            counts = first_assignment(costs, question.limit_bytes, modes)
-            begun = replace(begun, counts=counts if fits(costs, counts, question.limit_bytes) else None)
+            costs, counts = quickest_start(costs, question.limit_bytes, modes) or (costs, None)
+            begun = replace(begun, counts=counts)
         solution = solve_stages(
             costs,
             question.limit_bytes,
@@ -135,15 +137,15 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
         )
         ilps += solution.ilps_solved
         if solution.aside:
-            heapq.heappush(left, (solution.bound_seconds, next(ties), _Priced(costs, solution.aside)))
+            heapq.heappush(left, (solution.bound_seconds, next(ties), _Priced(solution.costs, solution.aside)))
             if solution.counts is not None and (first is None or solution.step_seconds < first.step_seconds):
-                first = Solved(costs, solution.counts, solution.step_seconds)
+                first = Solved(solution.costs, solution.counts, solution.step_seconds)
             continue
         proven = min(proven, solution.bound_seconds)
         if solution.counts is None:
             pruned_memory += solution.bound_seconds == float("inf")
         else:
-            best.append(Solved(costs, solution.counts, solution.step_seconds))
+            best.append(Solved(solution.costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
     pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     if first is not None and (not best or first.step_seconds < best[0].step_seconds):
@@ -171,6 +173,8 @@ def check_supported(question: Question) -> None:
             f"the {job.target} runtime does not recompute {_listed(job.recompute_modes)} today",
             (f"it recomputes {' or '.join(capabilities.recompute)}",),
         )
+    if (reason := why_no_offload(job, question.hardware)) is not None:
+        raise UnsupportedError(reason)
     if not question.hardware.supports(job.precision):
         known = [dtype for dtype in capabilities.precisions if question.hardware.supports(dtype)]
         raise UnsupportedError(
@@ -212,7 +216,7 @@ def solve_layout(question: Question, layout: Layout, recompute: str | None) -> t
         begun = Begun(first if fits(costs, first, finite) else None)
         solution = solve_stages(costs, finite, bound_seconds=bound, begun=begun, modes=modes)
         if solution.counts is not None:
-            return Solved(costs, solution.counts, solution.step_seconds), limit != float("inf")
+            return Solved(solution.costs, solution.counts, solution.step_seconds), limit != float("inf")
     raise AssertionError("an assignment without a memory limit always exists")
 
 
@@ -226,7 +230,7 @@ def make_plan(question: Question, solved: Solved, certificate: Certificate, othe
         cluster=question.cluster,
         job=question.job,
         layout=solved.costs.layout,
-        stages=stages_of(solved.costs.layout, solved.counts),
+        stages=stages_of(solved.costs.layout, solved.counts, solved.costs.reshard),
         prediction=predict(question, solved),
         certificate=certificate,
         alternatives=tuple(
@@ -234,30 +238,6 @@ def make_plan(question: Question, solved: Solved, certificate: Certificate, othe
             for o in others
         ),
     )
-
-
-def stages_of(layout: Layout, counts: Sequence[StageCount]) -> tuple[Stage, ...]:
-    """Counts as half-open block ranges, in the order of the model."""
-    places = {stage: (rank, chunk) for rank in range(layout.pp) for chunk, stage in enumerate(layout.stages_of(rank))}
-    stages, first = [], 0
-    for stage, held in enumerate(counts):
-        rank, chunk = places[stage]
-        end = first + sum(blocks.total for blocks in held)
-        stages.append(
-            Stage(
-                rank=rank,
-                chunk=chunk,
-                first=first,
-                end=end,
-                embedding=stage == 0,
-                head=stage == len(counts) - 1,
-                recompute_none=sum(blocks.none for blocks in held),
-                recompute_selective=sum(blocks.selective for blocks in held),
-                recompute_full=sum(blocks.full for blocks in held),
-            )
-        )
-        first = end
-    return tuple(stages)
 
 
 def predict(question: Question, solved: Solved) -> Prediction:

@@ -38,8 +38,10 @@ class Solution:
 
     `counts` is None when nothing fits, or when the layout cannot beat the cut-off (then `bound_seconds`
     is at least the cut-off). `aside` where the bound is not reached, but others should be looked at first.
+    `costs` are those of the layout with what its stages have chosen.
     """
 
+    costs: LayoutCosts
     counts: tuple[StageCount, ...] | None
     step_seconds: float
     bound_seconds: float
@@ -68,11 +70,11 @@ def solve_stages(
         modes: what a layer may recompute.
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
     """
-    best = begun.counts
+    best, chosen = begun.counts, costs
     best_seconds = costs.step(best) if best is not None else math.inf
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
-        return Solution(best, best_seconds, min(bound, best_seconds), solved)
+        return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
     program = Program(
         costs, limit_bytes, scale=bound_seconds, modes=tuple(modes), goal_seconds=min(best_seconds, cutoff_seconds)
     )
@@ -80,6 +82,7 @@ def solve_stages(
     program.no_empty_stage()
     program.layers_of_ranks()
     program.segments_in_order()
+    program.one_choice_a_stage()
     program.fits_memory()
     program.durations()
     program.optimizer_of_slowest()
@@ -91,7 +94,7 @@ def solve_stages(
     start_seconds = costs.durations(best) if best is not None else None
     relaxed = _cut_by_fractions(program, start_seconds, min(best_seconds, cutoff_seconds), deadline)
     if relaxed == math.inf:
-        return Solution(best, best_seconds, min(best_seconds, cutoff_seconds), solved)
+        return Solution(chosen, best, best_seconds, min(best_seconds, cutoff_seconds), solved)
     bound = max(bound, relaxed)
     program.not_below_bound(bound)
     patience = begun.patience_seconds
@@ -100,7 +103,7 @@ def solve_stages(
         if bound >= goal:
             break
         if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
-            return Solution(best, best_seconds, bound, solved, aside=Begun(best, tuple(found), patience))
+            return Solution(chosen, best, best_seconds, bound, solved, aside=Begun(best, tuple(found), patience))
         program.better_than(goal)
         began = time.monotonic()
         counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
@@ -113,13 +116,14 @@ def solve_stages(
             break
         if counts is None:
             continue
-        simulation = costs.simulate(counts)
-        seconds = simulation.seconds + costs.optimizer_seconds(counts) + costs.step_seconds
+        answer = program.as_chosen()
+        simulation = answer.simulate(counts)
+        seconds = simulation.seconds + answer.optimizer_seconds(counts) + costs.step_seconds
         if seconds < best_seconds:
-            best, best_seconds = counts, seconds
+            best, best_seconds, chosen = counts, seconds, answer
         found.append(simulation.critical_path)
         program.longer_than_path(simulation.critical_path)
-    return Solution(best, best_seconds, min(bound, best_seconds), solved)
+    return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
 
 
 def _cut_by_fractions(

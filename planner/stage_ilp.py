@@ -7,6 +7,8 @@ Variables  n[s,k,r]  whole number of layers of segment k on stage s that recompu
            N[q,r]    whole number of layers of the commonest segment on rank q
            u[q,k,r]  1 when rank q has a layer of segment k that recomputes as r;  y[q] its transient bytes
            z[k,s]    1 when a layer after segment k may lie on stage s
+           x[s,c]    1 when stage s makes choice c, where stages choose ([Note: Resharding] in `layout_costs`): then
+                     n, u are of each (r, c), and a layer's seconds and bytes are those of its stage's choice
            T       seconds up to the last gradient reduction;   O  seconds of the optimizer
            Z       their sum
 Minimise   Z = T + O
@@ -16,6 +18,7 @@ Subject to
   (ranks)      N[q,r] = Σ_s n[s,k,r] <= the most whose least cost reaches the goal    layers_of_ranks
   (order)      n[s,k+1,r] <= L·z[k,s],  n[s,k,r] <= L·(1 - z[k,s-1]),         segments_in_order
                z[k,s] rises with s
+  (choice)     Σ_c x[s,c] = 1,  Σ_{k,r} n[s,k,r,c] <= L·x[s,c];  some stage frees  one_choice_a_stage
   (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use         transient_in_use
   (memory)     fixed_q + y[q] + Σ n[s,k,r]·(state + v_s·held_r + ...) <= limit, every v   fits_memory
   (durations)  f_s, i_s, w_s, g_s, d_s linear in n; their sums over s         durations
@@ -39,18 +42,21 @@ Seconds are scaled by the bound and bytes by the limit, so that the solver sees 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import pulp
 
 from .bounds import most_layers
-from .layout_costs import Blocks, LayoutCosts, StageCount
+from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, SegmentCosts, StageCount
 from .part_seconds import PartSeconds
 from .rank_limits import empty_counts
 from .relaxed_program import RelaxedProgram
 from .simulation import Path, StageSeconds
 
+# How a layer recomputes, and what its stage does with weights where it has a choice.
+Way = tuple[str, bool | None]
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
@@ -78,15 +84,18 @@ class Program:
 
     def __post_init__(self) -> None:
         stages, segments = range(self.costs.layout.stages), self.costs.segments
+        choices = RESHARD_CHOICES if self.costs.choices else (None,)
+        self._ways = [(r, choice) for r in self.modes for choice in choices]
         most = self._most = self._most_layers()
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
         new = self.problem.add_variable
         self.n = {
-            (s, k, r): new(f"n_{s}_{k}_{r}", 0, most[k], cat=pulp.LpInteger)
+            (s, k, way): new("_".join(("n", str(s), str(k), *_name(way))), 0, most[k], cat=pulp.LpInteger)
             for s in stages
-            for k, segment in enumerate(segments)
-            for r in self.modes
+            for k in range(len(segments))
+            for way in self._ways
         }
+        self.x: dict[tuple[int, bool | None], pulp.LpVariable] = {}
         self.phase = {(p, s): new(f"{p}_{s}", 0) for p in PATH_PHASES for s in stages}
         self.whole = {p: new(f"{p}_whole", 0) for p in PATH_PHASES}
         self.makespan = new("T", 0)
@@ -109,12 +118,18 @@ class Program:
     def seconds(self, stage: int, phase: str) -> pulp.LpAffineExpression:
         """Seconds of a phase on a stage, in units of `scale`; recomputation precedes the input's backward."""
         expression = pulp.LpAffineExpression(constant=_of(self.costs.ends_seconds(stage), phase) / self.scale)
-        for k, segment in enumerate(self.costs.segments):
+        for k, way, segment in self._layers():
             each = _of(segment.seconds, phase)
-            for r in self.modes:
-                again = segment.seconds.recompute(r).total if phase == "backward_input" else 0.0
-                expression += ((each + again) / self.scale) * self.n[stage, k, r]
+            again = segment.seconds.recompute(way[0]).total if phase == "backward_input" else 0.0
+            expression += ((each + again) / self.scale) * self.n[stage, k, way]
         return expression
+
+    def _layers(self) -> Iterator[tuple[int, Way, SegmentCosts]]:
+        """Each segment in each way that its layers may have."""
+        of_choice = {choice: self.costs.segments_if(choice) for _, choice in self._ways}
+        for k in range(len(self.costs.segments)):
+            for way in self._ways:
+                yield k, way, of_choice[way[1]][k]
 
     # ---- constraints, one function each ------------------------------------------------------------------
 
@@ -136,7 +151,8 @@ class Program:
             for modes in chosen:
                 name = "_".join((str(q), *modes))
                 whole = self.problem.add_variable(f"N_{name}", 0, most[q], cat=pulp.LpInteger)
-                held = [self.n[s, commonest, r] for s in layout.stages_of(q) for r in modes or self.modes]
+                ways = [way for way in self._ways if way[0] in (modes or self.modes)]
+                held = [self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways]
                 self.problem += whole == pulp.lpSum(held), f"layers_of_rank_{name}"
 
     def segments_in_order(self) -> None:
@@ -144,12 +160,30 @@ class Program:
         for k in range(len(self.costs.segments) - 1):
             z = [self.problem.add_variable(f"z_{k}_{s}", cat=pulp.LpBinary) for s in stages]
             for s in stages:
-                later = pulp.lpSum(self.n[s, k + 1, r] for r in self.modes)
+                later = pulp.lpSum(self.n[s, k + 1, way] for way in self._ways)
                 self.problem += later <= self.costs.segments[k + 1].layers * z[s], f"not_before_{k}_{s}"
                 if s > 0:
-                    here = pulp.lpSum(self.n[s, k, r] for r in self.modes)
+                    here = pulp.lpSum(self.n[s, k, way] for way in self._ways)
                     self.problem += here <= self.costs.segments[k].layers * (1 - z[s - 1]), f"not_after_{k}_{s}"
                     self.problem += z[s] >= z[s - 1], f"in_order_{k}_{s}"
+
+    def one_choice_a_stage(self) -> None:
+        """Where stages choose. Not all keep their weights: that is zero 1."""
+        if not self.costs.choices:
+            return
+        stages = range(self.costs.layout.stages)
+        self.x = {
+            (s, choice): self.problem.add_variable(f"x_{s}_{choice}", cat=pulp.LpBinary)
+            for s in stages
+            for choice in RESHARD_CHOICES
+        }
+        for s in stages:
+            self.problem += pulp.lpSum(self.x[s, choice] for choice in RESHARD_CHOICES) == 1, f"one_choice_{s}"
+            for choice in RESHARD_CHOICES:
+                held = pulp.lpSum(n for (of, _, way), n in self.n.items() if of == s and way[1] == choice)
+                self.problem += held <= self.costs.layers * self.x[s, choice], f"choice_{s}_{choice}"
+        freed = pulp.lpSum(n for (_, _, way), n in self.n.items() if way[1] is not False)
+        self.problem += freed >= 1, "some_stage_frees"
 
     def transient_in_use(self) -> dict[int, pulp.LpVariable]:
         """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has."""
@@ -159,19 +193,19 @@ class Program:
             # Of its ends alone: what passes whatever a rank holds is among its fixed bytes.
             least = self.costs.rank_memory(q, nothing).transient - self.costs.fixed_memory[q].transient
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
-                each = [k.memory.transient_by(r) for k in self.costs.segments for r in self.modes]
+                each = [segment.memory.transient_by(way[0]) for _, way, segment in self._layers()]
                 least = max(least, min(each))
             y[q] = self.problem.add_variable(f"y_{q}", slack * least / self.limit_bytes)
-            for k, segment in enumerate(self.costs.segments):
-                for r in self.modes:
-                    transient = segment.memory.transient_by(r)
-                    if transient <= least:
-                        continue
-                    u = self.problem.add_variable(f"u_{q}_{k}_{r}", cat=pulp.LpBinary)
-                    held = [self.n[s, k, r] for s in self.costs.layout.stages_of(q)]
-                    most = min(segment.layers, self._most[k] * len(held))
-                    self.problem += pulp.lpSum(held) <= most * u, f"used_{q}_{k}_{r}"
-                    self.problem += y[q] >= (slack * transient / self.limit_bytes) * u, f"transient_{q}_{k}_{r}"
+            for k, way, segment in self._layers():
+                transient = segment.memory.transient_by(way[0])
+                if transient <= least:
+                    continue
+                name = "_".join((str(q), str(k), *_name(way)))
+                u = self.problem.add_variable(f"u_{name}", cat=pulp.LpBinary)
+                held = [self.n[s, k, way] for s in self.costs.layout.stages_of(q)]
+                most = min(segment.layers, self._most[k] * len(held))
+                self.problem += pulp.lpSum(held) <= most * u, f"used_{name}"
+                self.problem += y[q] >= (slack * transient / self.limit_bytes) * u, f"transient_{name}"
         return y
 
     def fits_memory(self) -> None:
@@ -190,12 +224,12 @@ class Program:
                 )
                 row = pulp.LpAffineExpression(constant=(kept + slack * held) / self.limit_bytes)
                 for c, s in enumerate(costs.layout.stages_of(q)):
-                    for k, segment in enumerate(costs.segments):
-                        memory = segment.memory
-                        for r in self.modes:
-                            each = memory.state.total + memory.held_by(r).total * vector.full[c]
-                            each += memory.held_weight.total * vector.weight_only[c]
-                            row += (slack * each / self.limit_bytes) * self.n[s, k, r]
+                    for k, way, segment in self._layers():
+                        memory, mode = segment.memory, way[0]
+                        each = memory.state.total + memory.left_by(mode)
+                        each += memory.held_by(mode).total * vector.full[c]
+                        each += memory.held_weight.total * vector.weight_only[c]
+                        row += (slack * each / self.limit_bytes) * self.n[s, k, way]
                 self.problem += row + transient[q] <= 1.0, f"fits_memory_{q}_{number}"
 
     def optimizer_of_slowest(self) -> None:
@@ -269,17 +303,34 @@ class Program:
         if self.problem.status != pulp.LpStatusOptimal:
             return None, model.getInfo().mip_dual_bound * self.scale if model is not None else 0.0
         counts = tuple(
-            tuple(
-                Blocks(**{r: round(self.n[s, k, r].value() or 0) for r in self.modes})
-                for k in range(len(self.costs.segments))
-            )
-            for s in range(self.costs.layout.stages)
+            tuple(self._blocks(s, k) for k in range(len(self.costs.segments))) for s in range(self.costs.layout.stages)
         )
         objective = float(self.step.value() or 0.0)
         if model is None and self.problem.sol_status != pulp.LpSolutionOptimal:
             return counts, 0.0  # CBC ran out of time: an answer without a bound
         dual = model.getInfo().mip_dual_bound if model is not None else objective
         return counts, min(objective, dual) * self.scale
+
+    def _blocks(self, stage: int, segment: int) -> Blocks:
+        held = dict.fromkeys(self.modes, 0)
+        for way in self._ways:
+            held[way[0]] += round(self.n[stage, segment, way].value() or 0)
+        return Blocks(**held)
+
+    def as_chosen(self) -> LayoutCosts:
+        """The layout with the choices of the last answer; a stage without layers has none to free."""
+        if not self.costs.choices:
+            return self.costs
+        chosen: list[bool | None] = [False] * self.costs.layout.stages
+        for (s, _, way), n in self.n.items():
+            if round(n.value() or 0):
+                chosen[s] = way[1]
+        return replace(self.costs, reshard=tuple(chosen))
+
+
+def _name(way: Way) -> tuple[str, ...]:
+    mode, choice = way
+    return (mode,) if choice is None else (mode, "freed" if choice else "kept")
 
 
 def _of(part: PartSeconds, phase: str) -> float:

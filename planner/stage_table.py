@@ -29,6 +29,8 @@ _MEMORY_NAMES = {
 _SMALLEST_SHARE = 0.001
 # So many causes have a column; the rest of them are summed.
 _MOST_ITEMS = 7
+# After which passes a stage frees its weights ([Note: Resharding] in `layout_costs`).
+_RESHARD = {True: "always", None: "forward", False: "never"}
 # Above so many rows only the ends and the fullest are shown.
 _MOST_ROWS, _ROWS_AT_END = 12, 4
 
@@ -41,6 +43,7 @@ class _Row:
     last: int
     layers: str
     recompute: str
+    reshard: str
     items: dict[str, float]
     seconds: float
 
@@ -58,7 +61,9 @@ def stage_table(found: Answer, limit_bytes: float) -> Table:
     memory = found.prediction.memory_bytes
     sizes = {name: max(items[name] for items in memory) for name in memory[0]}
     told = [name for name, size in sizes.items() if size > _SMALLEST_SHARE * limit_bytes]
-    largest = sorted(told, key=lambda name: -sizes[name])[:_MOST_ITEMS]
+    largest = sorted(told, key=lambda name: -sizes[name])[
+        : _MOST_ITEMS - found.layout.stages_choose
+    ]  # that column takes the place of one
     names = [name for name in told if name in largest]
     unit, scale = ("GiB", 2**30) if found.prediction.peak_memory_bytes >= 2**31 else ("MiB", 2**20)
     chunks = f", {found.layout.virtual_stages} chunks a rank" if found.layout.virtual_stages > 1 else ""
@@ -67,6 +72,7 @@ def stage_table(found: Answer, limit_bytes: float) -> Table:
         "stage" if found.layout.virtual_stages == 1 else "rank",
         "layers",
         "recompute",
+        *(["reshard"] if found.layout.stages_choose else []),
         *(_MEMORY_NAMES.get(name, name) for name in names),
         *(["other"] if len(told) > len(names) else []),
         "total",
@@ -87,6 +93,7 @@ def stage_table(found: Answer, limit_bytes: float) -> Table:
             row.ranks,
             row.layers,
             row.recompute,
+            *([row.reshard] if found.layout.stages_choose else []),
             *(f"{row.items[name] / scale:,.2f}" for name in names),
             *([f"{sum(row.items[n] for n in told if n not in names) / scale:,.2f}"] if len(told) > len(names) else []),
             Text(f"{row.total / scale:,.2f}", style="red" if row.total > limit_bytes * (1 + 1e-9) else ""),
@@ -100,7 +107,8 @@ def _rows(found: Answer) -> list[_Row]:
     for rank, items in enumerate(found.prediction.memory_bytes):
         own = sorted(i for i, stage in enumerate(found.stages) if stage.rank == rank)
         stages = [found.stages[i] for i in own]
-        row = _Row(rank, rank, layers_text(stages), _recompute(stages), items, sum(found.stage_seconds[i] for i in own))
+        works = sum(found.stage_seconds[i] for i in own)
+        row = _Row(rank, rank, layers_text(stages), _recompute(stages), _RESHARD[stages[0].reshard], items, works)
         if rows and _shown(rows[-1]) == _shown(row):
             row = _Row(rows[-1].first, *list(vars(row).values())[1:])
             rows.pop()
@@ -110,7 +118,7 @@ def _rows(found: Answer) -> list[_Row]:
 
 def _shown(row: _Row) -> tuple[object, ...]:
     items = tuple(round(value / 2**20) for value in row.items.values())
-    return (row.layers, row.recompute, items, f"{row.seconds:.3g}")
+    return (row.layers, row.recompute, row.reshard, items, f"{row.seconds:.3g}")
 
 
 def layers_text(stages: Sequence[Stage]) -> str:

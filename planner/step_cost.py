@@ -6,6 +6,7 @@ parallelism, the pipeline and the state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -23,9 +24,10 @@ from .data_parallel_cost import DataParallelModel
 from .in_flight import held_by_torch, in_flight
 from .job import TrainingJob
 from .layout import Layout
-from .layout_costs import LayoutCosts, SegmentCosts
+from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
+from .offload import transfer_seconds
 from .part_seconds import PartSeconds, Seconds
 from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
 from .space import LayoutGroup
@@ -53,28 +55,39 @@ class CostModel:
         self._axes = AxisModel(model, hardware, self._comm, job, software)
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
         self._memory = MemoryModel(model, hardware, job, software)
-        self._part_cache: dict[Layout, _Parts] = {}
+        self._part_cache: dict[tuple[Layout, bool | None], _Parts] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
-    def price(self, layout: Layout) -> LayoutCosts:
-        """Every number of the layout."""
-        costs, memory = self.price_seconds(layout), self._memory
-        layers = {kind: memory.block(layout, kind) for kind in {segment.kind for segment in costs.segments}}
+    def price(self, layout: Layout, reshard: Sequence[bool | None] = ()) -> LayoutCosts:
+        """Every number of the layout. `reshard` is each stage's choice where stages have one, by default to free."""
+        costs, memory, choose = self.price_seconds(layout), self._memory, layout.stages_choose
         held = held_by_torch if self._software.on_torch_pipeline else in_flight
-        return replace(
+        costs = replace(
             costs,
-            segments=tuple(replace(segment, memory=layers[segment.kind]) for segment in costs.segments),
+            segments=self._segments(layout, False if choose else None, choose or None),
             embedding_memory=memory.embedding(layout),
             head_memory=memory.head(layout),
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
             in_flight=held(costs.pipeline),
         )
+        if not choose:
+            return costs
+        chosen = tuple(reshard) or (True,) * layout.stages
+        choices = tuple((each, self._segments(layout, each, each)) for each in RESHARD_CHOICES)
+        return replace(costs, reshard=chosen, choices=choices)
+
+    def _segments(self, layout: Layout, quick: bool | None, small: bool | None) -> tuple[SegmentCosts, ...]:
+        """The layers, with the seconds of one choice of their stage ([Note: Resharding]) and the bytes of one."""
+        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), quick)
+        memory = {kind: self._memory.block(layout, kind, small) for kind in seconds}
+        return tuple(SegmentCosts(s.kind, s.count, seconds[s.kind], memory[s.kind]) for s in self._model.segments)
 
     def price_seconds(self, layout: Layout) -> LayoutCosts:
         """The layout as if it held no bytes, which is much sooner than `price`: most are ruled out by it."""
         microbatches = layout.microbatches(self._job.global_batch)
-        layers, embedding, head, overhead = self._parts(layout, microbatches)
+        spared = False if layout.stages_choose else None  # no stage takes less than one that keeps its weights
+        layers, embedding, head, overhead = self._parts(layout, microbatches, spared)
         send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
         alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
@@ -97,34 +110,34 @@ class CostModel:
             allocator_slack=self._hardware.allocator_slack,
         )
 
-    def least_bytes(self, of_most_chunks: Layout) -> LeastBytes:
-        """What no layer and neither end holds less than in a layout with these or fewer chunks.
+    def least_bytes(self, of_most_chunks: Layout, kind: str) -> LeastBytes:
+        """What no layer of a kind and neither end holds less than in a layout with these or fewer chunks.
 
         With most chunks fewest weights are gathered at once (`memory_cost`).
         """
-        memory, kind = self._memory, max(self._model.segments, key=lambda segment: segment.count).kind
+        memory = self._memory
         return LeastBytes(
-            memory.block(of_most_chunks, kind),
+            memory.block(of_most_chunks, kind, of_most_chunks.stages_choose or None),
             memory.embedding(of_most_chunks).state.total,
             memory.head(of_most_chunks).state.total,
         )
 
-    def _parts(self, layout: Layout, microbatches: int) -> _Parts:
+    def _parts(self, layout: Layout, microbatches: int, reshard: bool | None) -> _Parts:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
         nothing but whether logits are computed again, so layouts that differ in it share them."""
         alike = "gpipe" if self._logits_again(layout) else "1f1b"
-        key = replace(layout, virtual_stages=1, schedule=alike)
+        key = (replace(layout, virtual_stages=1, schedule=alike), reshard)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
                 self._part_cache.clear()
-            self._part_cache[key] = self._price_parts(key, microbatches)
+            self._part_cache[key] = self._price_parts(*key, microbatches)
         return self._part_cache[key]
 
-    def _price_parts(self, layout: Layout, microbatches: int) -> _Parts:
+    def _price_parts(self, layout: Layout, reshard: bool | None, microbatches: int) -> _Parts:
         memory, pace = self._memory, self._pace(layout, microbatches)
         compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
         layers = {
-            kind: self._layer(layout, compute[kind], kind, microbatches)
+            kind: self._layer(layout, compute[kind], kind, microbatches, reshard)
             for kind in {segment.kind for segment in self._model.segments}
         }
         (first, last), axes = self._model.end_tensors, self._axes
@@ -194,7 +207,8 @@ class CostModel:
             if not chunks:
                 continue
             layout = replace(group.base, schedule=schedule, virtual_stages=chunks)
-            layers = {segment.kind: memory.block(layout, segment.kind).state.total for segment in self._model.segments}
+            kinds = {segment.kind for segment in self._model.segments}
+            layers = {kind: memory.block(layout, kind, layout.stages_choose or None).state.total for kind in kinds}
             total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
             least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
         return least
@@ -238,10 +252,12 @@ class CostModel:
 
     # ---- parts -----------------------------------------------------------------------------------------
 
-    def _layer(self, layout: Layout, compute: ComputeCost, kind: str, microbatches: int) -> PartSeconds:
+    def _layer(
+        self, layout: Layout, compute: ComputeCost, kind: str, microbatches: int, reshard: bool | None
+    ) -> PartSeconds:
         axes = self._axis_passes(layout, compute, kind)
         parameters, tensors = self._memory.block_parameters(layout, kind), self._model.layer_tensors(kind)
-        return self._part(layout, compute, axes, parameters, microbatches, tensors)
+        return self._part(layout, compute, axes, parameters, microbatches, tensors, reshard=reshard)
 
     def _axis_passes(self, layout: Layout, compute: ComputeCost, kind: str) -> dict[str, Passes]:
         axes = {"tp": self._axes.block_tp(layout, compute, kind), "cp": self._axes.block_cp(layout, compute)}
@@ -258,6 +274,7 @@ class CostModel:
         microbatches: int,
         tensors: int,
         root: bool = False,
+        reshard: bool | None = None,
     ) -> PartSeconds:
         """Phases of one part: a layer, or (`root`) embedding and head; `parameters` dense and of experts."""
 
@@ -273,7 +290,7 @@ class CostModel:
         forward = compute.forward.total + sum(sent("forward").values())
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
         number = self._software.joined_tensors(tensors, root)
-        dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root)
+        dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root, reshard=reshard)
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
             backward_input=Seconds(compute.backward_input.total, **sent("backward")) + dp.backward,
@@ -282,7 +299,9 @@ class CostModel:
             recompute_full=Seconds(compute.forward.total, **sent("full")),
             gather=dp.gather,
             reduce=dp.reduce,
-            optimizer=Seconds(self._compute.optimizer_seconds(kept, tensors)),
+            optimizer=Seconds(
+                self._compute.optimizer_seconds(kept, tensors) + transfer_seconds(self._job, self._hardware, kept)
+            ),
         )
 
     # ---- the pipeline and the step -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 from profiles.store import load_json, write_atomically
 
-from .answer import counts_of
+from .assignment import counts_of
 from .event_graph import ACTION_KINDS, COSTS, build_graph
 from .layout_costs import LayoutCosts, StageCount
 from .plan import Plan
@@ -28,7 +28,8 @@ Span = tuple[int, str, float, float]
 def planned_spans(plan: Plan) -> list[Span]:
     """Every action of one step of the plan as the simulation plays it, and the update that follows."""
     question = question_of(plan)
-    costs = CostModel(question.model, question.cluster, question.hardware, question.job).price_seconds(plan.layout)
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
     return spans_of(costs, counts_of(plan.model, plan.stages))
 
 

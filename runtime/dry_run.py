@@ -64,6 +64,13 @@ def check_plan(plan: Plan) -> None:
             got=f"{plan.model.experts.number} experts: how many tokens each rank gets is known only when all route",
             hint="cli.py verify runs its ranks at reduced size",
         )
+    if plan.job.offload != "none":
+        raise InputError(
+            "an offloading plan cannot run dry",
+            where="plan: job.offload",
+            expected="no offload: all tensors of a dry run lie on one device",
+            got=plan.job.offload,
+        )
 
 
 def dry_run(

@@ -34,6 +34,7 @@ from .data.tokenizer import BYTES
 from .failure import RAISED, Interrupted, is_timeout, told
 from .hf_files import keep_description
 from .hf_weights import check_before_start
+from .host_moments import check_offload
 from .leaving import EXIT_CODE, Left, sigterm_is_a_wish
 from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
@@ -130,7 +131,9 @@ def _check_options(options: TrainOptions) -> None:
 
 def _check(plan: Plan, options: TrainOptions) -> None:
     """What every rank would find wrong, found once and before any starts."""
-    choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    choose_compilation(plan, options.compile, device_type)
+    check_offload(plan, device_type)
     open_data(plan, options)
     devices, wanted = torch.cuda.device_count(), plan.layout.world_size
     if torch.cuda.is_available() and devices < wanted:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .host_moments import OffloadedAdamW
 from .parameters import parameters_of
 from .transformer import Chunk
 
@@ -24,11 +25,13 @@ class Adam:
 GPT3_ADAM = Adam()
 
 
-def build_optimizer(chunks: Sequence[Chunk], *, weight_decay: float, adam: Adam = GPT3_ADAM) -> torch.optim.AdamW:
+def build_optimizer(
+    chunks: Sequence[Chunk], *, weight_decay: float, adam: Adam = GPT3_ADAM, offload: bool = False
+) -> torch.optim.AdamW:
     """AdamW; matrices decay, norms and biases do not. The learning rate is set each step.
 
     Fused: one kernel a dtype instead of a Python loop, and it takes DTensors, whose shards it updates in
-    place without communication.
+    place without communication. `offload`: moments lie in the host's memory.
     """
     groups: dict[tuple[bool, int | None], list[nn.Parameter]] = {}
     for parameter in parameters_of(chunks):
@@ -39,7 +42,8 @@ def build_optimizer(chunks: Sequence[Chunk], *, weight_decay: float, adam: Adam 
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         for (decays, _), parameters in sorted(groups.items(), key=lambda item: not item[0][0])
     ]
-    return torch.optim.AdamW(options, lr=0.0, betas=adam.betas, eps=adam.epsilon, fused=True)
+    kind = OffloadedAdamW if offload else torch.optim.AdamW
+    return kind(options, lr=0.0, betas=adam.betas, eps=adam.epsilon, fused=True)
 
 
 def update(optimizer: torch.optim.AdamW, sound: torch.Tensor) -> None:

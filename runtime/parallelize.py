@@ -101,7 +101,8 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     if compilation is not None:
         compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
     if layout.dp * layout.cp > 1 or plan.job.precision == "bf16" or (mesh.expert_mesh is not None and layout.edp > 1):
-        apply_data_parallel(chunk, mesh, zero=layout.zero, precision=plan.job.precision)
+        frees = layout.zero == 3 and stage.reshard is not False
+        apply_data_parallel(chunk, mesh, zero=layout.zero, frees=frees, precision=plan.job.precision)
 
 
 def choose_loss(chunk: Chunk, plan: Plan) -> None:
@@ -163,13 +164,13 @@ def _keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, precision: str) -> None:
+def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, frees: bool, precision: str) -> None:
     """Shard (zero 1 to 3) or replicate (zero 0) block by block over the dp axis, then what is left at the root.
 
     A mesh of two dimensions, (replicate, shard), is HSDP. Experts go before their block, over the ranks that hold the
     same ones. Root last: torch's pipeline looks only at the stage's top module. Embedding and head stay in the root,
-    so that a tied pair is one parameter of one group. Under zero 3 the root keeps its parameters from forward
-    to backward, since nothing runs between the two.
+    so that a tied pair is one parameter of one group. `frees` is whether blocks free their gathered weights after
+    forward; the root keeps its own from forward to backward, since nothing runs between the two.
     """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if precision == "bf16":
@@ -180,7 +181,7 @@ def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, precision: s
         if zero == 0:
             replicate(module, mesh=axis, mp_policy=policy)
         else:
-            free = zero == 3 and module is not chunk
+            free = frees and module is not chunk
             by = partial(_shard_of_experts, axis) if isinstance(module, Experts) else None
             fully_shard(module, mesh=axis, reshard_after_forward=free, mp_policy=policy, shard_placement_fn=by)
         assert isinstance(module, FSDPModule)

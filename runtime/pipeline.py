@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
 from planner.plan import Plan
@@ -111,10 +112,12 @@ class AccumulationRunner:
 class TimedStage(PipelineStage):
     """A pipeline stage that books its forward, backward and gradient reduction on a clock.
 
-    Actions are named as torch writes them ([Note: Action lists] in planner/schedule.py).
+    Actions are named as torch writes them ([Note: Action lists] in planner/schedule.py). `frees` are the modules whose
+    weights go after each backward; torch's own stage keeps all of them until the gradients are reduced.
     """
 
     clock: Clock
+    frees: Sequence[FSDPModule] = ()
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         start = self.clock.point()
@@ -128,6 +131,18 @@ class TimedStage(PipelineStage):
         start = self.clock.point()
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self.clock.add("backward", start, f"{self.stage_index}{'B' if full_backward else 'I'}{bwd_chunk_id}")
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False):
+        if not self.frees:
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        assert backward_type == "full", "a backward in halves loses gradients of weights that are freed"
+        assert isinstance(self.submod, FSDPModule)
+        self.submod.set_is_last_backward(False)
+        self.submod.set_reshard_after_backward(False)
+        self.submod.set_requires_gradient_sync(False)
+        for module in self.frees:
+            module.set_reshard_after_backward(True, recurse=False)
+        return stage_backward(**bwd_kwargs), None
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         start = self.clock.point()
@@ -164,6 +179,9 @@ class PipelineRunner:
         self.stages = [
             self._stage(plan, chunk, place, mesh, device, dtype) for chunk, place in zip(chunks, places, strict=True)
         ]
+        for stage, chunk, place in zip(self.stages, chunks, places, strict=True):
+            if plan.stages[place].reshard:
+                stage.frees = [each for each in chunk.modules() if isinstance(each, FSDPModule) and each is not chunk]
         schedule = get_schedule_class(SCHEDULES[layout.schedule])
         # The last chunk's output is the loss, divided by the tokens of the step already.
         options: dict[str, Any] = {"loss_fn": _is_the_loss, "scale_grads": False}

@@ -109,7 +109,7 @@ def state_of(
     """The state that trains `chunks`, whose parameters are `dtype`."""
     activation_dtype = torch.bfloat16 if plan.job.precision == "bf16" else dtype
     runner = build_runner(plan, chunks, mesh, device, activation_dtype)
-    optimizer = build_optimizer(chunks, weight_decay=weight_decay, adam=adam)
+    optimizer = build_optimizer(chunks, weight_decay=weight_decay, adam=adam, offload=plan.job.offload != "none")
     return TrainState(device, mesh, chunks, runner, optimizer, routers_of(chunks))
 
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from planner.answer import answer, assumptions, counts_of, differing, differing_text, nominal_figures
+from planner.answer import answer, assumptions, differing, differing_text, nominal_figures
+from planner.assignment import counts_of, stages_of
 from planner.default_layout import default_layout
 from planner.layout import Layout
 from planner.plan_report import default_text, estimate_report, plan_report
 from planner.question import Question
 from planner.rules import violations
-from planner.search import predict, search, solve_layout, stages_of
+from planner.search import predict, search, solve_layout
 from planner.stage_table import stage_table
 from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.experts_spec import Experts
@@ -158,32 +159,34 @@ def test_the_imbalance_of_experts_is_stated() -> None:
 
 GOLDEN_PLAN = """
 tiny-llama on 4 × small, batch 8 × 16 tokens, fp32
-tp2·sp dp2 zero3 mb4, 1 microbatch
-2.71× faster than the default a person would write: tp2 dp2 zero1 mb1, step 21.4 ms, peak 0.4 MiB
+pp2 dp2 zero3 mb4 gpipe, 1 microbatch
+2.74× faster than the default a person would write: tp2 dp2 zero1 mb1, step 21.4 ms, peak 0.4 MiB
 
-step 7.89 ms, 4,058 tokens/s per device, 0.00104 model TFLOP/s per device, mfu 1.0%, bubble 0.0%
+step 7.8 ms, 4,102 tokens/s per device, 0.00106 model TFLOP/s per device, mfu 1.1%, bubble 41.7%
 peak memory 0.5 MiB of 0.5 MiB per device, 4.11e-05 B parameters
-8.76e-06 GPU-hours a step, 68.46 per billion tokens, $136.92 per billion tokens at $2 a GPU-hour
+8.67e-06 GPU-hours a step, 67.72 per billion tokens, $135.44 per billion tokens at $2 a GPU-hour
 
 stages (E embedding, H head), memory in MiB of 0.5, works in a step
-stage  layers  recompute  weights  optim  gather  activ  passing  context  slack  other  total    works
-0       4 E H       none     0.04   0.08    0.01   0.27     0.06     0.01   0.02   0.01   0.49  7.29 ms
+stage  layers             recompute  reshard  weights  grads  optim  gather  activ  passing  other  total    works
+0         2 E  1 selective + 1 full  forward     0.04   0.04   0.08    0.04   0.09     0.16   0.04   0.50  3.58 ms
+1         2 H           2 selective    never     0.04   0.01   0.08    0.08   0.16     0.09   0.04   0.50  3.38 ms
 
 where the step goes
 part           time  share
-compute     5.53 ms  70.1%
-tp           518 µs   6.6%
-dp exposed  1.19 ms  15.1%
-optimizer    642 µs   8.1%
+compute     2.92 ms  37.5%
+recompute    473 µs   6.1%
+pp           364 µs   4.7%
+bubble      3.25 ms  41.7%
+dp exposed   146 µs   1.9%
+optimizer    641 µs   8.2%
 
-no legal layout is faster: of 345 legal layouts 43 cannot fit, 270 have a bound above this plan, 32 were solved (14
+no legal layout is faster: of 345 legal layouts 43 cannot fit, 269 have a bound above this plan, 33 were solved (14
 ILPs, HiGHS through pulp, 250 ms)
 
 next best
-layout                          step  slower by  peak memory  differs in
-pp2 dp2 zero1 mb4 gpipe       8.2 ms      3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1 schedule=gpipe
-pp2 dp2 zero1 mb4 looped-bfs  8.2 ms      3.93%      0.5 MiB  tp=1 pp=2 sequence_parallel=false zero=1
-                                                              schedule=looped-bfs
+layout                      step  slower by  peak memory  differs in
+tp2·sp dp2 zero3 mb4     7.89 ms      1.09%      0.5 MiB  tp=2 pp=1 sequence_parallel=true schedule=1f1b
+pp2 dp2 zero1 mb4 gpipe   8.2 ms      5.07%      0.5 MiB  zero=1
 
 assumed: kernels and overlap as meshwright's; compute under communication × 1.25, communication × 1.5; slowest rank × 1
 assumed: mfu counts attention in full, of which causal kernels do half

@@ -49,6 +49,7 @@ def test_a_profile_names_a_source_for_every_figure(name: str) -> None:
     assert (hardware.name, hardware.backend) == (name, "nccl")
     for key in (*SCALARS, "peak_flops_per_second", "units"):
         assert STATED.match(hardware.provenance[key]), key
+    assert (hardware.host_to_device_bytes_per_second is None) == ("host_link" not in hardware.provenance)
     for model in (*hardware.gemm_models, *hardware.attention_models):
         assert STATED.match(model.source), model
 

@@ -11,20 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import cli
+from tests.command_line import run
 
 PLAN = ["plan", "--model", "gpt2", "--cluster", "dgx-a100:1", "--global-batch", "64", "--seq", "1024"]
 ESTIMATE = ["estimate", *PLAN[1:]]
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["cli.py", *arguments])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(exit_info.value.code or 0), captured.out, captured.err
 
 
 BAD_INPUT = {

@@ -18,10 +18,12 @@ EVERYTHING_HIDDEN = {"overlap_compute_slowdown": 1.0, "overlap_communication_slo
 SHARDED = {zero: Layout(dp=2, zero=zero, dp_shard=2) for zero in (1, 2, 3)}
 
 
-def dp_seconds(zero: int, pp: int = 1, part: str = "block", **hardware: Any) -> dict[str, float]:
+def dp_seconds(
+    zero: int, pp: int = 1, part: str = "block", reshard: bool | None = None, **hardware: Any
+) -> dict[str, float]:
     layout = Layout(dp=2, pp=pp, zero=zero, dp_shard=2 if zero else 1)
     priced = price(layout, **(NOTHING_HIDDEN | hardware))
-    costs = block_of(priced) if part == "block" else getattr(priced, part)
+    costs = priced.segments_if(reshard)[0].seconds if part == "block" else getattr(priced, part)
     return {phase: getattr(costs, phase).dp for phase in PHASES if getattr(costs, phase).dp}
 
 
@@ -39,9 +41,12 @@ def test_what_each_zero_level_gathers_and_reduces_and_when(pp: int) -> None:
         assert dp_seconds(0, pp, part) == {"reduce": reduce}
         assert dp_seconds(1, pp, part) == {"gather": gather, "reduce": scatter}
         if pp == 2:
-            # M + 1 gathers of a block and one of the root, as tests/distributed/test_collectives.py counts them.
-            again = {"backward": gather} if part == "block" else {}
-            assert dp_seconds(3, pp, part) == {"gather": gather, "reduce": scatter} | again
+            # M + 1 gathers of a block, 2M, or 1, and one of the root, as tests/distributed/test_collectives.py counts.
+            once, again = {"gather": gather, "reduce": scatter}, {"backward": gather} if part == "block" else {}
+            assert dp_seconds(3, pp, part) == once | again
+            assert dp_seconds(3, pp, part, reshard=False) == once
+            each = {"forward": gather, "backward": gather, "reduce": scatter} if part == "block" else once
+            assert dp_seconds(3, pp, part, reshard=True) == each
             continue
         assert dp_seconds(2, part=part) == {"gather": gather, "backward": scatter}
         # The root group, embedding and head, stays gathered from forward to backward.

@@ -78,14 +78,23 @@ def test_each_runner_up_is_the_best_layout_that_differs_there() -> None:
         others = [c for layout, c in best.items() if c and vars(layout)[axis] != vars(PLAN.layout)[axis]]
         assert rival.step_seconds == pytest.approx(min(c.step_seconds for c in others), rel=1e-6)
         checked += 1
-    assert checked == 6  # tp, cp, pp, dp, zero, micro_batch
+    assert checked == 7  # tp, cp, pp, dp, zero, schedule, micro_batch
 
 
 def test_the_runner_up_in_recomputation() -> None:
-    assert all(stage.recompute_none == stage.end - stage.first for stage in PLAN.stages)
-    (rival,) = [rival for rival in FOUND.rivals if "recompute everywhere" in rival.condition]
-    pinned = [replace(TWO_NODES.job, pins={"recompute": mode}) for mode in ("selective", "full")]
-    everywhere = [search(replace(TWO_NODES, job=job)).prediction.step_seconds for job in pinned]
+    assert any(stage.recompute_selective for stage in PLAN.stages)
+    (rival,) = [rival for rival in FOUND.rivals if "no recompute" in rival.condition]
+    without = search(replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"recompute": "none"})))
+    assert rival.step_seconds == pytest.approx(without.prediction.step_seconds, rel=1e-9)
+
+
+def test_the_runner_up_of_a_plan_that_recomputes_nothing() -> None:
+    question = replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"tp": 2, "dp": 2}))
+    plan = search(question)
+    assert all(stage.recompute_none == stage.end - stage.first for stage in plan.stages)
+    (rival,) = [rival for rival in explain(question, plan).rivals if "recompute everywhere" in rival.condition]
+    pinned = [replace(question.job, pins=question.job.pins | {"recompute": mode}) for mode in ("selective", "full")]
+    everywhere = [search(replace(question, job=job)).prediction.step_seconds for job in pinned]
     assert min(everywhere) <= rival.step_seconds * (1 + 1e-9) <= max(everywhere) * (1 + 2e-9)
 
 
@@ -222,32 +231,39 @@ def test_a_profile_that_has_changed_is_said() -> None:
 # ---- text -----------------------------------------------------------------------------------------------------
 
 GOLDEN_EXPLAIN = """
-tp2·sp dp2 zero3 mb4, step 7.89 ms, tiny-llama on 4 × small
+pp2 dp2 zero3 mb4 gpipe, step 7.8 ms, tiny-llama on 4 × small
 
 what binds
-memory  rank 0 holds 0.5 MiB, 98.6% of the limit (0.0 MiB free): activations 0.3 MiB, optimizer 0.1 MiB, transient 0.1
+memory  rank 0 holds 0.5 MiB, 100.0% of the limit (0.0 MiB free): transient 0.2 MiB, activations 0.1 MiB, optimizer 0.1
 MiB
-links   network carries the most exposed seconds: 1.19 ms, 15.1% of the step (dp exposed 1.19 ms)
-bubble  none
+        and recomputing to fit takes 473 µs, 6.1% of the step
+links   network carries the most exposed seconds: 364 µs, 4.7% of the step (pp 364 µs)
+bubble  3.25 ms, 41.7% of the step
 
 the best otherwise, and why it loses
-if                           step  slower by  layout                         because of
-recompute everywhere      8.06 ms      2.16%  tp2·sp dp2 zero3 mb4           +113 µs tp, +57.9 µs recompute
-tp ≠ 2, pp ≠ 1, zero ≠ 3   8.2 ms      3.93%  pp2 dp2 zero1 mb4 gpipe        +3.25 ms bubble, +889 µs recompute, −2.61
-                                                                             ms compute, −1.07 ms dp exposed
-dp ≠ 2, micro_batch ≠ 4   8.75 ms     10.99%  tp2·sp pp2 mb8 looped-bfs      +3.68 ms bubble, +364 µs pp, −1.93 ms
-                                                                             compute, −1.19 ms dp exposed
-cp ≠ 1                    21.9 ms    177.82%  cp2·ring pp2·v2 zero1 mb1 zbv  +14.7 ms compute, +524 µs cp, −1.04 ms dp
-                                                                             exposed, −518 µs tp
+if                                                 step  slower by  layout                         because of
+tp ≠ 1, pp ≠ 2, schedule ≠ gpipe, no recompute  7.89 ms      1.09%  tp2·sp dp2 zero3 mb4           +2.61 ms compute,
+                                                                                                   +1.05 ms dp exposed,
+                                                                                                   +518 µs tp, −3.25 ms
+                                                                                                   bubble
+zero ≠ 3                                         8.2 ms      5.07%  pp2 dp2 zero1 mb4 gpipe        +417 µs recompute,
+                                                                                                   −21.6 µs dp exposed
+dp ≠ 2, micro_batch ≠ 4                         8.75 ms     12.20%  tp2·sp pp2 mb8 looped-bfs      +681 µs compute, +423
+                                                                                                   µs bubble, +411 µs
+                                                                                                   tp, −417 µs recompute
+cp ≠ 1                                          21.9 ms    180.86%  cp2·ring pp2·v2 zero1 mb1 zbv  +17.4 ms compute,
+                                                                                                   +524 µs cp, −3.25 ms
+                                                                                                   bubble, −473 µs
+                                                                                                   recompute
 
 what would help, solved anew
 change                     step  more tokens/s  layout then
-global batch 16         11.1 ms        +42.37%  tp2·sp dp2 zero1 mb8 (zero=1 micro_batch=8)
-device memory +10%      7.25 ms         +8.76%  pp2 dp2 zero1 mb4 gpipe (tp=1 pp=2 sequence_parallel=false zero=1
-                                                schedule=gpipe)
-compute +10%             7.4 ms         +6.53%  the same
-network bandwidth +10%  7.85 ms         +0.48%  the same
-node bandwidth +10%     7.87 ms         +0.17%  the same
+global batch 16         11.1 ms        +40.83%  tp2·sp dp2 zero1 mb8 (tp=2 pp=1 sequence_parallel=true zero=1
+                                                micro_batch=8 schedule=1f1b)
+compute +10%            7.24 ms         +7.71%  the same
+device memory +10%      7.25 ms         +7.58%  pp2 dp2 zero1 mb4 gpipe (zero=1)
+network bandwidth +10%  7.79 ms         +0.19%  the same
+node bandwidth +10%     7.79 ms         +0.10%  the same
 """
 
 
@@ -256,17 +272,17 @@ def test_the_report_of_an_explanation() -> None:
 
 
 GOLDEN_AGAINST = """
-tp2·sp dp2 zero3 mb4 beside the best with tp=2,pp=2: tp2·sp pp2 mb8 looped-bfs
-differs in pp=2 dp=1 zero=0 micro_batch=8 schedule=looped-bfs
+pp2 dp2 zero3 mb4 gpipe beside the best with tp=2,pp=2: tp2·sp pp2 mb8 looped-bfs
+differs in tp=2 dp=1 sequence_parallel=true zero=0 micro_batch=8 schedule=looped-bfs
 part            plan  tp=2,pp=2  difference  of the step
-compute      5.53 ms     3.6 ms    −1.93 ms       -24.4%
-recompute       0 ms    55.7 µs    +55.7 µs        +0.7%
-tp            518 µs     411 µs     −107 µs        -1.4%
-pp              0 ms     364 µs     +364 µs        +4.6%
-bubble          0 ms    3.68 ms    +3.68 ms       +46.6%
-dp exposed   1.19 ms       0 ms    −1.19 ms       -15.1%
-optimizer     642 µs     642 µs   −0.726 µs        -0.0%
-step         7.89 ms    8.75 ms     +867 µs       +11.0%
+compute      2.92 ms     3.6 ms     +681 µs        +8.7%
+recompute     473 µs    55.7 µs     −417 µs        -5.3%
+tp              0 ms     411 µs     +411 µs        +5.3%
+pp            364 µs     364 µs        0 ms        +0.0%
+bubble       3.25 ms    3.68 ms     +423 µs        +5.4%
+dp exposed    146 µs       0 ms     −146 µs        -1.9%
+optimizer     641 µs     642 µs   +0.384 µs        +0.0%
+step          7.8 ms    8.75 ms     +952 µs       +12.2%
 peak memory  0.5 MiB    0.5 MiB
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import state_dict_saver
 
-import cli
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Stage, save
@@ -26,6 +24,7 @@ from runtime.hf_files import DESCRIPTION_FOLDER
 from runtime.hf_weights import places_in
 from runtime.parameters import initialise, named_buffers, named_parameters
 from runtime.transformer import build_chunk
+from tests.command_line import run
 from tests.hf_folders import read_whole
 from tests.plans import make_plan, tiny_experts, tiny_gpt2, tiny_llama
 
@@ -46,16 +45,6 @@ def write_run(run_dir: Path, model: ModelSpec, *steps: int) -> Path:
             tensors = {f"model.{name}": tensor.detach() for name, tensor in held}
             state_dict_saver.save(tensors, checkpoint_id=folder, no_dist=True)
     return run_dir
-
-
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["cli.py", *arguments])
-    monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(exit_info.value.code or 0), captured.out, captured.err
 
 
 def test_the_last_checkpoint_or_the_one_asked_for(

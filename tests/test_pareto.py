@@ -66,20 +66,20 @@ def test_a_front_of_nothing_is_refused() -> None:
 GOLDEN_FRONT = """
 step against devices
 devices     step  tokens/s  GPU-hours per billion tokens  peak memory  layout
-4        7.89 ms    16,231                         68.46      0.5 MiB  tp2·sp dp2 zero3 mb4
+4         7.8 ms    16,408                         67.72      0.5 MiB  pp2 dp2 zero3 mb4 gpipe
 2        14.9 ms     8,563                         64.88      0.5 MiB  pp2 mb2 interleaved-1f1b
 no plan on 1 devices
 
 a the front
        ┌───────────────────────────────────────────────────────────────────────────────────────────┐
  0.0149┤a······                                                                                    │
-       │       ·············                                                                       │
-       │                    ············                                                           │
-       │                                ·············                                              │
- 0.0112┤                                             ·············                                 │
-       │                                                          ············                     │
-       │                                                                      ·············        │
-       │                                                                                   ·······a│
+       │       ············                                                                        │
+       │                   ·············                                                           │
+       │                                ············                                               │
+ 0.0112┤                                            ·············                                  │
+       │                                                         ·············                     │
+       │                                                                      ············         │
+       │                                                                                  ········a│
 0.00747┤                                                                                           │
        │                                                                                           │
        │                                                                                           │

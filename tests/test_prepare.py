@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,8 @@ from runtime.data.indexed_dataset import open_indexed
 from runtime.data.prepare import Preparation, Prepared, prepare
 from runtime.data.tokenizer import load_tokenizer
 from tests import megatron_core
+from tests.command_line import start
 
-ROOT = Path(__file__).parent.parent
 TEXTS = ["the cat sat on the mat", "", "Grüße aus Köln, 東京", "the end\nof it", "a" * 300, "mat " * 50]
 END = "<|endoftext|>"
 
@@ -146,16 +145,8 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, model: Path, monkeyp
 
 def test_the_command_writes_in_parallel_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     source = lines(tmp_path / "a.jsonl", ["word " * 10_000] * 300)  # 15 MB
-    command = [sys.executable, str(ROOT / "cli.py"), "data", "prepare", "--input", str(source)]
-    command += ["--output", str(tmp_path / "out"), "--workers", "2"]
-    run = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # also in the background of a shell
-    )
+    command = ["data", "prepare", "--input", str(source), "--output", str(tmp_path / "out"), "--workers", "2"]
+    run = start(*command)
     partial = tmp_path / "out_text_document.bin.partial"
     while run.poll() is None and not (partial.exists() and partial.stat().st_size):
         time.sleep(0.01)
@@ -164,6 +155,7 @@ def test_the_command_writes_in_parallel_and_ctrl_c_leaves_nothing(tmp_path: Path
     assert (run.returncode, errors) == (130, "interrupted; nothing was written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True)
-    found = json.loads(done.stdout)
+    done = start(*command, "--json")
+    found = json.loads(done.communicate(timeout=60)[0])
+    assert done.returncode == 0
     assert (found["documents"], found["tokens"]) == (300, 15_000_000)

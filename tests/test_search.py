@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from planner.assignment import stages_of
 from planner.errors import InfeasibleError, NoPlanError, UnsupportedError
 from planner.layout import Layout
 from planner.question import Question
-from planner.search import check_supported, search, solve_layout, stages_of
+from planner.search import check_supported, search, solve_layout
 from planner.space import enumerate_layouts
 from planner.stage_ilp import RELATIVE_TOLERANCE
 from planner.step_cost import CostModel

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from planner.assignment import counts_of
 from planner.job import TrainingJob
 from planner.layout import Layout
-from planner.layout_costs import Blocks
 from planner.plan import Plan
 from planner.step_cost import CostModel
 from profiles.model import ModelSpec
@@ -25,6 +25,7 @@ from tests.plans import make_plan, tiny_gpt2, tiny_llama
 _SIZE: dict[str, Any] = {"hidden_size": 256, "heads": 8, "head_dim": 32, "vocab_size": 1024, "max_positions": 256}
 LLAMA = tiny_llama(kv_heads=4, ffn_hidden_size=704, **_SIZE)
 LLAMA_8 = tiny_llama(kv_heads=4, ffn_hidden_size=704, layers=8, **_SIZE)
+WIDE = tiny_llama(kv_heads=4, ffn_hidden_size=2048, layers=8, **_SIZE)  # weights more than activations
 GPT2 = tiny_gpt2(kv_heads=8, ffn_hidden_size=1024, **_SIZE)
 
 _SECONDS = 300.0  # for all cases of a call
@@ -35,7 +36,8 @@ _NO_TENSORS = ("context", "communicators", "allocator_slack")
 class MemoryCase:
     """A layout of a model, and the pipeline rank whose memory is looked at.
 
-    `recompute` and `selective` are blocks a stage that recompute in full and selectively.
+    `recompute` and `selective` are blocks a stage that recompute in full and selectively, `reshard` what all stages say
+    of their weights.
     """
 
     model: ModelSpec
@@ -46,6 +48,7 @@ class MemoryCase:
     sequence: int
     recompute: tuple[int, ...]
     selective: tuple[int, ...]
+    reshard: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def _case(
     sequence: int = 128,
     recompute: int = 0,
     selective: int = 0,
+    reshard: bool | None = None,
     **axes: Any,
 ) -> MemoryCase:
     defaults: dict[str, Any] = {"micro_batch": 2}
@@ -91,6 +95,7 @@ def _case(
         sequence=sequence,
         recompute=(recompute,) * layout.stages,
         selective=(selective,) * layout.stages,
+        reshard=reshard,
     )
 
 
@@ -143,6 +148,14 @@ CASES |= {
     ),
     "gpt2 fp32 cp2 all-to-all, selective": _case(GPT2, "fp32", cp=2, cp_style="all-to-all", micro_batch=8, selective=4),
     "llama fp32 cp2 ring pp2 zb1p, first": _case(LLAMA, "fp32", cp=2, cp_style="ring", pp=2, schedule="zb1p"),
+    "llama bf16 pp2 dp2 zero3 1f1b, first, freed": _case(LLAMA, "bf16", pp=2, dp=2, zero=3, reshard=True),
+    "llama bf16 pp2 dp2 zero3 gpipe, last": _case(LLAMA, "bf16", pp=2, dp=2, zero=3, schedule="gpipe", at=1),
+    "wide bf16 pp2 dp4 zero3 1f1b, last, freed, recompute": _case(
+        WIDE, "bf16", pp=2, dp=4, zero=3, reshard=True, recompute=4, batch=32, sequence=64, at=1
+    ),
+    "wide bf16 pp2 dp4 zero3 1f1b, first, recompute": _case(
+        WIDE, "bf16", pp=2, dp=4, zero=3, recompute=4, batch=32, sequence=64
+    ),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
 }
 
@@ -161,7 +174,8 @@ def in_child(function: Callable[..., Any], cases: Iterable[Any]) -> list[Any]:
 
 def plan_of(case: MemoryCase) -> Plan:
     job = TrainingJob(global_batch=case.global_batch, sequence=case.sequence, precision=case.precision)
-    return make_plan(case.model, case.layout, job, recompute=case.recompute, selective=case.selective)
+    plan = make_plan(case.model, case.layout, job, recompute=case.recompute, selective=case.selective)
+    return replace(plan, stages=tuple(replace(stage, reshard=case.reshard) for stage in plan.stages))
 
 
 def run(case: MemoryCase, *, fake: bool = True) -> DryRun:
@@ -181,9 +195,9 @@ def parts_of(plan_and_rank: tuple[Plan, int], **options: Any) -> dict[str, int]:
 def compare(case: MemoryCase) -> Compared:
     """Predict and run a case in this process, which must run no other."""
     plan = plan_of(case)
-    costs = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job).price(case.layout)
-    counts = [(Blocks(stage.recompute_none, stage.recompute_selective, stage.recompute_full),) for stage in plan.stages]
-    items = costs.rank_memory(case.pipeline_rank, counts).items()
+    prices = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job)
+    costs = prices.price(case.layout, [stage.reshard for stage in plan.stages])
+    items = costs.rank_memory(case.pipeline_rank, counts_of(plan.model, plan.stages)).items()
     predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
     return Compared(predicted, run(case).parts)
 

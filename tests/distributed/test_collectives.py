@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,9 +26,12 @@ JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 Counts = dict[str, int]
 
 
-def plan_of(model: ModelSpec, recompute: tuple[int, ...] | None = None, **layout: Any) -> Plan:
+def plan_of(
+    model: ModelSpec, recompute: tuple[int, ...] | None = None, reshard: bool | None = None, **layout: Any
+) -> Plan:
     sharded = {"dp_shard": layout["dp"]} if layout.get("zero") else {}
-    return make_plan(model, Layout(**layout, **sharded), JOB, recompute=recompute)
+    plan = make_plan(model, Layout(**layout, **sharded), JOB, recompute=recompute)
+    return replace(plan, stages=tuple(replace(stage, reshard=reshard) for stage in plan.stages))
 
 
 def block_counts(plan: Plan) -> tuple[Counts, Counts]:
@@ -102,6 +106,9 @@ BLOCKS = GROUPS - 1
         # Half of the blocks on each stage.
         ({"dp": 2, "pp": 2, "zero": 0}, {REDUCE: BLOCKS // 2 + 1}),
         ({"dp": 2, "pp": 2, "zero": 1}, {GATHER: BLOCKS // 2 + 1, SCATTER: BLOCKS // 2 + 1}),
+        # Stages that keep theirs, and those that free them after forward and backward.
+        ({"dp": 2, "pp": 2, "zero": 3, "reshard": False}, {GATHER: BLOCKS // 2 + 1, SCATTER: BLOCKS // 2 + 1}),
+        ({"dp": 2, "pp": 2, "zero": 3, "reshard": True}, {GATHER: 2 * M * BLOCKS // 2 + 1, SCATTER: BLOCKS // 2 + 1}),
         # After the first backward torch's pipeline keeps parameters until the next forward frees them.
         ({"dp": 2, "pp": 2, "zero": 3}, {GATHER: (M + 1) * BLOCKS // 2 + 1, SCATTER: BLOCKS // 2 + 1}),
         ({"dp": 2, "pp": 2, "zero": 3, "schedule": "gpipe"}, {GATHER: (M + 1) * BLOCKS // 2 + 1, SCATTER: 3}),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from profiles.probes.collectives import PlacedGroup, make_groups, measure_bandwi
 from profiles.probes.findings import Request
 from profiles.probes.timing import CaseFailed, Rank
 from profiles.probes.worker import _measure
+from tests.command_line import start
 from tests.distributed.harness import run_ranks
 
-ROOT = Path(__file__).parent.parent.parent
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
 
@@ -203,24 +201,11 @@ def test_small_messages_of_every_operation_come_before_large_ones() -> None:
 # ---- the whole of it, as a person runs it ------------------------------------------------------------------------
 
 
-def profile(*arguments: str) -> subprocess.Popen[str]:
-    """A profile in a session of its own, which Ctrl-C reaches even where the tests run in the background of a shell."""
-    command = [sys.executable, str(ROOT / "cli.py"), "profile", *arguments]
-    return subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """A profile whose session got Ctrl-C as soon as its file was there: file, exit code, what it said."""
     path = tmp_path_factory.mktemp("profile") / "hardware.yaml"
-    running = profile("--nproc", "2", "-o", str(path))
+    running = start("profile", "--nproc", "2", "-o", str(path))
     until = time.monotonic() + 150
     while not path.exists() and time.monotonic() < until and running.poll() is None:
         time.sleep(0.2)
@@ -244,7 +229,7 @@ def test_ctrl_c_leaves_a_profile_that_a_plan_can_be_made_from(interrupted: tuple
 def test_resume_measures_only_what_is_missing(interrupted: tuple[Path, int, str]) -> None:
     path = interrupted[0]
     before = load_hardware(path)
-    running = profile("--resume", "--quick", "-o", str(path), "--json")
+    running = start("profile", "--resume", "--quick", "-o", str(path), "--json")
     out, said = running.communicate(timeout=90)
     assert running.returncode == 0, said
     after = load_hardware(path)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import cli
 from planner import plan as plan_file
 from planner.job import TrainingJob
 from planner.layout import Layout
@@ -20,6 +19,7 @@ from runtime import verify as verifying
 from runtime.failure import RunFailed
 from runtime.plain_loop import PlainRun
 from runtime.verify import TOLERANCES, Verdict, judge, verify
+from tests.command_line import run as run_command
 from tests.distributed import faults
 from tests.plans import make_plan, tiny_gpt2, tiny_llama, tiny_shared_experts
 from tests.thinned import every
@@ -147,21 +147,11 @@ def saved(plan: Plan, folder: Path) -> str:
     return str(folder / "plan.yaml")
 
 
-def command(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["cli.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
 def test_the_verb_says_what_it_ran_and_that_it_holds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = saved(PLANS["tied pipeline"], tmp_path)
-    code, out, err = command(capsys, monkeypatch, "verify", path, "--steps", "2")
+    code, out, err = run_command(capsys, monkeypatch, "verify", path, "--steps", "2")
     assert (code, err) == (0, "")
     assert out.startswith("pp2 mb2 1f1b, 4 microbatches, on 2 ranks beside one process: tiny-gpt2 reduced, 2 steps of")
     assert "the same as a single process, step by step" in out
@@ -175,13 +165,13 @@ def test_the_verb_fails_where_something_differs(
 ) -> None:
     path = saved(PLANS["tied pipeline"], tmp_path)
     monkeypatch.setattr(verifying, "run_rank", faults.loss_wrong_on_rank_one)
-    code, out, _ = command(capsys, monkeypatch, "verify", path, "--steps", "2")
+    code, out, _ = run_command(capsys, monkeypatch, "verify", path, "--steps", "2")
     flat = " ".join(out.split())
     assert code == 1
     assert "not the same as a single process" in flat
     assert "loss in fp32: beyond the tolerance from step 1 on" in flat
     assert "parameters after step 2, the largest differences: " in flat
-    code, out, _ = command(capsys, monkeypatch, "verify", path, "--steps", "1", "--json")
+    code, out, _ = run_command(capsys, monkeypatch, "verify", path, "--steps", "1", "--json")
     document = json.loads(out)
     assert (code, document["holds"], document["steps"]) == (1, False, 1)
     assert document["checks"][0]["first_step"] == 1
@@ -192,7 +182,7 @@ def test_a_rank_that_dies_is_one_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verifying, "run_rank", faults.verify_raises_on_rank_one)
-    code, out, err = command(capsys, monkeypatch, "verify", saved(PLANS["tied pipeline"], tmp_path), "--json")
+    code, out, err = run_command(capsys, monkeypatch, "verify", saved(PLANS["tied pipeline"], tmp_path), "--json")
     assert code == 1
     assert json.loads(out)["error"]["error"].startswith("rank 1 (pipeline stage 1) ended with exit code 1")
     assert err.splitlines()[-1].strip() == "ArithmeticError: the seventh bit fell off"

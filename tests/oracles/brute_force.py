@@ -145,8 +145,32 @@ def _blocks(layers: int, modes: Sequence[str]) -> list[Blocks]:
 def candidates(question: Question) -> dict[Layout, list[Candidate]]:
     """Every assignment of every legal layout, whatever the memory limit."""
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
-    layouts = all_layouts(question)
-    return {layout: list(priced(prices.price(layout), modes_of(layout, question))) for layout in layouts}
+    return {
+        layout: [
+            found
+            for costs in as_stages_choose(prices, layout)
+            for found in priced(costs, modes_of(layout, question))
+            if some_layer_is_freed(costs, found.counts)
+        ]
+        for layout in all_layouts(question)
+    }
+
+
+def as_stages_choose(prices: CostModel, layout: Layout) -> Iterator[LayoutCosts]:
+    """The layout's costs with every choice of its stages what to do with weights."""
+    if layout.zero < 3 or layout.pp == 1 or layout.schedule not in ("gpipe", "1f1b"):
+        yield prices.price(layout)
+        return
+    for choice in product((True, None, False), repeat=layout.pp):
+        yield prices.price(layout, choice)
+
+
+def some_layer_is_freed(costs: LayoutCosts, counts: Sequence[StageCount]) -> bool:
+    """Where stages choose: if none is, it is zero 1."""
+    if not costs.reshard:
+        return True
+    held = [any(blocks.total for blocks in count) for count in counts]
+    return any(has and choice is not False for has, choice in zip(held, costs.reshard, strict=True))
 
 
 def priced(costs: LayoutCosts, modes: Sequence[str]) -> Iterator[Candidate]:
