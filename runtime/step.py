@@ -17,6 +17,7 @@ from planner.plan import Plan
 from planner.trace_names import UPDATE
 
 from .compilation import Compilation
+from .documents import NO_DOCUMENTS, Documents
 from .experts import Balance, Router, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
@@ -117,6 +118,7 @@ def training_step(
     state: TrainState,
     inputs: torch.Tensor,
     targets: torch.Tensor,
+    documents: Documents = NO_DOCUMENTS,
     *,
     learning_rate: float,
     clip_norm: float | None,
@@ -131,7 +133,7 @@ def training_step(
     ranks know them after the same step and no collective is added.
     """
     with watch or nullcontext():
-        loss_share = state.runner.step(inputs, targets)
+        loss_share = state.runner.step(inputs, targets, documents)
         complete_start = state.runner.clock.point()
         complete_gradients(state.chunks, state.mesh)
         state.runner.clock.add("complete", complete_start)

@@ -27,6 +27,7 @@ from profiles.input_error import InputError
 from runtime import flight_recorder, launch, not_finite, run_folder, whereabouts
 from runtime.checkpoint_folder import complete_steps, latest
 from runtime.disk import check_room, checkpoint_bytes, free_bytes
+from runtime.documents import NO_DOCUMENTS
 from runtime.failure import Interrupted, RunFailed, is_timeout, retold, told
 from runtime.launch import start_ranks, train
 from runtime.mesh import RankMesh, build_mesh
@@ -306,7 +307,9 @@ def spoil(plan: Plan, rank: int, where: str) -> tuple[int, int, str]:
     if where == "forward":
         for hook in spoilt:
             hook.remove()
-    error = not_finite.failure(state, inputs, targets, result, plan.layout, Path("none"), step=9, in_a_row=2)
+    error = not_finite.failure(
+        state, inputs, targets, NO_DOCUMENTS, result, plan.layout, Path("none"), step=9, in_a_row=2
+    )
     return error.rank, error.stage, error.how
 
 
