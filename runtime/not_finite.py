@@ -16,10 +16,10 @@ from torch import nn
 from planner.layout import Layout
 
 from .disk import last_checkpoint
-from .documents import Documents
 from .failure import RunFailed
 from .local_parameters import local_part
 from .mesh import coordinate_of
+from .packed_rows import Documents
 from .step import StepResult, TrainState
 from .transformer import Chunk
 

@@ -15,8 +15,8 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 from planner.plan import Plan
 
 from .clock import Clock
-from .documents import NO_DOCUMENTS, Documents
 from .mesh import RankMesh
+from .packed_rows import NO_DOCUMENTS, Documents
 from .transformer import Chunk
 
 # Our names of the schedules -> torch's.

@@ -17,11 +17,11 @@ from planner.plan import Plan
 from planner.trace_names import UPDATE
 
 from .compilation import Compilation
-from .documents import NO_DOCUMENTS, Documents
 from .experts import Balance, Router, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
 from .optimizer import GPT3_ADAM, Adam, build_optimizer, set_learning_rate, update
+from .packed_rows import NO_DOCUMENTS, Documents
 from .parallelize import build_chunks
 from .pipeline import StepRunner, build_runner
 from .transformer import Chunk

@@ -30,13 +30,13 @@ from .data.kept_order import check_order, keep_order
 from .data.open_tokens import open_tokens
 from .data.token_source import TokenSource, own_rows
 from .disk import full_disk_ends_run
-from .documents import own_tensors
 from .experts import Balance
 from .learning_rate import COSINE, RateSchedule, learning_rate_at
 from .leaving import Leaving
 from .measure import WATCH_EVERY, StepMeter, busiest
 from .metrics import only_finite, peak_memory_bytes
 from .optimizer import GPT3_ADAM, Adam
+from .packed_rows import own_tensors
 from .process_group import process_group, set_timeout
 from .run_folder import LOGS_FOLDER
 from .spike_guard import SpikeGuard

@@ -19,10 +19,10 @@ from planner.plan import Plan
 from . import loss
 from .data.packing import Packing
 from .data.token_source import own_rows
-from .documents import own_tensors
 from .experts import Balance
 from .launch import start_ranks
 from .local_parameters import local_part
+from .packed_rows import own_tensors
 from .parameters import WEIGHT_STD, cut, named_buffers, named_parameters
 from .plain_loop import PlainRun, run_plain
 from .process_group import process_group

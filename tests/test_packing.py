@@ -22,8 +22,8 @@ from runtime.data.kept_order import check_order, keep_order
 from runtime.data.open_tokens import document_lengths, open_tokens
 from runtime.data.packing import Packing, document_starts
 from runtime.data.token_source import TokenSource
-from runtime.documents import documents_of, own_tensors
 from runtime.loss_kernels import IGNORED
+from runtime.packed_rows import documents_of, own_tensors
 from runtime.trainer import TrainOptions, open_data
 from tests.megatron_core import masks_and_positions
 from tests.plans import make_plan, tiny_gpt2, tiny_llama

@@ -12,9 +12,9 @@ from planner.plan import Plan
 from runtime import plain_loop
 from runtime.compilation import Compilation
 from runtime.data.packing import Packing
-from runtime.documents import own_tensors
 from runtime.experts import Balance
 from runtime.gradients import square_sum
+from runtime.packed_rows import own_tensors
 from runtime.step import build_state, training_step
 
 LEARNING_RATE = 1e-3

@@ -27,11 +27,11 @@ from profiles.input_error import InputError
 from runtime import flight_recorder, launch, not_finite, run_folder, whereabouts
 from runtime.checkpoint_folder import complete_steps, latest
 from runtime.disk import check_room, checkpoint_bytes, free_bytes
-from runtime.documents import NO_DOCUMENTS
 from runtime.failure import Interrupted, RunFailed, is_timeout, retold, told
 from runtime.launch import start_ranks, train
 from runtime.mesh import RankMesh, build_mesh
 from runtime.metrics import only_finite
+from runtime.packed_rows import NO_DOCUMENTS
 from runtime.parameters import parameters_of
 from runtime.post_mortem import waited, why
 from runtime.process_group import process_group

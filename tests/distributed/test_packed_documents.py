@@ -16,7 +16,7 @@ from profiles.model import ModelSpec
 from runtime import plain_loop
 from runtime.compilation import Compilation
 from runtime.data.packing import Packing
-from runtime.documents import documents_of, own_tensors
+from runtime.packed_rows import documents_of, own_tensors
 from runtime.parameters import initialise
 from runtime.step import build_state, sum_over_ranks
 from runtime.transformer import Chunk, build_chunk
@@ -79,7 +79,7 @@ def same(found: Trajectory, expected: Trajectory, tolerance: float) -> None:
     assert found.norms == pytest.approx(expected.norms, rel=tolerance)
 
 
-@pytest.mark.parametrize("name", [*every(4, CASES, first=3), *every(16, GENERATED, first=3)])
+@pytest.mark.parametrize("name", [*every(4, CASES, first=3), *every(20, GENERATED, first=3)])
 def test_a_row_is_its_documents_run_alone(name: str) -> None:
     plan, kind = PLANS[name], KINDS[name]
     steps = dict.fromkeys(TOLERANCE, STEPS)
