@@ -303,7 +303,8 @@ def train(
     if elastic:
         plan_file, resume = elastic_plan(plan_file, run_dir)
     model = model_to_start_from(weights, plan_file, model, resume=resume)
-    lengths = data_document_length(data, sequence) if reset_attention else None
+    plans = plan_file is None and not resume
+    lengths = data_document_length(data, sequence) if plans and reset_attention else None
     found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line(), lengths)
     if isinstance(found, PlanAnswer):
         print_report(found.report())

@@ -6,10 +6,11 @@ the keys in another, those that may meet form rectangles. In the same span each 
 Of an earlier span only the document that goes on beyond its end is met: its keys there, by its queries here. What is
 computed is so the sum of the squares of the documents' lengths, whatever the row's.
 
-On CUDA in half precision flash attention's kernel takes all documents of a microbatch at once (varlen); it has never
-run here. Elsewhere each document is one call. RoPE needs no positions of its own here: it turns queries and keys by the
-difference of their positions (arXiv 2104.09864, equation 16), which the place of a document in its row does not change.
-As in ring_attention.py it is an operation of our own: recomputation can keep it, compiled code calls it as it is.
+On CUDA in half precision flash attention's kernel takes all documents of a microbatch at once (varlen); the host waits,
+once a call, to read where documents end. This has never run here. Elsewhere each document is one call.
+
+RoPE needs no positions of its own: it turns queries and keys by the difference of their positions (arXiv 2104.09864,
+equation 16), which the place of a document in its row does not change. As in ring_attention.py it is an operation of our own: recomputation can keep it, compiled code calls it as it is.
 """
 
 from __future__ import annotations

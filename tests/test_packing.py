@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import runtime.data.packing
+from cli_data import packed_options
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
@@ -103,6 +105,17 @@ def test_text_and_datasets_know_what_ends_documents(tmp_path: Path) -> None:
     assert found == Packing(end=200, reset_positions=False, reset_attention=False, mask_loss=True)
     bytes_end = DataOptions(paths=(dataset(tmp_path / "b", 0),), tokenizer="bytes", reset_attention=True)
     assert opened(bytes_end).packing == Packing(end=0, reset_positions=False)
+
+
+def test_a_plan_with_a_document_length_is_trained_so_unless_told_otherwise() -> None:
+    plain = plan_for()
+    priced = replace(plain, job=replace(plain.job, document_length=9.0))
+    assert not packed_options(DataOptions(), plain, None, None, False, None).packs
+    both = packed_options(DataOptions(), priced, None, None, False, None)
+    assert both == DataOptions(reset_positions=True, reset_attention=True)
+    assert not packed_options(DataOptions(), priced, False, False, False, None).packs
+    some = packed_options(DataOptions(), plain, None, True, True, "7")
+    assert some == DataOptions(reset_attention=True, mask_loss=True, eod="7")
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path: Path) -> None:

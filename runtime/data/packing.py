@@ -3,9 +3,10 @@
 [Note: Packed documents]
 A sample is cut from documents that stand after each other; the token `end` closes each. Of a row of inputs the part
 behind an end is the next document, and the row's first part one of its own, wherever in its document it lies. With all
-resets on, a row is trained on as its parts would be alone. What Megatron-LM calls --reset-position-ids,
---reset-attention-mask and --eod-mask-loss are the three switches; positions, mask and loss mask equal those of
-`_get_ltor_masks_and_position_ids` (megatron/core/datasets/gpt_dataset.py of Megatron-LM core 0.16).
+resets on, a row is trained on as its parts would be alone; the experts' balance loss stays that of the row. What
+Megatron-LM calls --reset-position-ids, --reset-attention-mask and --eod-mask-loss are the three switches; positions,
+mask and loss mask equal those of `_get_ltor_masks_and_position_ids` (megatron/core/datasets/gpt_dataset.py of
+Megatron-LM core 0.16).
 """
 
 from __future__ import annotations
