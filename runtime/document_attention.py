@@ -10,7 +10,8 @@ On CUDA in half precision flash attention's kernel takes all documents of a micr
 once a call, to read where documents end. This has never run here. Elsewhere each document is one call.
 
 RoPE needs no positions of its own: it turns queries and keys by the difference of their positions (arXiv 2104.09864,
-equation 16), which the place of a document in its row does not change. As in ring_attention.py it is an operation of our own: recomputation can keep it, compiled code calls it as it is.
+equation 16), which the place of a document in its row does not change. As in ring_attention.py it is an operation of
+our own: recomputation can keep it, compiled code calls it as it is.
 """
 
 from __future__ import annotations
