@@ -2,8 +2,9 @@
 
 In one process group and on the same ids a step of each in turn, in an order that changes: rows whose tokens see all
 before them, and rows of documents of one length, cut anywhere, that do not see each other. Printed is how many times
-the step of whole rows a step of documents takes, measured, the median of pairs with its 95 % interval
-(paired_ratios.py), and as `estimate --cluster local` prices it.
+the step of whole rows a step of documents takes: by the clock and in CPU seconds, which what else runs on the machine
+takes less from, medians of pairs with their 95 % intervals (paired_ratios.py); and as `estimate --cluster local` prices
+it, which is worth what the last `cli.py profile` is.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 
 import torch
 import torch.distributed as dist
-from paired_ratios import ratio_of, slowest
+from paired_ratios import ratio_of, slowest, together
 
 from planner.job import TrainingJob
 from planner.layout import Layout
@@ -46,7 +47,7 @@ from tests.plans import make_plan
 
 WARM_UP_STEPS = 3
 END = 0
-Seconds = dict[int, list[float]]  # by the documents' length, 0 of whole rows
+Seconds = dict[int, list[tuple[float, float]]]  # (clock, CPU) of each step by the documents' length, 0 of whole rows
 
 
 def measure(plan: Plan, options: TrainOptions, lengths: Sequence[int]) -> list[Seconds]:
@@ -67,7 +68,7 @@ def measure(plan: Plan, options: TrainOptions, lengths: Sequence[int]) -> list[S
     return every
 
 
-def _step(plan: Plan, state: TrainState, length: int, number: int) -> float:
+def _step(plan: Plan, state: TrainState, length: int, number: int) -> tuple[float, float]:
     rows, sequence = plan.job.global_batch // plan.layout.dp, plan.job.sequence
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(1, plan.model.vocab_size, (rows, sequence + 1), generator=generator)
@@ -76,10 +77,10 @@ def _step(plan: Plan, state: TrainState, length: int, number: int) -> float:
         ids[(torch.arange(sequence + 1) + first) % length == length - 1] = END
     samples = own_tensors(ids.numpy(), Packing(end=END) if length else None, plan.layout, 0, state.device)
     dist.barrier()
-    start = time.perf_counter()
+    clock, cpu = time.perf_counter(), time.process_time()
     training_step(state, *samples, learning_rate=1e-4, clip_norm=1.0)
     state.runner.clock.read()
-    return time.perf_counter() - start
+    return time.perf_counter() - clock, time.process_time() - cpu
 
 
 def predicted(plan: Plan, length: float | None) -> float:
@@ -93,18 +94,17 @@ def predicted(plan: Plan, length: float | None) -> float:
 
 
 def report(plan: Plan, ranks: list[Seconds]) -> None:
-    steps = {length: slowest([rank[length] for rank in ranks]) for length in ranks[0]}
+    clock = {length: slowest([[step[0] for step in rank[length]] for rank in ranks]) for length in ranks[0]}
+    cpu = {length: together([[step[1] for step in rank[length]] for rank in ranks]) for length in ranks[0]}
     whole = predicted(plan, None)
-    print(f"whole rows: {statistics.median(steps[0]) * 1e3:.0f} ms a step measured, {whole * 1e3:.0f} ms predicted")
-    print("| documents of | pairs of tokens left | a step takes, measured | 95 % | predicted |")
+    print(f"whole rows: {statistics.median(clock[0]) * 1e3:.0f} ms a step measured, {whole * 1e3:.0f} ms predicted")
+    print("| documents of | pairs of tokens left | a step takes, by the clock | in CPU seconds | predicted |")
     print("| --- | --- | --- | --- | --- |")
-    for length in (length for length in steps if length):
-        ratio = ratio_of(steps[length], steps[0])
+    for length in (length for length in clock if length):
+        ratios = [ratio_of(seconds[length], seconds[0]) for seconds in (clock, cpu)]
+        said = " | ".join(f"× {ratio.median:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" for ratio in ratios)
         left = row_pieces(plan.job.sequence, length).length / plan.job.sequence
-        print(
-            f"| {length} tokens | {left:.1%} | × {ratio.median:.3f} | {ratio.low:.3f} to {ratio.high:.3f} | "
-            f"× {predicted(plan, float(length)) / whole:.3f} |"
-        )
+        print(f"| {length} tokens | {left:.1%} | {said} | × {predicted(plan, float(length)) / whole:.3f} |")
 
 
 def main() -> None:
