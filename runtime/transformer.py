@@ -217,7 +217,7 @@ class Chunk(nn.Module):
         if self.embedding is not None:
             x = self.embedding(x, positions)
         for block in self.blocks.values():
-            x = block(x, starts)
+            x = block(x, starts=starts)
         if self.norm is not None and self.head is not None:
             x = self.head(self.norm(x), targets)
         return x
