@@ -9,8 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli_checks import run_dry, validate, verify
-from cli_data import Data, DataCache, Split, Tokenizer, ValidationEvery, data_app, data_options
-from cli_ending import exit_code_of, say_interrupted
+from cli_data import (
+    Data,
+    DataCache,
+    DocumentLength,
+    Eod,
+    EodMaskLoss,
+    ResetAttention,
+    ResetPositions,
+    Split,
+    Tokenizer,
+    ValidationEvery,
+    data_app,
+    data_document_length,
+    data_options,
+    document_length,
+    packed_options,
+)
+from cli_ending import exit_code_of
 from cli_export import export
 from cli_life import (
     AsyncCheckpoint,
@@ -43,6 +59,7 @@ from cli_parts import (
     print_json,
     print_report,
 )
+from cli_profile import profile
 from cli_training import (
     Betas,
     Cooldown,
@@ -100,6 +117,7 @@ def plan(
     price: Price = None,
     expert_imbalance: Imbalance = 1.0,
     offload: Offload = "none",
+    documents: DocumentLength = None,
     allow_idle: Annotated[bool, typer.Option("--allow-idle", help="Leave nodes idle where that is faster.")] = False,
     pareto: Annotated[
         str | None, typer.Option("--pareto", help="devices or memory: the best step against less of it, as a plot.")
@@ -124,6 +142,7 @@ def plan(
         bans=ban or (),
         expert_imbalance=expert_imbalance,
         offload=offload,
+        document_length=document_length(documents, sequence),
     )
     answer = make(
         question,
@@ -156,6 +175,7 @@ def estimate(
     price: Price = None,
     expert_imbalance: Imbalance = 1.0,
     offload: Offload = "none",
+    documents: DocumentLength = None,
     as_json: Json = False,
 ) -> None:
     """Price your own layout: does it fit, and how fast is it?"""
@@ -173,6 +193,7 @@ def estimate(
         target=target,
         expert_imbalance=expert_imbalance,
         offload=offload,
+        document_length=document_length(documents, sequence),
     )
     _answer(price_layout(question, layout, price), as_json)
 
@@ -193,57 +214,11 @@ def explain(
     _answer(explain_plan(plan_file, against, time_limit), as_json)
 
 
-@app.command(
+app.command(
     epilog="Examples: cli.py profile --quick | cli.py profile --nproc 4 -o hardware.yaml | torchrun --nnodes 2 "
     "--nproc-per-node 8 … cli.py profile -o hardware.yaml | cli.py profile --show a.yaml --against b.yaml | "
     "cli.py profile --calibrate runs/20261121-101500 | cli.py profile --list"
-)
-def profile(
-    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks; default all GPUs, else cores.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of as `local`.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="At most 30 s: what no plan can do without.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Everything, up to an hour (default: 5 minutes).")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Measure what an earlier profile lacks.")] = False,
-    nccl_tests: Annotated[
-        list[Path] | None, typer.Option("--nccl-tests", help="Take collectives from nccl-tests output; repeatable.")
-    ] = None,
-    calibrate: Annotated[
-        list[Path] | None, typer.Option("--calibrate", help="Correct the profile by this run's record; repeatable.")
-    ] = None,
-    show: Annotated[
-        str | None, typer.Option("--show", help="Tables and plots of this profile; measures nothing.")
-    ] = None,
-    against: Annotated[str | None, typer.Option("--against", help="With --show: what differs from this one.")] = None,
-    list_all: Annotated[bool, typer.Option("--list", help="Models, clusters and hardware in the catalogue.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure this machine, or look at what was measured: what `--cluster local` plans with."""
-    from planner.profiling import ProfileOrder, carry_out
-
-    order = ProfileOrder(
-        command=command_line(),
-        nproc=nproc,
-        output=output,
-        quick=quick,
-        full=full,
-        resume=resume,
-        nccl_tests=tuple(nccl_tests or ()),
-        calibrate=tuple(calibrate or ()),
-        show=show,
-        against=against,
-        list_all=list_all,
-    )
-    try:
-        answer = carry_out(order)
-    except KeyboardInterrupt as error:  # click would drop what it says
-        say_interrupted(error)
-        raise typer.Exit(130) from None
-    if answer is None:  # a rank of torchrun's that is not the first
-        return
-    if as_json:
-        print_json(answer.document)
-    else:
-        print_report(answer.report)
+)(profile)
 
 
 @app.command(
@@ -263,6 +238,10 @@ def train(
     split: Split = None,
     tokenizer: Tokenizer = None,
     data_cache: DataCache = None,
+    reset_positions: ResetPositions = None,
+    reset_attention: ResetAttention = None,
+    eod_mask_loss: EodMaskLoss = False,
+    eod: Eod = None,
     validation_every: ValidationEvery = 0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps.")] = 300,
     run_dir: RunDir = None,
@@ -329,7 +308,9 @@ def train(
     if elastic:
         plan_file, resume = elastic_plan(plan_file, run_dir)
     model = model_to_start_from(weights, plan_file, model, resume=resume)
-    found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line())
+    plans = plan_file is None and not resume
+    lengths = data_document_length(data, sequence) if plans and reset_attention else None
+    found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line(), lengths)
     if isinstance(found, PlanAnswer):
         print_report(found.report())
     chosen = found.plan if isinstance(found, PlanAnswer) else found
@@ -344,7 +325,14 @@ def train(
         warmup_steps=warmup,
         clip_norm=clip or None,
         seed=seed,
-        data=data_options(data, split, tokenizer, data_cache),
+        data=packed_options(
+            data_options(data, split, tokenizer, data_cache),
+            chosen,
+            reset_positions,
+            reset_attention,
+            eod_mask_loss,
+            eod,
+        ),
         validation_every=validation_every,
         checkpoint_every=checkpoint_every,
         checkpoint_minutes=checkpoint_minutes,

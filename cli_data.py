@@ -10,6 +10,7 @@ import typer
 from cli_parts import Json, print_json, print_report
 
 if TYPE_CHECKING:
+    from planner.plan import Plan
     from runtime.data.data_options import DataOptions
 
 Data = Annotated[
@@ -32,10 +33,83 @@ DataCache = Annotated[
 ValidationEvery = Annotated[int, typer.Option("--validation-every", min=0, help="Steps; 0: at the end.")]
 
 
+ResetPositions = Annotated[
+    bool | None,
+    typer.Option("--reset-position-ids/--keep-position-ids", help="Positions begin anew behind a document's end."),
+]
+ResetAttention = Annotated[
+    bool | None,
+    typer.Option(
+        "--reset-attention-mask/--keep-attention-mask",
+        help="Attention stays within documents. Default of both: if the plan has a document length.",
+    ),
+]
+EodMaskLoss = Annotated[
+    bool, typer.Option("--eod-mask-loss/--eod-loss", help="What follows a document's end is not learned to predict.")
+]
+Eod = Annotated[
+    str | None, typer.Option("--eod", help="What ends documents of --data: a token of --tokenizer, or an id.")
+]
+DocumentLength = Annotated[
+    str | None,
+    typer.Option(
+        "--document-length",
+        metavar="N|DATA",
+        help="Attention stays within documents of so many tokens in the mean, or as long as those of this data.",
+    ),
+]
+
+
 def data_options(paths: list[str] | None, split: str | None, tokenizer: str | None, cache: Path | None) -> DataOptions:
     from runtime.data.data_options import DataOptions
 
     return DataOptions(paths=tuple(paths or ()), split=split, tokenizer=tokenizer, cache=cache)
+
+
+def packed_options(
+    options: DataOptions,
+    plan: Plan,
+    reset_positions: bool | None,
+    reset_attention: bool | None,
+    eod_mask_loss: bool,
+    eod: str | None,
+) -> DataOptions:
+    """The options with what ends of documents change; None is what the plan is priced for."""
+    from dataclasses import replace
+
+    planned = plan.job.document_length is not None
+    return replace(
+        options,
+        reset_positions=planned if reset_positions is None else reset_positions,
+        reset_attention=planned if reset_attention is None else reset_attention,
+        mask_loss=eod_mask_loss,
+        eod=eod,
+    )
+
+
+def document_length(said: str | None, sequence: int) -> float | None:
+    """The length by which documents are priced, said as such or by the data that has them."""
+    if said is None:
+        return None
+    try:
+        length = float(said)
+    except ValueError:
+        return data_document_length([said], sequence)
+    if not 1 <= length < float("inf"):
+        from profiles.input_error import InputError
+
+        raise InputError(
+            f"documents cannot have {said} tokens", where="--document-length", expected="a number >= 1", got=said
+        )
+    return length
+
+
+def data_document_length(paths: list[str] | None, sequence: int) -> float:
+    """The length that stands for the documents of --data."""
+    from planner.packed_cost import even_length
+    from runtime.data.open_tokens import document_lengths
+
+    return even_length(document_lengths(tuple(paths or ()), sequence), sequence)
 
 
 data_app = typer.Typer(help="Make Megatron's indexed datasets.", no_args_is_help=True, rich_markup_mode="rich")

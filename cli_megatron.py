@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli_data import data_options
+from cli_data import data_document_length, data_options, packed_options
 from cli_parts import Devices, MemoryLimit, Target, command_line, print_json, print_report
 from cli_training import launch_and_report
 
@@ -76,11 +76,26 @@ def _make_plan(
         memory_limit=memory_limit,
         target=target,
         pins=pins,
+        document_length=_document_length(order, target),
     )
     answer = make(question, output=output)
     print_json(answer.document) if as_json else print_report(answer.report())
     assert answer.plan is not None
     return answer.plan
+
+
+def _document_length(order: MegatronOrder, target: str) -> float | None:
+    """What prices attention within documents: the data's own lengths, if it lies here. Of other trainers it is priced
+    as they do it: in full, since they mask what they computed."""
+    from profiles.input_error import InputError
+
+    if not order.run.packing.reset_attention or target != "meshwright":
+        return None
+    try:
+        return data_document_length(list(order.run.paths), order.sequence)
+    except InputError as error:
+        _say((f"attention is priced in full, as if no document ended: {error.what}",))
+        return None
 
 
 def _say(remarks: tuple[str, ...]) -> None:
@@ -163,7 +178,14 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
         adam=Adam(betas=run.betas, epsilon=run.epsilon),
         clip_norm=run.clip_norm,
         seed=run.seed,
-        data=data_options(list(run.paths), run.split, run.tokenizer, Path(run.cache) if run.cache else None),
+        data=packed_options(
+            data_options(list(run.paths), run.split, run.tokenizer, Path(run.cache) if run.cache else None),
+            plan,
+            run.packing.reset_positions,
+            run.packing.reset_attention,
+            run.packing.mask_loss,
+            run.packing.eod,
+        ),
         validation_every=run.validation_every,
         validation_batches=run.validation_batches,
         checkpoint_every=run.checkpoint_every,
@@ -196,6 +218,10 @@ def _settings(run: RunWishes) -> dict[str, Any]:
         "split": run.split,
         "tokenizer": run.tokenizer,
         "data_cache": run.cache,
+        "reset_positions": run.packing.reset_positions,
+        "reset_attention": run.packing.reset_attention,
+        "eod_mask_loss": run.packing.mask_loss,
+        "eod": run.packing.eod,
         "validation_every": run.validation_every,
         "checkpoint_every": run.checkpoint_every,
         "async_checkpoint": run.async_checkpoint,

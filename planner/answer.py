@@ -111,6 +111,10 @@ def assumptions(question: Question) -> tuple[str, ...]:
         + loads,
         "mfu counts attention in full, of which causal kernels do half",
     ]
+    if job.document_length is not None:
+        said.append(
+            f"attention stays within documents, all of {job.document_length:,.0f} tokens; mfu counts it in full"
+        )
     figures = nominal_figures(question)
     kind = str(hardware.provenance.get("kind", "stated"))
     said.append(

@@ -26,6 +26,7 @@ from .local_shapes import (
     outside_tokens,
     routed_tokens,
 )
+from .packed_cost import attended_documents, document_work
 
 
 class ComputeModel:
@@ -131,7 +132,8 @@ class ComputeModel:
     def _attention(self, layout: Layout) -> ComputeCost:
         """Scores, softmax and weighted sum of the rank's heads; cp cuts the work, whole sequences count.
 
-        A flash kernel computes the causal half; a chain of kernels the whole square, which passes through memory.
+        A flash kernel computes the causal half, of each document alone where they are packed; a chain of kernels the
+        whole square, which passes through memory.
         """
         model, sequence = self._model, self._job.sequence
         heads, dim = model.heads // layout.tp, (model.head_dim + model.value_head_dim) / 2
@@ -141,7 +143,8 @@ class ComputeModel:
             share = model.attended_share(sequence) / layout.cp
             if self._software.cp_shards == "contiguous":
                 share *= 2 - 1 / layout.cp  # the last of cp pieces attends to all before it and half of itself
-            shape = (self._dtype, layout.micro_batch, heads, sequence, dim, self._software.attention)
+            number, length = attended_documents(layout, self._job)
+            shape = (self._dtype, number, heads, length, dim, self._software.attention)
             seconds, (there, back) = self._hardware.attention_seconds, HOST_OPERATIONS["flash"]
             cost = ComputeCost(
                 ComputeSeconds(attention=seconds("forward", *shape) * share, operations=there),
@@ -230,19 +233,18 @@ class ComputeModel:
             parts.append(self._rope(query * model.rotary_share))
             parts.append(self._rope(tokens * local_kv_width(model, layout.tp) * model.rotary_share))
         parts += [self._attention(layout), self._heads(layout)]
+        keys_values, outputs = attended_width(model, layout.tp), tokens * model.attention_output_width / layout.tp
+        moved = (query, tokens * keys_values, outputs)
+        if self._job.document_length is not None:
+            at_once = self._hardware.backend != "gloo" and self._dtype in ("bf16", "fp16")
+            parts.append(document_work(layout, self._job, self._once, *moved, at_once=at_once))
         if layout.cp > 1 and self._software.own_context_parallelism:
-            outputs, keys_values = tokens * model.attention_output_width / layout.tp, attended_width(model, layout.tp)
-            parts.append(context_work(layout, self._once, query, tokens * keys_values, outputs))
+            parts.append(context_work(layout, self._once, *moved))
         parts += [self._residual(hidden), self._residual(hidden)]
         parts.append(self._meeting_gradients(tokens))
         if layout.tp > 1:
-            hardware = self._hardware
-            cut = (
-                hardware.sequence_shard_overhead_seconds
-                if layout.sequence_parallel
-                else hardware.shard_overhead_seconds
-            )
-            shard = ComputeSeconds(overhead=cut)
+            whole, cut = self._hardware.shard_overhead_seconds, self._hardware.sequence_shard_overhead_seconds
+            shard = ComputeSeconds(overhead=cut if layout.sequence_parallel else whole)
             parts.append(ComputeCost(shard, shard))
         return parts
 

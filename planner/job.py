@@ -28,7 +28,8 @@ class TrainingJob:
     `pins` maps a layout key to what is allowed for it (`planner.pins`); `bans` names axes that must stay at 1 (or
     off). `memory_limit_bytes` replaces the device's memory when it is not None. `expert_imbalance` is how many times
     its even share the fullest expert rank gets; a capacity drops or pads instead. `offload` is what lies in the host's
-    memory ([Note: Offloaded moments] in `offload`).
+    memory ([Note: Offloaded moments] in `offload`). With a `document_length` sequences are packed documents that do not
+    see each other, priced as if each had so many tokens (planner/packed_cost.py).
     """
 
     global_batch: int
@@ -42,6 +43,7 @@ class TrainingJob:
     expert_imbalance: float = 1.0
     expert_capacity: float | None = None
     offload: str = "none"
+    document_length: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -71,12 +73,14 @@ class TrainingJob:
             "expert_imbalance": self.expert_imbalance,
             "expert_capacity": self.expert_capacity,
             **({"offload": self.offload} if self.offload != "none" else {}),
+            **({} if self.document_length is None else {"document_length": self.document_length}),
         }
 
     @classmethod
     def from_dict(cls, reader: Reader) -> TrainingJob:
         limit = reader.anything("memory_limit_bytes", default=None)
         capacity = reader.anything("expert_capacity", default=None)
+        documents = reader.anything("document_length", default=None)
         bans = reader.anything("bans", default=[])
         if not isinstance(bans, list) or not all(isinstance(ban, str) for ban in bans):
             raise reader.fail("bans", "a list of layout keys", bans)
@@ -98,6 +102,7 @@ class TrainingJob:
             expert_imbalance=reader.number("expert_imbalance", minimum=1, default=1.0),
             expert_capacity=reader.number("expert_capacity", above=0) if capacity is not None else None,
             offload=reader.text("offload", choices=OFFLOADS, default="none"),
+            document_length=reader.number("document_length", minimum=1) if documents is not None else None,
         )
         reader.finish()
         return job

@@ -158,6 +158,9 @@ TAKEN: dict[str, Flag] = {
     "--split": _text("split"),
     "--data-cache-path": _text("cache"),
     "--mock-data": _switch("mock_data"),
+    "--reset-position-ids": _switch("reset_positions"),
+    "--reset-attention-mask": _switch("reset_attention"),
+    "--eod-mask-loss": _switch("mask_loss"),
     "--tokenizer-type": _word("tokenizer_type", *_TOKENIZERS, HFTokenizer="HuggingFaceTokenizer"),
     "--tokenizer-model": _text("tokenizer"),
     "--vocab-file": _text("vocab_file"),
@@ -247,8 +250,8 @@ _REFUSED = {
         exp-avg-dtype exp-avg-sq-dtype moe-router-padding-for-fp8""",
     "is not done here, and would change the numbers": """rampup-batch-size decrease-batch-size-if-needed decoupled-lr
         decoupled-min-lr start-weight-decay end-weight-decay sgd-momentum muon-* embedding-init-method-std
-        init-method-xavier-uniform data-parallel-random-init calculate-per-token-loss reset-position-ids
-        reset-attention-mask eod-mask-loss iterations-to-skip train-data-path valid-data-path test-data-path
+        init-method-xavier-uniform data-parallel-random-init calculate-per-token-loss
+        iterations-to-skip train-data-path valid-data-path test-data-path
         data-args-path per-split-data-args-path full-validation multiple-validation-sets""",
     "is not done here": """optimizer-cpu-offload optimizer-offload-fraction cpu-offloading-num-layers
         hierarchical-context-parallel-sizes enable-full-sharding-in-hsdp exit-interval

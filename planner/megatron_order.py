@@ -11,6 +11,7 @@ from profiles.model import ModelSpec
 
 from .megatron_command import Given, parse_command
 from .megatron_model import model_of
+from .megatron_packing import PackingWishes, packing_wishes
 
 _SIMPLE_PINS = ("tp", "pp", "cp", "cp_style", "ep", "etp", "micro_batch")
 
@@ -53,6 +54,7 @@ class RunWishes:
     timeout_seconds: float
     wandb: str | None
     profile_steps: tuple[int, int] | None
+    packing: PackingWishes
 
     def require_trainable(self) -> None:
         """Raise InputError for what a plan does without and a run does not."""
@@ -102,7 +104,7 @@ def read_command(words: Sequence[str], vocabulary_of: Callable[[str], int]) -> M
         raise given.fail(
             "sequence", "sequences are longer than positions reach", f"at most {model.max_positions} tokens"
         )
-    run = _run(given, batch)
+    run = _run(given, batch, packing_wishes(given, model.positions))
     precision = "bf16" if "bf16" in given else "fp16" if "fp16" in given else "fp32"
     return MegatronOrder(model, batch, sequence, precision, run, tuple(given.remarks), given)
 
@@ -192,7 +194,7 @@ def _recompute(given: Given, remarks: list[str]) -> dict[str, Any]:
 # ---- the run ---------------------------------------------------------------------------------------------------
 
 
-def _run(given: Given, batch: int) -> RunWishes:
+def _run(given: Given, batch: int, packing: PackingWishes) -> RunWishes:
     steps = _steps(given, "steps", "train_samples", batch)
     decay = _steps(given, "decay_steps", "decay_samples", batch)
     cooldown = _steps(given, "cooldown_steps", "cooldown_samples", batch)
@@ -242,6 +244,7 @@ def _run(given: Given, batch: int) -> RunWishes:
         timeout_seconds=60.0 * given.get("timeout_minutes", 10),
         wandb=given.get("wandb") or None,
         profile_steps=_profile(given),
+        packing=packing,
     )
 
 

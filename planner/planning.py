@@ -134,6 +134,7 @@ def plan_to_train(
     global_batch: int,
     sequence: int,
     command: str,
+    document_length: float | None = None,
 ) -> PlanAnswer | Plan:
     """The plan in the file or of the run that is resumed; else a new one for this machine, measured briefly first.
 
@@ -150,7 +151,7 @@ def plan_to_train(
         from profiles.probes.session import measure
 
         measure(None, "quick", None, command)
-        return make(ask(model or "demo", "local", global_batch, sequence))
+        return make(ask(model or "demo", "local", global_batch, sequence, document_length=document_length))
     return plan_of_file(plan_file, model)
 
 

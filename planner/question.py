@@ -49,6 +49,7 @@ def ask(
     bans: Sequence[str] = (),
     expert_imbalance: float = 1.0,
     offload: str = "none",
+    document_length: float | None = None,
 ) -> Question:
     """The question that the words ask; an InputError names the flag that cannot be understood.
 
@@ -58,6 +59,13 @@ def ask(
     _one_of("--offload", offload, OFFLOADS)
     if precision is not None:
         _one_of("--precision", precision, PRECISIONS)
+    if document_length is not None and target != "meshwright":
+        raise InputError(
+            "packed documents are priced as our own runtime attends to them",
+            where="--document-length",
+            expected="--target meshwright",
+            got=f"--target {target}",
+        )
     pinned, banned = parse_pins(pins, bans)
     spec = resolve_cluster(cluster)
     if devices is not None:
@@ -73,6 +81,7 @@ def ask(
         bans=banned,
         expert_imbalance=expert_imbalance,
         offload=offload,
+        document_length=document_length,
     )
     known = resolve_model(model) if isinstance(model, str) else model
     return Question(known, spec, hardware, job)

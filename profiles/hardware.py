@@ -123,7 +123,7 @@ class HardwareProfile:
         return max(compute + moved, self.launch_seconds) * self.correction("attention")
 
     def attention_seconds(
-        self, direction: str, dtype: str, batch: int, heads: int, sequence: int, head_dim: float, kernel: str = ""
+        self, direction: str, dtype: str, batch: float, heads: int, sequence: float, head_dim: float, kernel: str = ""
     ) -> float:
         """Seconds of causal attention; FLOPs are 4 (forward) or 10 (backward, flash recomputes) · b·a·s²·d / 2.
 

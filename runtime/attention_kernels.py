@@ -6,7 +6,10 @@ the logarithm of each query's sum of exponentials besides, and take a merged one
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,12 +57,76 @@ def attend_backward(
     if kernel == "cpu":
         of_q, of_k, of_v = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*merged, 0.0, causal, scale=scale)
     else:
-        # No sequences of several lengths, and no dropout whose random numbers it would have to draw once more.
-        no_seed = torch.empty(2, dtype=torch.uint64, device=q.device)
         of_q, of_k, of_v = _aten._scaled_dot_product_flash_attention_backward(
-            *merged, None, None, q.shape[2], k.shape[2], 0.0, causal, no_seed, no_seed[0], scale=scale
+            *merged, None, None, q.shape[2], k.shape[2], 0.0, causal, *_no_seed(q.device), scale=scale
         )
     return of_q[..., : q.shape[-1]], of_k[..., : k.shape[-1]], of_v[..., : v.shape[-1]]
+
+
+def at_once(q: torch.Tensor) -> bool:
+    """Whether there is a kernel that takes documents of several lengths in one call."""
+    return _kernel(q) == "flash"
+
+
+def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Sequence[Sequence[int]]) -> Attended:
+    """Causal attention within documents; `bounds` are where those of each row begin, and the row's end.
+
+    Flash attention's kernel for sequences of several lengths (arXiv 2307.08691), which never ran here.
+    """
+    width, scale = _width(q, v), q.shape[-1] ** -0.5
+    packed = [_rows_joined(_padded(tensor, width)) for tensor in (q, k, v)]
+    lengths, longest = _lengths(bounds, q.device)
+    outputs, logarithms, *_ = _aten._flash_attention_forward(
+        *packed, lengths, lengths, longest, longest, 0.0, True, False, scale=scale
+    )
+    batch, tokens = len(bounds), q.shape[2]
+    # The kernel's logarithms are [heads, batch · sequence].
+    return Attended(
+        _rows_parted(outputs, batch)[..., : v.shape[-1]],
+        logarithms.view(q.shape[1], batch, tokens).transpose(0, 1).contiguous(),
+    )
+
+
+def attend_documents_backward(
+    gradient: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    found: Attended,
+    bounds: Sequence[Sequence[int]],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v."""
+    width, scale = _width(q, v), q.shape[-1] ** -0.5
+    packed = [_rows_joined(_padded(tensor, width)) for tensor in (gradient, q, k, v, found.outputs)]
+    lengths, longest = _lengths(bounds, q.device)
+    logarithms = found.logarithms.transpose(0, 1).flatten(1).contiguous()
+    of_qkv = _aten._flash_attention_backward(
+        *packed, logarithms, lengths, lengths, longest, longest, 0.0, True, *_no_seed(q.device), scale=scale
+    )
+    of_q, of_k, of_v = (_rows_parted(tensor, len(bounds)) for tensor in of_qkv)
+    return of_q[..., : q.shape[-1]], of_k[..., : k.shape[-1]], of_v[..., : v.shape[-1]]
+
+
+def _rows_joined(heads: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, sequence, head_dim] -> [batch · sequence, heads, head_dim]"""
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+def _rows_parted(joined: torch.Tensor, batch: int) -> torch.Tensor:
+    return joined.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _lengths(bounds: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where each document ends in all rows after each other, from 0 on, and the length of the longest."""
+    lengths = [end - begin for row in bounds for begin, end in itertools.pairwise(row)]
+    ends = [0, *itertools.accumulate(lengths)]
+    return torch.tensor(ends, dtype=torch.int32, device=device), max(lengths)
+
+
+def _no_seed(device: torch.device) -> tuple[Any, Any]:
+    """There is no dropout whose random numbers a backward pass would have to draw once more."""
+    seed = torch.empty(2, dtype=torch.uint64, device=device)
+    return seed, seed[0]
 
 
 def _kernel(q: torch.Tensor) -> str:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from planner.layout import Layout
 
+from .document_attention import document_attention
 from .head_exchange import all_to_all_attention
-from .ring_attention import ring_attention
+from .ring_attention import ring_attention, ring_spans
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -35,8 +36,7 @@ class SequenceShard:
         """
         if self.style != "ring":
             return ((self.rank * tokens, (self.rank + 1) * tokens),)
-        chunk, mirrored = tokens // 2, 2 * self.ranks - 1 - self.rank
-        return ((self.rank * chunk, (self.rank + 1) * chunk), (mirrored * chunk, (mirrored + 1) * chunk))
+        return ring_spans(self.rank, self.ranks, tokens)
 
 
 WHOLE = SequenceShard()
@@ -55,12 +55,17 @@ def inputs_and_targets(samples: torch.Tensor, layout: Layout, cp_rank: int) -> t
     return pick(samples[:, :-1], spans, 1).contiguous(), pick(samples[:, 1:], spans, 1).contiguous()
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    """Attention of the rank's queries to all keys that are not later.
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shard: SequenceShard, starts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of the rank's queries to all keys that are not later, of their document where `starts` are given.
 
-    q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped -> as q, of v's head_dim.
+    q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped; starts [batch, sequence], where
+    the document of each token of the whole sequences begins -> as q, of v's head_dim.
     """
-    if shard.group is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    attention = ring_attention if shard.style == "ring" else all_to_all_attention
-    return attention(q, k, v, shard.group)
+    if shard.group is not None:
+        attention = ring_attention if shard.style == "ring" else all_to_all_attention
+        return attention(q, k, v, shard.group, starts)
+    if starts is not None:
+        return document_attention(q, k, v, starts)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

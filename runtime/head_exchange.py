@@ -11,19 +11,28 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 
+from .document_attention import document_attention
+
 _HEADS, _SEQUENCE = 1, 2  # dims of [batch, heads, sequence, head_dim]
 
 
-def all_to_all_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Causal attention of this rank's queries to all keys of the sequences, of which rank i holds the i-th piece.
+def all_to_all_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup, starts: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Causal attention of this rank's queries to all keys of the sequences, of which rank i holds the i-th piece, or to
+    those of their documents.
 
-    q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped, and v with a head_dim of its own
+    q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped, and v with a head_dim of its own;
+    starts [batch, sequence], where the document of each token begins, if sequences have some
     -> [batch, heads, sequence / cp, head_dim of v]. cp divides all heads. Every rank of the group must call it.
     """
     q = _exchanged(q, _HEADS, _SEQUENCE, group)
     both = _exchanged(torch.cat((k, v), dim=-1), _HEADS, _SEQUENCE, group)
     k, v = both.split([k.shape[-1], v.shape[-1]], dim=-1)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    if starts is not None:
+        mixed = document_attention(q, k, v, starts)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     return _exchanged(mixed, _SEQUENCE, _HEADS, group)
 
 

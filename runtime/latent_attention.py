@@ -55,7 +55,7 @@ class LatentAttention(nn.Module):
         outputs, inputs = model.linear_shapes["wo"]
         self.wo = nn.Linear(inputs, outputs, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         latent = self.latent
         query = self.wq(x) if self.q_norm is None else self.wq_b(self.q_norm(self.wq_a(x)))
         q = query.unflatten(-1, (-1, latent.qk_head_dim)).transpose(1, 2)
@@ -66,7 +66,7 @@ class LatentAttention(nn.Module):
         q_turned, k_turned = self._turned(q_turned), self._turned(k_turned.unsqueeze(1))
         q = torch.cat((q, q_turned), dim=-1)
         k = torch.cat((k, k_turned.expand(-1, k.shape[1], -1, -1)), dim=-1)
-        mixed = causal_attention(q, k, v, self.shard)
+        mixed = causal_attention(q, k, v, self.shard, starts)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def _turned(self, heads: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 Logits are [tokens, rows] in the precision of the head's product; computed with is float32, or float64 for float64.
 `first_row` and `group`: the rows of the vocabulary that this rank holds start there, and who holds the others.
-`tokens`: of the whole step, by which the loss is divided.
+`tokens`: of the whole step, by which the loss is divided; as a tensor those that count, where not all do. The targets
+of the others are `IGNORED`: they have neither loss nor gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch.distributed._functional_collectives as collectives
 
 # Renamed in torch 2.13.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+IGNORED = -1  # no row of the vocabulary, on no rank
+Tokens = int | torch.Tensor
 
 
 def _loss(
@@ -28,7 +31,7 @@ def _loss(
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: int, group: dist.ProcessGroup | None
+    logits: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: Tokens, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ cross-entropy, gradient of the logits in their precision)."""
     dtype = logits.dtype
@@ -37,11 +40,13 @@ def _loss_and_gradient(
     del logits  # the caller keeps none either
     rows, present = _rows(targets, log_probabilities.shape[-1], first_row)
     loss = _cross_entropy(log_probabilities, rows, present)
-    return loss, _of_logits(log_probabilities, rows, present, tokens).to(dtype)
+    return loss, _of_logits(log_probabilities, rows, present, _divisor(targets, tokens, log_probabilities.dtype)).to(
+        dtype
+    )
 
 
 def _gradient(
-    logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: int
+    logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: Tokens
 ) -> torch.Tensor:
     """The gradient of the logits in their precision, where a forward pass has left log Σ exp of each token.
 
@@ -49,7 +54,8 @@ def _gradient(
     """
     dtype = logits.dtype
     logits = logits.to(normaliser.dtype).sub_(normaliser.unsqueeze(-1))
-    return _of_logits(logits, *_rows(targets, logits.shape[-1], first_row), tokens).to(dtype)
+    rows, present = _rows(targets, logits.shape[-1], first_row)
+    return _of_logits(logits, rows, present, _divisor(targets, tokens, logits.dtype)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,16 @@ def _cross_entropy(log_probabilities: torch.Tensor, rows: torch.Tensor, present:
     return -(log_probabilities.gather(-1, rows.unsqueeze(-1)).squeeze(-1) * present).sum()
 
 
-def _of_logits(log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, tokens: int) -> torch.Tensor:
+def _divisor(targets: torch.Tensor, tokens: Tokens, dtype: torch.dtype) -> Tokens:
+    """Of each token: what is ignored is divided by infinity."""
+    if not isinstance(tokens, torch.Tensor):
+        return tokens
+    return torch.where(targets == IGNORED, float("inf"), tokens.to(dtype)).unsqueeze(-1)
+
+
+def _of_logits(
+    log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, tokens: Tokens
+) -> torch.Tensor:
     """d loss / d logits = (probability - [row is the target]) / tokens, computed in place of what is given."""
     probabilities = log_probabilities.exp_()
     if torch.compiler.is_compiling():

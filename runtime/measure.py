@@ -115,7 +115,7 @@ def kernel_kind(name: str) -> str:
     base = name.split(".")[0]
     if base in _PRODUCTS:
         return "gemm"
-    return "attention" if base.startswith("_scaled_dot_product") else "memory"
+    return "attention" if base.startswith(("_scaled_dot_product", "_flash_attention")) else "memory"
 
 
 @dataclass

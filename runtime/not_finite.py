@@ -19,6 +19,7 @@ from .disk import last_checkpoint
 from .failure import RunFailed
 from .local_parameters import local_part
 from .mesh import coordinate_of
+from .packed_rows import Documents
 from .step import StepResult, TrainState
 from .transformer import Chunk
 
@@ -44,6 +45,7 @@ def failure(
     state: TrainState,
     inputs: torch.Tensor,
     targets: torch.Tensor,
+    documents: Documents,
     result: StepResult,
     layout: Layout,
     run_dir: Path,
@@ -55,7 +57,7 @@ def failure(
 
     The same on every rank; every rank must call it, with the last step's samples.
     """
-    own = _finding(state, inputs, targets)
+    own = _finding(state, inputs, targets, documents)
     shares = [math.isfinite(value) for value in result.shares.tolist()]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, (own, shares, _depth(state.chunks)))
@@ -78,7 +80,7 @@ def failure(
     )
 
 
-def _finding(state: TrainState, inputs: torch.Tensor, targets: torch.Tensor) -> Finding | None:
+def _finding(state: TrainState, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents) -> Finding | None:
     """The first layer of this rank that gives something not finite in a forward pass of these samples."""
     spoilt: dict[int, nn.Module] = {}
 
@@ -92,7 +94,7 @@ def _finding(state: TrainState, inputs: torch.Tensor, targets: torch.Tensor) -> 
     with ExitStack() as stack:
         for layer, module in _layers(state.chunks):
             stack.callback(watch(layer, module).remove)
-        state.runner.evaluate(inputs, targets)
+        state.runner.evaluate(inputs, targets, documents)
     if not spoilt:
         return None
     first = min(spoilt)

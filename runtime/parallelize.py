@@ -20,6 +20,7 @@ from planner.plan import Plan, Stage
 
 from .compilation import Compilation, compile_chunk
 from .context_parallel import SequenceShard
+from .document_attention import DOCUMENTS
 from .experts import Experts, Router
 from .hf_weights import load_weights
 from .latent_attention import LatentAttention
@@ -31,15 +32,16 @@ from .ring_attention import RING
 from .tensor_parallel import apply_tensor_parallel
 from .transformer import Attention, Chunk, LearnedPositions, build_chunk
 
-# What selective recomputation keeps: outputs of products and of attention, the ring's as a whole, and of the sums over
-# tp, so that of all these nothing is sent twice. Everything else is computed again, the exchange of heads over cp with
-# it. Attention goes by its name, one a backend.
+# What selective recomputation keeps: outputs of products and of attention, our own kinds as a whole, and of the sums
+# over tp, so that of all these nothing is sent twice. Everything else is computed again, the exchange of heads over cp
+# with it. Attention goes by its name, one a backend.
 _KEPT_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     RING,
+    DOCUMENTS,
 }
 _KEPT_NAMES = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
 

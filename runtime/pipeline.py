@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from planner.plan import Plan
 
 from .clock import Clock
 from .mesh import RankMesh
+from .packed_rows import NO_DOCUMENTS, Documents
 from .transformer import Chunk
 
 # Our names of the schedules -> torch's.
@@ -39,7 +41,7 @@ class StepRunner(Protocol):
 
     clock: Clock
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS) -> torch.Tensor:
         """Forward and backward of this rank's samples [microbatches · micro_batch, sequence / cp].
 
         Gradients end up summed over microbatches, dp and cp. Returns this rank's share of the step's loss in nats, a
@@ -47,7 +49,9 @@ class StepRunner(Protocol):
         """
         ...
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def evaluate(
+        self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS
+    ) -> torch.Tensor:
         """The same loss share, without gradients."""
         ...
 
@@ -72,12 +76,12 @@ class AccumulationRunner:
         self.microbatches = plan.microbatches
         self.zero = plan.layout.zero
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS) -> torch.Tensor:
         start, losses = self.clock.point(), []
-        for index, (ids, wanted) in enumerate(self._microbatches(inputs, targets)):
+        for index, (ids, wanted, of) in enumerate(self._microbatches(inputs, targets, documents)):
             self._set_sync(last=index == self.microbatches - 1)
             forward = self.clock.point()
-            loss = self.chunk(ids, wanted)
+            loss = self.chunk(ids, wanted, **of.named())
             self.clock.add("forward", forward, f"0F{index}")
             backward = self.clock.point()
             loss.backward()
@@ -86,15 +90,22 @@ class AccumulationRunner:
         self.clock.add("schedule", start)
         return _sum(losses, inputs.device)
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def evaluate(
+        self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS
+    ) -> torch.Tensor:
         with evaluating():
-            losses = [self.chunk(ids, wanted) for ids, wanted in self._microbatches(inputs, targets)]
+            losses = [
+                self.chunk(ids, wanted, **of.named())
+                for ids, wanted, of in self._microbatches(inputs, targets, documents)
+            ]
         _reshard([self.chunk])
         self.clock.read()
         return _sum(losses, inputs.device)
 
-    def _microbatches(self, inputs: torch.Tensor, targets: torch.Tensor) -> Any:
-        return zip(inputs.chunk(self.microbatches), targets.chunk(self.microbatches), strict=True)
+    def _microbatches(self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents) -> Any:
+        parts = self.microbatches
+        _tell_count([self.chunk], documents)
+        return zip(inputs.chunk(parts), targets.chunk(parts), documents.chunk(parts), strict=True)
 
     def _set_sync(self, *, last: bool) -> None:
         """When gradients are reduced and gathered parameters freed; the zero levels are defined here.
@@ -200,25 +211,31 @@ class PipelineRunner:
         stage.clock = self.clock
         return stage
 
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def step(self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS) -> torch.Tensor:
         start = self.clock.point()
-        total = self._run(self.schedule.step, inputs, targets)
+        total = self._run(self.schedule.step, inputs, targets, documents)
         self.clock.add("schedule", start)
         return total
 
-    def evaluate(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def evaluate(
+        self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS
+    ) -> torch.Tensor:
         with evaluating():
-            total = self._run(self.schedule.eval, inputs, targets)
+            total = self._run(self.schedule.eval, inputs, targets, documents)
         _reshard(self.chunks)
         self.clock.read()
         return total
 
-    def _run(self, run: Callable[..., Any], inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, run: Callable[..., Any], inputs: torch.Tensor, targets: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
         losses: list[torch.Tensor] = []
+        _tell_count(self.chunks, documents)
         run(
             *((inputs,) if self.first else ()),
             # For the chunk that has the head; torch wants them as `target` too, to call its loss function.
             **({"targets": targets} if self.last else {}),
+            **documents.named(),  # every stage needs them, and none is sent them
             target=targets if self.last else None,
             losses=losses if self.last else None,
             return_outputs=False,
@@ -250,6 +267,13 @@ def _boundaries(plan: Plan, place: int, dtype: torch.dtype) -> tuple[torch.Tenso
     ids = torch.empty((layout.micro_batch, sequence), dtype=torch.int64, device="meta")
     loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
     return (ids if place == 0 else hidden), (loss if place == layout.stages - 1 else hidden)
+
+
+def _tell_count(chunks: Sequence[Chunk], documents: Documents) -> None:
+    """Divide the loss by the tokens of the step that count, where not all do."""
+    for head in (chunk.head for chunk in chunks if chunk.head is not None):
+        if head.way.counted is not documents.tokens:
+            head.way = replace(head.way, counted=documents.tokens)
 
 
 def _sum(losses: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from planner.plan import Stage
 from profiles.model import ModelSpec
 
+from .data.packing import Packing, document_starts
 from .experts import Balance, routers_of, update_selection_bias
 from .parameters import initialise, named_buffers, named_parameters
-from .transformer import build_chunk
+from .transformer import Chunk, build_chunk
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ def run_plain(
     seed: int,
     clip_norm: float | None = None,
     balance: Balance | None = None,
+    packing: Packing | None = None,
 ) -> PlainRun:
     """A step on each of `batches`, token ids [samples, sequence + 1], from the first values that `seed` gives.
 
-    `balance` is of experts, where the model has some.
+    `balance` is of experts, where the model has some. With `packing` each document is run alone.
     """
     chunk = build_chunk(model, Stage.whole(model)).to(dtype).to_empty(device="cpu")
     chunk.tie()
@@ -55,8 +57,7 @@ def run_plain(
     for tokens in batches:
         for router in routers:
             router.balance, router.sequences_per_step = balance or Balance(), len(tokens)
-        logits = chunk(tokens[:, :-1])
-        loss = F.cross_entropy(logits.reshape(-1, model.vocab_size), tokens[:, 1:].reshape(-1))
+        loss = _loss(chunk, tokens) if packing is None else _loss_of_documents(chunk, tokens, packing)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(chunk.parameters(), clip_norm or float("inf"))
         gradients = [p.grad for p in chunk.parameters() if p.grad is not None]
@@ -69,3 +70,27 @@ def run_plain(
     trained = (*named_parameters([chunk]), *named_buffers([chunk]))
     parameters = {name: tensor.detach() for name, tensor in trained}
     return PlainRun(losses, norms, clipped_norms, parameters)
+
+
+def _loss(chunk: Chunk, tokens: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(chunk(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def _loss_of_documents(chunk: Chunk, tokens: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """The mean over all tokens that count, each document a forward pass of its own ([Note: Packed documents]).
+
+    Only of documents whose positions and attention are both reset is a row so many rows.
+    """
+    assert packing.reset_positions
+    assert packing.reset_attention
+    sums, counted = [], 0
+    for row in tokens:
+        ids, targets = row[:-1], row[1:]
+        starts = torch.from_numpy(document_starts(ids[None].numpy(), packing.end))[0]
+        for begin in starts.unique().tolist():
+            own = starts == begin
+            counts = ids[own] != packing.end if packing.mask_loss else torch.ones_like(ids[own], dtype=torch.bool)
+            logits = chunk(ids[None, own])[0]
+            sums.append(F.cross_entropy(logits[counts], targets[own][counts], reduction="sum"))
+            counted += int(counts.sum())
+    return torch.stack(sums).sum() / counted

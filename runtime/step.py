@@ -21,6 +21,7 @@ from .experts import Balance, Router, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
 from .mesh import RankMesh, build_mesh
 from .optimizer import GPT3_ADAM, Adam, build_optimizer, set_learning_rate, update
+from .packed_rows import NO_DOCUMENTS, Documents
 from .parallelize import build_chunks
 from .pipeline import StepRunner, build_runner
 from .transformer import Chunk
@@ -117,6 +118,7 @@ def training_step(
     state: TrainState,
     inputs: torch.Tensor,
     targets: torch.Tensor,
+    documents: Documents = NO_DOCUMENTS,
     *,
     learning_rate: float,
     clip_norm: float | None,
@@ -131,7 +133,7 @@ def training_step(
     ranks know them after the same step and no collective is added.
     """
     with watch or nullcontext():
-        loss_share = state.runner.step(inputs, targets)
+        loss_share = state.runner.step(inputs, targets, documents)
         complete_start = state.runner.clock.point()
         complete_gradients(state.chunks, state.mesh)
         state.runner.clock.add("complete", complete_start)

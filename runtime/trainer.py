@@ -25,7 +25,6 @@ from . import checkpoint, flight_recorder, not_finite
 from .checkpoint_folder import StateText, latest
 from .checkpoint_writer import CheckpointWriter, Written
 from .compilation import choose_compilation
-from .context_parallel import inputs_and_targets
 from .data.data_options import DataOptions
 from .data.kept_order import check_order, keep_order
 from .data.open_tokens import open_tokens
@@ -37,6 +36,7 @@ from .leaving import Leaving
 from .measure import WATCH_EVERY, StepMeter, busiest
 from .metrics import only_finite, peak_memory_bytes
 from .optimizer import GPT3_ADAM, Adam
+from .packed_rows import own_tensors
 from .process_group import process_group, set_timeout
 from .run_folder import LOGS_FOLDER
 from .spike_guard import SpikeGuard
@@ -145,7 +145,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
         guard = SpikeGuard(options.watching.spike_guard)
         writer = stack.enter_context(_writer(plan, options)) if dist.get_rank() == 0 else None
         if writer is not None and not options.resume:
-            keep_order(options.run_dir, tokens.order)
+            keep_order(options.run_dir, tokens.order, tokens.packing)
         checkpoints = CheckpointWriter(
             options.run_dir,
             state.chunks,
@@ -172,7 +172,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 schedule=options.schedule,
             )
             window.before(step, options.steps)
-            samples = _own_tensors(batch, plan, state)
+            samples = own_tensors(batch, tokens.packing, layout, state.mesh.coordinate.cp, device)
             here.note(step, "forward, backward and update")
             result = training_step(
                 state,
@@ -264,7 +264,7 @@ def open_data(plan: Plan, options: TrainOptions) -> TokenSource:
         seed=options.seed,
     )
     if options.resume:
-        check_order(options.run_dir, tokens.order)
+        check_order(options.run_dir, tokens.order, tokens.packing)
     return tokens
 
 
@@ -277,19 +277,14 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _own_tensors(ids: Any, plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets [samples, sequence / cp] of this cp rank, of ids [samples, sequence + 1]."""
-    inputs, targets = inputs_and_targets(torch.from_numpy(ids), plan.layout, state.mesh.coordinate.cp)
-    return inputs.to(state.device), targets.to(state.device)
-
-
 def _validate(plan: Plan, options: TrainOptions, tokens: TokenSource, state: TrainState) -> float:
     """Mean cross-entropy in nats on held-out samples, the same ones each time. Every rank must call it."""
-    samples = plan.job.global_batch
-    rows = own_rows(samples, plan.layout, state.mesh.coordinate.dp)
+    samples, here = plan.job.global_batch, state.mesh.coordinate
+    rows = own_rows(samples, plan.layout, here.dp)
     total = torch.zeros((), dtype=torch.float64, device=state.device)
     for index in range(options.validation_batches):
-        total += state.runner.evaluate(*_own_tensors(tokens.validation_batch(index, samples, rows), plan, state))
+        ids = tokens.validation_batch(index, samples, rows)
+        total += state.runner.evaluate(*own_tensors(ids, tokens.packing, plan.layout, here.cp, state.device))
     return sum_over_ranks(total / options.validation_batches)
 
 

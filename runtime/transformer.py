@@ -29,10 +29,13 @@ class LearnedPositions(LocalParameters):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(model.max_positions, model.hidden_size))
 
-    def forward(self, tokens: int) -> torch.Tensor:
-        """Vectors of the `tokens` positions that the cp rank holds, or of its slice of them."""
+    def forward(self, tokens: int, places: torch.Tensor | None = None) -> torch.Tensor:
+        """Vectors of the `tokens` positions that the cp rank holds, or of its slice of them; of `places`
+        [batch, tokens] where tokens have others."""
         rank, ranks = self.slice_of_shard
         length = tokens // ranks
+        if places is not None:
+            return F.embedding(places[:, rank * length : (rank + 1) * length], self.plain(self.weight))
         positions = pick(self.plain(self.weight), self.shard.spans(tokens), 0)
         return positions[rank * length : (rank + 1) * length]
 
@@ -58,16 +61,17 @@ class TokenTable(LocalParameters):
 
 
 class Embedding(nn.Module):
-    """Token ids [batch, sequence] -> [batch, sequence, hidden_size]."""
+    """Token ids [batch, sequence], and their positions where a document's end resets them
+    -> [batch, sequence, hidden_size]."""
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
         self.tokens = TokenTable(model)
         self.positions = LearnedPositions(model) if model.positions == "learned" else None
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         x = self.tokens(ids)
-        return x if self.positions is None else x + self.positions(ids.shape[1])
+        return x if self.positions is None else x + self.positions(ids.shape[1], positions)
 
 
 class Attention(nn.Module):
@@ -91,7 +95,7 @@ class Attention(nn.Module):
         self.q_norm = Norm(model, model.head_dim, kind="rmsnorm") if model.qk_norm else None
         self.k_norm = Norm(model, model.head_dim, kind="rmsnorm") if model.qk_norm else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         q, k, v = (self._heads(projection(x)) for projection in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -100,7 +104,7 @@ class Attention(nn.Module):
             spans = self.shard.spans(q.shape[2])
             cosine, sine = constant_tables(spans, self.head_dim, self.rope_theta, self.rope_scaling, q.device, dtype)
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        mixed = causal_attention(q, k, v, self.shard)
+        mixed = causal_attention(q, k, v, self.shard, starts)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -156,8 +160,8 @@ class Block(nn.Module):
         routed = model.experts is not None and model.experts.in_layer(index)
         self.mlp = ExpertFeedForward(model) if routed else FeedForward(model)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), starts=starts)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -198,15 +202,22 @@ class Chunk(nn.Module):
         if self.tied and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.tokens.weight
 
-    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Ids [batch, sequence], past the first stage hidden states -> hidden states.
 
         On the last stage: this rank's share of the loss, or without targets the logits. Other stages ignore targets.
+        `positions` and `starts` are of documents that share a sequence (`Documents`).
         """
         if self.embedding is not None:
-            x = self.embedding(x)
+            x = self.embedding(x, positions)
         for block in self.blocks.values():
-            x = block(x)
+            x = block(x, starts=starts)
         if self.norm is not None and self.head is not None:
             x = self.head(self.norm(x), targets)
         return x

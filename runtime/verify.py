@@ -17,11 +17,12 @@ import torch.distributed as dist
 from planner.plan import Plan
 
 from . import loss
-from .context_parallel import inputs_and_targets
+from .data.packing import Packing
 from .data.token_source import own_rows
 from .experts import Balance
 from .launch import start_ranks
 from .local_parameters import local_part
+from .packed_rows import own_tensors
 from .parameters import WEIGHT_STD, cut, named_buffers, named_parameters
 from .plain_loop import PlainRun, run_plain
 from .process_group import process_group
@@ -35,6 +36,9 @@ TOLERANCES = {"fp32": 1e-5, "float64": 1e-9}
 _FINEST = "float64"  # whose parameters are compared
 _LEARNING_RATE = 1e-3
 _BALANCE = Balance(loss_weight=0.1, bias_rate=0.01)  # large enough to be seen beside the loss
+# The balance loss is that of each row, and the plain loop has none where it runs documents alone.
+_OF_DOCUMENTS = Balance(bias_rate=_BALANCE.bias_rate)
+_DOCUMENTS_A_ROW = 3  # in the mean, where documents are packed
 _NAMES = 5  # of parameters that differ, in the verdict
 _PLAIN_FILE = "plain.pt"
 
@@ -99,7 +103,7 @@ def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float) 
             steps=steps,
             learning_rate=_LEARNING_RATE,
             timeout_seconds=timeout_seconds,
-            balance=_BALANCE,
+            balance=_BALANCE if plan.job.document_length is None else _OF_DOCUMENTS,
         )
         plain = {
             precision: run_plain(
@@ -110,6 +114,7 @@ def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float) 
                 weight_decay=options.weight_decay,
                 seed=options.seed,
                 balance=options.balance,
+                packing=_packing(plan),
             )
             for precision, dtype in PRECISIONS.items()
         }
@@ -145,9 +150,9 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
 
 def _step(plan: Plan, options: TrainOptions, state: TrainState, batch: torch.Tensor) -> StepResult:
     here = state.mesh.coordinate
-    own = batch[own_rows(len(batch), plan.layout, here.dp)]
-    inputs, targets = inputs_and_targets(own, plan.layout, here.cp)
-    return training_step(state, inputs, targets, learning_rate=options.learning_rate, clip_norm=None)
+    own = batch[own_rows(len(batch), plan.layout, here.dp)].numpy()
+    samples = own_tensors(own, _packing(plan), plan.layout, here.cp, state.device)
+    return training_step(state, *samples, learning_rate=options.learning_rate, clip_norm=None)
 
 
 def judge(plain: Mapping[str, PlainRun], ranks: Sequence[Found]) -> Verdict:
@@ -222,8 +227,18 @@ def _differences(state: TrainState, plain: Mapping[str, torch.Tensor]) -> dict[s
 def _batches(plan: Plan, steps: int) -> Iterator[torch.Tensor]:
     """A batch a step, random token ids [global_batch, sequence + 1]; the same whatever the layout."""
     size = (plan.job.global_batch, plan.job.sequence + 1)
+    packing = _packing(plan)
     for step in range(steps):
-        yield torch.randint(0, plan.model.vocab_size, size, generator=torch.Generator().manual_seed(1000 + step))
+        generator = torch.Generator().manual_seed(1000 + step)
+        ids = torch.randint(0, plan.model.vocab_size, size, generator=generator)
+        if packing is not None:
+            ids[torch.rand(size, generator=generator) < _DOCUMENTS_A_ROW / size[1]] = packing.end
+        yield ids
+
+
+def _packing(plan: Plan) -> Packing | None:
+    """A plan that is priced for documents is trained with them packed."""
+    return Packing(end=0) if plan.job.document_length is not None else None
 
 
 def _large(difference: float) -> float:

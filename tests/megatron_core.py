@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what an accelerator would have
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+    from megatron.core.datasets.gpt_dataset import (
+        GPTDataset,
+        GPTDatasetConfig,
+        _get_ltor_masks_and_position_ids,  # pyright: ignore[reportPrivateUsage]
+    )
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.utils import get_blend_from_list
 
-__all__ = ["DType", "IndexedDataset", "datasets", "ids", "write"]
+__all__ = ["DType", "IndexedDataset", "datasets", "ids", "masks_and_positions", "write"]
 
 
 class _Tokenizer:
@@ -58,3 +63,9 @@ def ids(dataset: Any, samples: int) -> np.ndarray:
     """[samples, sequence + 1] of the first so many."""
     rows = [dataset[number] for number in range(samples)]
     return np.stack([np.append(row["tokens"].numpy(), row["labels"].numpy()[-1]) for row in rows])
+
+
+def masks_and_positions(row: np.ndarray, end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(what is hidden from each token [1, sequence, sequence], what counts, positions) of inputs [sequence] under
+    --reset-position-ids --reset-attention-mask --eod-mask-loss."""
+    return _get_ltor_masks_and_position_ids(torch.from_numpy(row), end, True, True, True, True)  # pyright: ignore

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import cli
 from planner.megatron_flags import IGNORED, REFUSED, TAKEN, why_refused
 from planner.megatron_order import MegatronOrder, read_command
+from planner.megatron_packing import PackingWishes
 from profiles.catalogue import resolve_model
 from profiles.input_error import InputError
 
@@ -230,6 +232,10 @@ def test_what_means_nothing_here_is_said() -> None:
         (LLAMA + "--num-experts 4 --moe-layer-freq [1]*9**9", "is no pattern of layers"),
         (LLAMA + "--num-experts 4 --moe-layer-freq ([1]*16+[0]*16)", "the pattern of layers cannot be expressed"),
         (GPT + "--qk-layernorm", "queries and keys are normed by RMSNorm here"),
+        (
+            LLAMA.replace("NullTokenizer", "GPT2BPETokenizer") + "--reset-attention-mask --data-path a",
+            "nothing says which token ends a document; where: --reset-attention-mask",
+        ),
         (LLAMA + "--save a --load b", "a run goes on in its own folder"),
         (LLAMA + "--train-iters 10", "--lr is missing"),
         (LLAMA + "--lr 1e-4 --min-lr 1e-3 --train-iters 10", "the least learning rate is above the peak"),
@@ -237,6 +243,28 @@ def test_what_means_nothing_here_is_said() -> None:
 )
 def test_a_wrong_command_is_told_in_words(flags: str, expected: str) -> None:
     assert expected in said(flags)
+
+
+def test_ends_of_documents_change_what_the_flags_say() -> None:
+    assert read(LLAMA).run.packing == PackingWishes()
+    all_three = "--reset-position-ids --reset-attention-mask --eod-mask-loss "
+    text = read(LLAMA + all_three)
+    assert text.run.packing == PackingWishes(reset_positions=True, reset_attention=True, mask_loss=True)
+    assert any("--calculate-per-token-loss" in remark for remark in text.remarks)
+    assert read(LLAMA + all_three + "--data-path a").run.packing.eod == "128255"  # NullTokenizer's own id
+    tokenizer = LLAMA.replace("NullTokenizer", "HFTokenizer --tokenizer-model folder")
+    assert read(tokenizer + "--reset-attention-mask --data-path a").run.packing == PackingWishes(reset_attention=True)
+    # RoPE looks no position up, learned positions do.
+    alone = read(LLAMA + "--reset-position-ids")
+    assert alone.run.packing == PackingWishes()
+    assert any(remark.startswith("--reset-position-ids ignored") for remark in alone.remarks)
+    assert read(GPT + "--reset-position-ids").run.packing == PackingWishes(reset_positions=True)
+
+
+def test_the_end_of_gpt2s_documents_is_in_its_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a": 0, "<|endoftext|>": 7}')
+    flags = GPT + f"--tokenizer-type GPT2BPETokenizer --vocab-file {tmp_path}/vocab.json --data-path a --eod-mask-loss"
+    assert read(flags).run.packing == PackingWishes(mask_loss=True, eod="7")
 
 
 # ---- the verb --------------------------------------------------------------------------------------------------
@@ -258,6 +286,12 @@ def test_a_command_is_planned_as_its_flags_say(
     assert code == 0
     assert "tp4·sp dp2 zero1" in printed.out
     assert "taken from the flags: tp=4, pp=1, sequence_parallel=true, zero=1" in " ".join(printed.err.split())
+    assert "within documents" not in printed.out
+    assert run(["--cluster", "dgx-h100:1", "--plan-only", *words, "--reset-attention-mask"], monkeypatch) == 0
+    assert "attention stays within documents, all of" in capsys.readouterr().out
+    absent = ["--reset-attention-mask", "--data-path", "/no/such/data"]
+    assert run(["--cluster", "dgx-h100:1", "--plan-only", *words, *absent], monkeypatch) == 0
+    assert "attention is priced in full, as if no document ended" in " ".join(capsys.readouterr().err.split())
 
 
 def test_wrong_flags_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,12 @@ import numpy as np
 
 from profiles.input_error import InputError
 
+from .packing import Packing
+
 VOCABULARY = 256  # every byte is a token
 HELD_OUT_FRACTION = 0.05
-_DOCUMENT_END = b"\0"  # does not occur in text
+DOCUMENT_END = 0  # does not occur in text
+_DOCUMENT_END = bytes([DOCUMENT_END])
 _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "__pycache__"}
 _TRAIN, _VALIDATION = 0, 1  # streams of random numbers that never meet
 _BIGRAM_SMOOTHING = 0.1  # added to each count; of 1, 0.1 and 0.01 the best on the default corpus
@@ -26,6 +29,7 @@ class ByteText:
     corpus: Corpus
     sequence: int
     seed: int
+    packing: Packing | None = None
 
     unit = "byte"
     vocabulary = VOCABULARY

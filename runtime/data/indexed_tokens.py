@@ -12,6 +12,7 @@ from profiles.input_error import InputError
 
 from .blend import Blend, blend_sizes
 from .indexed_dataset import IndexedDataset, open_indexed, tokens_path
+from .packing import Packing
 from .split import SPLITS, parse_split, split_bounds
 from .split_samples import BlendedSamples, DatasetSamples, Samples, blended_samples, dataset_samples
 
@@ -29,6 +30,7 @@ class IndexedTokens:
     training: DatasetSamples | BlendedSamples
     validation: DatasetSamples | BlendedSamples | None
     order: str
+    packing: Packing | None = None
 
     unit = "token"
 
@@ -68,6 +70,7 @@ def open_indexed_tokens(
     validation_samples: int,
     sequence: int,
     seed: int,
+    packing: Packing | None = None,
 ) -> IndexedTokens:
     """The datasets of a blend, split, with at least so many samples in each part; indices are built or found kept.
 
@@ -76,6 +79,8 @@ def open_indexed_tokens(
     datasets = [open_indexed(prefix) for prefix in blend.prefixes]
     for dataset in datasets:
         _check_ids(dataset, vocabulary)
+        if packing is not None:
+            _check_ends(dataset, packing.end)
     shares = parse_split(split)
     wanted = {_TRAINING: training_samples, _VALIDATION: validation_samples}
     found = {
@@ -99,6 +104,7 @@ def open_indexed_tokens(
         training=training,
         validation=found[_VALIDATION],
         order=_order(training, blend, split, sequence, seed),
+        packing=packing,
     )
 
 
@@ -157,6 +163,25 @@ def _check_ids(dataset: IndexedDataset, vocabulary: int) -> None:
             raise unknown_token(int(wrong), vocabulary, f"{tokens_path(dataset.prefix)}: document {sequence}")
         if looked_at > _LOOKED_AT:
             return
+
+
+def _check_ends(dataset: IndexedDataset, end: int) -> None:
+    """That documents end with the token that is said to end them: of the first ones, one is enough."""
+    looked_at = 0
+    for sequence in range(len(dataset)):
+        ids = dataset.tokens(sequence)
+        looked_at += len(ids)
+        if end in ids:
+            return
+        if looked_at > _LOOKED_AT:
+            break
+    raise InputError(
+        "the data does not say where documents end",
+        where=str(tokens_path(dataset.prefix)),
+        expected=f"id {end}, the end of a document, among the tokens",
+        got=f"none among the first {looked_at:,}",
+        hint="prepare it with --append-eod; or name the token that ends its documents with --eod",
+    )
 
 
 def _name(blend: Blend) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from planner.plan import Plan
 from profiles.input_error import InputError
 
 from .blend import parse_blend
-from .byte_text import VOCABULARY, ByteText, load_corpus
+from .byte_text import DOCUMENT_END, VOCABULARY, ByteText, load_corpus
 from .data_options import DEFAULT_SPLIT, DataOptions
-from .indexed_dataset import index_path, tokens_path
+from .indexed_dataset import index_path, open_indexed, tokens_path
 from .indexed_tokens import open_indexed_tokens
+from .packing import packing_of
 from .token_source import TokenSource
 from .tokenizer import BYTES, load_tokenizer
 
@@ -25,7 +28,7 @@ def open_tokens(options: DataOptions, plan: Plan, *, steps: int, validation_batc
     vocabulary, job = plan.model.vocab_size, plan.job
     if options.tokenizer is not None:
         _check_tokenizer(options.tokenizer, plan)
-    if len(entries) < 2 and not (entries and _is_indexed(entries[0])):
+    if _are_text(entries):
         _check_text_options(options)
         if vocabulary < VOCABULARY:
             raise InputError(
@@ -35,7 +38,8 @@ def open_tokens(options: DataOptions, plan: Plan, *, steps: int, validation_batc
                 got=str(vocabulary),
             )
         corpus = load_corpus(Path(entries[0]) if entries else None, job.sequence)
-        return ByteText(corpus=corpus, sequence=job.sequence, seed=seed)
+        packing = packing_of(options, plan.model.positions, DOCUMENT_END)
+        return ByteText(corpus=corpus, sequence=job.sequence, seed=seed, packing=packing)
     return open_indexed_tokens(
         parse_blend([_prefix(entry) for entry in entries]),
         options.split or DEFAULT_SPLIT,
@@ -45,7 +49,31 @@ def open_tokens(options: DataOptions, plan: Plan, *, steps: int, validation_batc
         validation_samples=validation_batches * job.global_batch,
         sequence=job.sequence,
         seed=seed,
+        packing=packing_of(options, plan.model.positions, None),
     )
+
+
+def document_lengths(paths: tuple[str, ...], sequence: int) -> list[tuple[float, np.ndarray]]:
+    """(share of all tokens in any unit, tokens of each document) of each dataset at `paths`, as DataOptions has them.
+
+    Raises InputError where they cannot be read, or are text shorter than a sequence.
+    """
+    entries = _entries(paths)
+    if _are_text(entries):
+        text = load_corpus(Path(entries[0]) if entries else None, sequence).train
+        return [(1.0, np.diff(np.flatnonzero(text == DOCUMENT_END), prepend=-1))]
+    blend = parse_blend([_prefix(entry) for entry in entries])
+    found: list[tuple[float, np.ndarray]] = []
+    for place, prefix in enumerate(blend.prefixes):
+        dataset = open_indexed(prefix)
+        ends = np.concatenate([[0], np.cumsum(dataset.lengths, dtype=np.int64)])
+        share = float(dataset.total_tokens) if blend.weights is None else blend.weights[place]
+        found.append((share, np.diff(ends[dataset.documents])))
+    return found
+
+
+def _are_text(entries: list[str]) -> bool:
+    return len(entries) < 2 and not (entries and _is_indexed(entries[0]))
 
 
 def _entries(paths: tuple[str, ...]) -> list[str]:
@@ -75,8 +103,10 @@ def _check_tokenizer(name: str, plan: Plan) -> None:
 
 
 def _check_text_options(options: DataOptions) -> None:
-    where, given = ("--split", options.split) if options.split is not None else ("--tokenizer", options.tokenizer)
-    if given is None or (where == "--tokenizer" and given == BYTES):
+    tokenizer = None if options.tokenizer == BYTES else options.tokenizer
+    flags = {"--split": options.split, "--tokenizer": tokenizer, "--eod": options.eod}
+    where = next((flag for flag, value in flags.items() if value is not None), None)
+    if where is None:
         return
     raise InputError(
         f"{where} goes with indexed datasets, and text is read as bytes",

@@ -8,6 +8,8 @@ import numpy as np
 
 from planner.layout import Layout
 
+from .packing import Packing
+
 
 class TokenSource(Protocol):
     """Token ids of every step, a pure function of step and row: the same under every layout and after every resume.
@@ -18,6 +20,7 @@ class TokenSource(Protocol):
         vocabulary: every id is below it.
         has_validation: whether there are samples that training never sees.
         order: names the order of the samples; another one under the same run would train on other tokens.
+        packing: what the ends of documents change; None: nothing.
     """
 
     @property
@@ -30,6 +33,8 @@ class TokenSource(Protocol):
     def has_validation(self) -> bool: ...
     @property
     def order(self) -> str: ...
+    @property
+    def packing(self) -> Packing | None: ...
 
     def batch(self, step: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:
         """[samples, sequence + 1] ids, int64, of a step (from 1 on) of so many samples; or only `rows` of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,14 +11,17 @@ import torch.distributed as dist
 from planner.plan import Plan
 from runtime import plain_loop
 from runtime.compilation import Compilation
+from runtime.data.packing import Packing
 from runtime.experts import Balance
 from runtime.gradients import square_sum
+from runtime.packed_rows import own_tensors
 from runtime.step import build_state, training_step
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 SEED = 7
 BALANCE = Balance(loss_weight=0.1, bias_rate=0.01)
+OF_DOCUMENTS = Balance(bias_rate=0.01)  # the balance loss is of rows, and documents that run alone have none
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,15 @@ def tokens_of(plan: Plan, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + step)
     size = (plan.job.global_batch, plan.job.sequence + 1)
     return torch.randint(0, plan.model.vocab_size, size, generator=generator)
+
+
+def packed_tokens_of(plan: Plan, step: int, end: int) -> torch.Tensor:
+    """The same with ends of documents: a few in most rows, in the first ones where they are easily wrong."""
+    tokens = tokens_of(plan, step)
+    tokens[torch.rand(tokens.shape, generator=torch.Generator().manual_seed(step)) < 3 / tokens.shape[1]] = end
+    tokens[0] = tokens[0].masked_fill(tokens[0] == end, end + 1)  # one document
+    tokens[1, [0, 5, 6, -2]] = end  # at once, twice in a row, and with the row's last input
+    return tokens
 
 
 def own_samples(plan: Plan, tokens: torch.Tensor, dp_rank: int) -> torch.Tensor:
@@ -62,6 +75,7 @@ def run_plan(
     dtype: torch.dtype,
     clip_norm: float | None = None,
     compilation: Compilation | None = None,
+    packing: Packing | None = None,
 ) -> Trajectory:
     """Train through the runtime; on every rank of an initialised process group. All ranks return the same."""
     state = build_state(
@@ -70,7 +84,7 @@ def run_plan(
         dtype=dtype,
         seed=SEED,
         weight_decay=WEIGHT_DECAY,
-        balance=BALANCE,
+        balance=BALANCE if packing is None else OF_DOCUMENTS,
         compilation=compilation,
     )
     losses, norms, clipped_norms = [], [], []
@@ -84,28 +98,40 @@ def run_plan(
         state.optimizer.register_step_pre_hook(read_clipped_norm)
     for step in range(steps):
         here = state.mesh.coordinate
-        inputs, targets = own_tokens(plan, tokens_of(plan, step), here.dp, here.cp)
-        result = training_step(state, inputs, targets, learning_rate=LEARNING_RATE, clip_norm=clip_norm)
+        if packing is None:
+            samples: tuple[Any, ...] = own_tokens(plan, tokens_of(plan, step), here.dp, here.cp)
+        else:
+            own = own_samples(plan, packed_tokens_of(plan, step, packing.end), here.dp)
+            samples = own_tensors(own.numpy(), packing, plan.layout, here.cp, state.device)
+        result = training_step(state, *samples, learning_rate=LEARNING_RATE, clip_norm=clip_norm)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return Trajectory(losses, norms, clipped_norms)
 
 
-def run_plan_in(plan: Plan, steps: dict[torch.dtype, int]) -> dict[torch.dtype, Trajectory]:
+def run_plan_in(
+    plan: Plan, steps: dict[torch.dtype, int], packing: Packing | None = None
+) -> dict[torch.dtype, Trajectory]:
     """`run_plan` in each dtype for so many steps."""
-    return {dtype: run_plan(plan, count, dtype) for dtype, count in steps.items()}
+    return {dtype: run_plan(plan, count, dtype, packing=packing) for dtype, count in steps.items()}
 
 
-def run_plain(plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None = None) -> Trajectory:
-    """The same steps in one process, with nothing of ours but the modules."""
+def run_plain(
+    plan: Plan, steps: int, dtype: torch.dtype, clip_norm: float | None = None, packing: Packing | None = None
+) -> Trajectory:
+    """The same steps in one process, with nothing of ours but the modules; with `packing` each document alone."""
+    tokens = (
+        tokens_of(plan, step) if packing is None else packed_tokens_of(plan, step, packing.end) for step in range(steps)
+    )
     found = plain_loop.run_plain(
         plan.model,
-        (tokens_of(plan, step) for step in range(steps)),
+        tokens,
         dtype=dtype,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
         seed=SEED,
         clip_norm=clip_norm,
-        balance=BALANCE,
+        balance=BALANCE if packing is None else OF_DOCUMENTS,
+        packing=packing,
     )
     return Trajectory(found.losses, found.norms, found.clipped_norms)

@@ -16,6 +16,7 @@ from planner.plan import Plan
 from runtime import not_finite
 from runtime.checkpoint_folder import complete_steps
 from runtime.metrics import only_finite
+from runtime.packed_rows import NO_DOCUMENTS
 from runtime.parameters import parameters_of
 from runtime.step import build_state, training_step
 from runtime.trainer import TrainOptions
@@ -116,7 +117,9 @@ def spoil(plan: Plan, rank: int, where: str) -> tuple[int, int, str]:
     if where == "forward":
         for hook in spoilt:
             hook.remove()
-    error = not_finite.failure(state, inputs, targets, result, plan.layout, Path("none"), step=9, in_a_row=2)
+    error = not_finite.failure(
+        state, inputs, targets, NO_DOCUMENTS, result, plan.layout, Path("none"), step=9, in_a_row=2
+    )
     return error.rank, error.stage, error.how
 
 

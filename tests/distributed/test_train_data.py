@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from planner.plan import Plan
 from profiles.input_error import InputError
 from runtime.data.data_options import DataOptions
 from runtime.data.indexed_dataset import IndexedWriter
+from runtime.data.packing import Packing
 from runtime.launch import train
-from runtime.trainer import TrainOptions
+from runtime.learning_rate import RateSchedule
+from runtime.plain_loop import run_plain
+from runtime.trainer import TrainOptions, open_data
 from tests.distributed.faults import small_plan
 
 STEPS = 4
@@ -60,3 +64,40 @@ def test_losses_depend_neither_on_the_layout_nor_on_a_resume(data: DataOptions, 
     assert record["token_unit"] == "token"
     assert record["bigram_loss"] is None
     assert record["data"].startswith("0.3 ")
+
+
+def test_documents_of_a_run_are_packed_in_training_and_validation(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} " * (1 + number % 5))
+    data = DataOptions(paths=(str(tmp_path / "text"),), reset_attention=True, reset_positions=True, mask_loss=True)
+    plan, rate = small_plan(pp=2), 1e-3
+    options = TrainOptions(
+        run_dir=tmp_path / "run",
+        steps=2,
+        data=data,
+        validation_batches=1,
+        learning_rate=rate,
+        min_learning_rate=rate,
+        warmup_steps=0,
+        schedule=RateSchedule(shape="constant"),
+        clip_norm=None,
+    )
+    found = losses(plan, options)
+    tokens, samples = open_data(plan, options), plan.job.global_batch
+    packing = Packing(end=0, mask_loss=True)
+    assert tokens.packing == packing
+    batches = [tokens.batch(1, samples), tokens.batch(2, samples), tokens.validation_batch(0, samples)]
+    assert all((batch[:, :-1] == 0).any() for batch in batches)
+    expected = run_plain(
+        plan.model,
+        map(torch.from_numpy, batches),
+        dtype=torch.float32,
+        learning_rate=rate,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        packing=packing,
+    )
+    assert found == pytest.approx(np.array([expected.losses[:2], expected.norms[:2]]).T, rel=1e-5)
+    record = yaml.safe_load((options.run_dir / "record.yaml").read_text())
+    assert record["validation_loss"] == pytest.approx(expected.losses[2], rel=1e-5)

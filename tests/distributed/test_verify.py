@@ -21,15 +21,17 @@ from runtime.plain_loop import PlainRun
 from runtime.verify import TOLERANCES, Verdict, judge, verify
 from tests.command_line import run as run_command
 from tests.distributed import faults
-from tests.plans import make_plan, tiny_gpt2, tiny_llama, tiny_shared_experts
+from tests.plans import make_plan, tiny_gpt2, tiny_latent, tiny_llama, tiny_shared_experts
 from tests.thinned import every
 
 GPT2 = tiny_gpt2(layers=12, vocab_size=509, max_positions=2048)
 LLAMA = tiny_llama(layers=12, vocab_size=512)
 
 
-def big(model: Any, batch: int = 64, recompute: Any = None, selective: Any = None, **layout: Any) -> Plan:
-    job = TrainingJob(global_batch=batch, sequence=2048, precision="bf16")
+def big(
+    model: Any, batch: int = 64, recompute: Any = None, selective: Any = None, documents: Any = None, **layout: Any
+) -> Plan:
+    job = TrainingJob(global_batch=batch, sequence=2048, precision="bf16", document_length=documents)
     return make_plan(model, Layout(**layout), job, recompute=recompute, selective=selective)
 
 
@@ -42,6 +44,7 @@ PLANS = {
     "experts": big(tiny_shared_experts(layers=6), dp=2, dp_shard=2, zero=1, ep=2),
     "zbv, zero 1": big(GPT2, pp=2, schedule="zbv", virtual_stages=2, dp=2, dp_shard=2, zero=1),
     "cp, zero 3": big(GPT2, cp=2, cp_style="ring", zero=3, recompute=[6]),
+    "packed documents": big(tiny_latent(layers=6), documents=300.0, pp=2, micro_batch=2),
 }
 
 
