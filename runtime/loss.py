@@ -31,7 +31,8 @@ class LossWay:
     `tokens_per_step`: tokens of the whole step, by which the sum of cross-entropies is divided, so that the shares of
     microbatches, dp ranks and tp ranks add up to the mean and gradients are summed, never averaged. `first_row`,
     `group`: the rows of the vocabulary that this rank holds start there, and the group of those that hold the others.
-    `backward_twice`: the schedule runs a backward in two halves, each of which asks for all gradients.
+    `backward_twice`: the schedule runs a backward in two halves, each of which asks for all gradients. `scale`, a
+    scalar on the device, multiplies the gradients and not the loss ([Note: Loss scale]).
     """
 
     tokens_per_step: int = 1
@@ -39,7 +40,13 @@ class LossWay:
     group: dist.ProcessGroup | None = None
     logits_again: bool = False
     backward_twice: bool = False
+    scale: torch.Tensor | None = None
     kernels: LossKernels = EAGER
+
+    @property
+    def divisor(self) -> int | torch.Tensor:
+        """What sums over tokens are divided by, to have the scaled gradients of the step's loss."""
+        return self.tokens_per_step if self.scale is None else self.tokens_per_step / self.scale
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay) -> torch.Tensor:
@@ -64,7 +71,7 @@ class _HeadLoss(torch.autograd.Function):
         for piece in _pieces(len(hidden)):
             if gradients is not None:
                 loss, of_logits = way.kernels.loss_and_gradient(
-                    hidden[piece] @ weight.T, targets[piece], way.first_row, way.tokens_per_step, way.group
+                    hidden[piece] @ weight.T, targets[piece], way.first_row, way.divisor, way.group
                 )
                 gradients.add(piece, of_logits)
                 del of_logits  # before the next piece's
@@ -88,7 +95,7 @@ class _HeadLoss(torch.autograd.Function):
             gradients = _Gradients(hidden, weight, way)
             for piece in _pieces(len(hidden)):
                 of_logits = way.kernels.gradient(
-                    hidden[piece] @ weight.T, normalisers[piece], targets[piece], way.first_row, way.tokens_per_step
+                    hidden[piece] @ weight.T, normalisers[piece], targets[piece], way.first_row, way.divisor
                 )
                 gradients.add(piece, of_logits)
                 del of_logits  # before the next piece's

@@ -2,7 +2,7 @@
 
 Logits are [tokens, rows] in the precision of the head's product; computed with is float32, or float64 for float64.
 `first_row` and `group`: the rows of the vocabulary that this rank holds start there, and who holds the others.
-`tokens`: of the whole step, by which the loss is divided.
+`divisor`: of gradients, the tokens of the whole step; under a loss scale so many times fewer, as a scalar tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def _loss(
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: int, group: dist.ProcessGroup | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    first_row: int,
+    divisor: int | torch.Tensor,
+    group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ cross-entropy, gradient of the logits in their precision)."""
     dtype = logits.dtype
@@ -34,11 +38,11 @@ def _loss_and_gradient(
     del logits  # the caller keeps none either
     rows, present = _rows(targets, log_probabilities.shape[-1], first_row)
     loss = _cross_entropy(log_probabilities, rows, present)
-    return loss, _of_logits(log_probabilities, rows, present, tokens).to(dtype)
+    return loss, _of_logits(log_probabilities, rows, present, divisor).to(dtype)
 
 
 def _gradient(
-    logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: int
+    logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, first_row: int, divisor: int | torch.Tensor
 ) -> torch.Tensor:
     """The gradient of the logits in their precision, where a forward pass has left log Σ exp of each token.
 
@@ -46,7 +50,7 @@ def _gradient(
     """
     dtype = logits.dtype
     logits = logits.to(normaliser.dtype).sub_(normaliser.unsqueeze(-1))
-    return _of_logits(logits, *_rows(targets, logits.shape[-1], first_row), tokens).to(dtype)
+    return _of_logits(logits, *_rows(targets, logits.shape[-1], first_row), divisor).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,19 @@ def _cross_entropy(log_probabilities: torch.Tensor, rows: torch.Tensor, present:
     return -(log_probabilities.gather(-1, rows.unsqueeze(-1)).squeeze(-1) * present).sum()
 
 
-def _of_logits(log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, tokens: int) -> torch.Tensor:
-    """d loss / d logits = (probability - [row is the target]) / tokens, computed in place of what is given."""
+def _of_logits(
+    log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, divisor: int | torch.Tensor
+) -> torch.Tensor:
+    """d loss / d logits = (probability - [row is the target]) / divisor, computed in place of what is given."""
     probabilities = log_probabilities.exp_()
     if torch.compiler.is_compiling():
         # Element by element, which fuses with the rest; a scatter would be a kernel of its own.
         columns = torch.arange(probabilities.shape[-1], device=rows.device)
         return (
             probabilities - ((columns == rows.unsqueeze(-1)) & present.unsqueeze(-1)).to(probabilities.dtype)
-        ) / tokens
+        ) / divisor
     probabilities.scatter_add_(-1, rows.unsqueeze(-1), -present.to(probabilities.dtype).unsqueeze(-1))
-    return probabilities.div_(tokens)
+    return probabilities.div_(divisor)
 
 
 def _log_probabilities(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -26,6 +26,7 @@ from .latent_attention import LatentAttention
 from .local_parameters import local_part
 from .loss import LossWay
 from .mesh import RankMesh
+from .mixed_precision import HALVES, fsdp_policy
 from .parameters import clear_buffers, initialise
 from .ring_attention import RING
 from .tensor_parallel import apply_tensor_parallel
@@ -100,7 +101,7 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     apply_recompute(chunk, stage)
     if compilation is not None:
         compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
-    if layout.dp * layout.cp > 1 or plan.job.precision == "bf16" or (mesh.expert_mesh is not None and layout.edp > 1):
+    if layout.dp * layout.cp > 1 or plan.job.precision in HALVES or (mesh.expert_mesh is not None and layout.edp > 1):
         apply_data_parallel(chunk, mesh, zero=layout.zero, precision=plan.job.precision)
 
 
@@ -171,9 +172,7 @@ def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, precision: s
     so that a tied pair is one parameter of one group. Under zero 3 the root keeps its parameters from forward
     to backward, since nothing runs between the two.
     """
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = fsdp_policy(precision)
     experts = [module for module in chunk.modules() if isinstance(module, Experts)]
     for module in (*experts, *chunk.blocks.values(), chunk):
         axis = mesh.axis("edp" if isinstance(module, Experts) else "dp")
