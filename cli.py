@@ -10,7 +10,7 @@ import typer
 
 from cli_checks import run_dry, validate, verify
 from cli_data import Data, DataCache, Split, Tokenizer, ValidationEvery, data_app, data_options
-from cli_ending import exit_code_of, say_interrupted
+from cli_ending import exit_code_of
 from cli_export import export
 from cli_life import (
     AsyncCheckpoint,
@@ -42,6 +42,16 @@ from cli_parts import (
     print_json,
     print_report,
 )
+from cli_precision import (
+    Hysteresis,
+    InitialLossScale,
+    LossScale,
+    LossScaleWindow,
+    MinLossScale,
+    loss_scaling,
+    refuse_without_fp16,
+)
+from cli_profile import profile
 from cli_training import (
     Betas,
     Cooldown,
@@ -189,59 +199,6 @@ def explain(
 
 
 @app.command(
-    epilog="Examples: cli.py profile --quick | cli.py profile --nproc 4 -o hardware.yaml | torchrun --nnodes 2 "
-    "--nproc-per-node 8 … cli.py profile -o hardware.yaml | cli.py profile --show a.yaml --against b.yaml | "
-    "cli.py profile --calibrate runs/20261121-101500 | cli.py profile --list"
-)
-def profile(
-    nproc: Annotated[int | None, typer.Option("--nproc", min=1, help="Ranks; default all GPUs, else cores.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write here instead of as `local`.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="At most 30 s: what no plan can do without.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Everything, up to an hour (default: 5 minutes).")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Measure what an earlier profile lacks.")] = False,
-    nccl_tests: Annotated[
-        list[Path] | None, typer.Option("--nccl-tests", help="Take collectives from nccl-tests output; repeatable.")
-    ] = None,
-    calibrate: Annotated[
-        list[Path] | None, typer.Option("--calibrate", help="Correct the profile by this run's record; repeatable.")
-    ] = None,
-    show: Annotated[
-        str | None, typer.Option("--show", help="Tables and plots of this profile; measures nothing.")
-    ] = None,
-    against: Annotated[str | None, typer.Option("--against", help="With --show: what differs from this one.")] = None,
-    list_all: Annotated[bool, typer.Option("--list", help="Models, clusters and hardware in the catalogue.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure this machine, or look at what was measured: what `--cluster local` plans with."""
-    from planner.profiling import ProfileOrder, carry_out
-
-    order = ProfileOrder(
-        command=command_line(),
-        nproc=nproc,
-        output=output,
-        quick=quick,
-        full=full,
-        resume=resume,
-        nccl_tests=tuple(nccl_tests or ()),
-        calibrate=tuple(calibrate or ()),
-        show=show,
-        against=against,
-        list_all=list_all,
-    )
-    try:
-        answer = carry_out(order)
-    except KeyboardInterrupt as error:  # click would drop what it says
-        say_interrupted(error)
-        raise typer.Exit(130) from None
-    if answer is None:  # a rank of torchrun's that is not the first
-        return
-    if as_json:
-        print_json(answer.document)
-    else:
-        print_report(answer.report)
-
-
-@app.command(
     epilog="Examples: cli.py train (this machine, a small model) | cli.py train plan.yaml --steps 1000 | "
     "cli.py train plan.yaml --dry-run (the memory of one rank, for a plan of any size)"
 )
@@ -273,6 +230,11 @@ def train(
     weight_decay: WeightDecay = 0.1,
     betas: Betas = "0.9,0.95",
     spike_guard: SpikeGuard = None,
+    loss_scale: LossScale = None,
+    initial_loss_scale: InitialLossScale = 2.0**32,
+    min_loss_scale: MinLossScale = 1.0,
+    loss_scale_window: LossScaleWindow = 1000,
+    hysteresis: Hysteresis = 2,
     log_every: LogEvery = 1,
     wandb: Wandb = None,
     mlflow: Mlflow = None,
@@ -329,6 +291,7 @@ def train(
         print_report(found.report())
     chosen = found.plan if isinstance(found, PlanAnswer) else found
     assert chosen is not None
+    refuse_without_fp16(context, chosen.job.precision)
     folder = run_dir or default_run_dir()
     hardware = load_hardware(resolve_hardware_path(chosen.cluster.hardware))
     options = TrainOptions(
@@ -354,6 +317,7 @@ def train(
         compile=compiled,
         balance=Balance(balance_loss, bias_rate),
         weights=weights,
+        scaling=loss_scaling(loss_scale, initial_loss_scale, min_loss_scale, loss_scale_window, hysteresis),
         **training_options(
             lr_schedule, cooldown, weight_decay, betas, spike_guard, log_every, wandb, mlflow, profile_steps
         ),
@@ -365,6 +329,11 @@ app.command(
     epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
 )(verify)
 app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")(validate)
+app.command(
+    epilog="Examples: cli.py profile --quick | cli.py profile --nproc 4 -o hardware.yaml | torchrun --nnodes 2 "
+    "--nproc-per-node 8 … cli.py profile -o hardware.yaml | cli.py profile --show a.yaml --against b.yaml | "
+    "cli.py profile --calibrate runs/20261121-101500 | cli.py profile --list"
+)(profile)
 app.command(epilog="Example: cli.py export runs/mine --to hf --out my-model --dtype bf16")(export)
 app.command(
     epilog="Examples: cli.py replan runs/mine --devices 16 | cli.py replan runs/mine --lost-nodes 1; then "

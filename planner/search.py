@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from itertools import count
 
+from profiles.catalogue import LOCAL
 from profiles.model import ModelSpec
 
 from .bounds import fits, lower_bound
@@ -163,9 +164,11 @@ def check_supported(question: Question) -> None:
         )
     if not question.hardware.supports(job.precision):
         known = [dtype for dtype in capabilities.precisions if question.hardware.supports(dtype)]
+        lines = (f"it has figures for {', '.join(known)}: --precision {known[0]}" if known else "profile it first",)
+        if question.cluster.hardware == LOCAL:
+            lines += (f"or measure the others: cli.py profile --resume --precision {job.precision}",)
         raise UnsupportedError(
-            f"the hardware profile {question.hardware.name} has no figures for {job.precision}",
-            (f"it has figures for {', '.join(known)}: --precision {known[0]}" if known else "profile it first",),
+            f"the hardware profile {question.hardware.name} has no figures for {job.precision}", lines
         )
 
 

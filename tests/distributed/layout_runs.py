@@ -12,6 +12,7 @@ from runtime import plain_loop
 from runtime.compilation import Compilation
 from runtime.experts import Balance
 from runtime.gradients import square_sum
+from runtime.loss_scale import LossScaling
 from runtime.step import build_state, training_step
 
 LEARNING_RATE = 1e-3
@@ -62,6 +63,7 @@ def run_plan(
     dtype: torch.dtype,
     clip_norm: float | None = None,
     compilation: Compilation | None = None,
+    scaling: LossScaling | None = None,
 ) -> Trajectory:
     """Train through the runtime; on every rank of an initialised process group. All ranks return the same."""
     state = build_state(
@@ -72,6 +74,7 @@ def run_plan(
         weight_decay=WEIGHT_DECAY,
         balance=BALANCE,
         compilation=compilation,
+        scaling=scaling,
     )
     losses, norms, clipped_norms = [], [], []
 
