@@ -183,7 +183,9 @@ def parts_of(plan_and_rank: tuple[Plan, int], **options: Any) -> dict[str, int]:
 def compare(case: MemoryCase) -> Compared:
     """Predict and run a case in this process, which must run no other."""
     plan = plan_of(case)
-    costs = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job).price(case.layout)
+    costs = CostModel(
+        case.model, plan.cluster, small_hardware(backend="gloo", halves=("bf16", "fp16")), plan.job
+    ).price(case.layout)
     counts = [(Blocks(stage.recompute_none, stage.recompute_selective, stage.recompute_full),) for stage in plan.stages]
     items = costs.rank_memory(case.pipeline_rank, counts).items()
     predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
