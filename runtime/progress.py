@@ -104,5 +104,5 @@ def _why_skipped(record: dict[str, Any]) -> str:
     if record["loss"] is None or (record["grad_norm"] is None and "loss_scale" not in record):
         return "loss or gradient norm is not finite"
     if record["grad_norm"] is None:
-        return f"gradients are too large for fp16, loss scale now {record['loss_scale']:g}"
+        return f"gradients overflow fp16, loss scale now {record['loss_scale']:g}"
     return f"gradient norm {record['grad_norm']:.3g}"
