@@ -17,7 +17,9 @@ from planner.layout import SCHEDULES, Layout
 from planner.plan import Plan
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
+from runtime import checkpoint
 from runtime.checkpoint import moments_of
+from runtime.checkpoint_folder import FOLDER
 from runtime.failure import RunFailed
 from runtime.launch import train
 from runtime.learning_rate import RateSchedule
@@ -271,6 +273,26 @@ def test_a_run_finds_its_scale_and_goes_on_under_another_layout(tmp_path: Path) 
         assert record["lr"] == pytest.approx(min(3e-3, (record["step"] - left_out) * 3e-3 / 8))
         left_out = scaler.left_out
     assert again[-1]["loss_scale"] != again[0]["loss_scale"]
+
+
+def checkpoints_of_two(plans: tuple[Plan, Plan], run_dir: Path) -> tuple[float, float]:
+    """A run without a loss scale and one with it, each from the other's checkpoint: the scale before and after."""
+    how: dict[str, Any] = {"dtype": torch.float32, "seed": 0, "weight_decay": 0.1}
+    bare = build_state(plans[0], CPU, **how)
+    scaled = build_state(plans[1], CPU, **how, scaling=LossScaling(initial=64.0, hysteresis=1))
+    assert scaled.scaler is not None
+    scaled.scaler.note(finite_loss=True, finite_gradients=False)
+    before = scaled.scaler.scale
+    checkpoint.save(run_dir, 1, bare.chunks, bare.optimizer, "")
+    checkpoint.load(run_dir / FOLDER / "step_1", scaled.chunks, scaled.optimizer, scaled.scaler)
+    checkpoint.save(run_dir, 2, scaled.chunks, scaled.optimizer, "", scaled.scaler)
+    assert checkpoint.load(run_dir / FOLDER / "step_2", bare.chunks, bare.optimizer) == 2
+    return before, scaled.scaler.scale
+
+
+def test_a_run_may_go_on_in_another_precision(tmp_path: Path) -> None:
+    plans = (run_of("fp32"), run_of("fp16"))
+    assert run_ranks(checkpoints_of_two, 1, plans, tmp_path) == [(32.0, 32.0)]
 
 
 def test_a_constant_scale_that_overflows_ends_the_run(tmp_path: Path) -> None:
