@@ -35,7 +35,7 @@ GlobalBatch = Annotated[
 ]
 SequenceLength = Annotated[int, typer.Option("--seq", parser=count("--seq"), metavar="N", help="Tokens per sequence.")]
 Precision = Annotated[
-    str | None, typer.Option("--precision", help="bf16, fp16 or fp32; default bf16 on GPUs, fp32 on CPUs.")
+    str | None, typer.Option("--precision", help="bf16, fp16, fp8 or fp32; default bf16 on GPUs, fp32 on CPUs.")
 ]
 MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", help="Bytes per device to stay under, as 76GiB; default its memory.")

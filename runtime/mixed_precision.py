@@ -1,11 +1,11 @@
-"""A plan's precision in torch's dtypes: parameters rest, and gradients are summed, in fp32; computed with is a half."""
+"""A plan's precision in torch's dtypes: parameters rest, and gradients are summed, in fp32; computed is in 16 bits."""
 
 from __future__ import annotations
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # around the products in fp8
 
 
 def compute_dtype(precision: str, parameters: torch.dtype) -> torch.dtype:

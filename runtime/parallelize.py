@@ -21,6 +21,7 @@ from planner.plan import Plan, Stage
 from .compilation import Compilation, compile_chunk
 from .context_parallel import SequenceShard
 from .experts import Experts, Router
+from .float8 import apply_float8
 from .hf_weights import load_weights
 from .latent_attention import LatentAttention
 from .local_parameters import local_part
@@ -38,6 +39,7 @@ from .transformer import Attention, Chunk, LearnedPositions, build_chunk
 _KEPT_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     RING,
@@ -93,6 +95,8 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     """Everything that happens to a chunk, in the only order in which the parts compose."""
     layout = plan.layout
     choose_loss(chunk, plan)
+    if plan.job.precision == "fp8":
+        apply_float8(chunk)
     if layout.tp > 1:
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
     if layout.cp > 1:

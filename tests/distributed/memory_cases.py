@@ -145,6 +145,8 @@ CASES |= {
     "llama fp32 cp2 ring pp2 zb1p, first": _case(LLAMA, "fp32", cp=2, cp_style="ring", pp=2, schedule="zb1p"),
     "llama fp16 dp4 zero0": _case(LLAMA, "fp16", dp=4, micro_batch=2),
     "gpt2 fp16 pp2 dp2 zero1 zb1p, last": _case(GPT2, "fp16", pp=2, dp=2, zero=1, schedule="zb1p", at=1),
+    "gpt2 fp8 pp2 1f1b, last": _case(GPT2, "fp8", pp=2, at=1),
+    "llama fp8 one rank, recompute": _case(LLAMA, "fp8", micro_batch=4, recompute=4),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
 }
 
@@ -184,7 +186,7 @@ def compare(case: MemoryCase) -> Compared:
     """Predict and run a case in this process, which must run no other."""
     plan = plan_of(case)
     costs = CostModel(
-        case.model, plan.cluster, small_hardware(backend="gloo", halves=("bf16", "fp16")), plan.job
+        case.model, plan.cluster, small_hardware(backend="gloo", halves=("bf16", "fp16", "fp8")), plan.job
     ).price(case.layout)
     counts = [(Blocks(stage.recompute_none, stage.recompute_selective, stage.recompute_full),) for stage in plan.stages]
     items = costs.rank_memory(case.pipeline_rank, counts).items()
