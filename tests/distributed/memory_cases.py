@@ -143,9 +143,7 @@ CASES |= {
     ),
     "gpt2 fp32 cp2 all-to-all, selective": _case(GPT2, "fp32", cp=2, cp_style="all-to-all", micro_batch=8, selective=4),
     "llama fp32 cp2 ring pp2 zb1p, first": _case(LLAMA, "fp32", cp=2, cp_style="ring", pp=2, schedule="zb1p"),
-    "llama fp16 dp4 zero0": _case(LLAMA, "fp16", dp=4, micro_batch=2),
     "gpt2 fp16 pp2 dp2 zero1 zb1p, last": _case(GPT2, "fp16", pp=2, dp=2, zero=1, schedule="zb1p", at=1),
-    "gpt2 fp8 pp2 1f1b, last": _case(GPT2, "fp8", pp=2, at=1),
     "llama fp8 one rank, recompute": _case(LLAMA, "fp8", micro_batch=4, recompute=4),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
 }

@@ -108,6 +108,7 @@ def run_scaled(plan: Plan) -> tuple[Trajectory, int]:
     return run_plan(plan, STEPS, torch.float64, None, EAGER_CODE, LossScaling(window=1)), compiled_graphs()
 
 
+@pytest.mark.full
 def test_another_loss_scale_compiles_nothing_anew() -> None:
     plan = plan_of(pp=2, schedule="gpipe")
     trajectory, graphs = run_ranks(run_scaled, 2, plan, timeout_seconds=180.0)[1]

@@ -88,7 +88,7 @@ def trained(plan: Plan, compilation: Compilation | None = None) -> Trajectory:
     return run_plan(plan, STEPS, torch.float32, 1.0, compilation)
 
 
-@pytest.mark.parametrize("plan", every(3, CASES), ids=lambda plan: f"{plan.model.name} {plan.layout.short()}")
+@pytest.mark.parametrize("plan", every(len(CASES), CASES), ids=lambda plan: f"{plan.model.name} {plan.layout.short()}")
 def test_a_layout_trains_as_one_rank_does_and_near_fp32(plan: Plan) -> None:
     alone = run_ranks(trained, 1, plan_of(plan.model))[0]
     found = run_ranks(trained, 2, plan)[-1]
