@@ -59,6 +59,15 @@ from cli_parts import (
     print_json,
     print_report,
 )
+from cli_precision import (
+    Hysteresis,
+    InitialLossScale,
+    LossScale,
+    LossScaleWindow,
+    MinLossScale,
+    loss_scaling,
+    refuse_without_fp16,
+)
 from cli_profile import profile
 from cli_training import (
     Betas,
@@ -257,6 +266,11 @@ def train(
     weight_decay: WeightDecay = 0.1,
     betas: Betas = "0.9,0.95",
     spike_guard: SpikeGuard = None,
+    loss_scale: LossScale = None,
+    initial_loss_scale: InitialLossScale = 2.0**32,
+    min_loss_scale: MinLossScale = 1.0,
+    loss_scale_window: LossScaleWindow = 1000,
+    hysteresis: Hysteresis = 2,
     log_every: LogEvery = 1,
     wandb: Wandb = None,
     mlflow: Mlflow = None,
@@ -315,6 +329,7 @@ def train(
         print_report(found.report())
     chosen = found.plan if isinstance(found, PlanAnswer) else found
     assert chosen is not None
+    refuse_without_fp16(context, chosen.job.precision)
     folder = run_dir or default_run_dir()
     hardware = load_hardware(resolve_hardware_path(chosen.cluster.hardware))
     options = TrainOptions(
@@ -347,6 +362,7 @@ def train(
         compile=compiled,
         balance=Balance(balance_loss, bias_rate),
         weights=weights,
+        scaling=loss_scaling(loss_scale, initial_loss_scale, min_loss_scale, loss_scale_window, hysteresis),
         **training_options(
             lr_schedule, cooldown, weight_decay, betas, spike_guard, log_every, wandb, mlflow, profile_steps
         ),
@@ -358,6 +374,11 @@ app.command(
     epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
 )(verify)
 app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")(validate)
+app.command(
+    epilog="Examples: cli.py profile --quick | cli.py profile --nproc 4 -o hardware.yaml | torchrun --nnodes 2 "
+    "--nproc-per-node 8 … cli.py profile -o hardware.yaml | cli.py profile --show a.yaml --against b.yaml | "
+    "cli.py profile --calibrate runs/20261121-101500 | cli.py profile --list"
+)(profile)
 app.command(epilog="Example: cli.py export runs/mine --to hf --out my-model --dtype bf16")(export)
 app.command(
     epilog="Examples: cli.py replan runs/mine --devices 16 | cli.py replan runs/mine --lost-nodes 1; then "

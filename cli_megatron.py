@@ -9,6 +9,7 @@ import typer
 
 from cli_data import data_document_length, data_options, packed_options
 from cli_parts import Devices, MemoryLimit, Target, command_line, print_json, print_report
+from cli_precision import loss_scaling
 from cli_training import launch_and_report
 
 if TYPE_CHECKING:
@@ -177,6 +178,9 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
         weight_decay=run.weight_decay,
         adam=Adam(betas=run.betas, epsilon=run.epsilon),
         clip_norm=run.clip_norm,
+        scaling=loss_scaling(
+            run.loss_scale, run.initial_loss_scale, run.min_loss_scale, run.loss_scale_window, run.hysteresis
+        ),
         seed=run.seed,
         data=packed_options(
             data_options(list(run.paths), run.split, run.tokenizer, Path(run.cache) if run.cache else None),
@@ -213,6 +217,11 @@ def _settings(run: RunWishes) -> dict[str, Any]:
         "weight_decay": run.weight_decay,
         "betas": ",".join(map(str, run.betas)),
         "clip": run.clip_norm or 0.0,
+        "loss_scale": run.loss_scale,
+        "initial_loss_scale": run.initial_loss_scale,
+        "min_loss_scale": run.min_loss_scale,
+        "loss_scale_window": run.loss_scale_window,
+        "hysteresis": run.hysteresis,
         "seed": run.seed,
         "data": list(run.paths) or None,
         "split": run.split,

@@ -34,7 +34,9 @@ GlobalBatch = Annotated[
     typer.Option("--global-batch", parser=count("--global-batch"), metavar="N", help="Sequences per optimizer step."),
 ]
 SequenceLength = Annotated[int, typer.Option("--seq", parser=count("--seq"), metavar="N", help="Tokens per sequence.")]
-Precision = Annotated[str | None, typer.Option("--precision", help="bf16 or fp32; default bf16 on GPUs, fp32 on CPUs.")]
+Precision = Annotated[
+    str | None, typer.Option("--precision", help="bf16, fp16, fp8 or fp32; default bf16 on GPUs, fp32 on CPUs.")
+]
 MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", help="Bytes per device to stay under, as 76GiB; default its memory.")
 ]

@@ -1,4 +1,4 @@
-"""The verb `profile`: measure a machine, or look at what was measured."""
+"""The verb `profile`: measure this machine, or look at what was measured."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def profile(
     quick: Annotated[bool, typer.Option("--quick", help="At most 30 s: what no plan can do without.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Everything, up to an hour (default: 5 minutes).")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Measure what an earlier profile lacks.")] = False,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="Measure kernels in this one; repeatable. Default: by device and time."),
+    ] = None,
     nccl_tests: Annotated[
         list[Path] | None, typer.Option("--nccl-tests", help="Take collectives from nccl-tests output; repeatable.")
     ] = None,
@@ -40,6 +44,7 @@ def profile(
         quick=quick,
         full=full,
         resume=resume,
+        precisions=tuple(precision or ()),
         nccl_tests=tuple(nccl_tests or ()),
         calibrate=tuple(calibrate or ()),
         show=show,

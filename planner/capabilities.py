@@ -28,6 +28,7 @@ class Capabilities:
     experts_need_sequence_parallel: bool = False
     experts_with_selective: bool = True  # whether layers with experts may recompute selectively
     vocabulary_padding: bool = False
+    fp8_whole: bool = False  # fp8 in dense blocks that nothing cuts over tp, and in whole backwards, alone
     stages_without_layers: bool = True
 
 
@@ -37,7 +38,7 @@ CAPABILITIES = {
         software="meshwright",
         schedules=("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb1p", "zbv", "dualpipev"),
         recompute=("none", "selective", "full"),
-        precisions=("fp32", "bf16"),
+        precisions=("fp32", "bf16", "fp16", "fp8"),
         zero=(0, 1, 2, 3),
         zero_with_pipeline=(0, 1, 3),
         zero_reason="torch's pipeline keeps gradients unsharded until the last microbatch, so zero 2 is zero 1 there; "
@@ -47,6 +48,7 @@ CAPABILITIES = {
         expert_tp=True,
         experts_need_sequence_parallel=True,
         experts_with_selective=False,
+        fp8_whole=True,
     ),
     # Megatron-LM core: --use-distributed-optimizer is zero 1, --num-distributed-optimizer-instances its HSDP.
     "megatron": Capabilities(

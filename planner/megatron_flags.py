@@ -130,6 +130,11 @@ TAKEN: dict[str, Flag] = {
     "--seq-length": _whole("sequence"),
     "--bf16": _switch("bf16"),
     "--fp16": _switch("fp16"),
+    "--loss-scale": _number("loss_scale"),
+    "--initial-loss-scale": _number("initial_loss_scale"),
+    "--min-loss-scale": _number("min_loss_scale"),
+    "--loss-scale-window": _number("loss_scale_window"),
+    "--hysteresis": _whole("hysteresis"),
     # ---- optimization
     "--train-iters": _whole("steps"),
     "--train-samples": _whole("train_samples"),
@@ -202,8 +207,8 @@ _IGNORED = {
         cuda-graph-impl cuda-graph-scope cuda-graph-warmup-steps te-rng-tracker no-clone-scatter-output-in-embedding
         spec enable-experimental""",
     "weights, gradients' sums, moments, router and loss are fp32": """accumulate-allreduce-grads-in-fp32
-        attention-softmax-in-fp32 moe-router-dtype use-precision-aware-optimizer loss-scale initial-loss-scale
-        min-loss-scale loss-scale-window hysteresis disable-bf16-reduced-precision-matmul""",
+        attention-softmax-in-fp32 moe-router-dtype use-precision-aware-optimizer
+        disable-bf16-reduced-precision-matmul""",
     "the planner says which layers a stage holds": """decoder-first-pipeline-num-layers
         decoder-last-pipeline-num-layers pipeline-model-parallel-layout account-for-embedding-in-pipeline-split
         account-for-loss-in-pipeline-split microbatch-group-size-per-virtual-pipeline-stage""",

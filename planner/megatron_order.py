@@ -13,6 +13,7 @@ from .megatron_command import Given, parse_command
 from .megatron_model import model_of
 from .megatron_packing import PackingWishes, packing_wishes
 
+_OF_FP16 = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
 _SIMPLE_PINS = ("tp", "pp", "cp", "cp_style", "ep", "etp", "micro_batch")
 
 
@@ -36,6 +37,11 @@ class RunWishes:
     clip_norm: float | None
     betas: tuple[float, float]
     epsilon: float
+    loss_scale: float | None
+    initial_loss_scale: float
+    min_loss_scale: float
+    loss_scale_window: int
+    hysteresis: int
     seed: int
     balance_loss: float
     bias_rate: float
@@ -208,6 +214,8 @@ def _run(given: Given, batch: int, packing: PackingWishes) -> RunWishes:
     for key in ("beta1", "beta2"):
         if given.get(key, 0.0) >= 1.0:
             raise given.fail(key, "a beta is a share", "a number below 1")
+    for flag in [] if "fp16" in given else [given.flags[key] for key in _OF_FP16 if key in given]:
+        given.remarks.append(f"{flag} ignored: it is of fp16, and other precisions have no loss scale")
     tokenizer = given.get("tokenizer") if given.get("tokenizer_type") in (None, "HuggingFaceTokenizer") else None
     if "paths" not in given:
         given.remarks.append("no --data-path: trained on the text of Python's library, as bytes")
@@ -226,6 +234,11 @@ def _run(given: Given, batch: int, packing: PackingWishes) -> RunWishes:
         clip_norm=given.get("clip_norm", 1.0) or None,
         betas=(given.get("beta1", 0.9), given.get("beta2", 0.999)),
         epsilon=given.get("epsilon", 1e-8),
+        loss_scale=given.get("loss_scale") or None,
+        initial_loss_scale=given.get("initial_loss_scale", 2.0**32),
+        min_loss_scale=given.get("min_loss_scale", 1.0),
+        loss_scale_window=int(given.get("loss_scale_window", 1000)),
+        hysteresis=given.get("hysteresis", 2),
         seed=given.get("seed", 1234),
         balance_loss=given.get("balance_loss", 0.0) if given.get("balancing") != "none" else 0.0,
         bias_rate=given.get("bias_rate", 1e-3),

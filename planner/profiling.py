@@ -14,6 +14,7 @@ from profiles.catalogue import (
 )
 from profiles.hardware import HardwareProfile, load_hardware
 from profiles.input_error import InputError
+from profiles.points import DTYPES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,6 +30,7 @@ class ProfileOrder:
     quick: bool = False
     full: bool = False
     resume: bool = False
+    precisions: tuple[str, ...] = ()
     nccl_tests: tuple[Path, ...] = ()
     calibrate: tuple[Path, ...] = ()
     show: str | None = None
@@ -80,6 +82,11 @@ def _refuse_contradictions(order: ProfileOrder) -> None:
             got=", ".join(chosen),
             hint="call it once for each",
         )
+    for dtype in order.precisions:
+        if dtype not in DTYPES:
+            raise InputError(
+                f"{dtype!r} is not known", where="--precision", expected="one of " + ", ".join(DTYPES), got=dtype
+            )
     if order.against is not None and order.show is None:
         raise InputError(
             "--against needs a profile to compare with",
@@ -95,7 +102,9 @@ def _measure(order: ProfileOrder) -> ProfileAnswer | None:
     from .profile_report import profile_report
 
     thoroughness = "quick" if order.quick else "full" if order.full else "default"
-    found = measure(order.nproc, thoroughness, order.output, order.command, resume=order.resume)
+    found = measure(
+        order.nproc, thoroughness, order.output, order.command, resume=order.resume, dtypes=order.precisions
+    )
     return ProfileAnswer(profile_report(found[0]), found[0].to_dict()) if found is not None else None
 
 

@@ -64,10 +64,10 @@ def record_report(record: dict[str, Any]) -> RenderableType:
         loss.append(f"\n{_checkpoints_text(written)}")
     if spiked := record.get("spiked_steps"):
         loss.append(f"\n{spiked} steps made no update: the gradient norm was above --spike-guard", style="bold")
-    if skipped > (spiked or 0):
-        loss.append(
-            f"\n{skipped - (spiked or 0)} steps made no update: loss or gradient norm was not finite", style="bold"
-        )
+    if overflowed := record.get("overflowed_steps"):
+        loss.append(f"\n{overflowed} steps made no update: gradients were too large for fp16 under their loss scale")
+    if left := skipped - (spiked or 0) - (overflowed or 0):
+        loss.append(f"\n{left} steps made no update: loss or gradient norm was not finite", style="bold")
     for slow in measured.get("stragglers", ()):
         loss.append(
             f"\nrank {slow['rank']} (pipeline rank {slow['stage']}) is slow: its kernels take {slow['slower']:.2f} "

@@ -34,6 +34,7 @@ class RuleContext:
         return {"meshwright": "the meshwright runtime", "megatron": "Megatron-LM"}.get(self.job.target, self.job.target)
 
 
+FP8_MULTIPLE = 16  # of each dim of an operand in torch's _scaled_mm on CUDA
 Rule = Callable[[Layout, RuleContext], str | None]
 
 # ---- degrees -------------------------------------------------------------------------------------------
@@ -189,6 +190,23 @@ def zero_rule(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+def _fp8(layout: Layout, context: RuleContext) -> str | None:
+    if context.job.precision != "fp8" or not context.capabilities.fp8_whole:
+        return None
+    if context.model.experts is not None or context.model.latent_attention is not None:
+        return f"fp8: {context.executor} has fp8 products in dense blocks alone today; ask for --precision bf16"
+    if layout.tp > 1:
+        return f"fp8 with tp={layout.tp}: {context.executor} runs fp8 products of whole linears alone today"
+    if layout.splits_backward:
+        return f"fp8 with {layout.schedule}: a product in fp8 would run its whole backward in both halves"
+    tokens = layout.micro_batch * context.job.sequence // layout.cp
+    widths = {width for shape in context.model.linear_shapes.values() for width in shape}
+    odd = [number for number in (tokens, *sorted(widths)) if number % FP8_MULTIPLE]
+    if odd:
+        return f"fp8: torch's product takes multiples of {FP8_MULTIPLE} tokens and widths, not {odd[0]}"
+    return None
+
+
 def _dp_shard(layout: Layout, context: RuleContext) -> str | None:
     shard, dp = layout.dp_shard, layout.dp
     if layout.zero == 0:
@@ -214,7 +232,7 @@ DEGREE_RULES: tuple[Rule, ...] = (
     _stages,
     _batch,
 )
-KNOB_RULES: tuple[Rule, ...] = (_schedule, zero_rule, _dp_shard, _experts)
+KNOB_RULES: tuple[Rule, ...] = (_schedule, zero_rule, _dp_shard, _experts, _fp8)
 RULES = DEGREE_RULES + KNOB_RULES
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
+from profiles.catalogue import LOCAL
 from profiles.model import ModelSpec
 
 from .assignment import stages_of
@@ -177,9 +178,11 @@ def check_supported(question: Question) -> None:
         raise UnsupportedError(reason)
     if not question.hardware.supports(job.precision):
         known = [dtype for dtype in capabilities.precisions if question.hardware.supports(dtype)]
+        lines = (f"it has figures for {', '.join(known)}: --precision {known[0]}" if known else "profile it first",)
+        if question.cluster.hardware == LOCAL:
+            lines += (f"or measure the others: cli.py profile --resume --precision {job.precision}",)
         raise UnsupportedError(
-            f"the hardware profile {question.hardware.name} has no figures for {job.precision}",
-            (f"it has figures for {', '.join(known)}: --precision {known[0]}" if known else "profile it first",),
+            f"the hardware profile {question.hardware.name} has no figures for {job.precision}", lines
         )
 
 

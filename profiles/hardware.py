@@ -243,12 +243,16 @@ class HardwareProfile:
     # ---- files -----------------------------------------------------------------------------------------
 
     def supports(self, precision: str) -> bool:
-        """Whether GEMM and attention seconds, forward and backward, and the peak are known for the precision."""
+        """Whether GEMM and attention seconds, forward and backward, and the peak are known for the precision.
+
+        Where the GEMMs are fp8, attention and all else is bf16.
+        """
+        around = "bf16" if precision == "fp8" else precision
         gemm = all((precision, operation) in self._gemm_grids for operation in GEMM_OPERATIONS)
-        attention = all((precision, direction) in self._attention_rates for direction in DIRECTIONS)
+        attention = all((around, direction) in self._attention_rates for direction in DIRECTIONS)
         return (
             (gemm or precision in self._gemm_models)
-            and (attention or (precision, "") in self._attention_models)
+            and (attention or (around, "") in self._attention_models)
             and precision in self.peak_flops_per_second
         )
 

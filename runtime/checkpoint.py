@@ -18,10 +18,12 @@ from profiles.store import write_atomically
 from .checkpoint_folder import STATE_FILE, publish, unfinished
 from .checkpoint_index import SafeReader
 from .local_parameters import local_part
+from .loss_scale import LossScaler
 from .parameters import named_buffers, named_parameters, tied_copies
 from .transformer import Chunk
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_LOSS_SCALE = "loss_scale"
 
 
 def begin(run_dir: Path, step: int, about: str, group: dist.ProcessGroup | None = None) -> Path:
@@ -35,7 +37,14 @@ def begin(run_dir: Path, step: int, about: str, group: dist.ProcessGroup | None 
     return folder
 
 
-def save(run_dir: Path, step: int, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, about: str) -> None:
+def save(
+    run_dir: Path,
+    step: int,
+    chunks: Sequence[Chunk],
+    optimizer: torch.optim.AdamW,
+    about: str,
+    scaler: LossScaler | None = None,
+) -> None:
     """Write run_dir/checkpoints/step_<step>. Every rank must call it.
 
     Written beside its place and renamed when it is whole, so that a killed run leaves no half checkpoint.
@@ -43,7 +52,7 @@ def save(run_dir: Path, step: int, chunks: Sequence[Chunk], optimizer: torch.opt
     """
     folder = begin(run_dir, step, about)
     try:
-        state_dict_saver.save(state_of(chunks, optimizer, step), checkpoint_id=str(folder))
+        state_dict_saver.save(state_of(chunks, optimizer, step, scaler), checkpoint_id=str(folder))
     except CheckpointException:  # on every rank, whichever could not write
         give_up(folder)
         raise
@@ -59,14 +68,17 @@ def give_up(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(folder: Path, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) -> int:
-    """Read a checkpoint into a rank's chunks and their optimizer, in place, whatever layout wrote it.
+def load(folder: Path, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, scaler: LossScaler | None = None) -> int:
+    """Read a checkpoint into a rank's chunks, their optimizer and loss scale, in place, whatever layout wrote it.
 
-    Returns its step.
+    A run that went on in another precision until then has left no loss scale: it begins as a new run's. Returns the
+    checkpoint's step.
     """
-    state = state_of(chunks, optimizer, 0)
+    reader = SafeReader(folder)
+    scaled = scaler is not None and _LOSS_SCALE in reader.read_metadata().state_dict_metadata
+    state = state_of(chunks, optimizer, 0, scaler if scaled else None)
     try:
-        state_dict_loader.load(state, storage_reader=SafeReader(folder))
+        state_dict_loader.load(state, storage_reader=reader)
     except CheckpointException as error:  # a BaseException, which `except Exception` misses
         reason = next(iter(error.failures.values()))
         raise InputError(
@@ -76,15 +88,21 @@ def load(folder: Path, chunks: Sequence[Chunk], optimizer: torch.optim.AdamW) ->
             got=str(reason).splitlines()[0] if str(reason) else repr(reason),
         ) from None
     _refresh_tied(chunks, optimizer)
+    if scaler is not None and scaled:
+        scaler.load(state[_LOSS_SCALE])
     return int(state["step"].item())
 
 
-def state_of(chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int) -> dict[str, Any]:
+def state_of(
+    chunks: Sequence[Chunk], optimizer: torch.optim.AdamW, step: int, scaler: LossScaler | None = None
+) -> dict[str, Any]:
     """The tensors themselves by name, so that loading writes into them. Moments that are not there yet are made.
 
     A rank that holds two copies of a tied matrix saves the last; `_refresh_tied` fills the other.
     """
     state: dict[str, Any] = {"step": torch.tensor(step)}
+    if scaler is not None:
+        state[_LOSS_SCALE] = scaler.state()
     state |= {f"model.{name}": buffer for name, buffer in named_buffers(chunks)}
     for name, parameter in named_parameters(chunks):
         moments = moments_of(optimizer, parameter)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from . import checkpoint
 from .checkpoint_folder import FOLDER, StateText, keep_newest, publish, size_bytes, unfinished
+from .loss_scale import LossScaler
 from .transformer import Chunk
 
 
@@ -65,9 +66,10 @@ class CheckpointWriter:
         *,
         keep: int,
         asynchronous: bool,
+        scaler: LossScaler | None = None,
     ) -> None:
         self._run_dir, self._text, self._keep = run_dir, text, keep
-        self._chunks, self._optimizer = chunks, optimizer
+        self._chunks, self._optimizer, self._scaler = chunks, optimizer, scaler
         self._group = _group_of_its_own() if asynchronous else None
         self._pending: _Pending | None = None
         self._unread: list[Written] = []
@@ -85,14 +87,14 @@ class CheckpointWriter:
         """
         start = time.perf_counter()
         if self._group is None:
-            checkpoint.save(self._run_dir, step, self._chunks, self._optimizer, self._text.at(step))
+            checkpoint.save(self._run_dir, step, self._chunks, self._optimizer, self._text.at(step), self._scaler)
             size = self._tidy(step)
             seconds = time.perf_counter() - start
             self._note(Written(step, seconds, seconds, size))
             return
         self.finish()
         folder = checkpoint.begin(self._run_dir, step, self._text.at(step), self._group)
-        state = checkpoint.state_of(self._chunks, self._optimizer, step)
+        state = checkpoint.state_of(self._chunks, self._optimizer, step, self._scaler)
         upload = state_dict_saver.async_save(state, checkpoint_id=str(folder), process_group=self._group)
         assert isinstance(upload, Future), "what torch's default stager gives: it copies before it returns"
         done: Future[tuple[float, int]] = Future()

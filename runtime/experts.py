@@ -47,7 +47,7 @@ class Router(LocalParameters):
 
     `loads` counts the tokens that each expert was given since the last step, once for each backward pass.
     `sequence_group` are the ranks that hold the other parts of the same sequences; `sequences_per_step` those of the
-    global batch.
+    global batch. `loss_scale` is that of the head's loss ([Note: Loss scale]), a scalar on the device.
     """
 
     loads: torch.Tensor
@@ -63,6 +63,7 @@ class Router(LocalParameters):
         self.balance = Balance()
         self.sequences_per_step = 1
         self.sequence_group: dist.ProcessGroup | None = None
+        self.loss_scale: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [batch, sequence, hidden_size] -> (weights, chosen experts), each [batch, sequence, top_k]."""
@@ -108,27 +109,34 @@ class Router(LocalParameters):
         shares = whole.to(probabilities.dtype) * (number / (self.spec.top_k * tokens))
         means = probabilities.sum(dim=1) / tokens
         loss = self.balance.loss_weight / self.sequences_per_step * (shares * means).sum()
-        return _AddLoss.apply(weights, loss, loads.sum(dim=0), self.loads)
+        one = torch.ones_like(loss) if self.loss_scale is None else self.loss_scale.to(loss.dtype)
+        return _AddLoss.apply(weights, loss, one, loads.sum(dim=0), self.loads)
 
 
 class _AddLoss(torch.autograd.Function):
-    """Passes `weights` on; backward, `loss` gets the gradient 1 and `counter` grows by `loads`.
+    """Passes `weights` on; backward, `loss` gets the gradient `of_loss` and `counter` grows by `loads`.
 
     Counted backward because forward runs twice where it is recomputed.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, weights: torch.Tensor, loss: torch.Tensor, loads: torch.Tensor, counter: torch.Tensor
+        ctx: Any,
+        weights: torch.Tensor,
+        loss: torch.Tensor,
+        of_loss: torch.Tensor,
+        loads: torch.Tensor,
+        counter: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(loads)
-        ctx.counter, ctx.one = counter, torch.ones_like(loss)
+        ctx.save_for_backward(of_loss, loads)
+        ctx.counter = counter
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        ctx.counter.add_(ctx.saved_tensors[0])
-        return outputs[0], ctx.one, None, None
+        of_loss, loads = ctx.saved_tensors
+        ctx.counter.add_(loads)
+        return outputs[0], of_loss, None, None, None
 
 
 class Experts(LocalParameters):
@@ -210,9 +218,12 @@ def routers_of(chunks: Sequence[nn.Module]) -> list[Router]:
     return [module for chunk in chunks for module in chunk.modules() if isinstance(module, Router)]
 
 
-def update_selection_bias(routers: Sequence[Router], groups: Sequence[dist.ProcessGroup]) -> None:
+def update_selection_bias(
+    routers: Sequence[Router], groups: Sequence[dist.ProcessGroup], sound: torch.Tensor | bool = True
+) -> None:
     """Move each selection bias by what its experts were given in this step on all ranks of `groups`; loads start anew.
 
+    Where `sound`, a bool on the device, is False, biases stay as they are, as all else does (`optimizer.update`).
     Every rank of the groups must call it with the same routers.
     """
     biased = [router for router in routers if router.selection_bias is not None and router.balance.bias_rate]
@@ -223,7 +234,8 @@ def update_selection_bias(routers: Sequence[Router], groups: Sequence[dist.Proce
         for router, load in zip(biased, loads, strict=True):
             assert router.selection_bias is not None
             mean = load.sum() / len(load)
-            router.selection_bias += router.balance.bias_rate * (mean - load).sign().to(router.selection_bias.dtype)
+            direction = (mean - load).sign().to(router.selection_bias.dtype)
+            router.selection_bias += router.balance.bias_rate * direction * sound
     for router in routers:
         router.loads.zero_()
 

@@ -52,11 +52,15 @@ def square_sum(chunks: Sequence[Chunk]) -> torch.Tensor:
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
-def clip(chunks: Sequence[Chunk], norm: torch.Tensor, limit: float) -> None:
-    """Scale all gradients so that their global norm, a scalar tensor, is at most `limit`."""
-    if norm.device.type == "cpu" and norm <= limit:
+def clip(chunks: Sequence[Chunk], norm: torch.Tensor, limit: float | None, loss_scale: float = 1.0) -> None:
+    """Divide all gradients by `loss_scale`, and scale them so that their global norm is at most `limit`, if any.
+
+    `norm`, a scalar tensor, is what it is after the division.
+    """
+    if loss_scale == 1.0 and (limit is None or (norm.device.type == "cpu" and norm <= limit)):
         return  # on a GPU to look at it would make the host wait
-    scale = (limit / norm).clamp(max=1.0)
+    scale = torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1.0)
+    scale = scale / loss_scale
     for parameter in parameters_of(chunks):
         if parameter.grad is not None:
             gradient = _local(parameter.grad)

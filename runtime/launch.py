@@ -32,6 +32,7 @@ from .checkpoint_folder import latest, step_of
 from .compilation import choose_compilation
 from .data.tokenizer import BYTES
 from .failure import RAISED, Interrupted, is_timeout, told
+from .float8 import check_device
 from .hf_files import keep_description
 from .hf_weights import check_before_start
 from .host_moments import check_offload
@@ -65,6 +66,7 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
     rank left.
     """
     check_target(plan)
+    check_device(plan)
     _check_options(options)
     slurm.join()
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

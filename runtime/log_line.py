@@ -38,7 +38,7 @@ def iteration_line(records: Sequence[dict[str, Any]], steps: int, global_batch: 
     """The records since the last line as one: loss and milliseconds are means, skipped steps are counted.
 
     As `training_log` of Megatron-LM's megatron/training/training.py formats it. A loss that no update was made
-    with does not count; NaN steps are those whose loss is not finite.
+    with does not count; the loss scale is the next step's; NaN steps are those whose loss is not finite.
     """
     last = records[-1]
     losses = [record["loss"] for record in records if not record["skipped"]]
@@ -52,7 +52,7 @@ def iteration_line(records: Sequence[dict[str, Any]], steps: int, global_batch: 
         f"learning rate: {last['lr']:.6E}",
         f"global batch size: {global_batch:5d}",
         *([f"lm loss: {statistics.fmean(losses):.6E}"] if losses else []),
-        "loss scale: 1.0",
+        f"loss scale: {last.get('loss_scale', 1.0):.1f}",
         f"grad norm: {norm:.3f}",
         f"number of skipped iterations: {sum(record['skipped'] for record in records):3d}",
         f"number of nan iterations: {sum(record['loss'] is None for record in records):3d}",

@@ -33,6 +33,7 @@ class LossWay:
     `group`: the rows of the vocabulary that this rank holds start there, and the group of those that hold the others.
     `counted`: how many tokens of the step count, a whole number, where not all do; then it takes the place of
     tokens_per_step. `backward_twice`: the schedule runs a backward in two halves, each of which asks for all gradients.
+    `scale`, a scalar on the device, multiplies the gradients and not the loss ([Note: Loss scale]).
     """
 
     tokens_per_step: int = 1
@@ -41,11 +42,18 @@ class LossWay:
     logits_again: bool = False
     backward_twice: bool = False
     counted: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
     kernels: LossKernels = EAGER
 
     @property
-    def divisor(self) -> int | torch.Tensor:
+    def tokens(self) -> int | torch.Tensor:
+        """What sums over tokens are divided by, to have the step's loss."""
         return self.tokens_per_step if self.counted is None else self.counted
+
+    @property
+    def divisor(self) -> int | torch.Tensor:
+        """The same, to have its scaled gradients."""
+        return self.tokens if self.scale is None else self.tokens / self.scale
 
 
 def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay) -> torch.Tensor:
@@ -82,7 +90,7 @@ class _HeadLoss(torch.autograd.Function):
             ctx.gradients = gradients
         elif wanted:
             ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
-        return total / way.divisor
+        return total / way.tokens
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

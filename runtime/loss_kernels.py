@@ -2,8 +2,8 @@
 
 Logits are [tokens, rows] in the precision of the head's product; computed with is float32, or float64 for float64.
 `first_row` and `group`: the rows of the vocabulary that this rank holds start there, and who holds the others.
-`tokens`: of the whole step, by which the loss is divided; as a tensor those that count, where not all do. The targets
-of the others are `IGNORED`: they have neither loss nor gradient.
+`divisor`: of gradients, the tokens of the whole step that count; under a loss scale so many times fewer. A scalar
+tensor where they are scaled or not all count; the targets of those that do not are `IGNORED`: no loss, no gradient.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed._functional_collectives as collectives
 # Renamed in torch 2.13.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 IGNORED = -1  # no row of the vocabulary, on no rank
-Tokens = int | torch.Tensor
+Divisor = int | torch.Tensor
 
 
 def _loss(
@@ -31,7 +31,7 @@ def _loss(
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: Tokens, group: dist.ProcessGroup | None
+    logits: torch.Tensor, targets: torch.Tensor, first_row: int, divisor: Divisor, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ cross-entropy, gradient of the logits in their precision)."""
     dtype = logits.dtype
@@ -40,13 +40,12 @@ def _loss_and_gradient(
     del logits  # the caller keeps none either
     rows, present = _rows(targets, log_probabilities.shape[-1], first_row)
     loss = _cross_entropy(log_probabilities, rows, present)
-    return loss, _of_logits(log_probabilities, rows, present, _divisor(targets, tokens, log_probabilities.dtype)).to(
-        dtype
-    )
+    of_each = _of_each_token(divisor, targets, log_probabilities.dtype)
+    return loss, _of_logits(log_probabilities, rows, present, of_each).to(dtype)
 
 
 def _gradient(
-    logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: Tokens
+    logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, first_row: int, divisor: Divisor
 ) -> torch.Tensor:
     """The gradient of the logits in their precision, where a forward pass has left log Σ exp of each token.
 
@@ -55,7 +54,7 @@ def _gradient(
     dtype = logits.dtype
     logits = logits.to(normaliser.dtype).sub_(normaliser.unsqueeze(-1))
     rows, present = _rows(targets, logits.shape[-1], first_row)
-    return _of_logits(logits, rows, present, _divisor(targets, tokens, logits.dtype)).to(dtype)
+    return _of_logits(logits, rows, present, _of_each_token(divisor, targets, logits.dtype)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -85,26 +84,26 @@ def _cross_entropy(log_probabilities: torch.Tensor, rows: torch.Tensor, present:
     return -(log_probabilities.gather(-1, rows.unsqueeze(-1)).squeeze(-1) * present).sum()
 
 
-def _divisor(targets: torch.Tensor, tokens: Tokens, dtype: torch.dtype) -> Tokens:
-    """Of each token: what is ignored is divided by infinity."""
-    if not isinstance(tokens, torch.Tensor):
-        return tokens
-    return torch.where(targets == IGNORED, float("inf"), tokens.to(dtype)).unsqueeze(-1)
+def _of_each_token(divisor: Divisor, targets: torch.Tensor, dtype: torch.dtype) -> Divisor:
+    """What is ignored is divided by infinity."""
+    if not isinstance(divisor, torch.Tensor):
+        return divisor
+    return torch.where(targets == IGNORED, float("inf"), divisor.to(dtype)).unsqueeze(-1)
 
 
 def _of_logits(
-    log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, tokens: Tokens
+    log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, divisor: Divisor
 ) -> torch.Tensor:
-    """d loss / d logits = (probability - [row is the target]) / tokens, computed in place of what is given."""
+    """d loss / d logits = (probability - [row is the target]) / divisor, computed in place of what is given."""
     probabilities = log_probabilities.exp_()
     if torch.compiler.is_compiling():
         # Element by element, which fuses with the rest; a scatter would be a kernel of its own.
         columns = torch.arange(probabilities.shape[-1], device=rows.device)
         return (
             probabilities - ((columns == rows.unsqueeze(-1)) & present.unsqueeze(-1)).to(probabilities.dtype)
-        ) / tokens
+        ) / divisor
     probabilities.scatter_add_(-1, rows.unsqueeze(-1), -present.to(probabilities.dtype).unsqueeze(-1))
-    return probabilities.div_(tokens)
+    return probabilities.div_(divisor)
 
 
 def _log_probabilities(logits: torch.Tensor, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,7 +71,8 @@ def failure(
     else:
         # Backward begins at the last layer, and what it overflows there spreads to the layers before.
         rank = max(no_norm, key=lambda rank: (every[rank][2], -rank))
-        what = "losses are finite, its gradients are not"
+        scaled = f" under a loss scale of {state.scaler.scale:g}" if state.scaler is not None else ""
+        what = f"losses are finite, its gradients are not{scaled}"
     return RunFailed(
         f"made {in_a_row} steps in a row not finite, up to step {step}: {what}. None of them changed the weights; "
         f"{last_checkpoint(run_dir)}",

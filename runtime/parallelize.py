@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -22,11 +22,13 @@ from .compilation import Compilation, compile_chunk
 from .context_parallel import SequenceShard
 from .document_attention import DOCUMENTS
 from .experts import Experts, Router
+from .float8 import apply_float8
 from .hf_weights import load_weights
 from .latent_attention import LatentAttention
 from .local_parameters import local_part
 from .loss import LossWay
 from .mesh import RankMesh
+from .mixed_precision import HALVES, fsdp_policy
 from .parameters import clear_buffers, initialise
 from .ring_attention import RING
 from .tensor_parallel import apply_tensor_parallel
@@ -38,6 +40,7 @@ from .transformer import Attention, Chunk, LearnedPositions, build_chunk
 _KEPT_OPERATIONS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     RING,
@@ -94,6 +97,8 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     """Everything that happens to a chunk, in the only order in which the parts compose."""
     layout = plan.layout
     choose_loss(chunk, plan)
+    if plan.job.precision == "fp8":
+        apply_float8(chunk)
     if layout.tp > 1:
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
     if layout.cp > 1:
@@ -102,7 +107,7 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     apply_recompute(chunk, stage)
     if compilation is not None:
         compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
-    if layout.dp * layout.cp > 1 or plan.job.precision == "bf16" or (mesh.expert_mesh is not None and layout.edp > 1):
+    if layout.dp * layout.cp > 1 or plan.job.precision in HALVES or (mesh.expert_mesh is not None and layout.edp > 1):
         frees = layout.zero == 3 and stage.reshard is not False
         apply_data_parallel(chunk, mesh, zero=layout.zero, frees=frees, precision=plan.job.precision)
 
@@ -174,9 +179,7 @@ def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, frees: bool,
     so that a tied pair is one parameter of one group. `frees` is whether blocks free their gathered weights after
     forward; the root keeps its own from forward to backward, since nothing runs between the two.
     """
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if precision == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = fsdp_policy(precision)
     experts = [module for module in chunk.modules() if isinstance(module, Experts)]
     for module in (*experts, *chunk.blocks.values(), chunk):
         axis = mesh.axis("edp" if isinstance(module, Experts) else "dp")

@@ -89,10 +89,7 @@ def _bar(title: str, console: Console) -> Progress:
 
 def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
     if record["skipped"]:
-        finite = record["loss"] is not None and record["grad_norm"] is not None
-        return "no update: " + (
-            f"gradient norm {record['grad_norm']:.3g}" if finite else "loss or gradient norm is not finite"
-        )
+        return f"no update: {_why_skipped(record)}"
     said = f"loss {record['loss']:.3f}  {tokens_per_step / record['step_seconds']:,.0f} tokens/s"
     validation = record.get("validation_loss")
     if validation is not None:
@@ -101,3 +98,11 @@ def _figures(record: dict[str, Any], tokens_per_step: int) -> str:
         size, seconds = record["checkpoint_bytes"] / 2**20, record["checkpoint_seconds"]
         said += f"  checkpoint {size:,.1f} MiB in {seconds:.2f} s, waited {record['checkpoint_stall_seconds']:.2f} s"
     return said
+
+
+def _why_skipped(record: dict[str, Any]) -> str:
+    if record["loss"] is None or (record["grad_norm"] is None and "loss_scale" not in record):
+        return "loss or gradient norm is not finite"
+    if record["grad_norm"] is None:
+        return f"gradients overflow fp16, loss scale now {record['loss_scale']:g}"
+    return f"gradient norm {record['grad_norm']:.3g}"

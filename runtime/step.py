@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from planner.trace_names import UPDATE
 from .compilation import Compilation
 from .experts import Balance, Router, routers_of, update_selection_bias
 from .gradients import clip, complete_gradients, square_sum
+from .loss_scale import LossScaler, LossScaling
 from .mesh import RankMesh, build_mesh
+from .mixed_precision import compute_dtype
 from .optimizer import GPT3_ADAM, Adam, build_optimizer, set_learning_rate, update
 from .packed_rows import NO_DOCUMENTS, Documents
 from .parallelize import build_chunks
@@ -29,7 +31,7 @@ from .transformer import Chunk
 
 @dataclass(frozen=True)
 class TrainState:
-    """What a rank trains: its chunks of the model, how they run, their optimizer."""
+    """What a rank trains: its chunks of the model, how they run, their optimizer, and their loss scale, if any."""
 
     device: torch.device
     mesh: RankMesh
@@ -37,6 +39,7 @@ class TrainState:
     runner: StepRunner
     optimizer: torch.optim.AdamW
     routers: Sequence[Router]  # of experts, found once
+    scaler: LossScaler | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class StepResult:
     `shares` are this rank's parts of loss and squared norm, on its device and not read. `synchronise_seconds` is the
     one wait for all ranks, `optimizer_seconds` norm, clipping and update. `updated` is whether the update was made:
     where loss or norm is not finite on any rank, or the norm above its limit, no rank makes it. `wishes` says of each
-    wish whether any rank has it.
+    wish whether any rank has it. `overflowed`: the step was left out for the loss scale's sake, and is no failure.
+    `loss_scale` is the next step's.
     """
 
     loss: float
@@ -56,6 +60,8 @@ class StepResult:
     synchronise_seconds: float
     updated: bool = True
     wishes: tuple[bool, ...] = ()
+    overflowed: bool = False
+    loss_scale: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -75,18 +81,19 @@ def build_state(
     mesh: RankMesh | None = None,
     weights: Path | None = None,
     adam: Adam = GPT3_ADAM,
+    scaling: LossScaling | None = None,
 ) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it.
 
     Their first values are drawn, or those of the Hugging Face folder `weights`. `mesh` is one of the same degrees from
-    before; without it the plan gets process groups of its own.
+    before; without it the plan gets process groups of its own. Without `scaling` the loss is not scaled.
     """
     mesh = mesh or mesh_of(plan, device)
     chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation, weights=weights)
     for router in routers_of(chunks):
         router.balance = balance or Balance()
         router.sequences_per_step = plan.job.global_batch
-    return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay, adam=adam)
+    return state_of(plan, mesh, chunks, device, dtype=dtype, weight_decay=weight_decay, adam=adam, scaling=scaling)
 
 
 def mesh_of(plan: Plan, device: torch.device) -> RankMesh:
@@ -106,12 +113,13 @@ def state_of(
     dtype: torch.dtype,
     weight_decay: float,
     adam: Adam = GPT3_ADAM,
+    scaling: LossScaling | None = None,
 ) -> TrainState:
     """The state that trains `chunks`, whose parameters are `dtype`."""
-    activation_dtype = torch.bfloat16 if plan.job.precision == "bf16" else dtype
-    runner = build_runner(plan, chunks, mesh, device, activation_dtype)
+    runner = build_runner(plan, chunks, mesh, device, compute_dtype(plan.job.precision, dtype))
     optimizer = build_optimizer(chunks, weight_decay=weight_decay, adam=adam, offload=plan.job.offload != "none")
-    return TrainState(device, mesh, chunks, runner, optimizer, routers_of(chunks))
+    scaler = LossScaler(scaling, chunks, device) if scaling is not None else None
+    return TrainState(device, mesh, chunks, runner, optimizer, routers_of(chunks), scaler)
 
 
 def training_step(
@@ -139,19 +147,20 @@ def training_step(
         state.runner.clock.add("complete", complete_start)
 
     start = time.perf_counter()
-    shares = torch.stack([loss_share, square_sum(state.chunks)])
+    scale = 1.0 if state.scaler is None else state.scaler.scale
+    shares = torch.stack([loss_share, square_sum(state.chunks) / scale**2])
     sums = torch.cat([shares, *(torch.full_like(shares[:1], float(wish)) for wish in wishes)])
     reduce_start = time.perf_counter()
     dist.all_reduce(sums)
     synchronise_seconds = time.perf_counter() - reduce_start
     norm, update_start = sums[1].sqrt(), state.runner.clock.point()
-    if clip_norm is not None:
-        clip(state.chunks, norm, clip_norm)
+    clip(state.chunks, norm, clip_norm, scale)
     set_learning_rate(state.optimizer, learning_rate)
-    update(state.optimizer, sums.isfinite().all() & (sums[1] <= norm_limit * norm_limit))
+    sound = sums.isfinite().all() & (sums[1] <= norm_limit * norm_limit)
+    update(state.optimizer, sound)
     state.optimizer.zero_grad()
     state.runner.clock.add("update", update_start, UPDATE)
-    update_selection_bias(state.routers, [*state.mesh.groups("dp"), *state.mesh.groups("tp")])
+    update_selection_bias(state.routers, [*state.mesh.groups("dp"), *state.mesh.groups("tp")], sound)
     # The only numbers of a step that the host reads; on a GPU it waits here, once all is issued.
     loss, square, *wished = sums.tolist()
     if state.device.type == "cuda":
@@ -159,7 +168,11 @@ def training_step(
     seconds = time.perf_counter() - start - synchronise_seconds
     updated = math.isfinite(loss) and math.isfinite(square) and square <= norm_limit * norm_limit
     wanted = tuple(count > 0 for count in wished)
-    return StepResult(loss, math.sqrt(square), shares, seconds, synchronise_seconds, updated, wanted)
+    result = StepResult(loss, math.sqrt(square), shares, seconds, synchronise_seconds, updated, wanted)
+    if state.scaler is None:
+        return result
+    overflowed = state.scaler.note(finite_loss=math.isfinite(loss), finite_gradients=math.isfinite(square))
+    return replace(result, overflowed=overflowed, loss_scale=state.scaler.scale)
 
 
 def sum_over_ranks(value: torch.Tensor) -> float:

@@ -33,12 +33,14 @@ from .disk import full_disk_ends_run
 from .experts import Balance
 from .learning_rate import COSINE, RateSchedule, learning_rate_at
 from .leaving import Leaving
+from .loss_scale import MEGATRON, LossScaling
 from .measure import WATCH_EVERY, StepMeter, busiest
 from .metrics import only_finite, peak_memory_bytes
 from .optimizer import GPT3_ADAM, Adam
 from .packed_rows import own_tensors
 from .process_group import process_group, set_timeout
 from .run_folder import LOGS_FOLDER
+from .skipped_steps import SkippedSteps
 from .spike_guard import SpikeGuard
 from .step import StepResult, TrainState, build_state, sum_over_ranks, training_step
 from .stragglers import stragglers
@@ -64,7 +66,7 @@ class TrainOptions:
     The run fails after `skip_limit` steps in a row without an update ([Note: Steps that are not finite]), and when a
     collective takes more than `timeout_seconds`. `peak_flops_per_second` of one device is what mfu divides by; without
     it mfu is null. `compile` None is yes on CUDA where no rule forbids it. `weights` is a Hugging Face folder to start
-    from; None draws first values from `seed`.
+    from; None draws first values from `seed`. `scaling` is of the loss, in fp16 alone.
     """
 
     run_dir: Path
@@ -95,6 +97,7 @@ class TrainOptions:
     balance: Balance | None = None
     weights: Path | None = None
     watching: Watching = PLAIN
+    scaling: LossScaling = MEGATRON
 
 
 def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None] | None = None) -> str | None:
@@ -109,7 +112,8 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
     says `skipped`. No checkpoint is written while steps are not finite, since it may be the weights that are spoilt,
     but where a validation loss says that they are not. After `skip_limit` of them in a row, or at the end, the run
     fails. A step whose norm is finite and above the spike guard's limit is left out alike, and is no reason against a
-    checkpoint.
+    checkpoint. Nor is one that was left out for the loss scale's sake, which is none of those in a row either, and the
+    only one that does not move the learning rate on.
     """
     layout, job = plan.layout, plan.job
     compilation, said = choose_compilation(plan, options.compile, "cuda" if torch.cuda.is_available() else "cpu")
@@ -130,9 +134,11 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             balance=options.balance,
             weights=None if options.resume else options.weights,
             adam=options.adam,
+            scaling=options.scaling if job.precision == "fp16" else None,
         )
+        scaler = state.scaler
         folder = latest(options.run_dir) if options.resume else None
-        done = checkpoint.load(folder, state.chunks, state.optimizer) if folder is not None else 0
+        done = checkpoint.load(folder, state.chunks, state.optimizer, scaler) if folder is not None else 0
         window = TraceWindow(options.watching.profile_steps, options.run_dir, state.runner.clock, layout)
         meter = StepMeter(
             state.mesh,
@@ -153,18 +159,19 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             StateText(plan, options.settings),
             keep=options.keep_checkpoints,
             asynchronous=options.async_checkpoint,
+            scaler=scaler,
         )
         leaving = Leaving(logs, dist.get_rank(), options.time_limit_seconds)
         leaving.obey_sigterm()
         record: Record = {}
-        skipped, spiked, in_a_row, due, last_due = 0, 0, 0, False, time.monotonic()
+        skipped, due, last_due = SkippedSteps(), False, time.monotonic()
 
         for step in range(done + 1, options.steps + 1):
             here.note(step, "data")
             step_start = time.perf_counter()
             batch = tokens.batch(step, job.global_batch, own_rows(job.global_batch, layout, state.mesh.coordinate.dp))
             learning_rate = learning_rate_at(
-                step,
+                step - (scaler.left_out if scaler is not None else 0),
                 steps=options.steps,
                 warmup_steps=options.warmup_steps,
                 peak=options.learning_rate,
@@ -197,9 +204,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
                 synchronise=result.synchronise_seconds,
             )
 
-            in_a_row = 0 if result.updated else in_a_row + 1
-            skipped += not result.updated
-            spiked += result.finite and not result.updated
+            skipped.note(result)
             if result.updated:
                 guard.note(result.grad_norm)
 
@@ -208,17 +213,19 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
             if tokens.has_validation and _due(step, options.validation_every, options.steps):
                 here.note(step, "validation")
                 record["validation_loss"] = _validate(plan, options, tokens, state)
-            sound = result.finite or math.isfinite(record.get("validation_loss", math.nan))
+            sound = result.finite or result.overflowed or math.isfinite(record.get("validation_loss", math.nan))
             record = only_finite(record)
             if writer is not None:
                 here.note(step, "metrics")
                 writer.write(record)
                 if on_progress is not None:
                     on_progress(record)
-            if in_a_row == options.skip_limit and result.finite:
-                raise guard.failure(result.grad_norm, options.run_dir, step=step, in_a_row=in_a_row)
-            if in_a_row == options.skip_limit or (step == options.steps and not sound):
-                raise not_finite.failure(state, *samples, result, layout, options.run_dir, step=step, in_a_row=in_a_row)
+            if skipped.in_a_row == options.skip_limit and result.finite:
+                raise guard.failure(result.grad_norm, options.run_dir, step=step, in_a_row=skipped.in_a_row)
+            if skipped.in_a_row == options.skip_limit or (step == options.steps and not sound):
+                raise not_finite.failure(
+                    state, *samples, result, layout, options.run_dir, step=step, in_a_row=skipped.in_a_row
+                )
             minutes_over, left = result.wishes
             due = due or _due(step, options.checkpoint_every, options.steps) or minutes_over or left
             if due and sound:
@@ -235,7 +242,7 @@ def run(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], None]
         checkpoints.finish()
         ranks = _gather_measurements(meter, device, kernels_seen=compilation is None)
         if writer is not None:
-            _write_record(plan, options, record, ranks, tokens, (skipped, spiked), said, checkpoints.written)
+            _write_record(plan, options, record, ranks, tokens, skipped, said, checkpoints.written)
     return None
 
 
@@ -310,6 +317,7 @@ def _step_record(
         "tokens_per_second": plan.job.tokens / step_seconds,
         "model_tflops_per_device": flops_per_second / 1e12,
         "mfu": flops_per_second / peak if peak is not None else None,
+        **({"loss_scale": result.loss_scale} if result.loss_scale is not None else {}),
         "peak_memory_bytes": peak_memory_bytes(device),
     }
 
@@ -339,14 +347,11 @@ def _write_record(
     last: Record,
     ranks: list[Record],
     tokens: TokenSource,
-    skipped: tuple[int, int],
+    skipped: SkippedSteps,
     compiled: str,
     written: Sequence[Written],
 ) -> None:
-    """record.yaml: predicted beside measured. The measured parts are those of the rank with the most compute.
-
-    `skipped` are all steps without an update, and those among them that were left out for their norm.
-    """
+    """record.yaml: predicted beside measured. The measured parts are those of the rank with the most compute."""
     busy = ranks[busiest([rank["parts"] for rank in ranks])]
     slow = stragglers([rank.pop("kernel_seconds") for rank in ranks], plan.layout)
     document = {
@@ -370,8 +375,7 @@ def _write_record(
         "torch": str(torch.__version__),
         "compile": compiled,
         "steps": options.steps,
-        "skipped_steps": skipped[0],
-        "spiked_steps": skipped[1],
+        **skipped.to_record(),
         "checkpoints": {
             "written": len(written),
             "bytes": written[-1].size_bytes,

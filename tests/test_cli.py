@@ -53,6 +53,7 @@ BAD_INPUT = {
     "show an unknown profile": (["profile", "--show", "h100-sxm"], ["is h200-sxm meant?", "--show"]),
     "nccl-tests without a profile": (["profile", "--nccl-tests", "x.txt", "-o", "/nowhere/h.yaml"], ["no profile yet"]),
     "calibrate without a profile": (["profile", "--calibrate", "runs/x", "-o", "/nowhere/h.yaml"], ["/nowhere/h.yaml"]),
+    "measure no such precision": (["profile", "--precision", "fp12"], ["--precision", "one of fp32, tf32, bf16, fp16"]),
     "resume without a profile": (["profile", "--resume", "-o", "/nowhere/h.yaml"], ["/nowhere/h.yaml does not exist"]),
 }
 
@@ -133,9 +134,19 @@ def test_nothing_fits_says_how_much_is_missing_and_what_would_help(
 def test_precision_that_the_runtime_lacks_is_exit_code_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, _, err = run(capsys, monkeypatch, *PLAN, "--precision", "fp16")
+    code, _, err = run(capsys, monkeypatch, *PLAN, "--precision", "fp16", "--target", "torchtitan")
     assert code == 1
     assert "does not train in fp16 today" in err
+
+
+def test_a_loss_scale_is_of_fp16(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, plan_file: Path
+) -> None:
+    train = ["train", str(plan_file), "--run-dir", str(tmp_path / "run")]
+    code, _, err = run(capsys, monkeypatch, *train, "--initial-loss-scale", "8")
+    assert code == 2
+    assert "--initial-loss-scale is of fp16, and the plan is in bf16, which has no loss scale" in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -166,6 +166,19 @@ def test_a_run_has_megatrons_defaults() -> None:
     assert (run.timeout_seconds, run.checkpoint_every, run.profile_steps, run.wandb) == (600.0, 0, None, None)
 
 
+def test_a_loss_scale_is_of_fp16() -> None:
+    fp16 = LLAMA.replace("--bf16", "--fp16")
+    order = read(fp16 + "--loss-scale 0 --initial-loss-scale 65536 --loss-scale-window 500 --hysteresis 4")
+    run = order.run
+    assert (order.precision, run.loss_scale, run.initial_loss_scale, run.min_loss_scale) == ("fp16", None, 65536, 1)
+    assert (run.loss_scale_window, run.hysteresis) == (500, 4)
+    assert not any("fp16" in remark for remark in order.remarks)
+    run = read(fp16 + "--loss-scale 1024").run
+    assert (run.loss_scale, run.initial_loss_scale, run.loss_scale_window, run.hysteresis) == (1024, 2**32, 1000, 2)
+    said = "--loss-scale ignored: it is of fp16, and other precisions have no loss scale"
+    assert said in read(LLAMA + "--loss-scale 1024").remarks
+
+
 def test_samples_shares_and_windows() -> None:
     run = read(
         LLAMA + "--lr=1e-3 --train-samples 6400 --lr-warmup-fraction 0.1 --lr-decay-samples 5120 --clip-grad 0 "

@@ -457,8 +457,9 @@ def test_a_recompute_mode_that_the_runtime_does_not_run() -> None:
 
 def test_a_precision_that_the_runtime_does_not_train() -> None:
     tampered = document()
+    at("job", "target", value="torchtitan")(tampered)
     at("job", "precision", value="fp16")(tampered)
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"job\.precision"):
         read(tampered)
 
 

@@ -21,7 +21,7 @@ from planner.space import enumerate_layouts
 from profiles.experts_spec import Experts
 from profiles.input_error import InputError
 from tests.oracles.small_world import rule_context as context
-from tests.plans import tiny_gpt2, tiny_llama
+from tests.plans import tiny_experts, tiny_gpt2, tiny_llama
 
 # ---- rules -----------------------------------------------------------------------------------------------
 
@@ -31,6 +31,10 @@ def experts(**changes: Any) -> RuleContext:
     fields: dict[str, Any] = {"number": 8, "top_k": 2, "ffn_hidden_size": 64}
     model = tiny_llama(heads=8, head_dim=4, kv_heads=8, experts=Experts(**(fields | changes)))
     return context(model=model, target="megatron")
+
+
+def fp8(**changes: Any) -> RuleContext:
+    return context(**({"precision": "fp8"} | changes))
 
 
 RULED_OUT: list[tuple[Layout, RuleContext, str]] = [
@@ -215,6 +219,26 @@ RULED_OUT: list[tuple[Layout, RuleContext, str]] = [
         "edp=2 does not divide into the 4 replicas of dp_shard",
     ),
     (Layout(tp=2, dp=4), experts(), "experts with tp=2: Megatron-LM asks for sequence_parallel"),
+    (
+        Layout(tp=2, dp=4),
+        fp8(),
+        "fp8 with tp=2: the meshwright runtime runs fp8 products of whole linears alone today",
+    ),
+    (
+        Layout(pp=2, dp=4, schedule="zb1p"),
+        fp8(),
+        "fp8 with zb1p: a product in fp8 would run its whole backward in both halves",
+    ),
+    (
+        Layout(dp=8),
+        fp8(sequence=24),
+        "fp8: torch's product takes multiples of 16 tokens and widths, not 24",
+    ),
+    (
+        Layout(dp=8),
+        fp8(model=tiny_experts()),
+        "fp8: the meshwright runtime has fp8 products in dense blocks alone today; ask for --precision bf16",
+    ),
 ]
 
 

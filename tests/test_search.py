@@ -199,10 +199,6 @@ def refused(question: Question) -> tuple[str, tuple[str, ...]]:
 
 
 def test_what_the_target_cannot_train_is_named() -> None:
-    assert refused(small_question(precision="fp16")) == (
-        "the meshwright runtime does not train in fp16 today",
-        ("it trains in fp32 and bf16: --precision bf16",),
-    )
     assert refused(small_question(precision="fp16", target="torchtitan")) == (
         "the torchtitan runtime does not train in fp16 today",
         ("it trains in fp32 and bf16 and fp8: --precision fp8",),

@@ -21,12 +21,19 @@ _PLAIN_SECONDS = 15.0  # between lines that stand for the bar where the output i
 
 
 def measure(
-    nproc: int | None, thoroughness: str, output: Path | None, command: str, *, resume: bool = False
+    nproc: int | None,
+    thoroughness: str,
+    output: Path | None,
+    command: str,
+    *,
+    resume: bool = False,
+    dtypes: tuple[str, ...] = (),
 ) -> tuple[HardwareProfile, ClusterSpec] | None:
     """Measure and write; None on the ranks that only take part.
 
     An interrupted session leaves the profile of what it had measured, if a plan can be made from that; `resume`
-    takes what the file holds and measures what is missing.
+    takes what the file holds and measures what is missing. `dtypes` are of the kernels, by default what
+    `ProfileOptions` says.
 
     Raises:
         InputError: nothing to resume, or what `profile_machine` raises.
@@ -40,6 +47,7 @@ def measure(
     options = profiler.ProfileOptions(
         ranks=nproc or (earlier.provenance["ranks"] if earlier else profiler.default_ranks()),
         thoroughness=thoroughness,
+        dtypes=dtypes or None,
         resume=earlier,
     )
     if not profiler.is_first():

@@ -14,6 +14,7 @@ from runtime.compilation import Compilation
 from runtime.data.packing import Packing
 from runtime.experts import Balance
 from runtime.gradients import square_sum
+from runtime.loss_scale import LossScaling
 from runtime.packed_rows import own_tensors
 from runtime.step import build_state, training_step
 
@@ -76,6 +77,7 @@ def run_plan(
     clip_norm: float | None = None,
     compilation: Compilation | None = None,
     packing: Packing | None = None,
+    scaling: LossScaling | None = None,
 ) -> Trajectory:
     """Train through the runtime; on every rank of an initialised process group. All ranks return the same."""
     state = build_state(
@@ -86,6 +88,7 @@ def run_plan(
         weight_decay=WEIGHT_DECAY,
         balance=BALANCE if packing is None else OF_DOCUMENTS,
         compilation=compilation,
+        scaling=scaling,
     )
     losses, norms, clipped_norms = [], [], []
 

@@ -156,6 +156,8 @@ CASES |= {
     "wide bf16 pp2 dp4 zero3 1f1b, first, recompute": _case(
         WIDE, "bf16", pp=2, dp=4, zero=3, recompute=4, batch=32, sequence=64
     ),
+    "gpt2 fp16 pp2 dp2 zero1 zb1p, last": _case(GPT2, "fp16", pp=2, dp=2, zero=1, schedule="zb1p", at=1),
+    "llama fp8 one rank, recompute": _case(LLAMA, "fp8", micro_batch=4, recompute=4),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
 }
 
@@ -195,7 +197,8 @@ def parts_of(plan_and_rank: tuple[Plan, int], **options: Any) -> dict[str, int]:
 def compare(case: MemoryCase) -> Compared:
     """Predict and run a case in this process, which must run no other."""
     plan = plan_of(case)
-    prices = CostModel(case.model, plan.cluster, small_hardware(backend="gloo"), plan.job)
+    hardware = small_hardware(backend="gloo", halves=("bf16", "fp16", "fp8"))
+    prices = CostModel(case.model, plan.cluster, hardware, plan.job)
     costs = prices.price(case.layout, [stage.reshard for stage in plan.stages])
     items = costs.rank_memory(case.pipeline_rank, counts_of(plan.model, plan.stages)).items()
     predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}

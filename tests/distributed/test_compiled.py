@@ -24,6 +24,7 @@ from runtime import checkpoint, compilation
 from runtime.checkpoint_folder import latest
 from runtime.clock import Clock
 from runtime.compilation import Compilation, choose_compilation
+from runtime.loss_scale import LossScaling
 from runtime.measure import OperationTimer
 from runtime.mesh import build_mesh
 from runtime.parallelize import build_chunks
@@ -100,6 +101,20 @@ def test_compiled_training_is_training(name: str) -> None:
         assert trajectory.losses == pytest.approx(expected.losses, rel=1e-9)
         assert trajectory.norms == pytest.approx(expected.norms, rel=1e-9)
     assert (ranks[0][1], ranks[-1][1]) == (first, last)
+
+
+def run_scaled(plan: Plan) -> tuple[Trajectory, int]:
+    """Under a loss scale that is another one each step."""
+    return run_plan(plan, STEPS, torch.float64, None, EAGER_CODE, LossScaling(window=1)), compiled_graphs()
+
+
+@pytest.mark.full
+def test_another_loss_scale_compiles_nothing_anew() -> None:
+    plan = plan_of(pp=2, schedule="gpipe")
+    trajectory, graphs = run_ranks(run_scaled, 2, plan, timeout_seconds=180.0)[1]
+    expected = run_plain(make_plan(plan.model, Layout(), JOB), STEPS, torch.float64)
+    assert trajectory.norms == pytest.approx(expected.norms, rel=1e-9)
+    assert graphs == CASES["pp2 gpipe"][2]
 
 
 def test_blocks_share_their_code() -> None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
+from runtime.loss_scale import LossScaling
 from runtime.step import TrainState, build_state, training_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_samples, tokens_of
@@ -80,9 +81,9 @@ def a_step(plan: Plan, state: TrainState) -> None:
     training_step(state, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), learning_rate=1e-3, clip_norm=0.01)
 
 
-def readers_of_a_step(plan: Plan) -> tuple[list[str], list[str]]:
+def readers_of_a_step(plan: Plan, scaling: LossScaling | None) -> tuple[list[str], list[str]]:
     """Of the second step: who reads a number, and who reads a whole tensor."""
-    state = build_state(plan, torch.device("cpu"), dtype=torch.float32, seed=0, weight_decay=0.1)
+    state = build_state(plan, torch.device("cpu"), dtype=torch.float32, seed=0, weight_decay=0.1, scaling=scaling)
     a_step(plan, state)
     whole: list[str] = []
     with Reads() as reads, whole_reads(whole):
@@ -91,19 +92,19 @@ def readers_of_a_step(plan: Plan) -> tuple[list[str], list[str]]:
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "scaling"),
     [
-        {},
-        {"dp": 2, "zero": 3, "dp_shard": 2},
-        {"tp": 2, "sequence_parallel": True},
-        {"pp": 2, "schedule": "gpipe"},
-        {"pp": 2, "schedule": "zbv", "virtual_stages": 2},
+        ({}, LossScaling()),
+        ({"dp": 2, "zero": 3, "dp_shard": 2}, None),
+        ({"tp": 2, "sequence_parallel": True}, None),
+        ({"pp": 2, "schedule": "gpipe"}, LossScaling()),
+        ({"pp": 2, "schedule": "zbv", "virtual_stages": 2}, None),
     ],
     ids=str,
 )
-def test_a_step_is_read_once_at_its_end(layout: dict[str, Any]) -> None:
+def test_a_step_is_read_once_at_its_end(layout: dict[str, Any], scaling: LossScaling | None) -> None:
     plan = make_plan(tiny_llama(), Layout(**{"micro_batch": 2} | layout), JOB)
-    ranks = run_ranks(readers_of_a_step, plan.layout.world_size, plan)
+    ranks = run_ranks(readers_of_a_step, plan.layout.world_size, plan, scaling)
     for _, whole in ranks:
         assert whole == ["training_step"]
     assert {name for numbers, _ in ranks for name in numbers} == ONLY_ON_CPU  # and so the counting works

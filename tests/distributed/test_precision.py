@@ -1,4 +1,4 @@
-"""bfloat16 training stays near float32, under every way of sharding that runs it."""
+"""Training in 16 bits stays near float32, under every way of sharding that runs it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ import torch
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
+from runtime.loss_scale import LossScaling
 from runtime.mesh import build_mesh
+from runtime.mixed_precision import HALVES
 from runtime.parallelize import build_chunks
 from tests.distributed.harness import run_ranks
-from tests.distributed.layout_runs import run_plain, run_plan
+from tests.distributed.layout_runs import Trajectory, run_plain, run_plan
 from tests.plans import make_plan, tiny_llama
+from tests.thinned import every
 
-JOB = TrainingJob(global_batch=8, sequence=16, precision="bf16")
 STEPS = 6
+# Of loss and norm, relative: fp16 has three bits more of each number.
+TOLERANCES = {"bf16": (2e-3, 2e-2), "fp16": (2.5e-4, 2.5e-3)}
 
 
-def bf16_plan(**layout: Any) -> Plan:
+def plan_in(precision: str, **layout: Any) -> Plan:
+    job = TrainingJob(global_batch=8, sequence=16, precision=precision)
     sharded = {"dp_shard": layout["dp"]} if layout.get("zero") else {}
-    return make_plan(tiny_llama(), Layout(**{"micro_batch": 2}, **layout, **sharded), JOB)
+    return make_plan(tiny_llama(), Layout(**{"micro_batch": 2}, **layout, **sharded), job)
 
 
 def dtypes(plan: Plan) -> tuple[set[torch.dtype], torch.dtype]:
@@ -38,22 +43,38 @@ def dtypes(plan: Plan) -> tuple[set[torch.dtype], torch.dtype]:
     return {parameter.dtype for parameter in chunk.parameters()}, seen[0]
 
 
+LAYOUTS: list[dict[str, Any]] = [
+    {},
+    {"dp": 2},
+    {"dp": 2, "zero": 1},
+    {"dp": 2, "zero": 3},
+    {"tp": 2},
+    {"pp": 2},
+    {"pp": 2, "dp": 2, "zero": 1},
+]
+
+
+def scaled_run(plan: Plan) -> Trajectory:
+    scaling = LossScaling(initial=2.0**16) if plan.job.precision == "fp16" else None
+    return run_plan(plan, STEPS, torch.float32, scaling=scaling)
+
+
 @pytest.mark.parametrize(
-    "layout",
-    [{}, {"dp": 2}, {"dp": 2, "zero": 1}, {"dp": 2, "zero": 3}, {"tp": 2}, {"pp": 2}, {"pp": 2, "dp": 2, "zero": 1}],
+    ("precision", "layout"),
+    [*(("bf16", layout) for layout in LAYOUTS), *every(4, (("fp16", layout) for layout in LAYOUTS), first=2)],
     ids=str,
 )
-def test_bf16_trains_near_fp32(layout: dict[str, Any]) -> None:
-    plan = bf16_plan(**layout)
-    single = bf16_plan()
-    exact = run_plain(single, STEPS, torch.float32)
-    rounded = run_ranks(run_plan, plan.layout.world_size, plan, STEPS, torch.float32)[0]
-    assert rounded.losses == pytest.approx(exact.losses, rel=2e-3)
-    assert rounded.norms == pytest.approx(exact.norms, rel=2e-2)
-    assert rounded.losses != pytest.approx(exact.losses, rel=1e-6)  # it did run in bfloat16
+def test_16_bits_train_near_fp32(precision: str, layout: dict[str, Any]) -> None:
+    plan = plan_in(precision, **layout)
+    of_loss, of_norm = TOLERANCES[precision]
+    exact = run_plain(plan_in(precision), STEPS, torch.float32)
+    rounded = run_ranks(scaled_run, plan.layout.world_size, plan)[0]
+    assert rounded.losses == pytest.approx(exact.losses, rel=of_loss)
+    assert rounded.norms == pytest.approx(exact.norms, rel=of_norm)
+    assert rounded.losses != pytest.approx(exact.losses, rel=1e-6)  # it did run in 16 bits
 
 
-@pytest.mark.parametrize("layout", [{}, {"dp": 2, "zero": 3}], ids=str)
-def test_parameters_rest_in_fp32_and_compute_in_bf16(layout: dict[str, Any]) -> None:
-    plan = bf16_plan(**layout)
-    assert run_ranks(dtypes, plan.layout.world_size, plan)[0] == ({torch.float32}, torch.bfloat16)
+@pytest.mark.parametrize(("precision", "layout"), [("bf16", {}), ("bf16", {"dp": 2, "zero": 3}), ("fp16", {"dp": 2})])
+def test_parameters_rest_in_fp32_and_compute_in_16_bits(precision: str, layout: dict[str, Any]) -> None:
+    plan = plan_in(precision, **layout)
+    assert run_ranks(dtypes, plan.layout.world_size, plan)[0] == ({torch.float32}, HALVES[precision])

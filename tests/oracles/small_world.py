@@ -19,9 +19,11 @@ from profiles.software import Software, load_software
 from tests.plans import tiny_llama
 
 
-def small_hardware(*, flops: float = 1e11, units: int = 4, **changes: Any) -> HardwareProfile:
-    """A device of `flops` FLOP/s in fp32 and twice that in bf16, modelled (nothing measured)."""
-    rates = {"fp32": flops, "bf16": 2 * flops}
+def small_hardware(
+    *, flops: float = 1e11, units: int = 4, halves: tuple[str, ...] = ("bf16",), **changes: Any
+) -> HardwareProfile:
+    """A device of `flops` FLOP/s in fp32 and twice that in 16 bits, modelled (nothing measured)."""
+    rates = {"fp32": flops} | dict.fromkeys(halves, 2 * flops)
     fields: dict[str, Any] = {
         "name": "small",
         "device": "made up",
