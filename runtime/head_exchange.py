@@ -14,8 +14,10 @@ import torch.nn.functional as F
 _HEADS, _SEQUENCE = 1, 2  # dims of [batch, heads, sequence, head_dim]
 
 
-def all_to_all_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Causal attention of this rank's queries to all keys of the sequences, of which rank i holds the i-th piece.
+def all_to_all_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup, *, causal: bool
+) -> torch.Tensor:
+    """Attention of this rank's queries to the keys of the whole sequences, of which rank i holds the i-th piece.
 
     q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped, and v with a head_dim of its own
     -> [batch, heads, sequence / cp, head_dim of v]. cp divides all heads. Every rank of the group must call it.
@@ -23,7 +25,7 @@ def all_to_all_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grou
     q = _exchanged(q, _HEADS, _SEQUENCE, group)
     both = _exchanged(torch.cat((k, v), dim=-1), _HEADS, _SEQUENCE, group)
     k, v = both.split([k.shape[-1], v.shape[-1]], dim=-1)
-    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return _exchanged(mixed, _SEQUENCE, _HEADS, group)
 
 

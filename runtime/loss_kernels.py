@@ -2,7 +2,7 @@
 
 Logits are [tokens, rows] in the precision of the head's product; computed with is float32, or float64 for float64.
 `first_row` and `group`: the rows of the vocabulary that this rank holds start there, and who holds the others.
-`tokens`: of the whole step, by which the loss is divided.
+`tokens`: of the whole step, by which the gradient is divided; or a column [tokens, 1], where some do not count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ def _loss(
 
 
 def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: int, group: dist.ProcessGroup | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    first_row: int,
+    tokens: int | torch.Tensor,
+    group: dist.ProcessGroup | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ cross-entropy, gradient of the logits in their precision)."""
     dtype = logits.dtype
@@ -38,7 +42,7 @@ def _loss_and_gradient(
 
 
 def _gradient(
-    logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: int
+    logits: torch.Tensor, normaliser: torch.Tensor, targets: torch.Tensor, first_row: int, tokens: int | torch.Tensor
 ) -> torch.Tensor:
     """The gradient of the logits in their precision, where a forward pass has left log Σ exp of each token.
 
@@ -76,7 +80,9 @@ def _cross_entropy(log_probabilities: torch.Tensor, rows: torch.Tensor, present:
     return -(log_probabilities.gather(-1, rows.unsqueeze(-1)).squeeze(-1) * present).sum()
 
 
-def _of_logits(log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, tokens: int) -> torch.Tensor:
+def _of_logits(
+    log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor, tokens: int | torch.Tensor
+) -> torch.Tensor:
     """d loss / d logits = (probability - [row is the target]) / tokens, computed in place of what is given."""
     probabilities = log_probabilities.exp_()
     if torch.compiler.is_compiling():

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from planner.plan import Stage
 from profiles.model import ModelSpec
 
+from .context_parallel import whole_inputs_and_targets
+from .data.token_source import NO_TARGET
 from .experts import Balance, routers_of, update_selection_bias
 from .parameters import initialise, named_buffers, named_parameters
 from .transformer import build_chunk
@@ -38,7 +40,7 @@ def run_plain(
     clip_norm: float | None = None,
     balance: Balance | None = None,
 ) -> PlainRun:
-    """A step on each of `batches`, token ids [samples, sequence + 1], from the first values that `seed` gives.
+    """A step on each of `batches`, samples as a TokenSource has them, from the first values that `seed` gives.
 
     `balance` is of experts, where the model has some.
     """
@@ -55,8 +57,9 @@ def run_plain(
     for tokens in batches:
         for router in routers:
             router.balance, router.sequences_per_step = balance or Balance(), len(tokens)
-        logits = chunk(tokens[:, :-1])
-        loss = F.cross_entropy(logits.reshape(-1, model.vocab_size), tokens[:, 1:].reshape(-1))
+        inputs, targets = whole_inputs_and_targets(tokens)
+        logits = chunk(inputs).reshape(-1, model.vocab_size)
+        loss = F.cross_entropy(logits, targets.reshape(-1), ignore_index=NO_TARGET)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(chunk.parameters(), clip_norm or float("inf"))
         gradients = [p.grad for p in chunk.parameters() if p.grad is not None]
