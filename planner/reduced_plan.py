@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from profiles.masked_language import predicted_tokens
 from profiles.model import ModelSpec
 
 from .layout import LOSS_TOKENS, RECOMPUTE_MODES, Layout
@@ -96,7 +97,8 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
     links = (replace(plan.cluster.links[0], span=ranks),)
     cluster = replace(plan.cluster, nodes=1, devices_per_node=ranks, links=links)
     small = replace(plan, model=model, cluster=cluster, job=job, layout=layout, stages=stages, alternatives=())
-    whole, tokens = before.micro_batch * plan.job.sequence, layout.micro_batch * sequence
+    whole = before.micro_batch * predicted_tokens(plan.model, plan.job.sequence)
+    tokens = layout.micro_batch * predicted_tokens(model, sequence)
     loss_tokens = max(1, 2 * tokens // 5) if whole > LOSS_TOKENS else tokens  # three pieces, the last one smaller
     return ReducedPlan(plan=small, loss_tokens=loss_tokens, changes=tuple(_changes(plan, small)))
 

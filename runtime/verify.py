@@ -18,6 +18,7 @@ from planner.plan import Plan
 
 from . import loss
 from .context_parallel import inputs_and_targets
+from .data.masked_tokens import masking_of
 from .data.token_source import own_rows
 from .experts import Balance
 from .launch import start_ranks
@@ -220,10 +221,11 @@ def _differences(state: TrainState, plain: Mapping[str, torch.Tensor]) -> dict[s
 
 
 def _batches(plan: Plan, steps: int) -> Iterator[torch.Tensor]:
-    """A batch a step, random token ids [global_batch, sequence + 1]; the same whatever the layout."""
-    size = (plan.job.global_batch, plan.job.sequence + 1)
+    """A batch a step as a TokenSource has them, of random token ids; the same whatever the layout."""
+    model, size = plan.model, (plan.job.global_batch, plan.job.sequence + 1)
     for step in range(steps):
-        yield torch.randint(0, plan.model.vocab_size, size, generator=torch.Generator().manual_seed(1000 + step))
+        ids = torch.randint(0, model.vocab_size, size, generator=torch.Generator().manual_seed(1000 + step))
+        yield torch.from_numpy(masking_of(plan).batch(ids.numpy(), 0, step)) if model.bidirectional else ids
 
 
 def _large(difference: float) -> float:

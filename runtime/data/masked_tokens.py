@@ -94,6 +94,13 @@ class MaskedTokens:
         return
 
 
+def masking_of(plan: Plan, *, seed: int = 0) -> Masking:
+    """The masking of random ids for the plan's model, of which the last one masks."""
+    model = plan.model
+    number = predicted_tokens(model, plan.job.sequence)
+    return Masking(number=number, mask=model.vocab_size - 1, vocabulary=model.vocab_size, seed=seed)
+
+
 def masked(source: TokenSource, tokenizer: str | None, plan: Plan, *, seed: int) -> MaskedTokens:
     """The source for the plan's model. The mask token is the tokenizer's; of bytes it is the model's last id.
 
