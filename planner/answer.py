@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from profiles.masked_language import MASKED_SHARE
 from profiles.model import ModelSpec
 
 from .default_layout import DefaultLayout, default_layout
@@ -121,7 +122,9 @@ def assumptions(question: Question) -> tuple[str, ...]:
         f"kernels and overlap as {trainer}'s; compute under communication × {hardware.overlap_compute_slowdown:g}, "
         f"communication × {hardware.overlap_communication_slowdown:g}; slowest rank × {hardware.straggler_slowdown:g}"
         + loads,
-        "mfu counts attention in full, of which causal kernels do half",
+        "mfu counts attention in full, of which causal kernels do half"
+        if not question.model.bidirectional
+        else f"mfu counts the head at every token, and {MASKED_SHARE:.0%} of them are predicted",
     ]
     figures = nominal_figures(question)
     kind = str(hardware.provenance.get("kind", "stated"))

@@ -30,7 +30,9 @@ def _read(
     hidden = reader.integer("hidden_size", minimum=1, default=hidden)
     heads = reader.integer("num_attention_heads", minimum=1, default=heads)
     refuse_uneven_heads(reader, "num_attention_heads", heads, hidden, "hidden_size")
-    architectures = reader.anything("architectures", default=None) or ()
+    architectures = reader.anything("architectures", default=None) or []
+    if not isinstance(architectures, list):
+        raise reader.fail("architectures", "a list of names", architectures)
     return ModelSpec(
         name=name,
         family=family,
