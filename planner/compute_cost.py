@@ -318,19 +318,20 @@ class ComputeModel:
         if model.output_transform:
             parts.append(self._linear(tokens, model.hidden_size, model.hidden_size))
             parts += [self._activation(hidden), self._norm(hidden)]
-        if model.output_bias:
-            parts.append(self._bias_gradient(tokens * rows))
         if self._software.loss_in_pieces:
             parts.append(self._loss_in_pieces(layout, tokens, rows))
         else:
             kernels = {"eager": "cross_entropy"}
             loss = kernels.get(self._software.cross_entropy, f"cross_entropy_{self._software.cross_entropy}")
-            # Trainers in fp8 keep the last product as it was.
-            product = self._linear(tokens, rows, model.hidden_size, dtype=self._dtype)
-            parts += [product, self._memory(loss, tokens * rows)]
+            parts += [self._logits(tokens, rows), self._memory(loss, tokens * rows)]
         if self._software.loss_metrics:  # cross-entropy and perplexity
             parts += [self._memory("loss_metric", tokens * rows)] * 2
         return _total(parts)
+
+    def _logits(self, tokens: float, rows: int) -> ComputeCost:
+        """The last product, which trainers in fp8 keep as it was."""
+        product = self._linear(tokens, rows, self._model.hidden_size, dtype=self._dtype)
+        return product + self._bias_gradient(tokens * rows) if self._model.output_bias else product
 
     def _loss_in_pieces(self, layout: Layout, tokens: float, rows: int) -> ComputeCost:
         """Product, loss and gradients of one piece after the other, all in the forward pass ([Note: Loss in pieces]).
@@ -343,7 +344,7 @@ class ComputeModel:
         hidden, pieces = self._model.hidden_size, loss_pieces(tokens)
         whole = ComputeCost()
         for size, number in pieces:
-            once = self._linear(size, rows, hidden, dtype=self._dtype) + self._memory("cross_entropy", size * rows)
+            once = self._logits(size, rows) + self._memory("cross_entropy", size * rows)
             whole = whole + _total([once] * number)
         weight_sum = ComputeSeconds()
         if (again := sum(number for _, number in pieces) - 1) and self._dtype != "fp32":

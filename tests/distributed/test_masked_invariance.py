@@ -26,9 +26,10 @@ BERT, MEGATRON = tiny_bert(), tiny_megatron_bert()
 def planned(
     model: ModelSpec, recompute: list[int] | None = None, selective: list[int] | None = None, **axes: Any
 ) -> Plan:
-    layout = Layout(**({"micro_batch": 2} | axes))
-    if layout.zero:
-        layout = Layout(**({"micro_batch": 2, "dp_shard": layout.dp} | axes))
+    if axes.get("zero"):
+        axes["dp_shard"] = axes.get("dp", 1)
+    axes.setdefault("micro_batch", 2)
+    layout = Layout(**axes)
     return make_plan(model, layout, JOB, recompute=recompute, selective=selective)
 
 
