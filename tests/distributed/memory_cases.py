@@ -146,7 +146,6 @@ CASES |= {
     "llama fp32 cp2 ring pp2 zb1p, first": _case(LLAMA, "fp32", cp=2, cp_style="ring", pp=2, schedule="zb1p"),
     "bert fp32, one rank": _case(BERT, "fp32", micro_batch=4),
     "bert bf16 tp2 sp, selective": _case(BERT, "bf16", tp=2, sequence_parallel=True, micro_batch=8, selective=4),
-    "bert bf16 dp4 zero3": _case(BERT, "bf16", dp=4, zero=3, micro_batch=2),
     "megatron-bert fp32 tp2 sp": _case(MEGATRON_BERT, "fp32", tp=2, sequence_parallel=True, micro_batch=4),
     "megatron-bert fp32 pp2 1f1b, last": _case(MEGATRON_BERT, "fp32", pp=2, at=1),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),

@@ -35,17 +35,20 @@ def planned(
 
 CASES = {
     "bert, one rank": planned(BERT),
-    "bert tp2 sp cp2 ring pp2": planned(BERT, tp=2, sequence_parallel=True, cp=2, cp_style="ring", pp=2, micro_batch=6),
-    "megatron tp2 pp2·v2 interleaved, one and one recompute": planned(
-        *(MEGATRON, [0, 1, 0, 0], [1, 0, 0, 1]), tp=2, pp=2, virtual_stages=2, schedule="interleaved-1f1b"
+    "bert tp2 sp cp2 ring": planned(BERT, tp=2, sequence_parallel=True, cp=2, cp_style="ring", micro_batch=6),
+    "megatron pp2·v2 interleaved, recomputing": planned(
+        *(MEGATRON, [0, 1, 0, 0], [1, 0, 0, 1]), pp=2, virtual_stages=2, schedule="interleaved-1f1b"
     ),
+    "bert pp2·v2 zbv": planned(BERT, pp=2, schedule="zbv", virtual_stages=2),
+}
+MORE_CASES = {
+    "bert tp2 sp cp2 ring pp2": planned(BERT, tp=2, sequence_parallel=True, cp=2, cp_style="ring", pp=2, micro_batch=6),
+    "bert pp2 gpipe tp2": planned(BERT, pp=2, schedule="gpipe", tp=2, micro_batch=3),
     "bert cp2 all-to-all dp2 zero3": planned(BERT, cp=2, cp_style="all-to-all", dp=2, zero=3),
     "megatron cp4 ring zero1": planned(MEGATRON, cp=4, cp_style="ring", zero=1, micro_batch=6),
-    "bert pp2·v2 zbv": planned(BERT, pp=2, schedule="zbv", virtual_stages=2),
-    "bert pp2 gpipe tp2": planned(BERT, pp=2, schedule="gpipe", tp=2, micro_batch=3),
 }
 GENERATED = {str(setting): setting for setting in pairwise_settings(MASKED)}
-PLANS = CASES | {name: setting.plan() for name, setting in GENERATED.items()}
+PLANS = CASES | MORE_CASES | {name: setting.plan() for name, setting in GENERATED.items()}
 References = dict[tuple[ModelSpec, int, torch.dtype], Trajectory]
 
 
@@ -62,7 +65,10 @@ def test_every_pair_of_settings_that_is_trained_is_tried() -> None:
     assert len(GENERATED) >= 30
 
 
-@pytest.mark.parametrize("name", [*CASES, *every(20, GENERATED, first=7)])
+@pytest.mark.parametrize(
+    "name",
+    [*CASES, *(pytest.param(name, marks=pytest.mark.full) for name in MORE_CASES), *every(60, GENERATED, first=2)],
+)
 def test_loss_and_norm_do_not_depend_on_the_layout(name: str, references: References) -> None:
     plan = PLANS[name]
     steps = dict.fromkeys(TOLERANCE, STEPS)
