@@ -227,9 +227,9 @@ class Chunk(nn.Module):
             x = self.embedding(x)
         for block in self.blocks.values():
             x = block(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.head is None else self.head(x, targets)
+        if self.head is None:
+            return x
+        return self.head(x if self.norm is None else self.norm(x), targets)
 
 
 def build_chunk(model: ModelSpec, stage: Stage) -> Chunk:
