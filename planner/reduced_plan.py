@@ -22,7 +22,7 @@ _SEQUENCE = 16  # tokens
 _MOST_OF_A_MICROBATCH = 2  # sequences
 _ACCUMULATED = 3  # microbatches without a pipeline; with one, twice its ranks, which has a steady state
 _BLOCKS = 2  # of a stage that has at least so many; one more where it has more blocks than another
-_HSDP_RANKS = 4  # of dp: two copies of two shards
+_HSDP_RANKS = 4  # of dp: two copies of two shards; fewer where cp cuts the shards
 
 SIZE, RANKS, ROUNDING = (
     "seconds instead of hours",
@@ -126,7 +126,7 @@ def _degrees(layout: Layout, most_ranks: int) -> tuple[int, int, int, int, int]:
         return range(min(degree, most_ranks), min(degree, 2) - 1, -1)
 
     hsdp = bool(layout.zero) and layout.dp_shard < layout.dp
-    for replicas, dps in ((2, (_HSDP_RANKS,) if hsdp else ()), (1, down(layout.dp)), (1, (1,))):
+    for replicas, dps in ((2, (min(layout.dp, _HSDP_RANKS),) if hsdp else ()), (1, down(layout.dp)), (1, (1,))):
         for pp, tp, cp, dp in itertools.product(down(layout.pp), down(layout.tp), down(layout.cp), dps):
             if pp * tp * cp * dp <= most_ranks:
                 return pp, tp, cp, dp, dp // replicas if layout.zero else 1

@@ -121,6 +121,12 @@ def test_bytes_are_masked_by_the_last_id_of_the_model(tmp_path: Path) -> None:
     assert tokens.order.endswith("seed 5, 6 of each masked by 299, seed 5")
 
 
+def test_bytes_that_were_prepared_are_masked_so_too(tmp_path: Path) -> None:
+    batch = opened(dataset(tmp_path / "a"), tokenizer="bytes").batch(1, 4)
+    assert batch[:, 0].max() == 299
+    assert np.unique(batch[:, 0][(batch[:, 0] != batch[:, 1]) & (batch[:, 1] != NO_TARGET)]).max() == 299
+
+
 @pytest.mark.parametrize("vocabulary", [200, 256])
 def test_a_model_without_an_id_beside_the_bytes_is_refused(tmp_path: Path, vocabulary: int) -> None:
     (tmp_path / "a.txt").write_text("text " * 1000)
