@@ -25,7 +25,10 @@ class TokenTypes(LocalParameters):
 
 
 class HeadTransform(LocalParameters):
-    """Linear, GELU and norm, the same on every tp rank: each leaves its part of the gradients."""
+    """Linear, GELU (its tanh form where the layers have that) and norm.
+
+    The same on every tp rank: each leaves its part of the gradients.
+    """
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
