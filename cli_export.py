@@ -45,7 +45,7 @@ def _export_to_hugging_face(
         f"step {found.step} of {run_dir}: {found.tensors} tensors in {found.dtype}, "
         f"{found.weight_bytes / 2**20:.1f} MiB, in {files}",
         f"tokenizer: {tokenizer}",
-        f"load it with: AutoModelForCausalLM.from_pretrained({str(found.folder)!r})",
+        f"load it with: {found.auto_class}.from_pretrained({str(found.folder)!r})",
     )
     return found.to_dict(), "\n".join(lines)
 

@@ -141,7 +141,8 @@ class ActivationModel:
         Our own keeps attention's output, all products, and what tp sums of two of them. torchtitan's keeps of the
         products in the order of the forward (queries, keys, values, output, up, gate, down) the first, third and so on
         (pytorch/torchtitan, `_custom_policy`: all but every second mm). Of latent attention and of experts, all
-        products. The recomputation ends where it has all that the backward needs, which is before the last product.
+        products. The recomputation ends where it has all that the backward needs, which is before the last product,
+        unless a norm follows it.
         """
         model, e = self._model, self.element_bytes
         if kind != "dense" or model.latent_attention is not None:
@@ -151,10 +152,9 @@ class ActivationModel:
         widths = [local_linear_shape(model, name, layout.tp)[0] for name in kept]
         products = e * tokens * (model.attention_output_width / layout.tp + sum(widths))
         last = e * tokens * model.hidden_size if names[-1] in kept else 0.0
-        if kept == names and layout.tp > 1:
-            summed = e * outside * model.hidden_size
-            return products + 2 * summed, last + summed
-        return products, last
+        summed = e * outside * model.hidden_size if kept == names and layout.tp > 1 else 0.0
+        unclaimed = last + summed if model.norm_placement == "pre" else 0.0
+        return products + 2 * summed, unclaimed
 
     def _products(self, layout: Layout, kind: str, tokens: float, outside: float) -> float:
         """Outputs of the products outside of attention: of the output projection, and of the feed-forward."""

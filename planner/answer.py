@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from profiles.masked_language import MASKED_SHARE
+
 from .assignment import counts_of
 from .default_layout import DefaultLayout, default_layout
 from .layout import LAYOUT_KEYS, Layout
@@ -109,7 +111,9 @@ def assumptions(question: Question) -> tuple[str, ...]:
         f"kernels and overlap as {trainer}'s; compute under communication × {hardware.overlap_compute_slowdown:g}, "
         f"communication × {hardware.overlap_communication_slowdown:g}; slowest rank × {hardware.straggler_slowdown:g}"
         + loads,
-        "mfu counts attention in full, of which causal kernels do half",
+        "mfu counts attention in full, of which causal kernels do half"
+        if not question.model.bidirectional
+        else f"mfu counts the head at every token, and {MASKED_SHARE:.0%} of them are predicted",
     ]
     if job.document_length is not None:
         said.append(

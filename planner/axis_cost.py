@@ -17,7 +17,7 @@ from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost
 from .job import TrainingJob
 from .layout import Layout
-from .local_shapes import attended_width, local_tokens, loss_pieces, outside_tokens
+from .local_shapes import attended_width, local_tokens, loss_pieces, outside_tokens, predicted_by_head
 
 _FP32_BYTES = 4.0
 
@@ -64,7 +64,8 @@ class AxisModel:
 
         In each the ranks meet after half of the block's compute and wait for the slowest.
         Recomputation stops when it has all that backward needs, which the sum that ends the feed-forward is not
-        part of (torch's non-reentrant checkpoint; the counts are asserted in tests/distributed/test_collectives.py).
+        part of (torch's non-reentrant checkpoint; the counts are asserted in tests/distributed/test_collectives.py),
+        unless a norm follows that sum, which keeps it.
         Routed experts take the sequence as it lies; only shared ones are cut over tp as a dense feed-forward is.
         """
         if layout.tp == 1:
@@ -73,14 +74,15 @@ class AxisModel:
         there, back = wait(compute.forward.total / 2), wait(compute.backward.total / 2)
         size, shared = self._whole_bytes(layout), self._model.experts is not None and bool(self._model.experts.shared)
         halves = 2 if kind == "dense" or shared else 1
+        sums_again = halves - (self._model.norm_placement == "pre")
         if not layout.sequence_parallel:
             reduce = self._tp("all_reduce", layout, size)
-            again = (halves - 1) * (reduce + there)
+            again = sums_again * (reduce + there)
             return self._overlapped(Passes(halves * (reduce + there), halves * (reduce + back), 0.0, again), compute)
         gather, scatter = (self._tp(operation, layout, size) for operation in ("all_gather", "reduce_scatter"))
         # Megatron keeps the sequence's share of each input and gathers it again for the weights' gradient, behind
         # the input's (arXiv 2205.05198, section 4.2.2).
-        again = halves * gather + (halves - 1) * (scatter + there)
+        again = halves * gather + sums_again * (scatter + there)
         selective = halves * gather if self._software.selective_keeps_matmuls else 0.0
         one_way = halves * (gather + scatter)
         if self._software.tp_overlap == "own_shard":
@@ -131,7 +133,7 @@ class AxisModel:
         pieces one gather a piece, of the logarithm of each rank's sum for each token.
         """
         size = self._whole_bytes(layout)
-        tokens = local_tokens(layout, self._job.sequence)
+        tokens = predicted_by_head(layout, self._model, self._job.sequence, self._software)
         if self._software.loss_in_pieces:
             loss = sum(
                 number * self._tp("all_gather", layout, _FP32_BYTES * layout.tp * rows)

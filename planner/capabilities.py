@@ -88,7 +88,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "sliding-window attention": ("megatron",),  # --window-size, --window-attn-skip-freq
     "QK norm": ("meshwright", "megatron"),  # --qk-layernorm
     "attention sinks": ("megatron",),  # --softmax-type learnable
-    "bidirectional attention": ("megatron",),  # pretrain_bert.py, as all that BERT has
+    "bidirectional attention": ("meshwright", "megatron"),  # pretrain_bert.py, as all that BERT has
     "ALiBi positions": (),
     "YaRN positions": ("megatron",),  # --rope-type yarn, with latent attention; --position-embedding-type yarn
     "linearly stretched positions": ("megatron",),  # --rotary-seq-len-interpolation-factor
@@ -96,15 +96,15 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "LongRoPE positions": (),
     "partial rotary positions": ("megatron",),  # --rotary-percent
     "parallel residuals": (),
-    "post-norm layers": ("megatron",),  # --apply-residual-connection-post-layernorm
+    "post-norm layers": ("meshwright", "megatron"),  # --apply-residual-connection-post-layernorm
     "ReLU": (),
     "clamped SwiGLU": ("megatron",),  # --quick-geglu, --glu-linear-offset, --activation-func-clamp-value
     "offset positions": (),
-    "token types": ("megatron",),
+    "token types": ("meshwright", "megatron"),
     "embedding norm": (),
-    "output transform": ("megatron",),
-    "output bias": ("megatron",),
-    "next-sentence head": ("megatron",),
+    "output transform": ("meshwright", "megatron"),
+    "output bias": ("meshwright", "megatron"),
+    "next-sentence head": ("megatron",),  # without --bert-no-binary-head
 }
 
 

@@ -12,6 +12,7 @@ from profiles.model import ModelSpec
 from profiles.points import DIRECTIONS, ELEMENTWISE, SCALAR_SLOWDOWN
 from profiles.software import Software
 
+from .attention_chain import chain_attention
 from .compute_seconds import HOST_OPERATIONS, NO_SECONDS, ComputeCost, ComputeSeconds
 from .context_seconds import context_work
 from .job import TrainingJob
@@ -24,6 +25,7 @@ from .local_shapes import (
     local_tokens,
     loss_pieces,
     outside_tokens,
+    predicted_by_head,
     routed_tokens,
 )
 from .packed_cost import attended_documents, document_work
@@ -75,14 +77,16 @@ class ComputeModel:
         """A linear by its name: the gradient of a bias is a sum over the tokens besides."""
         cost = self._linear(tokens, *shape, again=name in self._again)
         if self._model.has_bias(name):
-            seconds, outputs = self._hardware.memory_seconds, tokens * shape[0]
-            cost = cost + ComputeCost(
-                backward_weight=ComputeSeconds(memory=seconds("bias_gradient", self._dtype, outputs, "backward"))
-            )
+            outputs = tokens * shape[0]
+            cost = cost + self._bias_gradient(outputs)
             alone = self._software.linear_bias
             if alone == "separate" or (alone == "following" and name == "wq"):
                 cost = cost + ComputeCost(self._memory("bias", outputs).forward)
         return cost
+
+    def _bias_gradient(self, elements: float) -> ComputeCost:
+        seconds = self._hardware.memory_seconds("bias_gradient", self._dtype, elements, "backward")
+        return ComputeCost(backward_weight=ComputeSeconds(memory=seconds))
 
     @property
     def _again(self) -> tuple[str, ...]:
@@ -138,7 +142,8 @@ class ComputeModel:
         model, sequence = self._model, self._job.sequence
         heads, dim = model.heads // layout.tp, (model.head_dim + model.value_head_dim) / 2
         if self._software.attention in ("unfused", "fused_softmax"):
-            cost = self._chain_attention(layout.micro_batch * heads, sequence, round(dim)) * (1 / layout.cp)
+            shape = (layout.micro_batch * heads, sequence, round(dim))
+            cost = chain_attention(self._hardware, self._software, self._dtype, self._memory, *shape) * (1 / layout.cp)
         else:
             share = model.attended_share(sequence) / layout.cp
             if self._software.cp_shards == "contiguous":
@@ -178,23 +183,6 @@ class ComputeModel:
             joined = self._hardware.memory_seconds("copy", self._dtype, 3 * query, "backward")
             cost = cost + ComputeCost(backward_input=ComputeSeconds(memory=joined))
         return cost
-
-    def _chain_attention(self, matrices: int, sequence: int, dim: int) -> ComputeCost:
-        """Two batched products forward and four backward around a softmax over s × s scores each."""
-        seconds, scores = self._hardware.batched_gemm_seconds, float(matrices) * sequence**2
-        to_scores = seconds(self._dtype, matrices, sequence, sequence, dim)
-        from_scores = seconds(self._dtype, matrices, sequence, dim, sequence)
-        forward, backward = to_scores + from_scores, to_scores + 3 * from_scores
-        between = self._memory("softmax", scores)
-        if self._software.attention == "unfused":
-            between = between + self._memory("scale_mask", scores)
-        if self._software.dropout:
-            between = between + self._memory("dropout", scores)
-        there, back = HOST_OPERATIONS["chain"]
-        return ComputeCost(
-            ComputeSeconds(attention=forward + between.forward.memory, operations=there),
-            ComputeSeconds(attention=backward + between.backward.memory, operations=back),
-        )
 
     # ---- parts of the model ----------------------------------------------------------------------------
 
@@ -312,34 +300,40 @@ class ComputeModel:
     def embedding(self, layout: Layout) -> ComputeCost:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
         parts = [self._memory("embedding", tokens * model.hidden_size)]
-        if model.positions == "learned":
+        for _ in range((model.positions == "learned") + (model.token_types > 0)):
             parts.append(self._memory("residual", tokens * model.hidden_size))
+        if model.embedding_norm:
+            parts.append(self._norm(outside_tokens(layout, self._job.sequence) * model.hidden_size))
         if self._software.dropout:
             parts.append(self._memory("dropout", outside_tokens(layout, self._job.sequence) * model.hidden_size))
         return _total(parts)
 
     def head(self, layout: Layout) -> ComputeCost:
-        """Last norm, output matrix cut over the vocabulary, cross-entropy in fp32."""
-        model, tokens = self._model, local_tokens(layout, self._job.sequence)
-        outside = outside_tokens(layout, self._job.sequence)
-        rows = -(-model.vocab_size // layout.tp)
-        parts = [self._norm(outside * model.hidden_size)]
+        """Last norm, the tokens that are predicted, output matrix cut over the vocabulary, cross-entropy in fp32."""
+        model, sequence = self._model, self._job.sequence
+        tokens = predicted_by_head(layout, model, sequence, self._software)
+        rows, hidden = -(-model.vocab_size // layout.tp), tokens * model.hidden_size
+        stream = outside_tokens(layout, sequence) * model.hidden_size
+        parts = [self._norm(stream)] if model.norm_placement == "pre" else []
+        if tokens < local_tokens(layout, sequence):
+            parts.append(self._memory("embedding", hidden))  # the same work: rows looked up, their gradients added
         if model.output_transform:
-            parts += [
-                self._linear(tokens, model.hidden_size, model.hidden_size),
-                self._norm(tokens * model.hidden_size),
-            ]
+            parts.append(self._linear(tokens, model.hidden_size, model.hidden_size))
+            parts += [self._activation(hidden), self._norm(hidden)]
         if self._software.loss_in_pieces:
             parts.append(self._loss_in_pieces(layout, tokens, rows))
         else:
             kernels = {"eager": "cross_entropy"}
             loss = kernels.get(self._software.cross_entropy, f"cross_entropy_{self._software.cross_entropy}")
-            # Trainers in fp8 keep the last product as it was.
-            product = self._linear(tokens, rows, model.hidden_size, dtype=self._dtype)
-            parts += [product, self._memory(loss, tokens * rows)]
+            parts += [self._logits(tokens, rows), self._memory(loss, tokens * rows)]
         if self._software.loss_metrics:  # cross-entropy and perplexity
             parts += [self._memory("loss_metric", tokens * rows)] * 2
         return _total(parts)
+
+    def _logits(self, tokens: float, rows: int) -> ComputeCost:
+        """The last product, which trainers in fp8 keep as it was."""
+        product = self._linear(tokens, rows, self._model.hidden_size, dtype=self._dtype)
+        return product + self._bias_gradient(tokens * rows) if self._model.output_bias else product
 
     def _loss_in_pieces(self, layout: Layout, tokens: float, rows: int) -> ComputeCost:
         """Product, loss and gradients of one piece after the other, all in the forward pass ([Note: Loss in pieces]).
@@ -352,7 +346,7 @@ class ComputeModel:
         hidden, pieces = self._model.hidden_size, loss_pieces(tokens)
         whole = ComputeCost()
         for size, number in pieces:
-            once = self._linear(size, rows, hidden, dtype=self._dtype) + self._memory("cross_entropy", size * rows)
+            once = self._logits(size, rows) + self._memory("cross_entropy", size * rows)
             whole = whole + _total([once] * number)
         weight_sum = ComputeSeconds()
         if (again := sum(number for _, number in pieces) - 1) and self._dtype != "fp32":

@@ -8,7 +8,7 @@ from profiles.software import Software
 from .activation_bytes import ActivationModel
 from .job import TrainingJob
 from .layout import LOSS_TOKENS, Layout
-from .local_shapes import local_tokens
+from .local_shapes import local_tokens, outside_tokens, predicted_by_head
 from .memory_bytes import MemoryBytes
 
 _FP32_BYTES = 4
@@ -85,10 +85,10 @@ class HeadMemory:
         eVh, or where pieces add up their sum of 4Vh, besides which a product of 16 bits stands before it is added.
         """
         e, hidden, rows = self._element_bytes, self._model.hidden_size, self._rows(layout)
-        tokens = local_tokens(layout, self._job.sequence)
+        tokens = predicted_by_head(layout, self._model, self._job.sequence, self._software)
         piece, later = min(tokens, LOSS_TOKENS) * rows, min(max(0.0, tokens - LOSS_TOKENS), LOSS_TOKENS) * rows
         matrix, several, narrow = float(rows * hidden), tokens > LOSS_TOKENS, e < _FP32_BYTES
-        norm, of_hidden = self._activations.norm(layout), e * tokens * hidden
+        (norm, beside), of_hidden = self._before_loss(layout, tokens), e * tokens * hidden
         kept = (_FP32_BYTES if several else e) * matrix
         product = kept + (e * matrix if several and narrow else 0.0)
         widened, narrowed = 2 * _FP32_BYTES, (_FP32_BYTES + (e if narrow else 0)) * piece
@@ -96,9 +96,10 @@ class HeadMemory:
             # The sum of the weight's gradients is counted, and there is none before the first backward.
             share, normalisers, summed = self._held_share(layout), _FP32_BYTES * tokens, _FP32_BYTES * matrix
             held = MemoryBytes(activations=share * norm, logits=share * normalisers)
-            most = max(widened * piece - summed, of_hidden + narrowed + max(0.0, product - summed))
+            most = max(beside + widened * piece - summed, of_hidden + narrowed + max(0.0, product - summed))
             return held, held, norm + normalisers + most
-        most = of_hidden + max(widened * piece, widened * later + (kept if several else 0.0), narrowed + product)
+        summed_later = widened * later + (kept if several else 0.0)
+        most = beside + of_hidden + max(widened * piece, summed_later, narrowed + product)
         after = self._weight_gradient_after(layout, matrix)
         if self._held_share(layout):
             held = MemoryBytes(activations=norm, logits=of_hidden + kept)
@@ -107,6 +108,21 @@ class HeadMemory:
         # A split backward goes on to the moment between its halves, which has all but what passes in the head.
         passing = max(0.0, most - of_hidden - kept) if layout.splits_backward else norm + most - after
         return held, between, passing
+
+    def _before_loss(self, layout: Layout, tokens: float) -> tuple[float, float]:
+        """What the head keeps of what comes before its loss, and what is there until its forward is over besides.
+
+        A last norm keeps its input, and the loss its own. Where that is of the predicted tokens alone, all that the
+        head was given is there meanwhile, and under sequence parallelism once more as a whole. A transform keeps what
+        goes into its product, its activation and its norm.
+        """
+        model = self._model
+        if not (model.bidirectional and self._software.head_of_predicted):
+            return self._activations.norm(layout), 0.0
+        stream = outside_tokens(layout, self._job.sequence)
+        kept = (stream if model.norm_placement == "pre" else 0.0) + tokens * (4 if model.output_transform else 1)
+        given = stream + (local_tokens(layout, self._job.sequence) if layout.sequence_parallel else 0.0)
+        return self._element_bytes * model.hidden_size * kept, self._element_bytes * model.hidden_size * given
 
     def _weight_gradient_after(self, layout: Layout, matrix: float) -> float:
         """The weight's gradient of the microbatch, from the head's backward to the end of that of all layers.

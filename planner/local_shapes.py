@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from profiles.masked_language import head_tokens
 from profiles.model import ModelSpec
+from profiles.software import Software
 
 from .job import TrainingJob
 from .layout import LOSS_TOKENS, Layout
@@ -21,6 +23,13 @@ def outside_tokens(layout: Layout, sequence: int) -> float:
     """Tokens between the products cut by tp: all, or the rank's share with sequence parallelism."""
     tokens = local_tokens(layout, sequence)
     return tokens / layout.tp if layout.sequence_parallel else tokens
+
+
+def predicted_by_head(layout: Layout, model: ModelSpec, sequence: int, software: Software) -> float:
+    """Tokens of one microbatch at which a rank's head looks."""
+    if not (model.bidirectional and software.head_of_predicted):
+        return local_tokens(layout, sequence)
+    return layout.micro_batch * head_tokens(model, sequence, layout.cp)
 
 
 def loss_pieces(tokens: float) -> tuple[tuple[int, int], ...]:

@@ -236,10 +236,13 @@ class MemoryModel:
         return min(kept.transient, kept.weight - kept.none)
 
     def embedding(self, layout: Layout) -> PartMemory:
+        """A norm behind it keeps its input, as one of a layer does."""
         state = self._state(layout, self.embedding_parameters(layout), root=True)
         moments = passing_moments_bytes(self._job, self.embedding_parameters(layout) / layout.shards)
-        passing = max(self._table_gradient(layout), moments)
-        return PartMemory(state, NO_BYTES, NO_BYTES, passing, passing, NO_BYTES, passing)
+        passing, held = max(self._table_gradient(layout), moments), NO_BYTES
+        if self._model.embedding_norm:
+            held = MemoryBytes(activations=self.boundary_bytes(layout))
+        return PartMemory(state, held, held, passing, passing, held, passing, held)
 
     def _table_gradient(self, layout: Layout) -> float:
         """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
@@ -357,10 +360,12 @@ class MemoryModel:
     def head_parameters(self, layout: Layout) -> float:
         """A tied matrix lies in the embedding, but the last stage of a pipeline holds a copy of it."""
         model, matrix = self._model, self._head_matrix(layout)
+        beside = model.head_parameters
+        if model.output_bias:
+            beside += -(-model.vocab_size // layout.tp) - model.vocab_size
         if model.tied_embeddings:
-            beside = model.head_parameters
             return beside + (matrix if layout.pp > 1 else 0)
-        return matrix + model.head_parameters - model.vocab_size * model.hidden_size
+        return matrix + beside - model.vocab_size * model.hidden_size
 
     def _head_matrix(self, layout: Layout) -> int:
         return -(-self._model.vocab_size // layout.tp) * self._model.hidden_size

@@ -84,6 +84,13 @@ def ask(
         document_length=document_length,
     )
     known = resolve_model(model) if isinstance(model, str) else model
+    if document_length is not None and known.bidirectional:
+        raise InputError(
+            "documents are kept apart in causal attention alone",
+            where="--document-length",
+            expected="a model with causal attention",
+            got=known.name,
+        )
     return Question(known, spec, hardware, job)
 
 

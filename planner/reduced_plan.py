@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from profiles.masked_language import predicted_tokens
 from profiles.model import ModelSpec
 
 from .layout import LOSS_TOKENS, RECOMPUTE_MODES, Layout
@@ -22,7 +23,7 @@ _SEQUENCE = 16  # tokens
 _MOST_OF_A_MICROBATCH = 2  # sequences
 _ACCUMULATED = 3  # microbatches without a pipeline; with one, twice its ranks, which has a steady state
 _BLOCKS = 2  # of a stage that has at least so many; one more where it has more blocks than another
-_HSDP_RANKS = 4  # of dp: two copies of two shards
+_HSDP_RANKS = 4  # of dp: two copies of two shards; fewer where cp cuts the shards
 
 SIZE, RANKS, ROUNDING = (
     "seconds instead of hours",
@@ -98,7 +99,8 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
     links = (replace(plan.cluster.links[0], span=ranks),)
     cluster = replace(plan.cluster, nodes=1, devices_per_node=ranks, links=links)
     small = replace(plan, model=model, cluster=cluster, job=job, layout=layout, stages=stages, alternatives=())
-    whole, tokens = before.micro_batch * plan.job.sequence, layout.micro_batch * sequence
+    whole = before.micro_batch * predicted_tokens(plan.model, plan.job.sequence)
+    tokens = layout.micro_batch * predicted_tokens(model, sequence)
     loss_tokens = max(1, 2 * tokens // 5) if whole > LOSS_TOKENS else tokens  # three pieces, the last one smaller
     return ReducedPlan(plan=small, loss_tokens=loss_tokens, changes=tuple(_changes(plan, small)))
 
@@ -126,7 +128,7 @@ def _degrees(layout: Layout, most_ranks: int) -> tuple[int, int, int, int, int]:
         return range(min(degree, most_ranks), min(degree, 2) - 1, -1)
 
     hsdp = bool(layout.zero) and layout.dp_shard < layout.dp
-    for replicas, dps in ((2, (_HSDP_RANKS,) if hsdp else ()), (1, down(layout.dp)), (1, (1,))):
+    for replicas, dps in ((2, (min(layout.dp, _HSDP_RANKS),) if hsdp else ()), (1, down(layout.dp)), (1, (1,))):
         for pp, tp, cp, dp in itertools.product(down(layout.pp), down(layout.tp), down(layout.cp), dps):
             if pp * tp * cp * dp <= most_ranks:
                 return pp, tp, cp, dp, dp // replicas if layout.zero else 1

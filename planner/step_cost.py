@@ -102,7 +102,7 @@ class CostModel:
                 Seconds(overhead.forward.total, pp=waits), Seconds(overhead.backward.total, pp=waits)
             ),
             send_seconds=send,
-            step_seconds=self._tied_seconds(layout) + self._clip_seconds(layout),
+            step_seconds=self._tied_seconds(layout) + self._transform_seconds(layout) + self._clip_seconds(layout),
             embedding_memory=nothing,
             head_memory=nothing,
             fixed_memory=(),
@@ -330,6 +330,13 @@ class CostModel:
         rows = -(-self._model.vocab_size // layout.tp)
         size = 4.0 * rows * self._model.hidden_size / layout.shards
         return self._comm.pair_sum_seconds(Group(layout.pp, layout.tp * layout.cp * layout.dp), size)
+
+    def _transform_seconds(self, layout: Layout) -> float:
+        """Our ranks of tp sum what each has of the gradients of the head's transform, in fp32, after the last one."""
+        if layout.tp == 1 or not (self._model.output_transform and self._software.head_of_predicted):
+            return 0.0
+        size = 4.0 * (self._model.hidden_size + 1) * self._model.hidden_size / layout.shards
+        return self._comm.collective_seconds("all_reduce", Group(layout.tp, 1), size)
 
     def _clip_seconds(self, layout: Layout) -> float:
         """Loss and gradient norm, two float64 numbers, summed over all ranks."""

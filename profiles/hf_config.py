@@ -8,18 +8,21 @@ from pathlib import Path
 
 from . import hf_readers_dense as dense
 from . import hf_readers_experts as experts
+from . import hf_readers_masked as masked
 from .model import ModelSpec
 from .store import Reader, load_json
 
 CONFIG_FILE = "config.json"
 
 _FAMILIES: Mapping[str, Callable[[Reader, str, str], ModelSpec]] = {
+    "bert": masked.read_bert,
     "deepseek_v2": experts.read_deepseek_v2,
     "deepseek_v3": experts.read_deepseek_v3,
     "gpt2": dense.read_gpt2,
     "gpt_neox": dense.read_gpt_neox,
     "gpt_oss": experts.read_gpt_oss,
     "llama": dense.read_llama,
+    "megatron-bert": masked.read_megatron_bert,
     "mistral": dense.read_mistral,
     "mixtral": experts.read_mixtral,
     "qwen2": dense.read_qwen2,

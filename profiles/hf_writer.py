@@ -25,7 +25,7 @@ def write_hf_config(model: ModelSpec) -> Config:
     family = model.family if model.family in _WRITERS else "llama"
     architecture, writer = _WRITERS[family]
     config = {
-        "architectures": [f"{architecture}ForCausalLM" if architecture != "GPT2" else "GPT2LMHeadModel"],
+        "architectures": [architecture],
         "model_type": family,
         **writer(model),
         "vocab_size": model.vocab_size,
@@ -98,6 +98,20 @@ def _gpt2(model: ModelSpec) -> Config:
     }
 
 
+def _bert(model: ModelSpec) -> Config:
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "max_position_embeddings": model.max_positions,
+        "type_vocab_size": model.token_types,
+        "layer_norm_eps": model.norm_epsilon,
+        "hidden_act": _PLAIN.get(model.activation, model.activation),
+        **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
+    }
+
+
 def _mixtral(model: ModelSpec) -> Config:
     experts = _experts(model)
     return {**_mistral(model), "num_local_experts": experts.number, "num_experts_per_tok": experts.top_k}
@@ -149,13 +163,15 @@ def _experts(model: ModelSpec) -> Experts:
 
 
 _WRITERS: Mapping[str, tuple[str, Callable[[ModelSpec], Config]]] = {
-    "llama": ("Llama", _llama),
-    "mistral": ("Mistral", _mistral),
-    "qwen2": ("Qwen2", _rotary),
-    "qwen3": ("Qwen3", _qwen3),
-    "gpt2": ("GPT2", _gpt2),
-    "mixtral": ("Mixtral", _mixtral),
-    "qwen3_moe": ("Qwen3Moe", _qwen3_moe),
-    "deepseek_v2": ("DeepseekV2", _deepseek_v2),
-    "deepseek_v3": ("DeepseekV3", _deepseek),
+    "bert": ("BertForMaskedLM", _bert),
+    "megatron-bert": ("MegatronBertForMaskedLM", _bert),
+    "llama": ("LlamaForCausalLM", _llama),
+    "mistral": ("MistralForCausalLM", _mistral),
+    "qwen2": ("Qwen2ForCausalLM", _rotary),
+    "qwen3": ("Qwen3ForCausalLM", _qwen3),
+    "gpt2": ("GPT2LMHeadModel", _gpt2),
+    "mixtral": ("MixtralForCausalLM", _mixtral),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _qwen3_moe),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", _deepseek_v2),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _deepseek),
 }

@@ -189,8 +189,10 @@ class ModelSpec:
     @property
     def end_tensors(self) -> tuple[int, int]:
         """Parameter tensors of the embedding and of the head (of a tied matrix, one in each)."""
-        learned = 1 if self.positions == "learned" else 0
-        return 1 + learned, 1 + (2 if self.norm == "layernorm" else 1)
+        norm = 2 if self.norm == "layernorm" else 1
+        embedding = 1 + (self.positions == "learned") + (self.token_types > 0) + norm * self.embedding_norm
+        head = 1 + norm * (self.norm_placement == "pre") + (2 + norm) * self.output_transform + self.output_bias
+        return embedding, head
 
     def layer_parameters(self, kind: str) -> int:
         """Parameters of one layer of a kind that `segments` holds."""

@@ -137,6 +137,11 @@ class Software:
         return self.cross_entropy == "pieces"
 
     @property
+    def head_of_predicted(self) -> bool:
+        """The head of a masked language model looks at what is predicted alone ([Note: Masked language model])."""
+        return self.family == "meshwright"
+
+    @property
     def own_context_parallelism(self) -> bool:
         """cp as in runtime/context_parallel.py, of which it is known what it does besides attending and sending."""
         return self.family == "meshwright"

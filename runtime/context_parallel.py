@@ -49,23 +49,36 @@ def pick(whole: torch.Tensor, spans: Spans, dim: int) -> torch.Tensor:
 
 
 def inputs_and_targets(samples: torch.Tensor, layout: Layout, cp_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples [rows, sequence + 1] of token ids -> inputs and targets [rows, sequence / cp] of a cp rank."""
-    tokens = (samples.shape[1] - 1) // layout.cp
-    spans = SequenceShard(cp_rank, layout.cp, layout.cp_style).spans(tokens)
-    return pick(samples[:, :-1], spans, 1).contiguous(), pick(samples[:, 1:], spans, 1).contiguous()
+    """Samples as a TokenSource has them -> inputs and targets [rows, sequence / cp] of a cp rank."""
+    inputs, targets = whole_inputs_and_targets(samples)
+    spans = SequenceShard(cp_rank, layout.cp, layout.cp_style).spans(inputs.shape[1] // layout.cp)
+    return pick(inputs, spans, 1).contiguous(), pick(targets, spans, 1).contiguous()
 
 
-def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shard: SequenceShard, starts: torch.Tensor | None = None
+def whole_inputs_and_targets(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, sequence + 1] ids: each token's target is the next one; or [rows, 2, sequence], both as they are."""
+    return (samples[:, 0], samples[:, 1]) if samples.ndim == 3 else (samples[:, :-1], samples[:, 1:])
+
+
+def self_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shard: SequenceShard,
+    *,
+    causal: bool,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of the rank's queries to all keys that are not later, of their document where `starts` are given.
+    """Attention of the rank's queries to all keys, or if `causal` to those that are not later, of their document where
+    `starts` are given.
 
     q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped; starts [batch, sequence], where
     the document of each token of the whole sequences begins -> as q, of v's head_dim.
     """
+    assert causal or starts is None, "documents are attended to causally"
     if shard.group is not None:
         attention = ring_attention if shard.style == "ring" else all_to_all_attention
-        return attention(q, k, v, shard.group, starts)
+        return attention(q, k, v, shard.group, starts, causal=causal)
     if starts is not None:
         return document_attention(q, k, v, starts)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])

@@ -17,10 +17,16 @@ _HEADS, _SEQUENCE = 1, 2  # dims of [batch, heads, sequence, head_dim]
 
 
 def all_to_all_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup, starts: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    group: dist.ProcessGroup,
+    starts: torch.Tensor | None = None,
+    *,
+    causal: bool,
 ) -> torch.Tensor:
-    """Causal attention of this rank's queries to all keys of the sequences, of which rank i holds the i-th piece, or to
-    those of their documents.
+    """Attention of this rank's queries to the keys of the whole sequences, of which rank i holds the i-th piece, or of
+    their documents.
 
     q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped, and v with a head_dim of its own;
     starts [batch, sequence], where the document of each token begins, if sequences have some
@@ -32,7 +38,7 @@ def all_to_all_attention(
     if starts is not None:
         mixed = document_attention(q, k, v, starts)
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
     return _exchanged(mixed, _SEQUENCE, _HEADS, group)
 
 

@@ -36,7 +36,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: `files` with weights, the bytes in them, and the tokenizer's files, if the run has one."""
+    """What was written: `files` with weights, the bytes in them, and the tokenizer's files, if the run has one.
+
+    `auto_class` is transformers' class that reads the folder.
+    """
 
     folder: Path
     step: int
@@ -45,6 +48,7 @@ class Exported:
     weight_bytes: int
     files: tuple[str, ...]
     tokenizer: tuple[str, ...]
+    auto_class: str
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -107,7 +111,11 @@ def export_run(
         ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return Exported(out, step_of(checkpoint), dtype, len(parts), sum(sizes.values()), files, tuple(tokenizer))
+    auto_class = f"AutoModelFor{'MaskedLM' if plan.model.bidirectional else 'CausalLM'}"
+    return Exported(
+        *(out, step_of(checkpoint), dtype, len(parts), sum(sizes.values()), files, tuple(tokenizer)),
+        auto_class=auto_class,
+    )
 
 
 # ---- what is exported ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Box = tuple[slice, ...]  # a part of a tensor: for each dim where it begins and ends
 
@@ -47,6 +47,8 @@ class _Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     conv1d: bool = False
     ignored: str = r".*\.rotary_emb\.inv_freq"  # in files from before transformers 4.32
+    head: str = "lm_head.weight"
+    renamed: Mapping[str, str] = field(default_factory=dict)  # ends of names in old files, and what they are now
 
 
 _LLAMA = _Family(
@@ -122,14 +124,48 @@ _GPT2 = _Family(
     conv1d=True,
     ignored=r".*\.attn\.(masked_)?bias",  # the causal mask
 )
+_BERT = _Family(
+    top={
+        "embedding.tokens.weight": "bert.embeddings.word_embeddings.weight",
+        "embedding.positions.weight": "bert.embeddings.position_embeddings.weight",
+        "embedding.token_types.weight": "bert.embeddings.token_type_embeddings.weight",
+        "embedding.norm.weight": "bert.embeddings.LayerNorm.weight",
+        "embedding.norm.bias": "bert.embeddings.LayerNorm.bias",
+        "norm.weight": "bert.encoder.ln.weight",
+        "norm.bias": "bert.encoder.ln.bias",
+        "head.transform.weight": "cls.predictions.transform.dense.weight",
+        "head.transform.bias": "cls.predictions.transform.dense.bias",
+        "head.transform.norm.weight": "cls.predictions.transform.LayerNorm.weight",
+        "head.transform.norm.bias": "cls.predictions.transform.LayerNorm.bias",
+        "head.weight": "cls.predictions.decoder.weight",
+        "head.bias": "cls.predictions.bias",
+    },
+    block="bert.encoder.layer.",
+    modules={
+        "attention.wq": "attention.self.query",
+        "attention.wk": "attention.self.key",
+        "attention.wv": "attention.self.value",
+        "attention.wo": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "mlp.w1": "intermediate.dense",
+        "mlp.w2": "output.dense",
+        "mlp_norm": "output.LayerNorm",
+    },
+    # Positions counted out; the pooler and the head of next-sentence prediction, which a masked language model has not.
+    ignored=r"bert\.embeddings\.position_ids|bert\.pooler\..*|cls\.seq_relationship\..*",
+    head="cls.predictions.decoder.weight",
+    renamed={".gamma": ".weight", ".beta": ".bias", "predictions.decoder.bias": "predictions.bias"},
+)
+_MEGATRON_BERT = replace(_BERT, modules={**_BERT.modules, "attention_norm": "attention.ln", "mlp_norm": "ln"})
 _FAMILIES: Mapping[str, _Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), _LLAMA),
     "mixtral": _MIXTRAL,
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
     "gpt2": _GPT2,
+    "bert": _BERT,
+    "megatron-bert": _MEGATRON_BERT,
 }
 FAMILIES = tuple(_FAMILIES)
-HEAD = "lm_head.weight"  # of every family
 
 _MODULE = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
 _STACK = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(w[123])")
@@ -171,7 +207,18 @@ def is_no_parameter(family: str, tensor: str) -> bool:
     return re.fullmatch(_FAMILIES[family].ignored, tensor) is not None
 
 
+def head_of(family: str) -> str:
+    """The tensor of the output matrix, which files of a tied one may hold too."""
+    return _FAMILIES[family].head
+
+
 def full_name(family: str, tensor: str) -> str:
-    """The tensor's name in a model with a head: files of the bare one leave out `transformer.` (the released GPT-2)."""
-    prefix = _FAMILIES[family].block.partition(".")[0] + "."
-    return tensor if tensor == HEAD or tensor.startswith(prefix) else prefix + tensor
+    """The tensor's name in a model with a head: files of the bare one leave out `transformer.` (the released GPT-2).
+
+    Old names are made new ones, such as the norms' `gamma` and `beta` of the released BERT.
+    """
+    names = _FAMILIES[family]
+    for old, new in names.renamed.items():
+        tensor = tensor.removesuffix(old) + new if tensor.endswith(old) else tensor
+    top, head = (name.partition(".")[0] + "." for name in (names.block, names.head))
+    return tensor if tensor.startswith((top, head)) else top + tensor

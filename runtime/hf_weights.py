@@ -15,7 +15,7 @@ from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
 from .hf_files import TensorFiles
-from .hf_names import FAMILIES, HEAD, Place, full_name, is_no_parameter, places_of
+from .hf_names import FAMILIES, Place, full_name, head_of, is_no_parameter, places_of
 from .local_parameters import local_part
 from .parameters import named_buffers, named_parameters, own_box
 from .transformer import Chunk, build_chunk
@@ -62,8 +62,9 @@ def check_weights(folder: Path, model: ModelSpec) -> None:
     places = places_in(model, family)
     with TensorFiles(folder) as files:
         name_in = _matched(files, places, family, model)
-        if model.tied_embeddings and HEAD in files.file_of:
-            _require_same(files, HEAD, name_in[places["embedding.tokens.weight"][1][0].tensor])
+        head = head_of(family)
+        if model.tied_embeddings and head in files.file_of:
+            _require_same(files, head, name_in[places["embedding.tokens.weight"][1][0].tensor])
 
 
 def model_to_start_from(
@@ -130,7 +131,7 @@ def _matched(files: TensorFiles, places: Places, family: str, model: ModelSpec) 
     missing = [name for name in wanted if name not in there]
     if missing:
         raise _wrong(files, f"lacks tensors of {model.name}", missing, f"the tensor {missing[0]}", "no such tensor")
-    spare = {HEAD} if model.tied_embeddings else set()
+    spare = {head_of(family)} if model.tied_embeddings else set()
     extra = [there[name] for name in there if name not in wanted and name not in spare]
     extra = [name for name in extra if not is_no_parameter(family, name)]
     if extra:

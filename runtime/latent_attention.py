@@ -8,7 +8,7 @@ from torch import nn
 
 from profiles.model import ModelSpec
 
-from .context_parallel import WHOLE, SequenceShard, causal_attention
+from .context_parallel import WHOLE, SequenceShard, self_attention
 from .local_parameters import LocalParameters
 from .norm import Norm
 from .rotary import constant_tables, rotate
@@ -45,6 +45,7 @@ class LatentAttention(nn.Module):
         latent = model.latent_attention
         assert latent is not None
         self.latent = latent
+        self.causal = not model.bidirectional
         self.rope_theta, self.rope_scaling = model.rope_theta, model.rope_scaling
         for name in latent.linear_shapes(model.hidden_size, model.heads):
             if name != "wo":
@@ -66,7 +67,7 @@ class LatentAttention(nn.Module):
         q_turned, k_turned = self._turned(q_turned), self._turned(k_turned.unsqueeze(1))
         q = torch.cat((q, q_turned), dim=-1)
         k = torch.cat((k, k_turned.expand(-1, k.shape[1], -1, -1)), dim=-1)
-        mixed = causal_attention(q, k, v, self.shard, starts)
+        mixed = self_attention(q, k, v, self.shard, causal=self.causal, starts=starts)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def _turned(self, heads: torch.Tensor) -> torch.Tensor:

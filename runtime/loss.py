@@ -31,12 +31,14 @@ class LossWay:
     `tokens_per_step`: tokens of the whole step, by which the sum of cross-entropies is divided, so that the shares of
     microbatches, dp ranks and tp ranks add up to the mean and gradients are summed, never averaged. `first_row`,
     `group`: the rows of the vocabulary that this rank holds start there, and the group of those that hold the others.
-    `counted`: how many tokens of the step count, a whole number, where not all do; then it takes the place of
-    tokens_per_step. `backward_twice`: the schedule runs a backward in two halves, each of which asks for all gradients.
+    `counted`: how many tokens of the step count, a whole number, where only the data tell; it takes the place of
+    tokens_per_step then. `backward_twice`: the schedule runs a backward in two halves, each of which asks for all
+    gradients. `predicted`: of each sequence only so many tokens on this rank, at most, have a target; None: all have.
     `scale`, a scalar on the device, multiplies the gradients and not the loss ([Note: Loss scale]).
     """
 
     tokens_per_step: int = 1
+    predicted: int | None = None
     first_row: int = 0
     group: dist.ProcessGroup | None = None
     logits_again: bool = False
@@ -50,46 +52,65 @@ class LossWay:
         """What sums over tokens are divided by, to have the step's loss."""
         return self.tokens_per_step if self.counted is None else self.counted
 
-    @property
-    def divisor(self) -> int | torch.Tensor:
-        """The same, to have its scaled gradients."""
-        return self.tokens if self.scale is None else self.tokens / self.scale
+    def divisors(self, targets: torch.Tensor, dtype: torch.dtype) -> int | torch.Tensor:
+        """What the gradient of each token's logits is divided by, scaled; without a target it is thereby zero."""
+        divisor = self.tokens if self.scale is None else self.tokens / self.scale
+        if self.predicted is None and self.counted is None:
+            return divisor
+        one = torch.as_tensor(divisor, dtype=dtype, device=targets.device)
+        return torch.where(targets < 0, torch.inf, one).unsqueeze(-1)
 
 
-def head_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay) -> torch.Tensor:
+def head_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """This rank's share of the loss, in nats; a scalar in float32, or float64 for float64.
 
-    hidden [batch, sequence, hidden_size] whole, weight [rows, hidden_size] of this rank, targets [batch, sequence].
-    The loss is the end of its graph: it must be added to others or scaled after its backward, not before.
+    hidden [batch, sequence, hidden_size] whole, weight [rows, hidden_size] and bias [rows] of this rank, targets
+    [batch, sequence]; or the first and the last of so many tokens alone. The loss is the end of its graph: it must be
+    added to others or scaled after its backward, not before.
     """
-    return _HeadLoss.apply(hidden.flatten(0, -2), weight, targets.flatten(), way, torch.is_grad_enabled())
+    return _HeadLoss.apply(hidden.flatten(0, -2), weight, bias, targets.flatten(), way, torch.is_grad_enabled())
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, way: LossWay, wanted: bool
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        way: LossWay,
+        wanted: bool,
     ) -> torch.Tensor:
         ctx.way = way
         now = wanted and not way.logits_again
-        gradients = _Gradients(hidden, weight, way) if now else None
+        gradients = _Gradients(hidden, weight, bias, way) if now else None
+        divisors = way.divisors(targets, wide(hidden.dtype))
         total = hidden.new_zeros((), dtype=wide(hidden.dtype))
         normalisers = []
         for piece in _pieces(len(hidden)):
             if gradients is not None:
                 loss, of_logits = way.kernels.loss_and_gradient(
-                    hidden[piece] @ weight.T, targets[piece], way.first_row, way.divisor, way.group
+                    _logits(hidden[piece], weight, bias),
+                    targets[piece],
+                    way.first_row,
+                    _of_piece(divisors, piece),
+                    way.group,
                 )
                 gradients.add(piece, of_logits)
                 del of_logits  # before the next piece's
             else:
-                loss, normaliser = way.kernels.loss(hidden[piece] @ weight.T, targets[piece], way.first_row, way.group)
+                loss, normaliser = way.kernels.loss(
+                    _logits(hidden[piece], weight, bias), targets[piece], way.first_row, way.group
+                )
                 normalisers.append(normaliser)
             total += loss
         if gradients is not None:
             ctx.gradients = gradients
         elif wanted:
-            ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
+            ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
         return total / way.tokens
 
     @staticmethod
@@ -98,11 +119,16 @@ class _HeadLoss(torch.autograd.Function):
         assert of_loss.is_cuda or type(of_loss) is not torch.Tensor or of_loss.item() == 1, "the loss ends its graph"
         way: LossWay = ctx.way
         if way.logits_again:
-            hidden, weight, targets, normalisers = ctx.saved_tensors
-            gradients = _Gradients(hidden, weight, way)
+            hidden, weight, bias, targets, normalisers = ctx.saved_tensors
+            gradients = _Gradients(hidden, weight, bias, way)
+            divisors = way.divisors(targets, wide(hidden.dtype))
             for piece in _pieces(len(hidden)):
                 of_logits = way.kernels.gradient(
-                    hidden[piece] @ weight.T, normalisers[piece], targets[piece], way.first_row, way.divisor
+                    _logits(hidden[piece], weight, bias),
+                    normalisers[piece],
+                    targets[piece],
+                    way.first_row,
+                    _of_piece(divisors, piece),
                 )
                 gradients.add(piece, of_logits)
                 del of_logits  # before the next piece's
@@ -114,16 +140,19 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of hidden states and weight, filled piece by piece."""
+    """The gradients of hidden states, weight and bias, filled piece by piece."""
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, way: LossWay) -> None:
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, way: LossWay) -> None:
         self.inputs, self.weights, self.way = hidden.detach(), weight.detach(), way
         self.hidden = torch.empty_like(self.inputs)
         self.weight: torch.Tensor | None = None
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=wide(bias.dtype))
 
     def add(self, piece: slice, of_logits: torch.Tensor) -> None:
         """What the gradient of a piece's logits [tokens, rows] makes of hidden states and weight."""
         torch.mm(of_logits, self.weights, out=self.hidden[piece])
+        if self.bias is not None:
+            self.bias += of_logits.sum(dim=0, dtype=self.bias.dtype)
         if len(self.inputs) <= LOSS_TOKENS:
             self.weight = of_logits.T @ self.inputs[piece]
         elif self.weight is None:
@@ -133,13 +162,22 @@ class _Gradients:
         else:
             self.weight += of_logits.T @ self.inputs[piece]
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(of the hidden states [tokens, hidden_size], of the weight), in the precision of each."""
+    def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(of the hidden states [tokens, hidden_size], of the weight, of the bias), in the precision of each."""
         assert self.weight is not None
         hidden, weight = self.hidden, self.weight.to(self.weights.dtype)
+        bias = None if self.bias is None else self.bias.to(self.weights.dtype)
         if not self.way.backward_twice:
             del self.hidden, self.weight
-        return hidden, weight
+        return hidden, weight, bias
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+
+
+def _of_piece(divisors: int | torch.Tensor, piece: slice) -> int | torch.Tensor:
+    return divisors[piece] if isinstance(divisors, torch.Tensor) and divisors.ndim else divisors
 
 
 def _pieces(tokens: int) -> list[slice]:

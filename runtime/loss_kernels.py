@@ -2,8 +2,8 @@
 
 Logits are [tokens, rows] in the precision of the head's product; computed with is float32, or float64 for float64.
 `first_row` and `group`: the rows of the vocabulary that this rank holds start there, and who holds the others.
-`divisor`: of gradients, the tokens of the whole step that count; under a loss scale so many times fewer. A scalar
-tensor where they are scaled or not all count; the targets of those that do not are `IGNORED`: no loss, no gradient.
+`divisor`: of gradients, the tokens of the whole step that have a target; under a loss scale so many times fewer, as a
+scalar tensor; or a column [tokens, 1] of it, infinite for tokens without a target, whose loss is 0 and row -1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch.distributed._functional_collectives as collectives
 
 # Renamed in torch 2.13.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-IGNORED = -1  # no row of the vocabulary, on no rank
 Divisor = int | torch.Tensor
 
 
@@ -40,8 +39,7 @@ def _loss_and_gradient(
     del logits  # the caller keeps none either
     rows, present = _rows(targets, log_probabilities.shape[-1], first_row)
     loss = _cross_entropy(log_probabilities, rows, present)
-    of_each = _of_each_token(divisor, targets, log_probabilities.dtype)
-    return loss, _of_logits(log_probabilities, rows, present, of_each).to(dtype)
+    return loss, _of_logits(log_probabilities, rows, present, divisor).to(dtype)
 
 
 def _gradient(
@@ -54,7 +52,7 @@ def _gradient(
     dtype = logits.dtype
     logits = logits.to(normaliser.dtype).sub_(normaliser.unsqueeze(-1))
     rows, present = _rows(targets, logits.shape[-1], first_row)
-    return _of_logits(logits, rows, present, _of_each_token(divisor, targets, logits.dtype)).to(dtype)
+    return _of_logits(logits, rows, present, divisor).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,6 @@ def _rows(targets: torch.Tensor, rows: int, first_row: int) -> tuple[torch.Tenso
 
 def _cross_entropy(log_probabilities: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     return -(log_probabilities.gather(-1, rows.unsqueeze(-1)).squeeze(-1) * present).sum()
-
-
-def _of_each_token(divisor: Divisor, targets: torch.Tensor, dtype: torch.dtype) -> Divisor:
-    """What is ignored is divided by infinity."""
-    if not isinstance(divisor, torch.Tensor):
-        return divisor
-    return torch.where(targets == IGNORED, float("inf"), divisor.to(dtype)).unsqueeze(-1)
 
 
 def _of_logits(

@@ -12,7 +12,7 @@ from planner.layout import Layout
 
 from .context_parallel import SequenceShard, inputs_and_targets, pick
 from .data.packing import Packing, document_starts
-from .loss_kernels import IGNORED
+from .data.token_source import NO_TARGET
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Documents:
     `positions` [samples, sequence / cp] within their documents, of the tokens that the cp rank holds. `starts`
     [samples, sequence], where in the whole sample the document of each token begins: attention of a cp rank reaches
     beyond what it holds. Every pipeline stage has both, from the ids that it reads as the others do. `tokens`, a whole
-    number, is how many of the step's count where not all do; the targets of the others are `IGNORED`.
+    number, is how many of the step's count where not all do; the targets of the others are `NO_TARGET`.
     """
 
     positions: torch.Tensor | None = None
@@ -70,7 +70,7 @@ def own_tensors(
     documents = documents_of(ids, packing, layout, cp_rank)
     tokens = None
     if packing is not None and packing.mask_loss:
-        targets.masked_fill_(inputs == packing.end, IGNORED)
+        targets.masked_fill_(inputs == packing.end, NO_TARGET)
         # Of a dp rank's samples each of its tp · cp · pp ranks counts all.
         tokens = torch.tensor(int((ids[:, :-1] != packing.end).sum()), device=device)
         dist.all_reduce(tokens)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from planner.layout import Layout
 from planner.plan import Plan, Stage
+from profiles.masked_language import head_tokens, predicted_tokens
 
 from .compilation import Compilation, compile_chunk
 from .context_parallel import SequenceShard
@@ -115,8 +116,10 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
 def choose_loss(chunk: Chunk, plan: Plan) -> None:
     """How the head computes its loss under this plan's schedule ([Note: Loss in pieces])."""
     if chunk.head is not None:
+        model, job = plan.model, plan.job
         chunk.head.way = LossWay(
-            tokens_per_step=plan.job.tokens,
+            tokens_per_step=job.global_batch * predicted_tokens(model, job.sequence),
+            predicted=int(head_tokens(model, job.sequence, plan.layout.cp)) if model.bidirectional else None,
             logits_again=plan.layout.logits_again(plan.microbatches),
             backward_twice=plan.layout.splits_backward,
         )

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from planner.plan import Stage
 from profiles.model import ModelSpec
 
+from .context_parallel import whole_inputs_and_targets
 from .data.packing import Packing, document_starts
+from .data.token_source import NO_TARGET
 from .experts import Balance, routers_of, update_selection_bias
 from .parameters import initialise, named_buffers, named_parameters
 from .transformer import Chunk, build_chunk
@@ -40,7 +42,7 @@ def run_plain(
     balance: Balance | None = None,
     packing: Packing | None = None,
 ) -> PlainRun:
-    """A step on each of `batches`, token ids [samples, sequence + 1], from the first values that `seed` gives.
+    """A step on each of `batches`, samples as a TokenSource has them, from the first values that `seed` gives.
 
     `balance` is of experts, where the model has some. With `packing` each document is run alone.
     """
@@ -73,7 +75,8 @@ def run_plain(
 
 
 def _loss(chunk: Chunk, tokens: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(chunk(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    inputs, targets = whole_inputs_and_targets(tokens)
+    return F.cross_entropy(chunk(inputs).flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
 
 
 def _loss_of_documents(chunk: Chunk, tokens: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -9,6 +9,8 @@ j = i - t (mod cp), while they are under way to rank i + 1 (arXiv 2310.01889, se
 - j < i: all its queries to the first chunk of j, whose second comes after them all;
 - j > i: the queries of its second chunk to both of j, which come after its first.
 
+Without the mask all its queries attend to all keys in every step.
+
 Each step gives outputs and the logarithms of their sums of exponentials; by these they are weighted into one, in
 fp32 at least (arXiv 2205.14135, section 3.1). Backward, the same steps are taken once more, each given the merged
 outputs and logarithms. The gradients of keys and values follow them: they leave the rank of step 1, are added to
@@ -37,15 +39,21 @@ from .document_attention import Meeting, document_ends, meetings
 
 
 def ring_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: dist.ProcessGroup, starts: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    group: dist.ProcessGroup,
+    starts: torch.Tensor | None = None,
+    *,
+    causal: bool,
 ) -> torch.Tensor:
-    """Causal attention of this rank's queries to all keys of the sequences ([Note: Ring]), or of their documents.
+    """Attention of this rank's queries to the keys of the whole sequences ([Note: Ring]), or of their documents.
 
     q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped, and v with a head_dim of its own;
     starts [batch, sequence], where the document of each token begins, if sequences have some
     -> [batch, heads, sequence / cp, head_dim of v]. Every rank of the group must call it.
     """
-    return torch.ops.meshwright.ring_attention(q, k, v, group.group_name, starts)[0]
+    return torch.ops.meshwright.ring_attention(q, k, v, group.group_name, starts, causal)[0]
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,17 @@ class _Step:
     causal: bool = False
 
 
-def _steps(rank: int, ranks: int, tokens: int) -> list[_Step]:
+def _steps(rank: int, ranks: int, tokens: int, *, causal: bool) -> list[_Step]:
     """The steps of a rank that holds `tokens` of each sequence.
 
-    >>> [(step.source, step.queries.start, step.keys.stop) for step in _steps(1, 3, 8)]
+    >>> [(step.source, step.queries.start, step.keys.stop) for step in _steps(1, 3, 8, causal=True)]
     [(1, 0, 8), (0, 0, 4), (2, 4, 8)]
     """
-    half, steps = tokens // 2, [_Step(rank, slice(0, tokens), slice(0, tokens), causal=True)]
+    half, steps = tokens // 2, [_Step(rank, slice(0, tokens), slice(0, tokens), causal=causal)]
     for source in ((rank - step) % ranks for step in range(1, ranks)):
-        if source < rank:
+        if not causal:
+            steps.append(_Step(source, slice(0, tokens), slice(0, tokens)))
+        elif source < rank:
             steps.append(_Step(source, slice(0, tokens), slice(0, half)))
         else:
             steps.append(_Step(source, slice(half, tokens), slice(0, tokens)))
@@ -128,11 +138,11 @@ def _parted(message: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.T
 
 
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, starts: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, starts: torch.Tensor | None, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(outputs, logarithms of the sums of exponentials [batch, heads, tokens])."""
     ring, bounds = _Ring(group), None if starts is None else document_ends(starts)
-    first, *others = _steps(ring.rank, ring.ranks, q.shape[2])
+    first, *others = _steps(ring.rank, ring.ranks, q.shape[2], causal=causal)
     held = _joined((k, v))
     coming = ring.pass_on(held)
     if bounds is None:
@@ -198,10 +208,11 @@ def _backward(
     logarithms: torch.Tensor,
     group: str,
     starts: torch.Tensor | None,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of q, and of k and v as one message."""
     ring, bounds = _Ring(group), None if starts is None else document_ends(starts)
-    first, *others = _steps(ring.rank, ring.ranks, q.shape[2])
+    first, *others = _steps(ring.rank, ring.ranks, q.shape[2], causal=causal)
     found, wide = Attended(outputs, logarithms), torch.promote_types(q.dtype, torch.float32)
     held = _joined((k, v))
     coming = ring.pass_on(held)
@@ -257,7 +268,7 @@ _ring_backward = torch.library.custom_op("meshwright::ring_attention_backward", 
 
 @_ring.register_fake
 def _(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, starts: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: str, starts: torch.Tensor | None, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, tokens, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -275,21 +286,22 @@ def _(
     logarithms: torch.Tensor,
     group: str,
     starts: torch.Tensor | None,
+    causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(q), k.new_empty(k.numel() + v.numel())
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, ctx.group, starts = inputs
+    q, k, v, ctx.group, starts, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, *output, starts)
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor, _of_logarithms: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     q, k, v, outputs, logarithms, starts = ctx.saved_tensors
     of_q, message = torch.ops.meshwright.ring_attention_backward(
-        gradient, q, k, v, outputs, logarithms, ctx.group, starts
+        gradient, q, k, v, outputs, logarithms, ctx.group, starts, ctx.causal
     )
-    return of_q, *_parted(message, (k, v)), None, None
+    return of_q, *_parted(message, (k, v)), None, None, None
 
 
 _ring.register_autograd(_gradients, setup_context=_keep)

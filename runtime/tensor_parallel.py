@@ -40,12 +40,20 @@ def apply_tensor_parallel(chunk: Chunk, model: ModelSpec, mesh: DeviceMesh, *, s
         plan["embedding.tokens"] = _VocabularyRows(sequence_parallel)
         if chunk.embedding.positions is not None:
             plan["embedding.positions"] = _Whole(sequence_parallel)
+        if chunk.embedding.token_types is not None:
+            plan["embedding.token_types"] = _Whole(sequence_parallel)
+        if chunk.embedding.norm is not None:
+            plan["embedding.norm"] = _Whole(sequence_parallel)
     for index, block in chunk.blocks.items():
         routed = isinstance(block.mlp, ExpertFeedForward)
         for path, style in _block_plan(model, mesh, sequence_parallel, routed=routed).items():
             plan[f"blocks.{index}.{path}"] = style
     if chunk.head is not None:
-        plan["norm"] = _Whole(sequence_parallel)
+        if chunk.norm is not None:
+            plan["norm"] = _Whole(sequence_parallel)
+        if chunk.head.transform is not None:
+            for path in ("head.transform", "head.transform.norm"):
+                plan[path] = _Whole(sequence_parallel, partial=True)
         plan["head"] = _VocabularyHead(sequence_parallel)
     # src_data_rank None: each rank draws the same whole values itself, so nothing is sent from rank 0.
     parallelize_module(chunk, mesh, plan, src_data_rank=None)
@@ -134,10 +142,11 @@ class _Whole(ParallelStyle):
 
 
 def _split_rows(module: TokenTable | Head, mesh: DeviceMesh) -> int:
-    """Cut a matrix by the rows of the vocabulary; returns this rank's first row."""
-    weight = distribute_tensor(module.weight, mesh, [Shard(0)], src_data_rank=None)
+    """Cut a matrix, and its bias, by the rows of the vocabulary; returns this rank's first row."""
     rows_per_rank = -(-len(module.weight) // mesh.size())
-    module.register_parameter("weight", nn.Parameter(weight))
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        rows = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(rows))
     return mesh.get_local_rank() * rows_per_rank
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from planner.plan import Stage
 from profiles.model import ModelSpec
 
-from .context_parallel import WHOLE, SequenceShard, causal_attention, pick
+from .bert_parts import HeadTransform, TokenTypes, with_targets
+from .context_parallel import WHOLE, SequenceShard, pick, self_attention
 from .experts import Experts, Router
 from .latent_attention import LatentAttention
 from .local_parameters import LocalParameters
@@ -68,15 +69,21 @@ class Embedding(nn.Module):
         super().__init__()
         self.tokens = TokenTable(model)
         self.positions = LearnedPositions(model) if model.positions == "learned" else None
+        self.token_types = TokenTypes(model) if model.token_types else None
+        self.norm = Norm(model) if model.embedding_norm else None
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         x = self.tokens(ids)
-        return x if self.positions is None else x + self.positions(ids.shape[1], positions)
+        if self.positions is not None:
+            x = x + self.positions(ids.shape[1], positions)
+        if self.token_types is not None:
+            x = x + self.token_types()
+        return x if self.norm is None else self.norm(x)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries. The number of heads is read off the projections, so that a
-    tp rank runs its own share of them with the same code."""
+    """Self-attention, causal or not, with grouped queries. The number of heads is read off the projections, so that
+    a tp rank runs its own share of them with the same code."""
 
     wq: nn.Linear
     wk: nn.Linear
@@ -87,6 +94,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
         self.head_dim = model.head_dim
+        self.causal = not model.bidirectional
         self.rope = model.positions == "rope"
         self.rope_theta = model.rope_theta
         self.rope_scaling = model.rope_scaling
@@ -104,7 +112,7 @@ class Attention(nn.Module):
             spans = self.shard.spans(q.shape[2])
             cosine, sine = constant_tables(spans, self.head_dim, self.rope_theta, self.rope_scaling, q.device, dtype)
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        mixed = causal_attention(q, k, v, self.shard, starts)
+        mixed = self_attention(q, k, v, self.shard, causal=self.causal, starts=starts)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -150,10 +158,12 @@ class ExpertFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normed residual stream [batch, sequence, hidden_size]."""
+    """Attention and feed-forward on the residual stream [batch, sequence, hidden_size], each with a norm before it or,
+    post-norm (arXiv 1706.03762), behind the sum."""
 
     def __init__(self, model: ModelSpec, index: int) -> None:
         super().__init__()
+        self.norms_first = model.norm_placement == "pre"
         self.attention_norm = Norm(model)
         self.attention = Attention(model) if model.latent_attention is None else LatentAttention(model)
         self.mlp_norm = Norm(model)
@@ -161,24 +171,34 @@ class Block(nn.Module):
         self.mlp = ExpertFeedForward(model) if routed else FeedForward(model)
 
     def forward(self, x: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), starts=starts)
-        return x + self.mlp(self.mlp_norm(x))
+        if self.norms_first:
+            x = x + self.attention(self.attention_norm(x), starts=starts)
+            return x + self.mlp(self.mlp_norm(x))
+        x = self.attention_norm(x + self.attention(x, starts=starts))
+        return self.mlp_norm(x + self.mlp(x))
 
 
 class Head(LocalParameters):
-    """The output matrix. A tp rank may hold only the rows of `way`; then there is only the loss, no logits."""
+    """The output matrix, with what BERT has before and behind it. A tp rank may hold only the rows of `way`; then there
+    is only the loss, no logits."""
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(model.vocab_size, model.hidden_size))
+        self.bias = nn.Parameter(torch.empty(model.vocab_size)) if model.output_bias else None
+        self.transform = HeadTransform(model) if model.output_transform else None
         self.way = LossWay()
 
     def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        weight = self.plain(self.weight)
+        if targets is not None and self.way.predicted is not None:
+            x, targets = with_targets(x, targets, self.way.predicted)
+        if self.transform is not None:
+            x = self.transform(x)
+        weight, bias = self.plain(self.weight), None if self.bias is None else self.plain(self.bias)
         if targets is not None:
-            return head_loss(x, weight, targets, self.way)
+            return head_loss(x, weight, targets, self.way, bias)
         assert self.way.group is None, "the logits of a vocabulary that is cut over tp are nowhere whole"
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
 
 
 class Chunk(nn.Module):
@@ -189,7 +209,7 @@ class Chunk(nn.Module):
         super().__init__()
         self.embedding = Embedding(model) if stage.embedding else None
         self.blocks = nn.ModuleDict({str(index): Block(model, index) for index in range(stage.first, stage.end)})
-        self.norm = Norm(model) if stage.head else None
+        self.norm = Norm(model) if stage.head and model.norm_placement == "pre" else None
         self.head = Head(model) if stage.head else None
         self.tied = model.tied_embeddings
         self.tie()
@@ -218,9 +238,9 @@ class Chunk(nn.Module):
             x = self.embedding(x, positions)
         for block in self.blocks.values():
             x = block(x, starts=starts)
-        if self.norm is not None and self.head is not None:
-            x = self.head(self.norm(x), targets)
-        return x
+        if self.head is None:
+            return x
+        return self.head(x if self.norm is None else self.norm(x), targets)
 
 
 def build_chunk(model: ModelSpec, stage: Stage) -> Chunk:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from planner.plan import Plan
 
 from . import loss
+from .data.masked_tokens import masking_of
 from .data.packing import Packing
 from .data.token_source import own_rows
 from .experts import Balance
@@ -225,15 +226,15 @@ def _differences(state: TrainState, plain: Mapping[str, torch.Tensor]) -> dict[s
 
 
 def _batches(plan: Plan, steps: int) -> Iterator[torch.Tensor]:
-    """A batch a step, random token ids [global_batch, sequence + 1]; the same whatever the layout."""
-    size = (plan.job.global_batch, plan.job.sequence + 1)
+    """A batch a step as a TokenSource has them, of random token ids; the same whatever the layout."""
+    model, size = plan.model, (plan.job.global_batch, plan.job.sequence + 1)
     packing = _packing(plan)
     for step in range(steps):
         generator = torch.Generator().manual_seed(1000 + step)
-        ids = torch.randint(0, plan.model.vocab_size, size, generator=generator)
+        ids = torch.randint(0, model.vocab_size, size, generator=generator)
         if packing is not None:
             ids[torch.rand(size, generator=generator) < _DOCUMENTS_A_ROW / size[1]] = packing.end
-        yield ids
+        yield torch.from_numpy(masking_of(plan).batch(ids.numpy(), 0, step)) if model.bidirectional else ids
 
 
 def _packing(plan: Plan) -> Packing | None:

@@ -36,6 +36,7 @@ LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 6,
 }
+NO_DROPOUT = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
 LLAMA3_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 50.0,
@@ -74,6 +75,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         LATENT | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
     ),
     "deepseek_v3": ("DeepseekV3", LATENT | {"q_lora_rank": 12, "num_key_value_heads": 4}),
+    "bert": ("Bert", {"tie_word_embeddings": True} | NO_DROPOUT),
+    "megatron-bert": ("MegatronBert", {"tie_word_embeddings": True} | NO_DROPOUT),
 }
 
 
@@ -84,7 +87,7 @@ def make_model(name: str, *, layers: int = 3, **changes: Any) -> Any:
     kind, options = CONFIGS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**(SIZES | {"num_hidden_layers": layers} | options | changes))
-    head = "LMHeadModel" if kind == "GPT2" else "ForCausalLM"
+    head = {"GPT2": "LMHeadModel", "Bert": "ForMaskedLM", "MegatronBert": "ForMaskedLM"}.get(kind, "ForCausalLM")
     model = getattr(transformers, f"{kind}{head}")(config).eval()
     with torch.no_grad():
         for tensor in model.state_dict().values():

@@ -49,6 +49,26 @@ def tiny_gpt2(**changes: Any) -> ModelSpec:
     return tiny_llama(**(fields | changes))
 
 
+def tiny_megatron_bert(**changes: Any) -> ModelSpec:
+    """tiny-gpt2 made a masked language model, as Megatron's BERT: all attend to all, GELU, token types, MLM head."""
+    fields: dict[str, Any] = {
+        "name": "tiny-megatron-bert",
+        "family": "megatron-bert",
+        "activation": "gelu",
+        "bidirectional": True,
+        "token_types": 2,
+        "output_transform": True,
+        "output_bias": True,
+    }
+    return tiny_gpt2(**(fields | changes))
+
+
+def tiny_bert(**changes: Any) -> ModelSpec:
+    """The same with norms behind the sums, and one behind the embedding, as in BERT itself."""
+    fields = {"name": "tiny-bert", "family": "bert", "norm_placement": "post", "embedding_norm": True}
+    return tiny_megatron_bert(**(fields | changes))
+
+
 def tiny_experts(**changes: Any) -> ModelSpec:
     """tiny-llama with 4 experts of width 48 in every layer, two of them for a token, as in Mixtral."""
     return tiny_llama(**({"name": "tiny-experts", "ffn_hidden_size": 48, "experts": MIXTRAL_EXPERTS} | changes))

@@ -17,7 +17,7 @@ from profiles.model import ModelSpec
 from profiles.points import MemoryPoint
 from profiles.software import load_software
 from tests.oracles.small_world import our_software, small_hardware
-from tests.plans import tiny_gpt2, tiny_llama
+from tests.plans import tiny_bert, tiny_gpt2, tiny_llama, tiny_megatron_bert
 
 HARDWARE = small_hardware(units=1, launch_seconds=0.0)
 
@@ -74,6 +74,39 @@ def test_embedding_and_head_of_gpt2() -> None:
     assert head.backward.gemm == 0.0
     assert head.forward.memory == pytest.approx(tokens * (2 * 32 + (7 + 11) * 61) * 4 / 1e10)
     assert head.backward.memory == pytest.approx(tokens * 3 * 32 * 4 / 1e10)
+
+
+def test_embedding_and_head_of_bert() -> None:
+    """Of 40 tokens 6 are predicted, at which alone transform and loss look."""
+    post, pre = (price(model, Layout(), sequence=40) for model in (tiny_bert(), tiny_megatron_bert()))
+    # Lookup, positions and types; behind them a norm, or none.
+    embedding = 40 * 32 * (2 + 3 + 3)
+    assert pre["embedding"].forward.memory == pytest.approx(embedding * 4 / 1e10)
+    assert post["embedding"].forward.memory == pytest.approx((embedding + 40 * 32 * 2) * 4 / 1e10)
+    seconds, gemm = HARDWARE.gemm_seconds, head_gemm(6)
+    back = [seconds(way, "fp32", *shape) for way, shape in (("input_grad", (6, 32, 32)), ("weight_grad", (32, 32, 6)))]
+    for parts, last_norm in ((post, 0), (pre, 1)):
+        head = parts["head"]
+        assert head.forward.gemm == pytest.approx(sum(gemm.values()) + seconds("forward", "fp32", 6, 32, 32))
+        assert head.backward.gemm == pytest.approx(sum(back))
+        # Rows looked up, GELU and norm of the 6; the loss with the gradient of its bias.
+        bytes_ = 4 * (last_norm * 40 * 2 * 32 + 6 * 32 * (2 + 2 + 2) + 6 * 61 * (7 + 11 + 1))
+        assert head.forward.memory == pytest.approx(bytes_ / 1e10)
+    # A decoder's scores twice over: nothing is hidden from a token.
+    causal = price(tiny_gpt2(), Layout(), sequence=40)["block"]
+    assert pre["block"].forward.attention == pytest.approx(2 * causal.forward.attention)
+    # Ranks of a ring have room for all that are predicted, those of a long one for all that they hold.
+    ring = price(tiny_bert(), Layout(cp=4, cp_style="ring"), sequence=40)["head"]
+    assert ring.forward.gemm == pytest.approx(post["head"].forward.gemm)
+
+
+def test_trainers_that_predict_every_token_are_priced_so() -> None:
+    job = TrainingJob(global_batch=8, sequence=40, precision="fp32", target="megatron")
+    theirs = ComputeModel(tiny_bert(), HARDWARE, job, load_software("megatron-core-2025").software).head(Layout())
+    seconds = HARDWARE.gemm_seconds
+    assert theirs.forward.gemm == pytest.approx(
+        seconds("forward", "fp32", 40, 32, 32) + seconds("forward", "fp32", 40, 61, 32)
+    )
 
 
 def head_gemm(tokens: int, dtype: str = "fp32") -> dict[str, float]:

@@ -40,7 +40,10 @@ LLAMA3_SCALES = {
     "original_max_position_embeddings": 8192,
 }
 LLAMA3_ROPE = {"rope_type": "llama3", **LLAMA3_SCALES}
-FAMILIES = "deepseek_v2, deepseek_v3, gpt2, gpt_neox, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+FAMILIES = (
+    "bert, deepseek_v2, deepseek_v3, gpt2, gpt_neox, gpt_oss, llama, megatron-bert, mistral, mixtral, qwen2, qwen3, "
+    "qwen3_moe"
+)
 
 
 def write(folder: Path, config: object) -> Path:

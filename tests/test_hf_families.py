@@ -21,12 +21,14 @@ from profiles.model import ModelSpec, Segment
 from profiles.store import Reader
 
 CONFIGS = {
+    "bert": "Bert",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
     "gpt2": "GPT2",
     "gpt_neox": "GPTNeoX",
     "gpt_oss": "GptOss",
     "llama": "Llama",
+    "megatron-bert": "MegatronBert",
     "mistral": "Mistral",
     "mixtral": "Mixtral",
     "qwen2": "Qwen2",
@@ -40,6 +42,12 @@ _4096 = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 
 
 # The catalogue's model -> what its released config.json says of the architecture, in that file's own keys.
 RELEASED: dict[str, dict[str, Any]] = {
+    "bert-large": {
+        **{"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_act": "gelu", "hidden_size": 1024},
+        **{"intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": 30522},
+        **{"layer_norm_eps": 1e-12, "max_position_embeddings": 512, "type_vocab_size": 2},
+        "position_embedding_type": "absolute",
+    },
     "mistral-7b": {
         **{"model_type": "mistral", "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 32000},
         **_4096,
@@ -113,10 +121,10 @@ def config_of(document: dict[str, Any]) -> PreTrainedConfig:
 
 
 def meta_model(config: PreTrainedConfig) -> Any:
+    heads = {"gpt2": "LMHeadModel", "bert": "ForMaskedLM", "megatron-bert": "ForMaskedLM"}
+    suffix = "ForPreTraining" if "ForPreTraining" in str(config.architectures) else None
     with torch.device("meta"):
-        return transformers_class(config.model_type, "ForCausalLM" if config.model_type != "gpt2" else "LMHeadModel")(
-            config
-        )
+        return transformers_class(config.model_type, suffix or heads.get(config.model_type, "ForCausalLM"))(config)
 
 
 def parameters_of(config: PreTrainedConfig) -> int:
@@ -151,7 +159,12 @@ def test_every_family_that_is_read_is_tested_here(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read(tmp_path, {"model_type": "?"})
     assert caught.value.expected == "one of " + ", ".join(CONFIGS)
-    assert {document["model_type"] for document in RELEASED.values()} == {*CONFIGS} - {"gpt2", "llama", "qwen2"}
+    assert {document["model_type"] for document in RELEASED.values()} == {*CONFIGS} - {
+        "gpt2",
+        "llama",
+        "qwen2",
+        "megatron-bert",
+    }
 
 
 # ---- defaults --------------------------------------------------------------------------------------------
@@ -182,6 +195,7 @@ SMALL = {
 }
 OWN_KEYS = SMALL | {"num_key_value_heads": 6}
 NEOX = {"model_type": "gpt_neox"} | {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+BERT = {"model_type": "bert"} | {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
 FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
 MISTRAL = SMALL | {"model_type": "mistral"}
 QWEN2 = SMALL | {"model_type": "qwen2"}
@@ -209,6 +223,9 @@ SLIDE, ATTEND = "sliding_attention", "full_attention"
         NEOX,
         NEOX | {"attention_bias": False, "use_parallel_residual": False, "rotary_pct": 1.0},
         NEOX | {"hidden_act": "relu", "tie_word_embeddings": True, "rotary_emb_base": 500.0},
+        BERT | {"hidden_act": "gelu_new", "type_vocab_size": 3, "tie_word_embeddings": False},
+        BERT | {"model_type": "megatron-bert", "layer_norm_eps": 1e-5},
+        BERT | {"architectures": ["BertForPreTraining"]},
         MIXTRAL | {"sliding_window": 32, "head_dim": 20},
         QWEN3_MOE,
         QWEN3_MOE | {"attention_bias": True, "norm_topk_prob": True, "head_dim": 20},
@@ -342,6 +359,7 @@ def test_gpt_oss_without_a_word_on_rope_is_stretched_and_with_one_is_not(tmp_pat
 def test_what_meshwright_does_not_train_is_named(tmp_path: Path) -> None:
     missing = {name: missing_features(read(tmp_path, document), "meshwright") for name, document in RELEASED.items()}
     assert missing == {
+        "bert-large": (),
         "mistral-7b": ("sliding-window attention",),
         "qwen3-8b": (),
         "gpt-neox-20b": ("partial rotary positions", "parallel residuals"),
@@ -419,6 +437,10 @@ ONLY = "nothing else is planned or trained here"
         ),
         (NEOX | {"rope_parameters": {"rope_theta": 3.0}, "rotary_pct": 2.0}, "rotary_pct", None, "2.0"),
         (NEOX | {"rotary_pct": 0}, "rotary_pct", "a finite number > 0", "0"),
+        (BERT | {"position_embedding_type": "relative_key"}, "position_embedding_type", f"absolute: {ONLY}", None),
+        (BERT | {"is_decoder": True}, "is_decoder", f"false: {ONLY}", "True"),
+        (BERT | {"type_vocab_size": 0}, "type_vocab_size", "a whole number >= 1", "0"),
+        (BERT | {"architectures": "BertForMaskedLM"}, "architectures", "a list of names", "'BertForMaskedLM'"),
         (MIXTRAL | {"num_local_experts": 1}, "num_local_experts", "a whole number >= 2", "1"),
         (MIXTRAL | {"num_experts": 5}, "num_experts", "the same as num_local_experts = 4, its other name", "5"),
         (

@@ -82,6 +82,19 @@ def test_the_released_gpt2_has_no_prefix_and_a_mask_in_every_layer(saved: Any, t
     require_same_logits(read_whole(copy_with(folder, tmp_path / "released", as_released)), theirs)
 
 
+def test_the_released_bert_has_old_names_and_what_belongs_to_other_tasks(saved: Any, tmp_path: Path) -> None:
+    folder, theirs = saved("bert")
+
+    def as_released(tensors: Tensors) -> None:
+        for new, old in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            renamed(tensors, lambda name, new=new, old=old: name.replace(new, old))
+        tensors["bert.embeddings.position_ids"] = torch.arange(64)
+        tensors |= {"bert.pooler.dense.weight": torch.ones(32, 32), "bert.pooler.dense.bias": torch.ones(32)}
+        tensors |= {"cls.seq_relationship.weight": torch.ones(2, 32), "cls.seq_relationship.bias": torch.ones(2)}
+
+    require_same_logits(read_whole(copy_with(folder, tmp_path / "released", as_released)), theirs)
+
+
 def test_a_tied_head_may_have_its_own_tensor_if_it_is_the_same(saved: Any, tmp_path: Path) -> None:
     folder, _ = saved("qwen2")
     model = read_hf_config(folder)

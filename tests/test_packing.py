@@ -23,8 +23,7 @@ from runtime.data.indexed_dataset import IndexedWriter
 from runtime.data.kept_order import check_order, keep_order
 from runtime.data.open_tokens import document_lengths, open_tokens
 from runtime.data.packing import Packing, document_starts
-from runtime.data.token_source import TokenSource
-from runtime.loss_kernels import IGNORED
+from runtime.data.token_source import NO_TARGET, TokenSource
 from runtime.packed_rows import documents_of, own_tensors
 from runtime.trainer import TrainOptions, open_data
 from tests.megatron_core import masks_and_positions
@@ -49,9 +48,9 @@ def test_positions_and_masks_are_megatrons(seed: int) -> None:
         seen = (places >= documents.starts[row, :, None]) & (places <= places[:, None])
         assert torch.equal(seen, ~hidden[0])
         assert torch.equal(documents.positions[row], positions)
-        assert torch.equal(targets[row] != IGNORED, counted == 1)
+        assert torch.equal(targets[row] != NO_TARGET, counted == 1)
     assert documents.tokens is not None
-    assert documents.tokens.item() == (targets != IGNORED).sum()
+    assert documents.tokens.item() == (targets != NO_TARGET).sum()
 
 
 def test_the_worked_example() -> None:

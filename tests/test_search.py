@@ -23,7 +23,7 @@ from profiles.experts_spec import Experts
 from profiles.hardware import load_hardware
 from tests.oracles.brute_force import candidates, fastest
 from tests.oracles.small_world import counts, small_cluster, small_hardware, small_question
-from tests.plans import tiny_gpt2, tiny_llama
+from tests.plans import tiny_bert, tiny_gpt2, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,6 +144,22 @@ def test_runners_up_are_the_next_best_layouts(share: float | None) -> None:
     assert len(set(layouts)) == top
     for other in plan.alternatives:
         assert other.peak_memory_bytes <= question.limit_bytes * (1 + 1e-9)
+
+
+def test_of_a_masked_language_model_too_the_plan_is_the_best_there_is() -> None:
+    question = small_question(tiny_bert(layers=2), devices=4)
+    tried = [candidate for of_layout in candidates(question).values() for candidate in of_layout]
+    peaks, found = sorted({candidate.peak_bytes for candidate in tried}), set[Layout]()
+    for share in (0.0, 0.1, 0.3, 1.0):
+        limit = peaks[int(share * (len(peaks) - 1))]
+        plan, best = (
+            search(replace(question, job=replace(question.job, memory_limit_bytes=limit))),
+            fastest(tried, limit),
+        )
+        assert best is not None
+        assert plan.certificate.objective_seconds == pytest.approx(best.step_seconds, rel=1e-6)
+        found.add(plan.layout)
+    assert len(found) == 4
 
 
 def test_one_layout_can_be_priced_whether_it_fits_or_not() -> None:

@@ -14,7 +14,7 @@ from profiles.catalogue import resolve_cluster
 from profiles.points import ContentionPoint
 from tests.oracles.brute_force import all_layouts, assignments
 from tests.oracles.small_world import counts, price, small_cluster, small_hardware, small_question
-from tests.plans import tiny_gpt2, tiny_llama
+from tests.plans import tiny_bert, tiny_gpt2, tiny_llama
 
 
 def test_a_boundary_is_sent_once_a_microbatch() -> None:
@@ -35,6 +35,15 @@ def test_a_tied_matrix_is_summed_over_first_and_last_stage() -> None:
         for tie in (True, False)
     )
     assert tied - untied == pytest.approx(4.0 * 61 * 32 / 1e9)
+
+
+def test_what_tp_ranks_have_of_the_heads_transform_is_summed_once_a_step() -> None:
+    fields = {"devices": 2, "cluster": small_cluster(2, inside=(1e9, 0.0))}
+    plain, transformed = (
+        price(Layout(tp=2), small_question(tiny_bert(output_transform=has), **fields)).step_seconds
+        for has in (False, True)
+    )
+    assert transformed - plain == pytest.approx(4.0 * (32 + 1) * 32 / 1e9)  # a ring of two sends it once each way
 
 
 def test_a_tied_matrix_inside_one_node_does_not_cross_the_network() -> None:

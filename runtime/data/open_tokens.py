@@ -14,16 +14,29 @@ from .byte_text import DOCUMENT_END, VOCABULARY, ByteText, load_corpus
 from .data_options import DEFAULT_SPLIT, DataOptions
 from .indexed_dataset import index_path, open_indexed, tokens_path
 from .indexed_tokens import open_indexed_tokens
+from .masked_tokens import masked
 from .packing import packing_of
 from .token_source import TokenSource
 from .tokenizer import BYTES, load_tokenizer
 
 
 def open_tokens(options: DataOptions, plan: Plan, *, steps: int, validation_batches: int, seed: int) -> TokenSource:
-    """What the run reads, for so many steps of the plan's global batch.
+    """What the run reads, for so many steps of the plan's global batch; masked, if the plan's model is bidirectional.
 
     Raises InputError for whatever of the data or of its options cannot be used with the plan's model.
     """
+    if plan.model.bidirectional and options.packs:
+        raise InputError(
+            "documents are kept apart in causal attention alone",
+            where="--reset-attention-mask, --reset-position-ids, --eod-mask-loss",
+            expected="none of them with a masked language model",
+            got=plan.model.name,
+        )
+    source = _open_plain(options, plan, steps=steps, validation_batches=validation_batches, seed=seed)
+    return masked(source, options.tokenizer, plan, seed=seed) if plan.model.bidirectional else source
+
+
+def _open_plain(options: DataOptions, plan: Plan, *, steps: int, validation_batches: int, seed: int) -> TokenSource:
     entries = _entries(options.paths)
     vocabulary, job = plan.model.vocab_size, plan.job
     if options.tokenizer is not None:

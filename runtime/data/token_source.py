@@ -10,13 +10,15 @@ from planner.layout import Layout
 
 from .packing import Packing
 
+NO_TARGET = -1  # of a token that need not be predicted: no row of the vocabulary, on no rank
+
 
 class TokenSource(Protocol):
     """Token ids of every step, a pure function of step and row: the same under every layout and after every resume.
 
     Attributes:
         name: what is trained on, for the record.
-        unit: what a token is, "byte" or "token".
+        unit: what a token is, "byte" or "token", "masked" before it where only those are predicted.
         vocabulary: every id is below it.
         has_validation: whether there are samples that training never sees.
         order: names the order of the samples; another one under the same run would train on other tokens.
@@ -37,7 +39,10 @@ class TokenSource(Protocol):
     def packing(self) -> Packing | None: ...
 
     def batch(self, step: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """[samples, sequence + 1] ids, int64, of a step (from 1 on) of so many samples; or only `rows` of them."""
+        """[samples, sequence + 1] ids, int64, of a step (from 1 on) of so many samples; or only `rows` of them.
+
+        For a masked language model [samples, 2, sequence], inputs and their targets, NO_TARGET where there is none.
+        """
         ...
 
     def validation_batch(self, index: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:

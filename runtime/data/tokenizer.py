@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BYTES = "bytes"  # the name of the tokenizer that needs no file
 _FILE = "tokenizer.json"
+_MASK = "[MASK]"  # BERT's
 
 
 class Tokenizer(Protocol):
@@ -83,6 +84,29 @@ def load_tokenizer(name: str, eod: str | None = None) -> Tokenizer:
     vocabulary = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     end = tokenizer.token_to_id(eod) if eod is not None else _end_of_document(path, tokenizer)
     return FolderTokenizer(name, vocabulary, end, tokenizer)
+
+
+def mask_token(name: str) -> tuple[int, int]:
+    """(id of the mask token, size of the vocabulary) of the tokenizer that `load_tokenizer` reads under this name.
+
+    The token is what tokenizer_config.json beside it calls mask_token, else `[MASK]`. Raises InputError where the
+    tokenizer has none, or is `bytes`.
+    """
+    path = Path(name) / _FILE if Path(name).is_dir() else Path(name)
+    tokenizer = _read(path, name)
+    said = _json(path.with_name("tokenizer_config.json")).get("mask_token")
+    text = said.get("content") if isinstance(said, dict) else said
+    text = text if isinstance(text, str) else _MASK
+    found = tokenizer.token_to_id(text)
+    if found is None:
+        raise InputError(
+            "the tokenizer has no mask token, and a masked language model needs one",
+            where=f"--tokenizer {name}",
+            expected=f"the token {text} in {path}",
+            got="none of that name",
+            hint="take the tokenizer that the data was prepared with, of a BERT model",
+        )
+    return found, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _read(path: Path, name: str) -> HfTokenizer:

@@ -35,10 +35,17 @@ class Trajectory:
 
 
 def tokens_of(plan: Plan, step: int) -> torch.Tensor:
-    """[global_batch, sequence + 1] random ids; the same whatever the layout."""
+    """[global_batch, sequence + 1] random ids; the same whatever the layout.
+
+    For a masked language model [global_batch, 2, sequence]: of each row 15 % of the ids are targets, and id 0 instead.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     size = (plan.job.global_batch, plan.job.sequence + 1)
-    return torch.randint(0, plan.model.vocab_size, size, generator=generator)
+    tokens = torch.randint(0, plan.model.vocab_size, size, generator=generator)
+    if not plan.model.bidirectional:
+        return tokens
+    chosen = torch.rand(tokens[:, 1:].shape, generator=generator).argsort() < max(1, round(0.15 * plan.job.sequence))
+    return torch.stack([tokens[:, 1:].masked_fill(chosen, 0), tokens[:, 1:].masked_fill(~chosen, -1)], dim=1)
 
 
 def packed_tokens_of(plan: Plan, step: int, end: int) -> torch.Tensor:
@@ -53,20 +60,21 @@ def packed_tokens_of(plan: Plan, step: int, end: int) -> torch.Tensor:
 def own_samples(plan: Plan, tokens: torch.Tensor, dp_rank: int) -> torch.Tensor:
     """This dp rank's rows: of every microbatch of micro_batch · dp rows, its micro_batch."""
     layout = plan.layout
-    return tokens.view(plan.microbatches, layout.dp, layout.micro_batch, -1)[:, dp_rank].flatten(0, 1)
+    return tokens.unflatten(0, (plan.microbatches, layout.dp, layout.micro_batch))[:, dp_rank].flatten(0, 1)
 
 
 def own_tokens(plan: Plan, tokens: torch.Tensor, dp_rank: int, cp_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of a rank: of its samples the piece that is its cp rank's, or under the ring the two pieces of
     2·cp that are as far from the front as from the end."""
     own, cp = own_samples(plan, tokens, dp_rank), plan.layout.cp
+    pair = own.unbind(1) if own.ndim == 3 else (own[:, :-1], own[:, 1:])
     if plan.layout.cp_style == "ring":
         inputs, targets = (
             torch.cat([ids.chunk(2 * cp, dim=1)[chunk] for chunk in (cp_rank, 2 * cp - 1 - cp_rank)], dim=1)
-            for ids in (own[:, :-1], own[:, 1:])
+            for ids in pair
         )
     else:
-        inputs, targets = (ids.chunk(cp, dim=1)[cp_rank] for ids in (own[:, :-1], own[:, 1:]))
+        inputs, targets = (ids.chunk(cp, dim=1)[cp_rank] for ids in pair)
     return inputs.contiguous(), targets.contiguous()
 
 

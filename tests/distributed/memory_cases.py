@@ -19,7 +19,7 @@ from planner.step_cost import CostModel
 from profiles.model import ModelSpec
 from runtime.dry_run import DryRun, dry_run
 from tests.oracles.small_world import small_hardware
-from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, tiny_bert, tiny_gpt2, tiny_llama, tiny_megatron_bert
 
 # Wide enough that the token ids and norms' statistics, which no formula counts, are a fraction of a percent.
 _SIZE: dict[str, Any] = {"hidden_size": 256, "heads": 8, "head_dim": 32, "vocab_size": 1024, "max_positions": 256}
@@ -27,6 +27,7 @@ LLAMA = tiny_llama(kv_heads=4, ffn_hidden_size=704, **_SIZE)
 LLAMA_8 = tiny_llama(kv_heads=4, ffn_hidden_size=704, layers=8, **_SIZE)
 WIDE = tiny_llama(kv_heads=4, ffn_hidden_size=2048, layers=8, **_SIZE)  # weights more than activations
 GPT2 = tiny_gpt2(kv_heads=8, ffn_hidden_size=1024, **_SIZE)
+BERT, MEGATRON_BERT = (make(kv_heads=8, ffn_hidden_size=1024, **_SIZE) for make in (tiny_bert, tiny_megatron_bert))
 
 _SECONDS = 300.0  # for all cases of a call
 _NO_TENSORS = ("context", "communicators", "allocator_slack")
@@ -158,6 +159,10 @@ CASES |= {
     ),
     "gpt2 fp16 pp2 dp2 zero1 zb1p, last": _case(GPT2, "fp16", pp=2, dp=2, zero=1, schedule="zb1p", at=1),
     "llama fp8 one rank, recompute": _case(LLAMA, "fp8", micro_batch=4, recompute=4),
+    "bert fp32, one rank": _case(BERT, "fp32", micro_batch=4),
+    "bert bf16 tp2 sp, selective": _case(BERT, "bf16", tp=2, sequence_parallel=True, micro_batch=8, selective=4),
+    "megatron-bert fp32 tp2 sp": _case(MEGATRON_BERT, "fp32", tp=2, sequence_parallel=True, micro_batch=4),
+    "megatron-bert fp32 pp2 1f1b, last": _case(MEGATRON_BERT, "fp32", pp=2, at=1),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
 }
 

@@ -12,10 +12,16 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
 from planner.rules import RuleContext, violations, why_no_recompute
-from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, tiny_bert, tiny_gpt2, tiny_llama, tiny_megatron_bert
 
 JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
-MODELS = {"llama": tiny_llama(), "gpt2": tiny_gpt2()}
+MODELS = {
+    "llama": tiny_llama(),
+    "gpt2": tiny_gpt2(),
+    "bert": tiny_bert(),
+    "megatron-bert": tiny_megatron_bert(),
+}
+DECODERS, MASKED = ("llama", "gpt2"), ("bert", "megatron-bert")
 MOST_RANKS = 8
 # Schedule and chunks a rank; the first is no pipeline.
 PIPELINES = (
@@ -33,7 +39,7 @@ PIPELINES = (
 # Style and degree of context parallelism.
 CONTEXTS = (("none", 1), ("ring", 2), ("all-to-all", 2))
 FACTORS: dict[str, tuple[object, ...]] = {
-    "model": tuple(MODELS),
+    "model": (),  # those that are asked for
     "tp": (1, 2),
     "sequence_parallel": (False, True),
     "context": CONTEXTS,
@@ -103,9 +109,9 @@ class Setting:
         return " ".join(words)
 
 
-def settings() -> Iterator[Setting]:
-    """All settings, legal or not, that say nothing twice: what has no effect has its first value."""
-    for values in itertools.product(*FACTORS.values()):
+def settings(models: tuple[str, ...] = DECODERS) -> Iterator[Setting]:
+    """All settings of these models, legal or not, that say nothing twice: what has no effect has its first value."""
+    for values in itertools.product(*(FACTORS | {"model": models}).values()):
         setting = Setting(values)
         piped = setting["pipeline"] != ("", 1)
         if piped != (setting["pp"] != 1) or (not piped and setting["cuts"] == "uneven"):
@@ -127,20 +133,20 @@ def refusals(setting: Setting) -> list[str]:
 
 
 @cache
-def legal_settings() -> tuple[Setting, ...]:
+def legal_settings(models: tuple[str, ...] = DECODERS) -> tuple[Setting, ...]:
     """Every setting that is trained on at most `MOST_RANKS` ranks."""
     return tuple(
-        setting for setting in settings() if setting.layout().world_size <= MOST_RANKS and not refusals(setting)
+        setting for setting in settings(models) if setting.layout().world_size <= MOST_RANKS and not refusals(setting)
     )
 
 
 @cache
-def pairwise_settings() -> tuple[Setting, ...]:
+def pairwise_settings(models: tuple[str, ...] = DECODERS) -> tuple[Setting, ...]:
     """Few legal settings among which every pair of values that any legal setting has occurs; the same each time.
 
     Greedy: of the settings with some pair that is missing, one that has the most of those; fewer ranks first.
     """
-    legal = list(legal_settings())
+    legal = list(legal_settings(models))
     random.Random(5).shuffle(legal)
     legal.sort(key=lambda setting: setting.layout().world_size)
     pairs = {setting: setting.pairs for setting in legal}

@@ -33,12 +33,12 @@ from runtime.process_group import set_timeout
 from runtime.step import TrainState, build_state, training_step
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.layout_runs import Trajectory, own_samples, run_plain, run_plan, tokens_of
-from tests.plans import make_plan, tiny_experts, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, tiny_bert, tiny_experts, tiny_gpt2, tiny_llama
 from tests.thinned import every
 
 STEPS = 2
 JOB = TrainingJob(global_batch=12, sequence=16, precision="fp32")
-LLAMA, GPT2, EXPERTS = tiny_llama(), tiny_gpt2(), tiny_experts()
+LLAMA, GPT2, BERT, EXPERTS = tiny_llama(), tiny_gpt2(), tiny_bert(), tiny_experts()
 # torch's tracing and its split into forward and backward, without its code generator, which takes too long here.
 EAGER_CODE = Compilation(backend="aot_eager")
 CPU = torch.device("cpu")
@@ -90,6 +90,7 @@ CONTEXT_CASES = {
     ),
 }
 CASES |= CONTEXT_CASES
+CASES["bert tp2 sp selective"] = (plan_of(BERT, tp=2, sequence_parallel=True, micro_batch=6, selective=(2,)), 3, 3)
 
 
 @pytest.mark.parametrize("name", every(4, CASES))

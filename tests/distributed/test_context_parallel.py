@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -60,16 +62,16 @@ def with_gradients(attention: Callable[..., torch.Tensor], *inputs: torch.Tensor
     return [outputs.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool = True) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def differences() -> dict[tuple[str, str, torch.dtype], list[float]]:
-    """The largest differences of outputs and gradients, here, by style, shape and dtype: in float64 as they are, else
-    by those of torch's own attention in that dtype."""
+def differences() -> dict[tuple[str, str, torch.dtype, bool], list[float]]:
+    """The largest differences of outputs and gradients, here, by style, shape, dtype and whether it is causal: in
+    float64 as they are, else by those of torch's own attention in that dtype."""
     group, found = dist.group.WORLD, {}
     assert group is not None
-    for style, attention in STYLES.items():
+    for (style, attention), causal in itertools.product(STYLES.items(), (True, False)):
         shard = SequenceShard(group.rank(), group.size(), style)
         positions = [p for start, end in shard.spans(SEQUENCE // group.size()) for p in range(start, end)]
         for shape in SHAPES:
@@ -77,12 +79,13 @@ def differences() -> dict[tuple[str, str, torch.dtype], list[float]]:
                 continue
             for dtype in (torch.float64, torch.bfloat16):
                 whole = whole_inputs(shape, dtype)
-                expected = with_gradients(plain, *(tensor.double() for tensor in whole))
+                by_torch = partial(plain, causal=causal)
+                expected = with_gradients(by_torch, *(tensor.double() for tensor in whole))
                 local = with_gradients(
-                    lambda *qkv, attention=attention: attention(*qkv, group), *(t[:, :, positions] for t in whole)
+                    partial(attention, group=group, causal=causal), *(t[:, :, positions] for t in whole)
                 )
-                alone = with_gradients(plain, *whole)
-                found[style, shape, dtype] = [
+                alone = with_gradients(by_torch, *whole)
+                found[style, shape, dtype, causal] = [
                     _most(ours.double() - right[:, :, positions])
                     / (1.0 if dtype == torch.float64 else _most(theirs.double() - right))
                     for ours, theirs, right in zip(local, alone, expected, strict=True)
@@ -98,9 +101,9 @@ def _most(differences: torch.Tensor) -> float:
 def test_attention_over_cp_is_attention_to_whole_sequences(ranks: int) -> None:
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 6.0}  # what steps give is rounded, and torch's own but once
     for rank in run_ranks(differences, ranks):
-        assert len(rank) == (8 if ranks == 3 else 16)
-        for (style, shape, dtype), errors in rank.items():
-            assert max(errors) < tolerance[dtype], (style, shape, errors)
+        assert len(rank) == (16 if ranks == 3 else 32)
+        for (style, shape, dtype, causal), errors in rank.items():
+            assert max(errors) < tolerance[dtype], (style, shape, causal, errors)
 
 
 # ---- kernels -----------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ def ring_traffic() -> list[tuple[str, int]]:
         mock.patch.object(runtime.ring_attention, "attend", attending(forward)),
         mock.patch.object(runtime.ring_attention, "attend_backward", attending(backward)),
     ):
-        with_gradients(lambda q, k, v: ring_attention(q, k, v, group), *local)
+        with_gradients(lambda q, k, v: ring_attention(q, k, v, group, causal=True), *local)
     return seen
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import runtime.document_attention
 from runtime import attention_kernels
 from runtime.attention_kernels import Attended, attend, attend_backward
-from runtime.context_parallel import SequenceShard, causal_attention
+from runtime.context_parallel import SequenceShard, self_attention
 from runtime.data.packing import document_starts
 from runtime.document_attention import document_attention, document_ends, meetings
 from tests.distributed.harness import run_ranks
@@ -110,7 +110,7 @@ def differences() -> dict[tuple[str, str, str, torch.dtype], list[float]]:
             whole = inputs_of(shape, dtype)
             expected = with_gradients(masked(starts), *(tensor.double() for tensor in whole))
             local = with_gradients(
-                lambda *qkv, shard=shard, starts=starts: causal_attention(*qkv, shard, starts),
+                lambda *qkv, shard=shard, starts=starts: self_attention(*qkv, shard, causal=True, starts=starts),
                 *(tensor[:, :, positions] for tensor in whole),
             )
             found[style, shape, rows, dtype] = [

@@ -17,6 +17,7 @@ from planner.layout import Layout
 from planner.plan import Plan, save
 from profiles.hf_config import read_hf_config
 from runtime import checkpoint
+from runtime.context_parallel import whole_inputs_and_targets
 from runtime.hf_export import Exported, export_run
 from runtime.hf_files import TensorFiles, keep_description
 from runtime.hf_names import FAMILIES, Box
@@ -60,6 +61,8 @@ CASES = [
         own_config=True,
     ),
     Case("deepseek_v3", Layout(dp=4, dp_shard=2, zero=2, micro_batch=1)),  # HSDP
+    Case("bert", Layout(tp=2, pp=2, sequence_parallel=True, micro_batch=2), own_config=True),
+    Case("megatron-bert", Layout(tp=2, dp=2, dp_shard=2, zero=3, micro_batch=2), sharded=True),
 ]
 MORE_CASES = [
     Case("gpt2", Layout(dp=4, dp_shard=2, zero=2, micro_batch=1), own_config=True),
@@ -96,7 +99,7 @@ def train(cases: list[tuple[Plan, Path, Path]]) -> list[tuple[float, float]]:
         held = (*named_parameters(state.chunks), *named_buffers(state.chunks))
         assert numbers_read[0] == sum(local_part(tensor).numel() for _, tensor in held) > 0
         tokens = own_samples(plan, tokens_of(plan, 0), state.mesh.coordinate.dp)
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        inputs, targets = (ids.contiguous() for ids in whole_inputs_and_targets(tokens))
         before = training_step(state, inputs, targets, learning_rate=1e-2, clip_norm=None).loss
         checkpoint.save(run_dir, 1, state.chunks, state.optimizer, "")
         losses.append((before, sum_over_ranks(state.runner.evaluate(inputs, targets).double())))
@@ -105,16 +108,21 @@ def train(cases: list[tuple[Plan, Path, Path]]) -> list[tuple[float, float]]:
 
 def loss_of(model: Any, plan: Plan) -> float:
     """transformers' own loss on the tokens of the first step."""
-    tokens = tokens_of(plan, 0)
+    inputs, targets = whole_inputs_and_targets(tokens_of(plan, 0))
     with torch.no_grad():
-        logits = model(tokens[:, :-1]).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten()).item()
+        logits = model(inputs).logits.flatten(0, 1).double()
+    return torch.nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=-1).item()
+
+
+def auto_class(plan: Plan) -> Any:
+    """transformers' class that reads the plan's model."""
+    import transformers
+
+    return transformers.AutoModelForMaskedLM if plan.model.bidirectional else transformers.AutoModelForCausalLM
 
 
 def prepare(case: Case, folder: Path) -> tuple[Plan, Path, Path, Any]:
     """Plan, weights and run folder of a case, and transformers' model with what it read from those weights."""
-    import transformers
-
     weights, run_dir = folder / "weights", folder / "run"
     model = make_model(case.family, layers=LAYERS)
     model = model.to(torch.bfloat16) if case.bf16 else model
@@ -123,17 +131,15 @@ def prepare(case: Case, folder: Path) -> tuple[Plan, Path, Path, Any]:
     plan = make_plan(read_hf_config(weights), case.layout, TrainingJob(global_batch=8, sequence=16, precision="fp32"))
     save(plan, run_dir / "plan.yaml")
     keep_description(run_dir, None if case.own_config else weights)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
+    theirs = auto_class(plan).from_pretrained(weights, dtype=torch.float32).eval()
     return plan, weights, run_dir, theirs
 
 
 def require_round_trip(case: Case, plan: Plan, run_dir: Path, after: float) -> Exported:
     """transformers' loss of what the run exports is the loss that the ranks had, and the folder reads back."""
-    import transformers
-
     found = export_run(run_dir, None, step=None, dtype="fp32", shard_bytes=SMALL_FILE if case.sharded else 1 << 30)
     assert (len(found.files) > 1) == case.sharded
-    exported, said = transformers.AutoModelForCausalLM.from_pretrained(found.folder, output_loading_info=True)
+    exported, said = auto_class(plan).from_pretrained(found.folder, output_loading_info=True)
     assert not any(said.values()), said
     assert exported.dtype == torch.float32
     assert loss_of(exported.eval(), plan) == pytest.approx(after, rel=1e-5)
