@@ -103,6 +103,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "output transform": ("megatron",),
     "output bias": ("megatron",),
     "next-sentence head": ("megatron",),
+    "a module of its own": ("meshwright",),  # of any package, by --model package.module:factory
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -81,6 +82,10 @@ class LiveBytes(TorchDispatchMode):
     def mark(self) -> int:
         """This moment, for `peak`."""
         return len(self._changes)
+
+    def totals(self) -> list[int]:
+        """Bytes in all by mark: the entry of a mark is what was live at that moment."""
+        return list(accumulate((more for _, more in self._changes), initial=0))
 
     def peak(self, start: int) -> dict[str, int]:
         """Bytes by purpose at the moment since `start` at which they were most in all."""

@@ -17,10 +17,13 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from planner.layout import Layout
 from planner.plan import Plan, Stage
+from profiles.traced_model import TracedModel
 
 from .compilation import Compilation, compile_chunk
 from .context_parallel import SequenceShard
 from .experts import Experts, Router
+from .foreign.foreign_chunk import ForeignChunk
+from .foreign.foreign_values import load_first_values
 from .hf_weights import load_weights
 from .latent_attention import LatentAttention
 from .local_parameters import local_part
@@ -60,7 +63,9 @@ def build_chunks(
     """
     chunks = shape_chunks(plan, mesh, dtype=dtype, compilation=compilation)
     allocate_chunks(chunks, device)
-    if weights is None:
+    if isinstance(plan.model, TracedModel):
+        load_first_values(chunks, plan.model, seed)
+    elif weights is None:
         initialise(chunks, layers=plan.model.layers, seed=seed)
     else:
         clear_buffers(chunks)
@@ -75,7 +80,8 @@ def shape_chunks(
     chunks = []
     for place in plan.layout.stages_of(mesh.coordinate.pp):
         stage = plan.stages[place]
-        chunk = build_chunk(plan.model, stage).to(dtype)
+        traced = isinstance(plan.model, TracedModel)
+        chunk = (ForeignChunk if traced else build_chunk)(plan.model, stage).to(dtype)
         parallelize(chunk, plan, stage, mesh, compilation)
         chunks.append(chunk)
     return chunks
@@ -106,7 +112,11 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
 
 def choose_loss(chunk: Chunk, plan: Plan) -> None:
     """How the head computes its loss under this plan's schedule ([Note: Loss in pieces])."""
-    if chunk.head is not None:
+    if isinstance(chunk, ForeignChunk):
+        chunk.loss_share = plan.layout.micro_batch / plan.job.global_batch
+        own = next(chunk.parameters()).dtype
+        chunk.activation_dtype = torch.bfloat16 if plan.job.precision == "bf16" else own
+    elif chunk.head is not None:
         chunk.head.way = LossWay(
             tokens_per_step=plan.job.tokens,
             logits_again=plan.layout.logits_again(plan.microbatches),

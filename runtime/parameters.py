@@ -14,7 +14,7 @@ from .local_parameters import local_part
 from .transformer import Chunk
 
 WEIGHT_STD = 0.02  # of every matrix, as in GPT-2 (Radford et al. 2019) and most decoders since
-_RECOMPUTE_PREFIX = "_checkpoint_wrapped_module."  # what torch's checkpoint_wrapper puts into names
+RECOMPUTE_PREFIX = "_checkpoint_wrapped_module."  # what torch's checkpoint_wrapper puts into names
 
 
 def parameters_of(chunks: Sequence[Chunk]) -> list[nn.Parameter]:
@@ -30,7 +30,7 @@ def named_parameters(chunks: Sequence[Chunk]) -> Iterator[tuple[str, nn.Paramete
     """
     for chunk in chunks:
         for path, parameter in chunk.named_parameters():
-            name = path.replace(_RECOMPUTE_PREFIX, "")
+            name = path.replace(RECOMPUTE_PREFIX, "")
             tied_head = chunk.tied and name == "head.weight"
             yield ("embedding.tokens.weight" if tied_head else name), parameter
 
@@ -40,7 +40,7 @@ def named_buffers(chunks: Sequence[Chunk]) -> Iterator[tuple[str, torch.Tensor]]
     for chunk in chunks:
         for path, module in chunk.named_modules():
             if isinstance(module, Router) and module.selection_bias is not None:
-                yield f"{path.replace(_RECOMPUTE_PREFIX, '')}.selection_bias", module.selection_bias
+                yield f"{path.replace(RECOMPUTE_PREFIX, '')}.selection_bias", module.selection_bias
 
 
 def tied_copies(chunks: Sequence[Chunk]) -> list[tuple[torch.Tensor, bool]]:

@@ -181,6 +181,8 @@ class Chunk(nn.Module):
     """What one pipeline stage holds. `blocks` is keyed by the block's index in the whole model, so that a
     parameter has the same name under every layout."""
 
+    reads_source = False  # whether stages past the first are given the step's inputs besides
+
     def __init__(self, model: ModelSpec, stage: Stage) -> None:
         super().__init__()
         self.embedding = Embedding(model) if stage.embedding else None

@@ -1,0 +1,47 @@
+"""Steps of training with nothing of ours: the factory's module in one process, whole batch, its loss, torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from profiles.traced_model import TracedModel
+
+from ..plain_loop import PlainRun
+from .module_contract import Samples, contract_of
+from .module_factory import make_with_values
+
+
+def run_module_plain(
+    model: TracedModel,
+    batches: Iterable[Samples],
+    *,
+    dtype: torch.dtype,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    clip_norm: float | None = None,
+) -> PlainRun:
+    """A step on each of `batches`, (inputs, target) of a whole step, from the first values that `seed` gives."""
+    module = make_with_values(model.factory, seed).to(dtype)
+    contract = contract_of(module, model.factory)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms, clipped_norms = [], [], []
+    for inputs, target in batches:
+        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        loss = contract.loss(contract.run(module, inputs), target)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or float("inf"))
+        clipped_norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        norms.append(norm.item())
+    trained = {f"module.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+    return PlainRun(losses, norms, clipped_norms, trained)

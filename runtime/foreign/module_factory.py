@@ -1,0 +1,91 @@
+"""package.module:factory -> the nn.Module that it makes, on the meta device or with its first values."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from profiles.input_error import InputError
+from profiles.traced_model import names_a_factory
+
+_WHERE = "--model"
+
+
+def make_on_meta(factory: str) -> nn.Module:
+    """The module without memory: shapes and names. In training mode."""
+    with torch.device("meta"):
+        return _call(factory)
+
+
+def make_with_values(factory: str, seed: int) -> nn.Module:
+    """The whole module on the CPU, its first values drawn as the factory does after `torch.manual_seed(seed)`.
+
+    The same on every rank, whatever the layout; the generator that others draw from is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _call(factory)
+
+
+def _call(factory: str) -> nn.Module:
+    function = _find(factory)
+    try:
+        module = function()
+    except Exception as error:
+        raise _failed(f"{factory} raised while it made the module", "a factory that takes no arguments", error) from None
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"{factory} makes no module", where=_WHERE, expected="a torch.nn.Module", got=type(module).__name__
+        )
+    return module.train()
+
+
+def _find(factory: str) -> Callable[[], object]:
+    if not names_a_factory(factory):
+        raise InputError(f"{factory!r} names no factory", where=_WHERE, expected="package.module:factory", got=factory)
+    name, _, path = factory.partition(":")
+    try:
+        with _working_directory_importable():
+            found: object = importlib.import_module(name)
+    except Exception as error:
+        hint = f"is the folder that holds {name.partition('.')[0]} the current one, or on PYTHONPATH?"
+        raise _failed(f"{name} cannot be imported", "a module that Python can import", error, hint) from None
+    for attribute in path.split("."):
+        if not hasattr(found, attribute):
+            offered = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+            raise InputError(
+                f"{name} has no {path}",
+                where=_WHERE,
+                expected=f"the name of a factory in {name}",
+                got=f"{path}; it offers {', '.join(offered[:12]) or 'nothing that can be called'}",
+            )
+        found = getattr(found, attribute)
+    if not callable(found):
+        raise InputError(
+            f"{factory} cannot be called", where=_WHERE, expected="a function without arguments", got=repr(found)[:80]
+        )
+    return found
+
+
+@contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """As `python -m` has it; a script's folder alone is on the path otherwise."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)  # to stay: what a factory imports later is found too
+    yield
+
+
+def _failed(what: str, expected: str, error: Exception, hint: str = "") -> InputError:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
+    said = (str(error).splitlines() or [""])[0][:200]
+    return InputError(what, where=_WHERE, expected=expected, got=f"{type(error).__name__}: {said}{place}", hint=hint)
