@@ -39,6 +39,7 @@ from cli_parts import (
     SequenceLength,
     Target,
     command_line,
+    described,
     print_json,
     print_report,
 )
@@ -110,7 +111,7 @@ def plan(
     from planner.question import ask
 
     question = ask(
-        model,
+        described(model, sequence),
         cluster,
         global_batch,
         sequence,
@@ -159,7 +160,7 @@ def estimate(
     from planner.question import ask
 
     question = ask(
-        model,
+        described(model, sequence),
         cluster,
         global_batch,
         sequence,
@@ -324,7 +325,8 @@ def train(
     if elastic:
         plan_file, resume = elastic_plan(plan_file, run_dir)
     model = model_to_start_from(weights, plan_file, model, resume=resume)
-    found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line())
+    asked = described(model, sequence) if model is not None and plan_file is None and not resume else model
+    found = plan_to_train(plan_file, asked, run_dir, resume, global_batch, sequence, command_line())
     if isinstance(found, PlanAnswer):
         print_report(found.report())
     chosen = found.plan if isinstance(found, PlanAnswer) else found

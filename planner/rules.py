@@ -8,11 +8,13 @@ from math import gcd
 
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
+from profiles.traced_model import TracedModel
 
 from .capabilities import CAPABILITIES, Capabilities, able_targets, missing_features
 from .job import TrainingJob
 from .layout import Layout
 from .schedule import SPLIT_BACKWARD, Pipeline, why_illegal
+from .traced_rules import why_no_degrees, why_no_schedule
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,8 @@ def _schedule(layout: Layout, context: RuleContext) -> str | None:
     microbatches = layout.microbatches(context.job.global_batch)
     if microbatches == 0:
         return None  # the batch's own rule says so
+    if (reason := why_no_schedule(layout, context.model)) is not None:
+        return reason
     return why_illegal(Pipeline(layout.schedule, layout.pp, layout.virtual_stages, microbatches))
 
 
@@ -202,8 +206,13 @@ def _dp_shard(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+def _traced_degrees(layout: Layout, context: RuleContext) -> str | None:
+    return why_no_degrees(layout, context.model, context.job)
+
+
 DEGREE_RULES: tuple[Rule, ...] = (
     _world,
+    _traced_degrees,
     _context_parallel,
     _heads,
     _kv_heads,
@@ -264,6 +273,8 @@ def why_no_recompute(mode: str, layout: Layout, context: RuleContext) -> str | N
             f"recompute={mode} with {layout.schedule}: torch 2.11 to 2.13 runs the recomputation of a split backward "
             "several times over (full) or raises (selective)"
         )
+    if mode == "selective" and isinstance(context.model, TracedModel):
+        return f"recompute=selective: what is cheap in {context.model.factory} nobody has said; ask for full"
     if mode == "selective" and context.model.experts is not None and not context.capabilities.experts_with_selective:
         return (
             "recompute=selective with experts: torch 2.11 to 2.13 may raise where FSDP2 wraps a part of what is "

@@ -80,8 +80,9 @@ def shape_chunks(
     chunks = []
     for place in plan.layout.stages_of(mesh.coordinate.pp):
         stage = plan.stages[place]
-        traced = isinstance(plan.model, TracedModel)
-        chunk = (ForeignChunk if traced else build_chunk)(plan.model, stage).to(dtype)
+        model = plan.model
+        chunk = ForeignChunk(model, stage) if isinstance(model, TracedModel) else build_chunk(model, stage)
+        chunk = chunk.to(dtype)
         parallelize(chunk, plan, stage, mesh, compilation)
         chunks.append(chunk)
     return chunks

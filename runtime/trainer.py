@@ -278,7 +278,9 @@ def _due(step: int, every: int, last: int) -> bool:
 
 
 def _own_tensors(ids: Any, plan: Plan, state: TrainState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets [samples, sequence / cp] of this cp rank, of ids [samples, sequence + 1]."""
+    """Inputs and targets [samples, sequence / cp] of this cp rank, of ids [samples, sequence + 1]; or an example's."""
+    if isinstance(ids, tuple):
+        return ids[0].to(state.device), ids[1].to(state.device)
     inputs, targets = inputs_and_targets(torch.from_numpy(ids), plan.layout, state.mesh.coordinate.cp)
     return inputs.to(state.device), targets.to(state.device)
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from planner.plan import Plan
 from profiles.input_error import InputError
+from profiles.traced_model import TracedModel
 
+from ..foreign.example_source import open_examples
 from .blend import parse_blend
 from .byte_text import VOCABULARY, ByteText, load_corpus
 from .data_options import DEFAULT_SPLIT, DataOptions
@@ -17,10 +19,12 @@ from .tokenizer import BYTES, load_tokenizer
 
 
 def open_tokens(options: DataOptions, plan: Plan, *, steps: int, validation_batches: int, seed: int) -> TokenSource:
-    """What the run reads, for so many steps of the plan's global batch.
+    """What the run reads, for so many steps of the plan's global batch: text, or what the model makes itself.
 
     Raises InputError for whatever of the data or of its options cannot be used with the plan's model.
     """
+    if isinstance(plan.model, TracedModel) and not plan.model.reads_tokens:
+        return open_examples(plan, options, seed)
     entries = _entries(options.paths)
     vocabulary, job = plan.model.vocab_size, plan.job
     if options.tokenizer is not None:

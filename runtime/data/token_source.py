@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,8 @@ class TokenSource(Protocol):
         vocabulary: every id is below it.
         has_validation: whether there are samples that training never sees.
         order: names the order of the samples; another one under the same run would train on other tokens.
+
+    A module that makes its own samples (`ExampleSource`) gives (inputs, targets) where others give ids.
     """
 
     @property
@@ -31,11 +33,11 @@ class TokenSource(Protocol):
     @property
     def order(self) -> str: ...
 
-    def batch(self, step: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:
+    def batch(self, step: int, samples: int, rows: np.ndarray | None = None) -> Any:
         """[samples, sequence + 1] ids, int64, of a step (from 1 on) of so many samples; or only `rows` of them."""
         ...
 
-    def validation_batch(self, index: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:
+    def validation_batch(self, index: int, samples: int, rows: np.ndarray | None = None) -> Any:
         """The same of the held-out samples number `index` (from 0 on)."""
         ...
 

@@ -59,7 +59,9 @@ def blocks_of(module: nn.Module, block_list: str) -> nn.ModuleList | nn.Sequenti
     return found
 
 
-def find_chain(module: nn.Module, contract: Contract, inputs: torch.Tensor, target: torch.Tensor, factory: str) -> BlockChain:
+def find_chain(
+    module: nn.Module, contract: Contract, inputs: torch.Tensor, target: torch.Tensor, factory: str
+) -> BlockChain:
     """Run the module, which is on the meta device, once; InputError where its blocks are no chain."""
     where = f"--model {factory}"
     name = _list_of_blocks(module, where)
@@ -124,7 +126,7 @@ def _list_of_blocks(module: nn.Module, where: str) -> str:
         raise InputError(
             f"{type(module).__name__} has no repeated blocks",
             where=where,
-            expected="a ModuleList or Sequential of at least two blocks of one class with parameters of the same shapes",
+            expected="a ModuleList or Sequential of two or more blocks of one class and with the same parameter shapes",
             got="; ".join(seen[:4]) or "no such list",
         )
     return best
@@ -177,14 +179,17 @@ def _check_order(order: list[int], name: str, blocks: int, where: str) -> None:
 
 
 def _check_arguments(graph: OpGraph, calls: Sequence[BlockCall], name: str, where: str) -> tuple[str, torch.Tensor]:
-    """The stream and how blocks take it; what else goes into a block must come of inputs and buffers alone, so that any stage can make it."""
+    """How blocks take the stream, and the stream. What else goes into a block must come of inputs and buffers alone, so
+    that any stage can make it."""
     place = next((key for key, value in calls[1].tensors.items() if value is stream_of(calls[0].output)), None)
     if place is None:
         raise _not_a_chain(name, where, "block 1 does not take what block 0 gives as it is")
     for call in calls:
         tensors = call.tensors
         if call.index and tensors.get(place) is not stream_of(calls[call.index - 1].output):
-            raise _not_a_chain(name, where, f"block {call.index} does not take what block {call.index - 1} gives as it is")
+            raise _not_a_chain(
+                name, where, f"block {call.index} does not take what block {call.index - 1} gives as it is"
+            )
         for key, value in tensors.items():
             node = graph.node_of(value)
             if key != place and node is not None and (made_of := graph.parameters_into(node)):
@@ -201,23 +206,19 @@ def stream_of(output: Any) -> Any:
 
 
 def _check_edges(graph: OpGraph, calls: Sequence[BlockCall], name: str, where: str) -> None:
-    """What parameters have made goes from each part into itself and the next alone."""
-    parts = {node: graph.graph.nodes[node].get("part") for node in graph.graph}
+    """What is computed in a part stays there; but the stream goes on to the next, and what is before the blocks may go
+    anywhere where no parameter has made it."""
+    parts: dict[Any, str | int] = {node: part for node, part in graph.graph.nodes(data="part") if part is not None}
     places = {BEFORE: -1, AFTER: len(calls)} | {call.index: call.index for call in calls}
     streams = {graph.node_of(stream_of(call.output)) for call in calls}
     for source, node in graph.graph.edges:
-        first, second = parts[source], parts[node]
-        if first is None or first == second:  # a parameter, buffer or input
+        if source not in parts or (first := parts[source]) == (second := parts[node]):
+            continue
+        if first == BEFORE and not graph.parameters_into(source):
             continue
         if BETWEEN in (first, second):
-            if first != BEFORE:
-                raise _not_a_chain(name, where, f"{_told(first)} is used between blocks")
-            continue
+            raise _not_a_chain(name, where, f"{_told(first)} is used in {_told(second)}")
         start, end = places[first], places[second]
-        if start == -1 and second == AFTER and not graph.parameters_into(source):
-            continue
-        if start == -1 and end > 0 and not graph.parameters_into(source):
-            continue
         if end != start + 1 or (start >= 0 and source not in streams):
             raise _not_a_chain(name, where, f"{_told(first)} goes into {_told(second)} past the stream between blocks")
 

@@ -18,7 +18,7 @@ from .module_factory import make_on_meta
 
 @dataclass(frozen=True)
 class ExampleSource:
-    """A step's samples by `example_batch(global batch, seed, step)`: every rank makes all of them and takes its rows."""
+    """A step's samples by `example_batch(global batch, seed, step)`: every rank makes all and takes its rows."""
 
     name: str
     contract: Contract
@@ -35,6 +35,7 @@ class ExampleSource:
         return (inputs, target) if rows is None else (inputs[rows], target[rows])
 
     def validation_batch(self, index: int, samples: int, rows: np.ndarray | None = None) -> Samples:
+        """None are kept apart: nobody asks."""
         raise AssertionError("there are no samples that training never sees")
 
     def baseline_loss(self) -> float | None:

@@ -40,7 +40,9 @@ def _call(factory: str) -> nn.Module:
     try:
         module = function()
     except Exception as error:
-        raise _failed(f"{factory} raised while it made the module", "a factory that takes no arguments", error) from None
+        raise _failed(
+            f"{factory} raised while it made the module", "a factory that takes no arguments", error
+        ) from None
     if not isinstance(module, nn.Module):
         raise InputError(
             f"{factory} makes no module", where=_WHERE, expected="a torch.nn.Module", got=type(module).__name__

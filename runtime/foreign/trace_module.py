@@ -180,9 +180,7 @@ def _moved_bytes(factory: str, chain: BlockChain, sequence: int) -> list[BytesBy
             contract = contract_of(module, factory)
             inputs, target = one_sample(contract, sequence)
             graph = find_chain(module, contract, _cast(inputs, precision), target, factory).graph
-        found[precision] = [
-            graph.work.get(part, PartWork()).moved_bytes for part in (BEFORE, _typical(chain), AFTER)
-        ]
+        found[precision] = [graph.work.get(part, PartWork()).moved_bytes for part in (BEFORE, _typical(chain), AFTER)]
     return [BytesByPrecision(fp32=whole, bf16=half) for whole, half in zip(found["fp32"], found["bf16"], strict=True)]
 
 
@@ -195,7 +193,9 @@ def _kept_bytes(factory: str, block_list: str, sequence: int, precision: str) ->
     """
     live = LiveBytes("step")
     forward: list[int] = []  # marks: start, first block's start, each block's end, end
-    backward: list[int] = []  # marks: start, gradient of each block's output from the last on, of the first's input, end
+    backward: list[
+        int
+    ] = []  # marks: start, gradient of each block's output from the last on, of the first's input, end
     with on_meta(), live, ExitStack() as stack:
         module = make_on_meta(factory).to(_DTYPES[precision])
         contract = contract_of(module, factory)
@@ -219,8 +219,10 @@ def _kept_bytes(factory: str, block_list: str, sequence: int, precision: str) ->
 
 
 @contextmanager
-def _stream_marked(live: LiveBytes, blocks: Sequence[nn.Module], forward: list[int], backward: list[int]) -> Iterator[None]:
-    """Adds a mark when the stream enters the first block and leaves each, and when its gradient comes to each of these."""
+def _stream_marked(
+    live: LiveBytes, blocks: Sequence[nn.Module], forward: list[int], backward: list[int]
+) -> Iterator[None]:
+    """Adds a mark when the stream enters the first block and leaves each, and when its gradient comes to each."""
 
     def mark(_gradient: torch.Tensor) -> None:
         backward.append(live.mark())
