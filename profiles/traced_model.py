@@ -168,7 +168,7 @@ class TracedModel(ModelSpec):
     """A module as a chain: what is before its blocks (`embedding`), alike blocks (the layers), what is after (`head`).
 
     `factory` makes the module, `block_list` is the name of the list that holds its blocks. A sample goes in as
-    `input_shape` of `input_dtype` and between blocks is `stream_shape`, whose last dim counts as the hidden size and
+    `input_shape` of `input_dtype`, is judged by its target and between blocks is `stream_shape`, whose last dim counts as the hidden size and
     the others together as the tokens; blocks take it as the argument `stream_argument` (a place or a keyword) and give
     it alone (`block_returns` 0) or as the first of so many. `reads_tokens`: a causal language model, which trains on
     text. `tp_plan` says how a linear of a block is cut over tp, by its name in the block; empty where nobody said. What
@@ -179,6 +179,8 @@ class TracedModel(ModelSpec):
     block_list: str
     input_shape: tuple[int, ...]
     input_dtype: str
+    target_shape: tuple[int, ...]
+    target_dtype: str
     stream_shape: tuple[int, ...]
     stream_argument: str
     block_returns: int
@@ -250,7 +252,9 @@ class TracedModel(ModelSpec):
             tied_embeddings=reader.boolean("tied_embeddings"),
             input_shape=_shape(reader, "input_shape"),
             input_dtype=reader.text("input_dtype"),
-            stream_shape=_shape(reader, "stream_shape"),
+            target_shape=_shape(reader, "target_shape"),
+            target_dtype=reader.text("target_dtype"),
+            stream_shape=_stream_shape(reader),
             stream_argument=reader.text("stream_argument"),
             block_returns=reader.integer("block_returns"),
             reads_tokens=reader.boolean("reads_tokens"),
@@ -265,6 +269,7 @@ class TracedModel(ModelSpec):
 
 _KEYS = (
     *("name", "factory", "block_list", "layers", "vocab_size", "tied_embeddings", "input_shape", "input_dtype"),
+    *("target_shape", "target_dtype"),
     *("stream_shape", "stream_argument", "block_returns", "reads_tokens", "tp_plan", "before", "block", "after"),
 )
 
@@ -292,9 +297,16 @@ def read_model(reader: Reader) -> ModelSpec:
 
 def _shape(reader: Reader, key: str) -> tuple[int, ...]:
     value = reader.anything(key)
-    if not isinstance(value, list | tuple) or not value:
+    if not isinstance(value, list | tuple):
         raise reader.fail(key, "a list of whole numbers >= 1", value)
     return reader.integers(key, length=len(value), minimum=1)
+
+
+def _stream_shape(reader: Reader) -> tuple[int, ...]:
+    shape = _shape(reader, "stream_shape")
+    if not shape:
+        raise reader.fail("stream_shape", "one dim at least", list(shape))
+    return shape
 
 
 def _tp_plan(reader: Reader) -> Iterator[tuple[str, str]]:

@@ -83,9 +83,10 @@ class LiveBytes(TorchDispatchMode):
         """This moment, for `peak`."""
         return len(self._changes)
 
-    def totals(self) -> list[int]:
-        """Bytes in all by mark: the entry of a mark is what was live at that moment."""
-        return list(accumulate((more for _, more in self._changes), initial=0))
+    def totals(self, purpose: str) -> list[int]:
+        """Bytes of a purpose by mark: the entry of a mark is what was live at that moment."""
+        changes = (more if self._purposes[serial] == purpose else 0 for serial, more in self._changes)
+        return list(accumulate(changes, initial=0))
 
     def peak(self, start: int) -> dict[str, int]:
         """Bytes by purpose at the moment since `start` at which they were most in all."""

@@ -24,6 +24,7 @@ from .context_parallel import SequenceShard
 from .experts import Experts, Router
 from .foreign.foreign_chunk import ForeignChunk
 from .foreign.foreign_values import load_first_values
+from .foreign.module_tensor_parallel import apply_module_tensor_parallel
 from .hf_weights import load_weights
 from .latent_attention import LatentAttention
 from .local_parameters import local_part
@@ -99,7 +100,10 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     """Everything that happens to a chunk, in the only order in which the parts compose."""
     layout = plan.layout
     choose_loss(chunk, plan)
-    if layout.tp > 1:
+    if isinstance(chunk, ForeignChunk) and isinstance(plan.model, TracedModel):
+        if layout.tp > 1:
+            apply_module_tensor_parallel(chunk, plan.model, mesh.axis("tp"))
+    elif layout.tp > 1:
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
     if layout.cp > 1:
         apply_context_parallel(chunk, layout, mesh)

@@ -182,6 +182,7 @@ class Chunk(nn.Module):
     parameter has the same name under every layout."""
 
     reads_source = False  # whether stages past the first are given the step's inputs besides
+    plain_copies = 1  # tp ranks that hold alike a parameter that is no DTensor over tp
 
     def __init__(self, model: ModelSpec, stage: Stage) -> None:
         super().__init__()

@@ -86,3 +86,13 @@ class VisionTransformer(nn.Module):
 
 def tiny_vit() -> nn.Module:
     return VisionTransformer()
+
+
+def small_hf_llama() -> nn.Module:
+    """Wide enough that what no formula counts (ids, norms' statistics) is a fraction of a percent."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "vocab_size": 1024}
+    return tiny_hf_llama(**sizes, num_key_value_heads=4, max_position_embeddings=256)
+
+
+def small_vit() -> nn.Module:
+    return VisionTransformer(width=256, heads=8)

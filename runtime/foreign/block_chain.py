@@ -208,7 +208,7 @@ def stream_of(output: Any) -> Any:
 def _check_edges(graph: OpGraph, calls: Sequence[BlockCall], name: str, where: str) -> None:
     """What is computed in a part stays there; but the stream goes on to the next, and what is before the blocks may go
     anywhere where no parameter has made it."""
-    parts: dict[Any, str | int] = {node: part for node, part in graph.graph.nodes(data="part") if part is not None}
+    parts: dict[Any, str | int] = {node: part for node, part in graph.graph.nodes(data="part") if part is not None}  # type: ignore[assignment]
     places = {BEFORE: -1, AFTER: len(calls)} | {call.index: call.index for call in calls}
     streams = {graph.node_of(stream_of(call.output)) for call in calls}
     for source, node in graph.graph.edges:

@@ -29,6 +29,7 @@ from .module_factory import make_on_meta
 from .op_graph import AFTER, BEFORE, PartWork, on_meta
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_STEP = "step"  # what a traced step's bytes are for
 _ONE_SAMPLE = (1, 0, 1)  # batch_size, seed and step of the samples that are traced
 
 
@@ -76,6 +77,8 @@ def trace(factory: str, sequence: int) -> TracedModel:
         tied_embeddings=bool(shared),
         input_shape=tuple(inputs.shape[1:]),
         input_dtype=str(inputs.dtype).removeprefix("torch."),
+        target_shape=tuple(target.shape[1:]),
+        target_dtype=str(target.dtype).removeprefix("torch."),
         stream_shape=shape,
         stream_argument=chain.stream_argument,
         block_returns=chain.block_returns,
@@ -189,9 +192,14 @@ def _kept_bytes(factory: str, block_list: str, sequence: int, precision: str) ->
 
     From every live storage of one step without memory. Kept is what is alive more when a part's forward ends than when
     it began; passing the most that is alive in its backward beyond what was at its start, the gradient that comes in
-    counted. Gradients of parameters are let go at once.
+    counted. Gradients of parameters, whose bytes do not depend on the samples, do not count.
     """
-    live = LiveBytes("step")
+    live = LiveBytes(_STEP)
+
+    def let_go(parameter: torch.Tensor) -> None:
+        live.book(parameter.grad, "gradients")
+        parameter.grad = None
+
     forward: list[int] = []  # marks: start, first block's start, each block's end, end
     backward: list[
         int
@@ -202,7 +210,7 @@ def _kept_bytes(factory: str, block_list: str, sequence: int, precision: str) ->
         inputs, target = one_sample(contract, sequence)
         inputs = _cast(inputs, precision)
         for parameter in module.parameters():
-            stack.callback(parameter.register_post_accumulate_grad_hook(_let_go).remove)
+            stack.callback(parameter.register_post_accumulate_grad_hook(let_go).remove)
         stack.enter_context(_stream_marked(live, list(blocks_of(module, block_list)), forward, backward))
         forward.append(live.mark())
         loss = contract.loss(contract.run(module, inputs), target)
@@ -210,7 +218,7 @@ def _kept_bytes(factory: str, block_list: str, sequence: int, precision: str) ->
         backward.append(live.mark())
         loss.backward()
         backward.append(live.mark())
-        totals = live.totals()
+    totals = live.totals(_STEP)
     start, first, *ends, end = (totals[mark] for mark in forward)
     kept = (first - start, ends[-1] - (ends[-2] if len(ends) > 1 else first), end - ends[-1])
     spans = (backward[-2:], backward[1:3], backward[:2])  # before, the last block, after
@@ -246,7 +254,3 @@ def _stream_marked(
 
 def _cast(inputs: torch.Tensor, precision: str) -> torch.Tensor:
     return inputs.to(_DTYPES[precision]) if inputs.is_floating_point() else inputs
-
-
-def _let_go(parameter: torch.Tensor) -> None:
-    parameter.grad = None
