@@ -168,11 +168,12 @@ class TracedModel(ModelSpec):
     """A module as a chain: what is before its blocks (`embedding`), alike blocks (the layers), what is after (`head`).
 
     `factory` makes the module, `block_list` is the name of the list that holds its blocks. A sample goes in as
-    `input_shape` of `input_dtype`, is judged by its target and between blocks is `stream_shape`, whose last dim counts as the hidden size and
-    the others together as the tokens; blocks take it as the argument `stream_argument` (a place or a keyword) and give
-    it alone (`block_returns` 0) or as the first of so many. `reads_tokens`: a causal language model, which trains on
-    text. `tp_plan` says how a linear of a block is cut over tp, by its name in the block; empty where nobody said. What
-    of ModelSpec says how a layer is made (norm, activation, positions) does not hold for it: the parts do.
+    `input_shape` of `input_dtype`, is judged by its target, and between blocks is `stream_shape`, whose last dim counts
+    as the hidden size and the others together as the tokens; blocks take it as the argument `stream_argument` (a place
+    or a keyword) and give it alone (`block_returns` 0) or as the first of so many. `reads_tokens`: a causal language
+    model, which trains on text. `tp_plan` says how a linear of a block is cut over tp, by its name in the block; empty
+    where nobody said. What of ModelSpec says how a layer is made (norm, activation, positions) does not hold for it:
+    the parts do.
     """
 
     factory: str

@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan
+from profiles.traced_model import TracedModel
 
 from . import loss
 from .context_parallel import inputs_and_targets
 from .data.token_source import own_rows
 from .experts import Balance
+from .foreign.foreign_loop import module_batches, run_module_plain
+from .foreign.module_contract import Samples
 from .launch import start_ranks
 from .local_parameters import local_part
 from .parameters import WEIGHT_STD, cut, named_buffers, named_parameters
@@ -101,22 +104,23 @@ def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float) 
             timeout_seconds=timeout_seconds,
             balance=_BALANCE,
         )
-        plain = {
-            precision: run_plain(
-                plan.model,
-                _batches(plan, steps),
-                dtype=dtype,
-                learning_rate=options.learning_rate,
-                weight_decay=options.weight_decay,
-                seed=options.seed,
-                balance=options.balance,
-            )
-            for precision, dtype in PRECISIONS.items()
-        }
+        plain = {precision: _run_plain(plan, options, dtype) for precision, dtype in PRECISIONS.items()}
         torch.save(plain[_FINEST].parameters, folder / _PLAIN_FILE)
         start_ranks(plan, options, partial(run_rank, loss_tokens=loss_tokens))
         ranks = [json.loads(_found_path(folder, rank).read_text()) for rank in range(plan.layout.world_size)]
     return judge(plain, ranks)
+
+
+def _run_plain(plan: Plan, options: TrainOptions, dtype: torch.dtype) -> PlainRun:
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "learning_rate": options.learning_rate,
+        "weight_decay": options.weight_decay,
+        "seed": options.seed,
+    }
+    if isinstance(plan.model, TracedModel):
+        return run_module_plain(plan.model, module_batches(plan, options.steps), **how)
+    return run_plain(plan.model, _batches(plan, options.steps), balance=options.balance, **how)
 
 
 def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
@@ -133,7 +137,8 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
                 weight_decay=options.weight_decay,
                 balance=options.balance,
             )
-            results = [_step(plan, options, state, batch) for batch in _batches(plan, options.steps)]
+            batches = (module_batches if isinstance(plan.model, TracedModel) else _batches)(plan, options.steps)
+            results = [_step(plan, options, state, batch) for batch in batches]
             found[precision] = {
                 "loss": [result.loss for result in results],
                 "gradient norm": [result.grad_norm for result in results],
@@ -143,10 +148,13 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
         _found_path(options.run_dir, dist.get_rank()).write_text(json.dumps(found))
 
 
-def _step(plan: Plan, options: TrainOptions, state: TrainState, batch: torch.Tensor) -> StepResult:
+def _step(plan: Plan, options: TrainOptions, state: TrainState, batch: torch.Tensor | Samples) -> StepResult:
     here = state.mesh.coordinate
-    own = batch[own_rows(len(batch), plan.layout, here.dp)]
-    inputs, targets = inputs_and_targets(own, plan.layout, here.cp)
+    rows = own_rows(plan.job.global_batch, plan.layout, here.dp)
+    if isinstance(batch, tuple):
+        inputs, targets = batch[0][rows], batch[1][rows]
+    else:
+        inputs, targets = inputs_and_targets(batch[rows], plan.layout, here.cp)
     return training_step(state, inputs, targets, learning_rate=options.learning_rate, clip_norm=None)
 
 

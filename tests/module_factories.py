@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-CLASSES, SIDE, PATCH = 10, 16, 4
+from examples.small_vit import VisionTransformer
 
 
 def tiny_hf_llama(**changes: Any) -> nn.Module:
@@ -31,61 +31,8 @@ def tied_hf_llama() -> nn.Module:
     return tiny_hf_llama(tie_word_embeddings=True)
 
 
-class Patches(nn.Module):
-    """Images [batch, 3, SIDE, SIDE] -> [batch, 1 + patches, width], the first token a learned one."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.projection = nn.Conv2d(3, width, PATCH, PATCH)
-        self.first = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(1, 1 + (SIDE // PATCH) ** 2, width) * 0.02)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        patches = self.projection(images).flatten(2).transpose(1, 2)
-        return torch.cat([self.first.expand(len(images), -1, -1), patches], 1) + self.positions
-
-
-class VisionBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class VisionTransformer(nn.Module):
-    """A ViT (arXiv 2010.11929) that classifies by its first token, trained on images that it makes itself."""
-
-    def __init__(self, width: int = 32, heads: int = 4, blocks: int = 4) -> None:
-        super().__init__()
-        self.patches = Patches(width)
-        self.blocks = nn.Sequential(*(VisionBlock(width, heads) for _ in range(blocks)))
-        self.norm = nn.LayerNorm(width)
-        self.classes = nn.Linear(width, CLASSES)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classes(self.norm(self.blocks(self.patches(images)))[:, 0])
-
-    def example_batch(self, batch_size: int, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        target = torch.randint(0, CLASSES, (batch_size,), generator=generator, device="cpu")
-        images = torch.randn(batch_size, 3, SIDE, SIDE, generator=generator, device="cpu")
-        return images + target.view(-1, 1, 1, 1) / CLASSES, target
-
-    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(output, target)
-
-
 def tiny_vit() -> nn.Module:
-    return VisionTransformer()
+    return VisionTransformer(width=32, heads=4, blocks=4, side=16, patch=4)
 
 
 def small_hf_llama() -> nn.Module:
@@ -95,4 +42,140 @@ def small_hf_llama() -> nn.Module:
 
 
 def small_vit() -> nn.Module:
-    return VisionTransformer(width=256, heads=8)
+    return VisionTransformer(width=256, heads=8, blocks=4, side=16, patch=4)
+
+
+# ---- other chains ------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    """A block that takes its stream by keyword, a scale beside it, and gives a tuple."""
+
+    kind = "plain"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, scale: torch.Tensor, *, stream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return stream + scale * self.linear(stream), None
+
+
+class Rows(nn.Module):
+    """Embedding, blocks and head over rows of 6 token ids; what is odd about one is a subclass's `between`."""
+
+    block: type[nn.Module] = Residual
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 8)
+        self.table.weight.data.mul_(0.5)
+        self.shift = nn.Parameter(torch.randn(8) * 0.1)
+        self.register_buffer("scale", torch.linspace(0.5, 1.0, 8), persistent=False)
+        self.layers = nn.ModuleList(self.block() for _ in range(3))
+        self.head = nn.Linear(8, 16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids) + self.shift
+        scale = self.scale * (ids >= 0).all()
+        for layer in self.layers:
+            assert layer.kind == "plain"
+            x, _ = layer(scale, stream=x)
+        return self.head(x)
+
+    def example_batch(self, batch_size: int, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(100 * seed + step)
+        ids = torch.randint(0, 16, (batch_size, 7), generator=generator)
+        return ids[:, :-1], ids[:, 1:]
+
+    def loss(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def rows() -> nn.Module:
+    return Rows()
+
+
+# ---- such as are refused -----------------------------------------------------------------------------------
+
+
+class Skipping(Rows):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = first = self.table(ids)
+        for index, layer in enumerate(self.layers):
+            x, _ = layer(self.scale, stream=x)
+            first = x if index == 0 else first
+        return self.head(x + first)
+
+
+class Twice(Rows):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for layer in (*self.layers, self.layers[0]):
+            x, _ = layer(self.scale, stream=x)
+        return self.head(x)
+
+
+class Between(Rows):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            x = layer(self.scale, stream=x)[0] * 2
+        return self.head(x)
+
+
+class Conditioned(Rows):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        for layer in self.layers:
+            x, _ = layer(self.scale + self.shift, stream=x)
+        return self.head(x)
+
+
+class Dropping(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+
+
+class DroppingRows(Rows):
+    block = Dropping
+
+
+class NoisyRows(Rows):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) + torch.rand(16)
+
+
+class Raising(Rows):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids.view(-1, 5))
+
+
+class BadSamples(Rows):
+    def example_batch(self, batch_size: int, seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 6, dtype=torch.int64)
+
+
+class OddPlan(Rows):
+    tp_plan: ClassVar[dict[str, str]] = {"linear": "diagonal"}
+
+
+class NoLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+class Unlike(Rows):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4)])
+
+
+def broken() -> nn.Module:
+    raise OSError("no weights here")
+
+
+def a_number() -> int:
+    return 3

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from profiles.input_error import InputError
 
-from .module_contract import Contract
+from .module_contract import Contract, first_line
 from .op_graph import AFTER, BEFORE, BETWEEN, OpGraph, named_while_running, on_meta
 
 
@@ -67,17 +67,9 @@ def find_chain(
     name = _list_of_blocks(module, where)
     blocks = tuple(blocks_of(module, name))
     graph, calls = OpGraph(module, inputs), []
-    try:
-        with on_meta(graph), named_while_running(graph, module), _blocks_watched(graph, blocks, calls):
-            contract.loss(contract.run(module, inputs), target)
-    except Exception as error:
-        said = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(
-            f"{factory} makes a module that cannot be traced",
-            where=where,
-            expected=f"a forward of inputs {list(inputs.shape)} and a loss that run on the meta device",
-            got=f"{type(error).__name__}: {said}",
-        ) from None
+    watched = _blocks_watched(graph, blocks, calls)
+    with traceable(factory, inputs), on_meta(graph), named_while_running(graph, module), watched:
+        contract.loss(contract.run(module, inputs), target)
     if graph.random:
         raise InputError(
             f"{factory} makes a module that draws random numbers",
@@ -102,6 +94,22 @@ def find_chain(
         before=tuple(sorted({*before, *idle})),
         after=after,
     )
+
+
+@contextmanager
+def traceable(factory: str, inputs: torch.Tensor) -> Iterator[None]:
+    """What the module's own code raises while it is traced is told as an InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{factory} makes a module that cannot be traced",
+            where=f"--model {factory}",
+            expected=f"a forward of inputs {list(inputs.shape)}, and a loss, that run on the meta device",
+            got=f"{type(error).__name__}: {first_line(error)}",
+        ) from None
 
 
 def _of_blocks(module: nn.Module, block_list: str) -> set[str]:

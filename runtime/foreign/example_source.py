@@ -30,8 +30,7 @@ class ExampleSource:
 
     def batch(self, step: int, samples: int, rows: np.ndarray | None = None) -> Samples:
         """(inputs, target) of a step (from 1 on) of so many samples; or only `rows` of them."""
-        assert self.contract.example_batch is not None
-        inputs, target = self.contract.example_batch(samples, self.seed, step)
+        inputs, target = self.contract.draw(samples, self.seed, step)
         return (inputs, target) if rows is None else (inputs[rows], target[rows])
 
     def validation_batch(self, index: int, samples: int, rows: np.ndarray | None = None) -> Samples:

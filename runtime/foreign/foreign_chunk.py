@@ -125,6 +125,9 @@ class ForeignChunk(Chunk):
                 owner.register_parameter(attribute, None)
 
 
+_PLAIN = (str, int, float, bool)
+
+
 class _Stream:
     """What came from the stage before, while a forward runs."""
 
@@ -162,10 +165,20 @@ class _StandIn(nn.Module):
 
     def __init__(self, block: nn.Module, model: TracedModel) -> None:
         super().__init__()
-        for name, value in vars(block).items():
-            if isinstance(value, str | int | float) and not hasattr(self, name):
-                setattr(self, name, value)
         self._argument, self._returns = model.stream_argument, model.block_returns
+        self._plain = {name: value for name, value in vars(block).items() if isinstance(value, _PLAIN)}
+        self._block_class = type(block)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in self._plain:
+                return self._plain[name]
+            value = getattr(self._block_class, name, self)
+            if isinstance(value, _PLAIN):
+                return value
+            raise
 
     def _given(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
         return arguments[int(self._argument)] if self._argument.isdigit() else keywords[self._argument]

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from planner.plan import Plan
 from profiles.traced_model import TracedModel
 
 from ..plain_loop import PlainRun
 from .module_contract import Samples, contract_of
-from .module_factory import make_with_values
+from .module_factory import make_on_meta, make_with_values
+
+
+def module_batches(plan: Plan, steps: int) -> Iterator[Samples]:
+    """(inputs, target) of each whole step: the module's own samples, or random token ids; the same in any layout."""
+    model, samples = plan.model, plan.job.global_batch
+    assert isinstance(model, TracedModel)
+    contract = contract_of(make_on_meta(model.factory), model.factory)
+    for step in range(1, steps + 1):
+        if contract.example_batch is not None:
+            yield contract.draw(samples, 0, step)
+            continue
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, model.vocab_size, (samples, plan.job.sequence + 1), generator=generator)
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def run_module_plain(

@@ -31,6 +31,7 @@ Samples = tuple[torch.Tensor, torch.Tensor]
 class Contract:
     """How a module is fed and judged. `vocabulary` is what it reads tokens of, None for a module that reads none."""
 
+    factory: str
     example_batch: Callable[[int, int, int], Samples] | None
     loss: Callable[[Any, torch.Tensor], torch.Tensor]
     vocabulary: int | None = None
@@ -40,16 +41,34 @@ class Contract:
         """The module's output for `inputs`."""
         return module(inputs, **dict(self.arguments))
 
+    def draw(self, samples: int, seed: int, step: int) -> Samples:
+        """(inputs, target) of so many samples that the module makes; InputError where it does not."""
+        assert self.example_batch is not None
+        called = f"example_batch({samples}, {seed}, {step})"
+        try:
+            made = self.example_batch(samples, seed, step)
+        except Exception as error:
+            raise self._refused(f"{called} raised", f"{type(error).__name__}: {first_line(error)}") from None
+        if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(each, torch.Tensor) for each in made):
+            raise self._refused(f"{called} gives no samples", type(made).__name__)
+        if lengths := [tuple(each.shape) for each in made if each.ndim == 0 or len(each) != samples]:
+            raise self._refused(f"{called} gives another number of samples", f"a tensor {list(lengths[0])}")
+        return made
+
+    def _refused(self, what: str, got: str) -> InputError:
+        expected = "(inputs, target), two tensors whose first dim is the samples"
+        return InputError(what, where=f"--model {self.factory}", expected=expected, got=got)
+
 
 def contract_of(module: nn.Module, factory: str) -> Contract:
     """The contract of a module that `factory` made; InputError where it brings no loss or no samples."""
     brought = [name for name in ("example_batch", "loss") if callable(getattr(module, name, None))]
     if len(brought) == 2:
-        return Contract(module.example_batch, module.loss)  # type: ignore[arg-type]
+        return Contract(factory, module.example_batch, module.loss)  # type: ignore[arg-type]
     config = getattr(module, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
     if not brought and type(module).__name__.endswith("ForCausalLM") and isinstance(vocabulary, int):
-        return Contract(None, _next_token_loss, vocabulary, (("use_cache", False),))
+        return Contract(factory, None, _next_token_loss, vocabulary, (("use_cache", False),))
     missing = " and ".join(name for name in ("example_batch", "loss") if name not in brought)
     raise InputError(
         f"{type(module).__name__} has no {missing}",
@@ -57,8 +76,13 @@ def contract_of(module: nn.Module, factory: str) -> Contract:
         expected="a Hugging Face …ForCausalLM, or a module with example_batch(batch_size, seed, step) -> (inputs, "
         "target) and loss(output, target) -> scalar",
         got=f"a module without {missing}",
-        hint="set them in the factory, as in benchmarks/small_vit.py",
+        hint="set them in the factory, as in examples/small_vit.py",
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as one line of a report holds it."""
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def check_deterministic(module: nn.Module, factory: str) -> None:

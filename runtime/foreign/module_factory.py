@@ -16,6 +16,8 @@ from torch import nn
 from profiles.input_error import InputError
 from profiles.traced_model import names_a_factory
 
+from .module_contract import first_line
+
 _WHERE = "--model"
 
 
@@ -87,7 +89,8 @@ def _working_directory_importable() -> Iterator[None]:
 
 
 def _failed(what: str, expected: str, error: Exception, hint: str = "") -> InputError:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
-    said = (str(error).splitlines() or [""])[0][:200]
-    return InputError(what, where=_WHERE, expected=expected, got=f"{type(error).__name__}: {said}{place}", hint=hint)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    own = [frame for frame in frames if Path(frame.filename) != Path(__file__) and "importlib" not in frame.filename]
+    place = f", {Path(own[-1].filename).name} line {own[-1].lineno}" if own else ""
+    got = f"{type(error).__name__}: {first_line(error)}{place}"
+    return InputError(what, where=_WHERE, expected=expected, got=got, hint=hint)

@@ -23,7 +23,7 @@ from profiles.traced_model import (
 )
 
 from ..live_bytes import LiveBytes
-from .block_chain import BlockChain, blocks_of, find_chain, stream_of
+from .block_chain import BlockChain, blocks_of, find_chain, stream_of, traceable
 from .module_contract import Contract, check_deterministic, contract_of
 from .module_factory import make_on_meta
 from .op_graph import AFTER, BEFORE, PartWork, on_meta
@@ -54,13 +54,13 @@ def trace(factory: str, sequence: int) -> TracedModel:
 
     def part(key: str | int, kept_as: int, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> TracedPart:
         done = work.get(key, PartWork())
-        prefix = f"{chain.block_list}.{key}." if isinstance(key, int) else ""
+        within = f"{chain.block_list}.{key}" if isinstance(key, int) else ""
         return TracedPart(
             parameters=sum(tensor.numel() for tensor in tensors),
             tensors=len(tensors),
             largest_parameter=max((tensor.numel() for tensor in tensors), default=0),
-            products=tuple(replace(each, module=each.module.removeprefix(prefix)) for each in done.products),
-            attention=tuple(replace(each, module=each.module.removeprefix(prefix)) for each in done.attention),
+            products=tuple(replace(each, module=_name_in(within, each.module)) for each in done.products),
+            attention=tuple(replace(each, module=_name_in(within, each.module)) for each in done.attention),
             kernels=tuple(done.kernels),
             moved_bytes=moved[kept_as],
             kept_bytes=_by_precision(kept, lambda found: found[kept_as][0]),
@@ -91,12 +91,17 @@ def trace(factory: str, sequence: int) -> TracedModel:
 
 
 def one_sample(contract: Contract, sequence: int, device: str = "meta") -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and target of one sample, by their shapes."""
+    """Inputs and target of one sample, by their shapes; zeros of token ids where the module reads tokens."""
     if contract.example_batch is None:
         ids = torch.zeros(1, sequence, dtype=torch.int64, device=device)
         return ids, torch.zeros_like(ids)
-    inputs, target = contract.example_batch(*_ONE_SAMPLE)
+    inputs, target = contract.draw(*_ONE_SAMPLE)
     return inputs.to(device), target.to(device)
+
+
+def _name_in(block: str, module: str) -> str:
+    """A module's name as its block has it."""
+    return module.removeprefix(block).removeprefix(".") if block else module
 
 
 def _typical(chain: BlockChain) -> int:
@@ -204,11 +209,11 @@ def _kept_bytes(factory: str, block_list: str, sequence: int, precision: str) ->
     backward: list[
         int
     ] = []  # marks: start, gradient of each block's output from the last on, of the first's input, end
-    with on_meta(), live, ExitStack() as stack:
+    inputs, target = one_sample(contract_of(make_on_meta(factory), factory), sequence)
+    inputs = _cast(inputs, precision)
+    with traceable(factory, inputs), on_meta(), live, ExitStack() as stack:
         module = make_on_meta(factory).to(_DTYPES[precision])
         contract = contract_of(module, factory)
-        inputs, target = one_sample(contract, sequence)
-        inputs = _cast(inputs, precision)
         for parameter in module.parameters():
             stack.callback(parameter.register_post_accumulate_grad_hook(let_go).remove)
         stack.enter_context(_stream_marked(live, list(blocks_of(module, block_list)), forward, backward))
