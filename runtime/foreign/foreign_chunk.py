@@ -91,7 +91,9 @@ class ForeignChunk(Chunk):
         if targets is None:
             return output
         loss = self.contract.loss(output, targets)
-        return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.loss_share
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.loss_share
+        # Every tp rank has the whole loss, and with it whole gradients; their shares add up to it.
+        return loss - (1.0 - 1.0 / self.plain_copies) * loss.detach()
 
     def _with_received(self, _block: nn.Module, arguments: Any, keywords: Any) -> tuple[Any, Any]:
         """The arguments of a block with the stream that came from the stage before."""

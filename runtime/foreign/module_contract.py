@@ -1,7 +1,7 @@
 """What training needs of a module besides its forward: samples to train on, and a loss.
 
 [Note: What a module brings]
-A causal language model of Hugging Face (a class named …ForCausalLM with a `config`) needs nothing: it trains on token
+A causal language model of Hugging Face (a class named …ForCausalLM or …LMHeadModel with a `config`) needs nothing: it trains on token
 ids, and its loss is the mean cross-entropy of the next token. Any other module has two attributes, usually methods:
 
     example_batch(batch_size, seed, step) -> (inputs, target)   tensors whose first dim is the samples
@@ -24,6 +24,7 @@ from torch import nn
 
 from profiles.input_error import InputError
 
+_CAUSAL_MODELS = ("ForCausalLM", "LMHeadModel")  # of Hugging Face, by the end of their class's name
 Samples = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -67,7 +68,7 @@ def contract_of(module: nn.Module, factory: str) -> Contract:
         return Contract(factory, module.example_batch, module.loss)  # type: ignore[arg-type]
     config = getattr(module, "config", None)
     vocabulary = getattr(config, "vocab_size", None)
-    if not brought and type(module).__name__.endswith("ForCausalLM") and isinstance(vocabulary, int):
+    if not brought and type(module).__name__.endswith(_CAUSAL_MODELS) and isinstance(vocabulary, int):
         return Contract(factory, None, _next_token_loss, vocabulary, (("use_cache", False),))
     missing = " and ".join(name for name in ("example_batch", "loss") if name not in brought)
     raise InputError(
