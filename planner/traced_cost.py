@@ -182,7 +182,9 @@ class TracedMemory(MemoryModel):
         return self._traced.before.parameters
 
     def head_parameters(self, layout: Layout) -> float:
-        return self._traced.after.parameters
+        """Of a parameter that both ends use the last stage of a pipeline holds a copy."""
+        copy = self._traced.before.largest_parameter if self._traced.tied_embeddings and layout.pp > 1 else 0
+        return self._traced.after.parameters + copy
 
     def _head_matrix(self, layout: Layout) -> int:
         return self._traced.before.largest_parameter

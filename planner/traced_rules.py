@@ -17,9 +17,9 @@ def why_no_degrees(layout: Layout, model: ModelSpec, job: TrainingJob) -> str | 
         return f"{model.factory} has samples of {model.tokens} tokens, and the sequence has {job.sequence}"
     if layout.cp > 1:
         return f"cp={layout.cp}: the attention of {model.factory} is its own, and has no keys of other ranks"
-    if layout.pp > 1 and model.tied_embeddings:
-        shared = next(name for name in model.before.parameter_names if name in model.after.parameter_names)
-        return f"pp={layout.pp}: {shared} of {model.factory} is used before its blocks and after them too"
+    shared = [name for name in model.before.parameter_names if name in model.after.parameter_names]
+    if layout.pp > 1 and len(shared) > 1:
+        return f"pp={layout.pp}: {' and '.join(shared)} of {model.factory} are used before its blocks and after them"
     return _why_no_tp(layout, model) if layout.tp > 1 else None
 
 

@@ -45,15 +45,7 @@ def named_buffers(chunks: Sequence[Chunk]) -> Iterator[tuple[str, torch.Tensor]]
 
 def tied_copies(chunks: Sequence[Chunk]) -> list[tuple[torch.Tensor, bool]]:
     """The parameters here of which another chunk holds a copy, and whether each is the one that counts."""
-    copies: list[tuple[torch.Tensor, bool]] = []
-    for chunk in chunks:
-        if not chunk.tied or (chunk.embedding is None) == (chunk.head is None):
-            continue
-        if chunk.embedding is not None:
-            copies.append((chunk.embedding.tokens.weight, True))
-        elif chunk.head is not None:
-            copies.append((chunk.head.weight, False))
-    return copies
+    return [copy for chunk in chunks if (copy := chunk.tied_copy()) is not None]
 
 
 def initialise(chunks: Sequence[Chunk], *, layers: int, seed: int) -> None:

@@ -201,6 +201,15 @@ class Chunk(nn.Module):
         if self.tied and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.tokens.weight
 
+    def tied_copy(self) -> tuple[nn.Parameter, bool] | None:
+        """The matrix of a tied pair of which another chunk holds a copy, and whether this one counts."""
+        if not self.tied or (self.embedding is None) == (self.head is None):
+            return None
+        if self.embedding is not None:
+            return self.embedding.tokens.weight, True
+        assert self.head is not None
+        return self.head.weight, False
+
     def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """Ids [batch, sequence], past the first stage hidden states -> hidden states.
 

@@ -69,6 +69,13 @@ class ForeignChunk(Chunk):
         if stage.first < stage.end == self._model.layers and not stage.head:
             blocks[-1].register_forward_hook(_leave_with_output)
 
+    def tied_copy(self) -> tuple[nn.Parameter, bool] | None:
+        """The parameter that both ends of the module use, where another stage has the other end."""
+        shared = set(self._model.before.parameter_names) & set(self._model.after.parameter_names)
+        if not shared or self._stage.embedding == self._stage.head:
+            return None
+        return self.module.get_parameter(shared.pop()), self._stage.embedding
+
     def forward(
         self, x: torch.Tensor, targets: torch.Tensor | None = None, source: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -117,10 +124,11 @@ class ForeignChunk(Chunk):
                 blocks[index] = _End(block, model)
         if not stage.embedding:
             for name in set(model.before.parameter_names) - set(model.after.parameter_names if stage.head else ()):
-                owner, attribute = _owner(self.module, name)
-                shape = owner.get_parameter(attribute).shape
-                del owner._parameters[attribute]
-                self._placeholders.append((owner, attribute, shape))
+                shape = self.module.get_parameter(name).shape
+                for every in (name, *self._tied_names.pop(name, ())):
+                    owner, attribute = _owner(self.module, every)
+                    del owner._parameters[attribute]
+                    self._placeholders.append((owner, attribute, shape))
         if not stage.head:
             for name in set(model.after.parameter_names) - set(model.before.parameter_names):
                 owner, attribute = _owner(self.module, name)

@@ -1,8 +1,9 @@
 """What training needs of a module besides its forward: samples to train on, and a loss.
 
 [Note: What a module brings]
-A causal language model of Hugging Face (a class named …ForCausalLM or …LMHeadModel with a `config`) needs nothing: it trains on token
-ids, and its loss is the mean cross-entropy of the next token. Any other module has two attributes, usually methods:
+A causal language model of Hugging Face (its class named …ForCausalLM or …LMHeadModel, with a `config`) needs nothing:
+it trains on token ids, and its loss is the mean cross-entropy of the next token. Any other module has two attributes,
+usually methods:
 
     example_batch(batch_size, seed, step) -> (inputs, target)   tensors whose first dim is the samples
     loss(output, target) -> scalar                              mean over samples, each with the same weight

@@ -6,8 +6,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -41,7 +40,7 @@ def _call(factory: str) -> nn.Module:
     function = _find(factory)
     try:
         module = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _failed(
             f"{factory} raised while it made the module", "a factory that takes no arguments", error
         ) from None
@@ -56,11 +55,14 @@ def _find(factory: str) -> Callable[[], object]:
     if not names_a_factory(factory):
         raise InputError(f"{factory!r} names no factory", where=_WHERE, expected="package.module:factory", got=factory)
     name, _, path = factory.partition(":")
+    if (here := os.getcwd()) not in sys.path:  # as `python -m` has it; a script's folder alone is there otherwise
+        sys.path.insert(0, here)
     try:
-        with _working_directory_importable():
-            found: object = importlib.import_module(name)
-    except Exception as error:
-        hint = f"is the folder that holds {name.partition('.')[0]} the current one, or on PYTHONPATH?"
+        found: object = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        package = name.partition(".")[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        hint = f"is the folder that holds {package} the current one, or on PYTHONPATH?" if missing else ""
         raise _failed(f"{name} cannot be imported", "a module that Python can import", error, hint) from None
     for attribute in path.split("."):
         if not hasattr(found, attribute):
@@ -79,16 +81,7 @@ def _find(factory: str) -> Callable[[], object]:
     return found
 
 
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """As `python -m` has it; a script's folder alone is on the path otherwise."""
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)  # to stay: what a factory imports later is found too
-    yield
-
-
-def _failed(what: str, expected: str, error: Exception, hint: str = "") -> InputError:
+def _failed(what: str, expected: str, error: BaseException, hint: str = "") -> InputError:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     own = [frame for frame in frames if Path(frame.filename) != Path(__file__) and "importlib" not in frame.filename]
     place = f", {Path(own[-1].filename).name} line {own[-1].lineno}" if own else ""
