@@ -23,7 +23,7 @@ from profiles.traced_model import TracedModel
 from runtime.data.data_options import DataOptions
 from runtime.foreign.example_source import open_examples
 from runtime.foreign.foreign_chunk import ForeignChunk
-from runtime.foreign.foreign_loop import run_module_plain
+from runtime.foreign.foreign_loop import computes_in_double, run_module_plain
 from runtime.foreign.foreign_values import load_first_values
 from runtime.foreign.trace_module import trace
 from tests.oracles.small_world import small_hardware
@@ -207,6 +207,11 @@ def test_stages_one_after_the_other_are_the_module(factory: str, cuts: tuple[int
     )
     assert stream.item() == pytest.approx(plain.losses[0], rel=1e-12)
     assert norm.item() == pytest.approx(plain.norms[0], rel=1e-12)
+
+
+def test_a_module_that_casts_in_its_norms_does_not_compute_in_double() -> None:
+    assert not computes_in_double(traced(LLAMA))
+    assert computes_in_double(traced(VIT))
 
 
 def test_reduced_it_is_the_same_module_on_fewer_ranks() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.plan import Plan
 from profiles.traced_model import TracedModel
@@ -12,6 +14,8 @@ from profiles.traced_model import TracedModel
 from ..plain_loop import PlainRun
 from .module_contract import Samples, contract_of
 from .module_factory import make_on_meta, make_with_values
+from .op_graph import on_meta
+from .trace_module import one_sample
 
 
 def module_batches(plan: Plan, steps: int) -> Iterator[Samples]:
@@ -26,6 +30,27 @@ def module_batches(plan: Plan, steps: int) -> Iterator[Samples]:
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(0, model.vocab_size, (samples, plan.job.sequence + 1), generator=generator)
         yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def computes_in_double(model: TracedModel) -> bool:
+    """Whether the module with float64 parameters computes in float64 alone. Many cast in their norms, to fp32."""
+    module = make_on_meta(model.factory).to(torch.float64)
+    inputs, _ = one_sample(contract := contract_of(module, model.factory), model.tokens)
+    with torch.no_grad(), on_meta(), _NarrowCasts() as casts:
+        contract.run(module, inputs.to(torch.float64) if inputs.is_floating_point() else inputs)
+    return not casts.seen
+
+
+class _NarrowCasts(TorchDispatchMode):
+    """Whether anything of float64 was made something of a narrower float."""
+
+    seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64:
+            self.seen = self.seen or (output.is_floating_point() and output.dtype != torch.float64)
+        return output
 
 
 def run_module_plain(
