@@ -97,7 +97,8 @@ class TracedCompute(ComputeModel):
         length = round((work.queries * work.keys) ** 0.5)
         dim, seconds = (work.head_dim + work.value_dim) / 2, self._hardware.attention_seconds
         share = 1.0 if work.causal else _WHOLE_OVER_CAUSAL
-        shape = (self._dtype, samples, work.heads // tp, length, dim, self._software.attention)
+        heads = work.heads // tp if self._traced.tp_heads else work.heads
+        shape = (self._dtype, samples, heads, length, dim, self._software.attention)
         there, back = HOST_OPERATIONS["flash"]
         return ComputeCost(
             ComputeSeconds(attention=share * seconds("forward", *shape), operations=there),

@@ -28,7 +28,7 @@ def _why_no_tp(layout: Layout, model: TracedModel) -> str | None:
     if layout.sequence_parallel:
         return f"sequence_parallel: between the linears of {model.factory} nothing is cut over tp"
     if not model.tp_plan:
-        return f"tp={tp}: {model.factory} has no tp_plan, and its config no base_model_tp_plan"
+        return f"tp={tp}: {model.factory} has no tp_plan, and its blocks no pair of linears that one can see"
     for product in model.block.products:
         style = model.style_of(product)
         cut = {"colwise": product.outputs, "rowwise": product.inputs}.get(style or "", tp)
@@ -36,7 +36,7 @@ def _why_no_tp(layout: Layout, model: TracedModel) -> str | None:
             return (
                 f"tp={tp} does not divide the {cut} {'outputs' if style == 'colwise' else 'inputs'} of {product.module}"
             )
-    for attention in model.block.attention:
+    for attention in model.block.attention if model.tp_heads else ():
         for heads, of in ((attention.heads, "attention"), (attention.kv_heads, "key-value")):
             if heads % tp:
                 return f"tp={tp} does not divide the {heads} {of} heads of {model.factory}"

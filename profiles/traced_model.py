@@ -171,8 +171,9 @@ class TracedModel(ModelSpec):
     `input_shape` of `input_dtype`, is judged by its target, and between blocks is `stream_shape`, whose last dim counts
     as the hidden size and the others together as the tokens; blocks take it as the argument `stream_argument` (a place
     or a keyword) and give it alone (`block_returns` 0) or as the first of so many. `reads_tokens`: a causal language
-    model, which trains on text. `tp_plan` says how a linear of a block is cut over tp, by its name in the block; empty
-    where nobody said. What of ModelSpec says how a layer is made (norm, activation, positions) does not hold for it:
+    model, which trains on text. `tp_plan` says how a linear of a block is cut over tp, by its name in the block, and
+    `tp_heads` whether that cuts attention's heads too; empty where nobody said and no pair was found.
+    What of ModelSpec says how a layer is made (norm, activation, positions) does not hold for it:
     the parts do.
     """
 
@@ -187,6 +188,7 @@ class TracedModel(ModelSpec):
     block_returns: int
     reads_tokens: bool
     tp_plan: tuple[tuple[str, str], ...]
+    tp_heads: bool
     before: TracedPart
     block: TracedPart
     after: TracedPart
@@ -260,6 +262,7 @@ class TracedModel(ModelSpec):
             block_returns=reader.integer("block_returns"),
             reads_tokens=reader.boolean("reads_tokens"),
             tp_plan=tuple(_tp_plan(reader)),
+            tp_heads=reader.boolean("tp_heads"),
             before=TracedPart.from_dict(reader.child("before")),
             block=TracedPart.from_dict(reader.child("block")),
             after=TracedPart.from_dict(reader.child("after")),
@@ -271,7 +274,17 @@ class TracedModel(ModelSpec):
 _KEYS = (
     *("name", "factory", "block_list", "layers", "vocab_size", "tied_embeddings", "input_shape", "input_dtype"),
     *("target_shape", "target_dtype"),
-    *("stream_shape", "stream_argument", "block_returns", "reads_tokens", "tp_plan", "before", "block", "after"),
+    *(
+        "stream_shape",
+        "stream_argument",
+        "block_returns",
+        "reads_tokens",
+        "tp_plan",
+        "tp_heads",
+        "before",
+        "block",
+        "after",
+    ),
 )
 
 

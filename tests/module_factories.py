@@ -27,6 +27,12 @@ def tiny_hf_llama(**changes: Any) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes)))
 
 
+def planless_hf_llama() -> nn.Module:
+    module = tiny_hf_llama()
+    module.config.base_model_tp_plan = None
+    return module
+
+
 def tied_hf_llama() -> nn.Module:
     return tiny_hf_llama(tie_word_embeddings=True)
 
@@ -94,6 +100,43 @@ class Rows(nn.Module):
 
 def rows() -> nn.Module:
     return Rows()
+
+
+class Halved(Residual):
+    """A gate and what it gates out of one linear: nothing that tp could cut column by column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(16, 8)
+
+    def forward(self, scale: torch.Tensor, *, stream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gate, value = self.up(stream).chunk(2, -1)
+        return super().forward(scale, stream=stream + self.down(F.silu(gate) * value))
+
+
+class Scaled(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.width = nn.Linear(8, 16), nn.Linear(16, 8), nn.Parameter(torch.ones(16))
+
+    def forward(self, scale: torch.Tensor, *, stream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return super().forward(scale, stream=stream + self.down(self.width * self.up(stream)))
+
+
+class HalvedRows(Rows):
+    block = Halved
+
+
+class ScaledRows(Rows):
+    block = Scaled
+
+
+def halved() -> nn.Module:
+    return HalvedRows()
+
+
+def scaled() -> nn.Module:
+    return ScaledRows()
 
 
 # ---- such as are refused -----------------------------------------------------------------------------------

@@ -91,6 +91,18 @@ def test_a_vision_transformer_is_embedding_blocks_and_classes() -> None:
     assert not found.block.attention[0].causal
 
 
+def test_pairs_of_linears_are_found_where_nobody_says_how_tp_cuts() -> None:
+    assert traced(VIT).tp_plan == (("down", "rowwise"), ("up", "colwise"))
+    assert not traced(VIT).tp_heads
+    assert traced(LLAMA).tp_heads
+    planless = trace(f"{HERE}:planless_hf_llama", 16)
+    within = {name: style for name, style in traced(LLAMA).tp_plan if name.startswith("mlp.")}
+    assert dict(planless.tp_plan) == within
+    assert len(within) == 3
+    assert trace(f"{HERE}:halved", 6).tp_plan == ()  # the two halves of a linear's outputs are multiplied
+    assert trace(f"{HERE}:scaled", 6).tp_plan == ()  # a parameter goes in between
+
+
 def test_a_plan_of_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     plan = make_plan(traced(VIT), Layout(pp=2, dp=2, micro_batch=2), job(VIT))
     save(plan, tmp_path / "plan.yaml")
@@ -152,7 +164,7 @@ def test_layouts_that_its_code_cannot_run_are_not_legal() -> None:
 
     assert why(Layout(tp=2, pp=2, micro_batch=2)) == ""
     assert "tp=4 does not divide the 2 key-value heads" in why(Layout(tp=4))
-    assert "has no tp_plan" in why(Layout(tp=2), replace(traced(LLAMA), tp_plan=()))
+    assert "no pair of linears" in why(Layout(tp=2), replace(traced(LLAMA), tp_plan=()))
     assert "nothing is cut over tp" in why(Layout(tp=2, sequence_parallel=True))
     assert "has no keys of other ranks" in why(Layout(cp=2, cp_style="ring"))
     assert "is run as a whole" in why(Layout(pp=2, schedule="zb1p"))

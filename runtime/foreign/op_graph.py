@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from profiles.traced_model import AttentionWork, Kernel, Product
 
 BEFORE, BETWEEN, AFTER = "before", "between", "after"
+ATTENTION = "attention"  # the operation of a node, where others have their own name
 _ATEN = torch.ops.aten
 # Operations that hardware profiles have figures for, over the elements of their output.
 _KERNELS = {
@@ -129,7 +130,7 @@ class OpGraph(TorchDispatchMode):
         """An attention that `FlashAttention` has seen: one node of the running part."""
         query, key, value = given["query"], given["key"], given["value"]
         path, module = self.modules[-1]
-        self._node([query, key, value, given.get("attn_mask")], [output], "attention")
+        self._node([query, key, value, given.get("attn_mask")], [output], ATTENTION)
         if given.get("dropout_p"):
             self.random.append(f"attention dropout in {path}")
         self._part().attention.append(
@@ -163,7 +164,8 @@ class OpGraph(TorchDispatchMode):
 
     def _node(self, inputs: Sequence[Any], outputs: Sequence[torch.Tensor], name: str) -> None:
         node = self.graph.number_of_nodes()
-        self.graph.add_node(node, part=self.part, operation=name, module=self.modules[-1][0])
+        elements = outputs[0].numel()
+        self.graph.add_node(node, part=self.part, operation=name, module=self.modules[-1][0], elements=elements)
         for tensor in inputs:
             if isinstance(tensor, torch.Tensor) and (source := self.node_of(tensor)) is not None:
                 self.graph.add_edge(source, node)

@@ -24,6 +24,7 @@ from profiles.traced_model import (
 
 from ..live_bytes import LiveBytes
 from .block_chain import BlockChain, blocks_of, find_chain, stream_of, traceable
+from .linear_pairs import cuts_heads, linears_in, recognised_pairs
 from .module_contract import Contract, check_deterministic, contract_of
 from .module_factory import make_on_meta
 from .op_graph import AFTER, BEFORE, PartWork, on_meta
@@ -51,6 +52,9 @@ def trace(factory: str, sequence: int) -> TracedModel:
     named, work = dict(module.named_parameters()), chain.graph.work
     shared = set(chain.before) & set(chain.after)
     moved = _moved_bytes(factory, chain, sequence)
+    block = _typical(chain)
+    linears = linears_in(chain.blocks[block], f"{chain.block_list}.{block}")
+    styles = _tp_plan(module, chain, factory) or recognised_pairs(chain.graph, block, linears)
 
     def part(key: str | int, kept_as: int, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> TracedPart:
         done = work.get(key, PartWork())
@@ -83,9 +87,10 @@ def trace(factory: str, sequence: int) -> TracedModel:
         stream_argument=chain.stream_argument,
         block_returns=chain.block_returns,
         reads_tokens=contract.vocabulary is not None,
-        tp_plan=_tp_plan(module, chain, factory),
+        tp_plan=tuple(sorted(styles.items())),
+        tp_heads=cuts_heads(chain.graph, block, linears, styles),
         before=part(BEFORE, 0, chain.before, [named[name] for name in chain.before]),
-        block=part(_typical(chain), 1, (), list(chain.blocks[0].parameters())),
+        block=part(block, 1, (), list(chain.blocks[0].parameters())),
         after=part(AFTER, 2, chain.after, [named[name] for name in chain.after if name not in shared]),
     )
 
@@ -144,8 +149,8 @@ def _check_alike(chain: BlockChain, factory: str) -> None:
             )
 
 
-def _tp_plan(module: nn.Module, chain: BlockChain, factory: str) -> tuple[tuple[str, str], ...]:
-    """(linear's name in a block, style): the module's own `tp_plan`, else Hugging Face's `base_model_tp_plan`.
+def _tp_plan(module: nn.Module, chain: BlockChain, factory: str) -> dict[str, str]:
+    """Style of a linear by its name in a block: the module's own `tp_plan`, else Hugging Face's `base_model_tp_plan`.
 
     The latter names linears from the base model on, with a star for the block: layers.*.self_attn.q_proj. A plan with
     another style than `TP_STYLES` for what is in a block is not taken, since its linears belong together.
@@ -161,14 +166,14 @@ def _tp_plan(module: nn.Module, chain: BlockChain, factory: str) -> tuple[tuple[
                     expected="one of " + ", ".join(TP_STYLES),
                     got=repr(style),
                 )
-        return tuple(sorted(own.items()))
+        return dict(own)
     theirs = getattr(getattr(module, "config", None), "base_model_tp_plan", None) or {}
     _, _, last = chain.block_list.rpartition(".")
     prefix = f"{last}.*."
     within = {name.removeprefix(prefix): style for name, style in theirs.items() if name.startswith(prefix)}
     if not all(style in TP_STYLES and isinstance(named.get(name), nn.Linear) for name, style in within.items()):
-        return ()
-    return tuple(sorted(within.items()))
+        return {}
+    return within
 
 
 # ---- bytes -------------------------------------------------------------------------------------------------

@@ -121,6 +121,7 @@ FOUR_RANKS = {
     "llama bf16 pp2·dp2": (LLAMA, PP_DP | {"precision": "bf16"}),
     "vit bf16 pp2·dp2 zero1": (VIT, PP_DP | {"precision": "bf16", "zero": 1}),
     "llama tp2·dp2 zero2": (LLAMA, {"tp": 2, "dp": 2, "zero": 2}),
+    "vit tp2·pp2": (VIT, {"tp": 2, "pp": 2}),
     "tied llama pp2·dp2 zero1": (TIED, PP_DP | {"zero": 1}),
 }
 
