@@ -21,7 +21,7 @@ from planner.space import enumerate_layouts
 from profiles.experts_spec import Experts
 from profiles.input_error import InputError
 from tests.oracles.small_world import rule_context as context
-from tests.plans import tiny_gpt2, tiny_llama
+from tests.plans import tiny_gpt2, tiny_llama, tiny_traced
 
 # ---- rules -----------------------------------------------------------------------------------------------
 
@@ -215,6 +215,26 @@ RULED_OUT: list[tuple[Layout, RuleContext, str]] = [
         "edp=2 does not divide into the 4 replicas of dp_shard",
     ),
     (Layout(tp=2, dp=4), experts(), "experts with tp=2: Megatron-LM asks for sequence_parallel"),
+    (
+        Layout(tp=4, dp=2),
+        context(model=tiny_traced(), sequence=16),
+        "tp=4 does not divide the 66 outputs of up",
+    ),
+    (
+        Layout(tp=2, dp=4),
+        context(model=tiny_traced(tp_plan=()), sequence=16),
+        "tp=2: tiny:build has no tp_plan, and its blocks no pair of linears that one can see",
+    ),
+    (
+        Layout(cp=2, cp_style="ring", dp=4),
+        context(model=tiny_traced(), sequence=16),
+        "cp=2: the attention of tiny:build is its own, and has no keys of other ranks",
+    ),
+    (
+        Layout(pp=2, dp=4, schedule="zb1p"),
+        context(model=tiny_traced(), sequence=16),
+        "schedule=zb1p: the backward of tiny:build is run as a whole",
+    ),
 ]
 
 
