@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from math import gcd
 
 from profiles.input_error import InputError
@@ -38,6 +39,17 @@ class RuleContext:
 
 Rule = Callable[[Layout, RuleContext], str | None]
 
+
+def _of_a_spec(rule: Rule) -> Rule:
+    """A rule of what ModelSpec says of a layer, which does not hold for a traced module: `_traced_degrees` does."""
+
+    @wraps(rule)
+    def looked_at(layout: Layout, context: RuleContext) -> str | None:
+        return None if isinstance(context.model, TracedModel) else rule(layout, context)
+
+    return looked_at
+
+
 # ---- degrees -------------------------------------------------------------------------------------------
 
 
@@ -50,6 +62,7 @@ def _world(layout: Layout, context: RuleContext) -> str | None:
     )
 
 
+@_of_a_spec
 def _heads(layout: Layout, context: RuleContext) -> str | None:
     heads = context.model.heads
     if heads % layout.tp:
@@ -57,6 +70,7 @@ def _heads(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+@_of_a_spec
 def _kv_heads(layout: Layout, context: RuleContext) -> str | None:
     kv = context.model.kv_heads
     if kv % layout.tp and layout.tp % kv:
@@ -64,6 +78,7 @@ def _kv_heads(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+@_of_a_spec
 def _ffn(layout: Layout, context: RuleContext) -> str | None:
     ffn = context.model.ffn_hidden_size
     if ffn % layout.tp:
@@ -71,6 +86,7 @@ def _ffn(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+@_of_a_spec
 def _vocabulary(layout: Layout, context: RuleContext) -> str | None:
     vocab = context.model.vocab_size
     if -(-vocab // layout.tp) * (layout.tp - 1) >= vocab and not context.capabilities.vocabulary_padding:
