@@ -78,13 +78,13 @@ class Rows(nn.Module):
         self.table.weight.data.mul_(0.5)
         self.shift = nn.Parameter(torch.randn(8) * 0.1)
         self.register_buffer("scale", torch.linspace(0.5, 1.0, 8), persistent=False)
-        self.layers = nn.ModuleList(self.block() for _ in range(3))
+        self.layers = nn.ModuleDict({f"layer{index}": self.block() for index in range(3)})
         self.head = nn.Linear(8, 16)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.table(ids) + self.shift
         scale = self.scale * (ids >= 0).all()
-        for layer in self.layers:
+        for layer in self.layers.values():
             assert layer.kind == "plain"
             x, _ = layer(scale, stream=x)
         return self.head(x)
@@ -145,7 +145,7 @@ def scaled() -> nn.Module:
 class Skipping(Rows):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = first = self.table(ids)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers.values()):
             x, _ = layer(self.scale, stream=x)
             first = x if index == 0 else first
         return self.head(x + first)
@@ -154,7 +154,7 @@ class Skipping(Rows):
 class Twice(Rows):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.table(ids)
-        for layer in (*self.layers, self.layers[0]):
+        for layer in (*self.layers.values(), self.layers["layer0"]):
             x, _ = layer(self.scale, stream=x)
         return self.head(x)
 
@@ -162,7 +162,7 @@ class Twice(Rows):
 class Between(Rows):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.table(ids)
-        for layer in self.layers:
+        for layer in self.layers.values():
             x = layer(self.scale, stream=x)[0] * 2
         return self.head(x)
 
@@ -170,7 +170,7 @@ class Between(Rows):
 class Conditioned(Rows):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.table(ids)
-        for layer in self.layers:
+        for layer in self.layers.values():
             x, _ = layer(self.scale + self.shift, stream=x)
         return self.head(x)
 

@@ -43,6 +43,7 @@ class BlockChain:
     """What one forward pass has shown: the list of blocks, its graph, and the stream that passes through them."""
 
     block_list: str
+    names: tuple[str, ...]  # of the blocks in their list
     blocks: tuple[nn.Module, ...]
     graph: OpGraph
     stream: torch.Tensor
@@ -52,11 +53,12 @@ class BlockChain:
     after: tuple[str, ...]
 
 
-def blocks_of(module: nn.Module, block_list: str) -> nn.ModuleList | nn.Sequential:
-    """The list of blocks by its name."""
-    found = module.get_submodule(block_list)
-    assert isinstance(found, nn.ModuleList | nn.Sequential)
-    return found
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+def blocks_of(module: nn.Module, block_list: str) -> dict[str, nn.Module]:
+    """The blocks in their order, by their names in the list; `setattr` on that replaces one."""
+    return dict(module.get_submodule(block_list).named_children())
 
 
 def find_chain(
@@ -65,7 +67,7 @@ def find_chain(
     """Run the module, which is on the meta device, once; InputError where its blocks are no chain."""
     where = f"--model {factory}"
     name = _list_of_blocks(module, where)
-    blocks = tuple(blocks_of(module, name))
+    names, blocks = zip(*blocks_of(module, name).items(), strict=True)
     graph, calls = OpGraph(module, inputs), []
     watched = _blocks_watched(graph, blocks, calls)
     with traceable(factory, inputs), on_meta(graph), named_while_running(graph, module), watched:
@@ -86,6 +88,7 @@ def find_chain(
     idle = {name for name, _ in module.named_parameters()} - {*before, *after} - _of_blocks(module, name)
     return BlockChain(
         name,
+        names,
         blocks,
         graph,
         stream,
@@ -113,7 +116,7 @@ def traceable(factory: str, inputs: torch.Tensor) -> Iterator[None]:
 
 
 def _of_blocks(module: nn.Module, block_list: str) -> set[str]:
-    return {f"{block_list}.{name}" for name, _ in blocks_of(module, block_list).named_parameters()}
+    return {f"{block_list}.{name}" for name, _ in module.get_submodule(block_list).named_parameters()}
 
 
 # ---- the list ----------------------------------------------------------------------------------------------
@@ -124,17 +127,18 @@ def _list_of_blocks(module: nn.Module, where: str) -> str:
     best, most = "", 0
     seen: list[str] = []
     for name, part in module.named_modules():
-        if not isinstance(part, nn.ModuleList | nn.Sequential) or len(part) < 2:
+        children = list(part.children())
+        if not isinstance(part, _LISTS) or len(children) < 2:
             continue
-        seen.append(f"{name} ({', '.join(sorted({type(child).__name__ for child in part}))})")
+        seen.append(f"{name} ({', '.join(sorted({type(child).__name__ for child in children}))})")
         size = sum(parameter.numel() for parameter in part.parameters())
-        if size > most and len({_form(child) for child in part}) == 1:
+        if size > most and len({_form(child) for child in children}) == 1:
             best, most = name, size
     if not best:
         raise InputError(
             f"{type(module).__name__} has no repeated blocks",
             where=where,
-            expected="a ModuleList or Sequential of two or more blocks of one class and with the same parameter shapes",
+            expected="a ModuleList, Sequential or ModuleDict of two or more blocks of one class and the same shapes",
             got="; ".join(seen[:4]) or "no such list",
         )
     return best

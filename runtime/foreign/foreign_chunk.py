@@ -10,7 +10,7 @@ zeros of one element, expanded: what they would make is the stream, which is rep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,8 @@ class ForeignChunk(Chunk):
         self._placeholders: list[tuple[nn.Module, str, torch.Size]] = []
         self._tied_names = _tied_names(self.module)
         self._received = _Stream()
-        self.blocks = _LocalBlocks(blocks_of(self.module, model.block_list), stage)  # type: ignore[assignment]
+        holder, names = self.module.get_submodule(model.block_list), list(blocks_of(self.module, model.block_list))
+        self.blocks = _LocalBlocks(holder, names, stage)  # type: ignore[assignment]
         self._leave_out()
 
     def tie(self) -> None:
@@ -63,7 +64,7 @@ class ForeignChunk(Chunk):
         for owner, attribute, shape in self._placeholders:
             setattr(owner, attribute, torch.zeros((), dtype=self.activation_dtype, device=device).expand(shape))
         # Where no block is left whose place a stand-in could take, after the hooks of whoever wrapped the block.
-        blocks, stage = blocks_of(self.module, self._model.block_list), self._stage
+        blocks, stage = list(blocks_of(self.module, self._model.block_list).values()), self._stage
         if stage.first == 0 < stage.end and not stage.embedding:
             blocks[0].register_forward_pre_hook(self._with_received, with_kwargs=True)
         if stage.first < stage.end == self._model.layers and not stage.head:
@@ -114,14 +115,14 @@ class ForeignChunk(Chunk):
 
     def _leave_out(self) -> None:
         model, stage = self._model, self._stage
-        blocks = blocks_of(self.module, model.block_list)
-        for index, block in enumerate(blocks):
+        holder = self.module.get_submodule(model.block_list)
+        for index, (name, block) in enumerate(blocks_of(self.module, model.block_list).items()):
             if index == 0 < stage.first:
-                blocks[index] = _Received(block, model, self._received)
+                setattr(holder, name, _Received(block, model, self._received))
             elif index < stage.first:
-                blocks[index] = _PassOn(block, model)
+                setattr(holder, name, _PassOn(block, model))
             elif index >= stage.end:
-                blocks[index] = _End(block, model)
+                setattr(holder, name, _End(block, model))
         if not stage.embedding:
             for name in set(model.before.parameter_names) - set(model.after.parameter_names if stage.head else ()):
                 shape = self.module.get_parameter(name).shape
@@ -147,26 +148,24 @@ class _Stream:
 class _LocalBlocks(MutableMapping[str, nn.Module]):
     """The stage's blocks by their index in the whole module; to set one replaces it in the module."""
 
-    def __init__(self, blocks: nn.ModuleList | nn.Sequential, stage: Stage) -> None:
-        self._blocks, self._indices = blocks, [str(index) for index in range(stage.first, stage.end)]
+    def __init__(self, holder: nn.Module, names: Sequence[str], stage: Stage) -> None:
+        self._holder = holder
+        self._names = {str(index): names[index] for index in range(stage.first, stage.end)}
 
-    def __getitem__(self, name: str) -> nn.Module:
-        if name not in self._indices:
-            raise KeyError(name)
-        return self._blocks[int(name)]
+    def __getitem__(self, index: str) -> nn.Module:
+        return self._holder.get_submodule(self._names[index])
 
-    def __setitem__(self, name: str, block: nn.Module) -> None:
-        assert name in self._indices
-        self._blocks[int(name)] = block
+    def __setitem__(self, index: str, block: nn.Module) -> None:
+        setattr(self._holder, self._names[index], block)
 
-    def __delitem__(self, name: str) -> None:
+    def __delitem__(self, index: str) -> None:
         raise TypeError("a stage keeps its blocks")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._indices)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._names)
 
 
 class _StandIn(nn.Module):

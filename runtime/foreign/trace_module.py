@@ -53,12 +53,12 @@ def trace(factory: str, sequence: int) -> TracedModel:
     shared = set(chain.before) & set(chain.after)
     moved = _moved_bytes(factory, chain, sequence)
     block = _typical(chain)
-    linears = linears_in(chain.blocks[block], f"{chain.block_list}.{block}")
+    linears = linears_in(chain.blocks[block], f"{chain.block_list}.{chain.names[block]}")
     styles = _tp_plan(module, chain, factory) or recognised_pairs(chain.graph, block, linears)
 
     def part(key: str | int, kept_as: int, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> TracedPart:
         done = work.get(key, PartWork())
-        within = f"{chain.block_list}.{key}" if isinstance(key, int) else ""
+        within = f"{chain.block_list}.{chain.names[key]}" if isinstance(key, int) else ""
         return TracedPart(
             parameters=sum(tensor.numel() for tensor in tensors),
             tensors=len(tensors),
@@ -221,7 +221,7 @@ def _kept_bytes(factory: str, block_list: str, sequence: int, precision: str) ->
         contract = contract_of(module, factory)
         for parameter in module.parameters():
             stack.callback(parameter.register_post_accumulate_grad_hook(let_go).remove)
-        stack.enter_context(_stream_marked(live, list(blocks_of(module, block_list)), forward, backward))
+        stack.enter_context(_stream_marked(live, list(blocks_of(module, block_list).values()), forward, backward))
         forward.append(live.mark())
         loss = contract.loss(contract.run(module, inputs), target)
         forward.append(live.mark())
