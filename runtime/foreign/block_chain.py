@@ -128,7 +128,7 @@ def _list_of_blocks(module: nn.Module, where: str) -> str:
     seen: list[str] = []
     for name, part in module.named_modules():
         children = list(part.children())
-        if not isinstance(part, _LISTS) or len(children) < 2:
+        if not name or not isinstance(part, _LISTS) or len(children) < 2:
             continue
         seen.append(f"{name} ({', '.join(sorted({type(child).__name__ for child in children}))})")
         size = sum(parameter.numel() for parameter in part.parameters())
