@@ -6,6 +6,8 @@ tp_plan names, the heads, and of the bytes those that go out of a column-wise pr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from profiles.hardware import HardwareProfile
 from profiles.points import DTYPE_BYTES
 from profiles.software import Software
@@ -168,7 +170,7 @@ class TracedMemory(MemoryModel):
         """State, and what the forward up to the first block leaves: the stream, and what blocks take beside it."""
         plain = super().embedding(layout)
         held = MemoryBytes(activations=layout.micro_batch * self._traced.before.kept_bytes.of(self._job.precision))
-        return PartMemory(plain.state, held, held, plain.transient, plain.transient, held, plain.transient, held)
+        return replace(plain, held=held, held_selective=held, held_recomputed=held, held_weight=held)
 
     def block_parameters(self, layout: Layout, kind: str = "dense") -> tuple[float, float]:
         model = self._traced
