@@ -16,7 +16,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Stage, load, save
 from planner.reduced_plan import reduce_plan
-from planner.rules import RuleContext, violations
+from planner.rules import RuleContext, recompute_modes, violations
 from planner.step_cost import CostModel
 from profiles.input_error import InputError
 from profiles.traced_model import TracedModel
@@ -169,6 +169,7 @@ def test_layouts_that_its_code_cannot_run_are_not_legal() -> None:
     assert "has no keys of other ranks" in why(Layout(cp=2, cp_style="ring"))
     assert "is run as a whole" in why(Layout(pp=2, schedule="zb1p"))
     assert "samples of 16 tokens" in why(Layout(), sequence=32)
+    assert recompute_modes(Layout(), RuleContext(llama, job(LLAMA), 1)) == ("none", "full")
     tied = trace(f"{HERE}:tied_hf_llama", 16)
     assert tied.parameters == tiny_llama(tied_embeddings=True).parameters
     assert why(Layout(pp=2), tied) == ""
