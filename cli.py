@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli_answers import estimate, explain, print_answer
 from cli_checks import run_dry, validate, verify
 from cli_data import (
     Data,
@@ -56,7 +57,7 @@ from cli_parts import (
     SequenceLength,
     Target,
     command_line,
-    print_json,
+    described,
     print_report,
 )
 from cli_precision import (
@@ -84,7 +85,7 @@ from cli_training import (
 )
 
 if TYPE_CHECKING:
-    from planner.planning import PlanAnswer
+    pass
 
 app = typer.Typer(
     name="meshwright",
@@ -95,10 +96,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.add_typer(data_app, name="data")
-
-
-def _answer(answer: PlanAnswer, as_json: bool) -> None:
-    print_json(answer.document) if as_json else print_report(answer.report())
 
 
 # ---- verbs -----------------------------------------------------------------------------------------------------
@@ -139,7 +136,7 @@ def plan(
     from planner.question import ask
 
     question = ask(
-        model,
+        described(model, sequence),
         cluster,
         global_batch,
         sequence,
@@ -162,67 +159,19 @@ def plan(
         pareto=pareto,
         output=output,
     )
-    _answer(answer, as_json)
+    print_answer(answer, as_json)
     if output is not None and not as_json:
         print_report(f"\nplan written to {output}; train it with: cli.py train {output}")
 
 
-@app.command(
+app.command(
     epilog="Example: cli.py estimate --model llama3-8b --cluster dgx-h100:1 --global-batch 64 --seq 8192 "
     "--layout tp=8,zero=0,recompute=full"
-)
-def estimate(
-    model: Model,
-    cluster: Cluster,
-    global_batch: GlobalBatch,
-    sequence: SequenceLength,
-    layout: Annotated[str, typer.Option("--layout", help="As tp=8,pp=8,zero=1,recompute=full; dp follows.")],
-    devices: Devices = None,
-    precision: Precision = None,
-    memory_limit: MemoryLimit = None,
-    target: Target = "meshwright",
-    price: Price = None,
-    expert_imbalance: Imbalance = 1.0,
-    offload: Offload = "none",
-    documents: DocumentLength = None,
-    as_json: Json = False,
-) -> None:
-    """Price your own layout: does it fit, and how fast is it?"""
-    from planner.planning import estimate as price_layout
-    from planner.question import ask
-
-    question = ask(
-        model,
-        cluster,
-        global_batch,
-        sequence,
-        devices=devices,
-        precision=precision,
-        memory_limit=memory_limit,
-        target=target,
-        expert_imbalance=expert_imbalance,
-        offload=offload,
-        document_length=document_length(documents, sequence),
-    )
-    _answer(price_layout(question, layout, price), as_json)
-
-
-@app.command(
+)(estimate)
+app.command(
     epilog="Examples: cli.py explain plan.yaml | cli.py explain plan.yaml --against tp=4,pp=8 "
     "(keys left out are chosen best)"
-)
-def explain(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN.YAML", help="A plan that `plan -o` has written.")],
-    against: Annotated[str | None, typer.Option("--against", help="Settings to lay beside it, as tp=4,pp=8.")] = None,
-    time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Seconds for all that is solved.")] = 120.0,
-    as_json: Json = False,
-) -> None:
-    """Say why this plan: what binds, what comes next on each axis, what would help."""
-    from planner.planning import explain_plan
-
-    _answer(explain_plan(plan_file, against, time_limit), as_json)
-
-
+)(explain)
 app.command(
     epilog="Examples: cli.py profile --quick | cli.py profile --nproc 4 -o hardware.yaml | torchrun --nnodes 2 "
     "--nproc-per-node 8 … cli.py profile -o hardware.yaml | cli.py profile --show a.yaml --against b.yaml | "
@@ -323,8 +272,9 @@ def train(
         plan_file, resume = elastic_plan(plan_file, run_dir)
     model = model_to_start_from(weights, plan_file, model, resume=resume)
     plans = plan_file is None and not resume
+    asked = described(model, sequence) if model is not None and plans else model
     lengths = data_document_length(data, sequence) if plans and reset_attention else None
-    found = plan_to_train(plan_file, model, run_dir, resume, global_batch, sequence, command_line(), lengths)
+    found = plan_to_train(plan_file, asked, run_dir, resume, global_batch, sequence, command_line(), lengths)
     if isinstance(found, PlanAnswer):
         print_report(found.report())
     chosen = found.plan if isinstance(found, PlanAnswer) else found
@@ -374,11 +324,6 @@ app.command(
     epilog="Examples: cli.py verify plan.yaml | cli.py verify plan.yaml --steps 10 --json (exit code 1: it differs)"
 )(verify)
 app.command(epilog="Examples: cli.py validate runs.csv | cli.py validate runs/ (our own run folders)")(validate)
-app.command(
-    epilog="Examples: cli.py profile --quick | cli.py profile --nproc 4 -o hardware.yaml | torchrun --nnodes 2 "
-    "--nproc-per-node 8 … cli.py profile -o hardware.yaml | cli.py profile --show a.yaml --against b.yaml | "
-    "cli.py profile --calibrate runs/20261121-101500 | cli.py profile --list"
-)(profile)
 app.command(epilog="Example: cli.py export runs/mine --to hf --out my-model --dtype bf16")(export)
 app.command(
     epilog="Examples: cli.py replan runs/mine --devices 16 | cli.py replan runs/mine --lost-nodes 1; then "

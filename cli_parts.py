@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from profiles.model import ModelSpec
 
 
 def count(flag: str) -> Callable[[str], int]:
@@ -23,7 +26,12 @@ def count(flag: str) -> Callable[[str], int]:
     return parse
 
 
-Model = Annotated[str, typer.Option("--model", help="Catalogue name, Hugging Face folder or config.json, or YAML.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", help="Catalogue name, Hugging Face folder or config.json, YAML, or package.module:factory."
+    ),
+]
 Cluster = Annotated[str, typer.Option("--cluster", help="Catalogue name with nodes (dgx-h100:64), YAML, or local.")]
 Devices = Annotated[
     int | None,
@@ -48,6 +56,17 @@ Imbalance = Annotated[
 ]
 Offload = Annotated[str, typer.Option("--offload", help="optimizer: its state in the host's memory; GPUs only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]
+
+
+def described(model: str, sequence: int) -> str | ModelSpec:
+    """The model that package.module:factory makes, traced for samples of so many tokens; any other name as it is."""
+    from profiles.traced_model import names_a_factory
+
+    if not names_a_factory(model):
+        return model
+    from runtime.foreign.trace_module import trace
+
+    return trace(model, sequence)
 
 
 def print_report(renderable: Any, *, error: bool = False) -> None:

@@ -105,6 +105,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "output transform": ("meshwright", "megatron"),
     "output bias": ("meshwright", "megatron"),
     "next-sentence head": ("megatron",),  # without --bert-no-binary-head
+    "a module of its own": ("meshwright",),  # of any package, by --model package.module:factory
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from profiles.model import ModelSpec
+from profiles.traced_model import TracedModel
 
 from .layout import Layout
 
@@ -14,6 +15,8 @@ def why_not_compiled(layout: Layout, model: ModelSpec) -> str | None:
             f"{model.name} has experts: how many tokens each gets is read by the host, and a graph that is whole "
             "cannot wait for it"
         )
+    if isinstance(model, TracedModel):
+        return f"{model.factory} makes a module of its own, whose blocks run as they are"
     if layout.splits_backward:
         return (
             f"{layout.schedule} splits each backward in two, which torch 2.11 to 2.13 does not do with compiled "

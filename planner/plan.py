@@ -9,6 +9,7 @@ from typing import Any
 from profiles.cluster import ClusterSpec
 from profiles.model import ModelSpec
 from profiles.store import Reader, dump_yaml, load_document, write_atomically
+from profiles.traced_model import read_model
 
 from .capabilities import CAPABILITIES
 from .job import TrainingJob
@@ -242,7 +243,7 @@ class Plan:
     def from_dict(cls, reader: Reader) -> Plan:
         """Read and check a plan: layout legal for its model and job, layers neither lost nor doubled."""
         plan = cls(
-            model=ModelSpec.from_dict(reader.child("model")),
+            model=read_model(reader.child("model")),
             cluster=ClusterSpec.from_dict(reader.child("cluster")),
             job=TrainingJob.from_dict(reader.child("job")),
             layout=Layout.from_dict(reader.child("layout")),

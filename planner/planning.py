@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from profiles.catalogue import resolve_model
 from profiles.input_error import InputError
+from profiles.model import ModelSpec
+from profiles.traced_model import TracedModel, names_a_factory
 
 from .answer import answer
 from .assignment import stages_of
@@ -128,7 +130,7 @@ def explain_plan(path: Path, against: str | None, time_limit_seconds: float) -> 
 
 def plan_to_train(
     plan_file: Path | None,
-    model: str | None,
+    model: str | ModelSpec | None,
     run_dir: Path | None,
     resume: bool,
     global_batch: int,
@@ -155,10 +157,10 @@ def plan_to_train(
     return plan_of_file(plan_file, model)
 
 
-def plan_of_file(plan_file: Path, model: str | None) -> Plan:
+def plan_of_file(plan_file: Path, model: str | ModelSpec | None) -> Plan:
     """The plan in the file; an InputError where it is for another model than `model`, if that is given."""
     found = load(plan_file)
-    if model is not None and resolve_model(model) != found.model:
+    if model is not None and not _is_model(found.model, model):
         raise InputError(
             "the plan is for another model",
             where=f"{plan_file}: model",
@@ -167,3 +169,10 @@ def plan_of_file(plan_file: Path, model: str | None) -> Plan:
             hint="plan again with this --model, or leave --model out",
         )
     return found
+
+
+def _is_model(planned: ModelSpec, wanted: str | ModelSpec) -> bool:
+    """Whether it is the model of a name; a traced one is known by its factory alone."""
+    if isinstance(wanted, str) and names_a_factory(wanted):
+        return isinstance(planned, TracedModel) and planned.factory == wanted
+    return (resolve_model(wanted) if isinstance(wanted, str) else wanted) == planned

@@ -10,6 +10,7 @@ from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile, load_hardware
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
+from profiles.traced_model import TracedModel
 
 from .job import OFFLOADS, PRECISIONS, TARGETS, TrainingJob
 from .parse import parse_bytes, parse_pins
@@ -84,11 +85,11 @@ def ask(
         document_length=document_length,
     )
     known = resolve_model(model) if isinstance(model, str) else model
-    if document_length is not None and known.bidirectional:
+    if document_length is not None and (known.bidirectional or isinstance(known, TracedModel)):
         raise InputError(
-            "documents are kept apart in causal attention alone",
+            "documents are kept apart in causal attention of our own alone",
             where="--document-length",
-            expected="a model with causal attention",
+            expected="a decoder of the catalogue or of a config.json",
             got=known.name,
         )
     return Question(known, spec, hardware, job)

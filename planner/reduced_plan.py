@@ -9,11 +9,13 @@ from typing import Any
 
 from profiles.masked_language import predicted_tokens
 from profiles.model import ModelSpec
+from profiles.traced_model import TracedModel
 
 from .layout import LOSS_TOKENS, RECOMPUTE_MODES, Layout
 from .plan import Plan, Stage
 from .recompute_spans import MODES_IN_ORDER, spans_of
 from .reduced_model import small_model
+from .reduced_module import module_stages
 from .rules import RuleContext, violations
 from .schedule import why_illegal
 from .space import divisors
@@ -74,15 +76,16 @@ def reduce_plan(plan: Plan, most_ranks: int = MOST_RANKS) -> ReducedPlan:
     Kept are the schedule and its chunks, zero, sequence parallelism, every axis above 1 (as much of pp as fits, then of
     tp, of cp and of dp, which is not kept beside all three), HSDP where 4 ranks of dp fit, which stages have more
     blocks than others and which none, every recompute mode, experts' axes above 1, and all that the model is besides
-    its sizes. Precision is fp32.
+    its sizes. Precision is fp32. A module of another package is run as its factory makes it.
     """
     before = plan.layout
     layout = _small_layout(before, most_ranks)
-    stages = _stages(plan, layout)
+    traced = isinstance(plan.model, TracedModel)
+    stages = module_stages(plan, layout) if traced else _stages(plan, layout)
     cut = layout.tp if layout.cp == 1 else 2 * layout.cp * layout.tp
-    sequence = -(-min(plan.job.sequence, _SEQUENCE) // cut) * cut
+    sequence = plan.job.sequence if traced else -(-min(plan.job.sequence, _SEQUENCE) // cut) * cut
     positions = sequence * (2 if plan.model.max_positions > plan.job.sequence else 1)
-    model = small_model(plan.model, before, layout, stages[-1].end, positions)
+    model = plan.model if traced else small_model(plan.model, before, layout, stages[-1].end, positions)
     job = replace(
         plan.job,
         global_batch=layout.micro_batch * layout.dp * _microbatches(plan.microbatches, layout),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from math import gcd
 
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
+from profiles.traced_model import TracedModel
 
 from .capabilities import CAPABILITIES, Capabilities, able_targets, missing_features
 from .job import TrainingJob
 from .layout import Layout
 from .schedule import SPLIT_BACKWARD, Pipeline, why_illegal
+from .traced_rules import why_no_degrees, why_no_schedule
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,17 @@ class RuleContext:
 FP8_MULTIPLE = 16  # of each dim of an operand in torch's _scaled_mm on CUDA
 Rule = Callable[[Layout, RuleContext], str | None]
 
+
+def _of_a_spec(rule: Rule) -> Rule:
+    """A rule of what ModelSpec says of a layer, which does not hold for a traced module: `_traced_degrees` does."""
+
+    @wraps(rule)
+    def looked_at(layout: Layout, context: RuleContext) -> str | None:
+        return None if isinstance(context.model, TracedModel) else rule(layout, context)
+
+    return looked_at
+
+
 # ---- degrees -------------------------------------------------------------------------------------------
 
 
@@ -49,6 +63,7 @@ def _world(layout: Layout, context: RuleContext) -> str | None:
     )
 
 
+@_of_a_spec
 def _heads(layout: Layout, context: RuleContext) -> str | None:
     heads = context.model.heads
     if heads % layout.tp:
@@ -56,6 +71,7 @@ def _heads(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+@_of_a_spec
 def _kv_heads(layout: Layout, context: RuleContext) -> str | None:
     kv = context.model.kv_heads
     if kv % layout.tp and layout.tp % kv:
@@ -63,6 +79,7 @@ def _kv_heads(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+@_of_a_spec
 def _ffn(layout: Layout, context: RuleContext) -> str | None:
     ffn = context.model.ffn_hidden_size
     if ffn % layout.tp:
@@ -70,6 +87,7 @@ def _ffn(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+@_of_a_spec
 def _vocabulary(layout: Layout, context: RuleContext) -> str | None:
     vocab = context.model.vocab_size
     if -(-vocab // layout.tp) * (layout.tp - 1) >= vocab and not context.capabilities.vocabulary_padding:
@@ -171,6 +189,8 @@ def _schedule(layout: Layout, context: RuleContext) -> str | None:
     microbatches = layout.microbatches(context.job.global_batch)
     if microbatches == 0:
         return None  # the batch's own rule says so
+    if (reason := why_no_schedule(layout, context.model)) is not None:
+        return reason
     return why_illegal(Pipeline(layout.schedule, layout.pp, layout.virtual_stages, microbatches))
 
 
@@ -220,8 +240,13 @@ def _dp_shard(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+def _traced_degrees(layout: Layout, context: RuleContext) -> str | None:
+    return why_no_degrees(layout, context.model, context.job)
+
+
 DEGREE_RULES: tuple[Rule, ...] = (
     _world,
+    _traced_degrees,
     _context_parallel,
     _heads,
     _kv_heads,
@@ -282,6 +307,8 @@ def why_no_recompute(mode: str, layout: Layout, context: RuleContext) -> str | N
             f"recompute={mode} with {layout.schedule}: torch 2.11 to 2.13 runs the recomputation of a split backward "
             "several times over (full) or raises (selective)"
         )
+    if mode == "selective" and isinstance(context.model, TracedModel):
+        return f"recompute=selective: what is cheap in {context.model.factory} nobody has said; ask for full"
     if mode == "selective" and context.model.experts is not None and not context.capabilities.experts_with_selective:
         return (
             "recompute=selective with experts: torch 2.11 to 2.13 may raise where FSDP2 wraps a part of what is "

@@ -14,6 +14,7 @@ from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.software import Software, load_software
+from profiles.traced_model import TracedModel
 
 from .axis_cost import AxisModel, Passes
 from .bounds import LeastBytes
@@ -31,6 +32,7 @@ from .offload import transfer_seconds
 from .part_seconds import PartSeconds, Seconds
 from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
 from .space import LayoutGroup
+from .traced_cost import traced_parts
 
 # Layers by kind, embedding, head, and what a microbatch costs besides.
 _Parts = tuple[dict[str, PartSeconds], PartSeconds, PartSeconds, ComputeCost]
@@ -49,12 +51,16 @@ class CostModel:
         software: Software | None = None,
     ) -> None:
         software = software or load_software(CAPABILITIES[job.target].software).software
-        self._model, self._job, self._hardware, self._software = model, job, hardware, software
-        self._compute = ComputeModel(model, hardware, job, software)
         self._comm = CommModel(cluster, hardware)
-        self._axes = AxisModel(model, hardware, self._comm, job, software)
+        if isinstance(model, TracedModel):
+            software = replace(software, cross_entropy="eager")  # its loss is its own
+            self._compute, self._axes, self._memory = traced_parts(model, hardware, self._comm, job, software)
+        else:
+            self._compute = ComputeModel(model, hardware, job, software)
+            self._axes = AxisModel(model, hardware, self._comm, job, software)
+            self._memory = MemoryModel(model, hardware, job, software)
+        self._model, self._job, self._hardware, self._software = model, job, hardware, software
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
-        self._memory = MemoryModel(model, hardware, job, software)
         self._part_cache: dict[tuple[Layout, bool | None], _Parts] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}

@@ -51,7 +51,7 @@ def resolve_model(text: str) -> ModelSpec:
         return read_hf_config(Path(text))
     if text.endswith(_YAML_SUFFIXES):
         return load_model_file(Path(text))
-    files = "a Hugging Face folder or config.json, or a .yaml file"
+    files = "a Hugging Face folder or config.json, a .yaml file, or package.module:factory"
     raise _unknown("models", text, flag="--model", files=files, tail=text.rpartition("/")[2])
 
 

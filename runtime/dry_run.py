@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from planner.plan import Plan
 from profiles.input_error import InputError
+from profiles.traced_model import TracedModel
 
 from .checkpoint import moments_of
 from .clock import Clock
@@ -147,6 +148,14 @@ def skip_vote(runner: StepRunner) -> None:
 
 def no_tokens(plan: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of a rank's step, all of them token 0."""
+    model = plan.model
+    if isinstance(model, TracedModel):
+        samples = plan.microbatches * plan.layout.micro_batch
+        shapes = ((model.input_shape, model.input_dtype), (model.target_shape, model.target_dtype))
+        inputs, targets = (
+            torch.zeros((samples, *shape), dtype=getattr(torch, dtype), device=device) for shape, dtype in shapes
+        )
+        return inputs, targets
     size = (plan.microbatches * plan.layout.micro_batch, plan.job.sequence // plan.layout.cp)
     return torch.zeros(size, dtype=torch.int64, device=device), torch.zeros(size, dtype=torch.int64, device=device)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from .local_parameters import local_part
@@ -45,7 +44,7 @@ def square_sum(chunks: Sequence[Chunk]) -> torch.Tensor:
     """
     left_out = {id(copy) for copy, counts in tied_copies(chunks) if not counts}
     total: torch.Tensor | None = None
-    for copies, gradients in _by_copies(p for p in parameters_of(chunks) if id(p) not in left_out):
+    for copies, gradients in _by_copies(chunks, left_out):
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).double()
         share = norms.square().sum() / copies
         total = share if total is None else total + share
@@ -67,20 +66,23 @@ def clip(chunks: Sequence[Chunk], norm: torch.Tensor, limit: float | None, loss_
             gradient.mul_(scale.to(gradient.dtype))
 
 
-def _by_copies(parameters: Iterable[nn.Parameter]) -> Iterable[tuple[int, list[torch.Tensor]]]:
-    """Local gradients, grouped by how many ranks of the parameter's mesh hold the same numbers."""
+def _by_copies(chunks: Sequence[Chunk], left_out: Container[int]) -> Iterable[tuple[int, list[torch.Tensor]]]:
+    """Local gradients, grouped by how many ranks hold the same numbers; without the parameters of these ids."""
     groups: dict[int, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            groups.setdefault(_copies(parameter.grad), []).append(_local(parameter.grad))
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if parameter.grad is not None and id(parameter) not in left_out:
+                copies = _copies(parameter.grad, chunk.plain_copies)
+                groups.setdefault(copies, []).append(_local(parameter.grad))
     return groups.items()
 
 
-def _copies(gradient: torch.Tensor) -> int:
+def _copies(gradient: torch.Tensor, plain: int) -> int:
+    """Ranks that hold the same numbers: of its mesh, and `plain` of tp where that is no part of it."""
     if not isinstance(gradient, DTensor):
-        return 1
+        return plain
     assert not _is_partial(gradient), "complete_gradients comes first"
-    copies = 1
+    copies = 1 if "tp" in (gradient.device_mesh.mesh_dim_names or ()) else plain
     for axis, placement in enumerate(gradient.placements):
         if isinstance(placement, Replicate):
             copies *= gradient.device_mesh.size(axis)

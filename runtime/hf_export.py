@@ -22,6 +22,7 @@ from profiles.hf_writer import write_hf_config
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
 from profiles.store import load_json
+from profiles.traced_model import TracedModel
 
 from .checkpoint_folder import step_of
 from .checkpoint_reader import CheckpointReader, checkpoint_of
@@ -134,6 +135,13 @@ def _plan_of(run_dir: Path) -> Plan:
 
 def _config_of(run_dir: Path, model: ModelSpec) -> dict[str, Any]:
     """The config of the folder that the run started from, or one written for the model."""
+    if isinstance(model, TracedModel):
+        raise InputError(
+            f"the weights of {model.factory} are not written for others",
+            where=f"{run_dir / PLAN_FILE}: model",
+            expected="a model of the catalogue, of Hugging Face's config.json or of YAML",
+            got=f"a module of its own, {model.name}",
+        )
     kept = run_dir / DESCRIPTION_FOLDER / CONFIG_FILE
     return load_json(kept, "Hugging Face config.json") if kept.exists() else write_hf_config(model)
 

@@ -13,6 +13,7 @@ from planner.plan import Plan, Stage
 from profiles.hf_config import CONFIG_FILE, read_hf_config
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
+from profiles.traced_model import TracedModel
 
 from .hf_files import TensorFiles
 from .hf_names import FAMILIES, Place, full_name, head_of, is_no_parameter, places_of
@@ -92,6 +93,13 @@ def model_to_start_from(
 
 def check_before_start(folder: Path | None, plan: Plan) -> None:
     """`check_weights` for a run that starts from a folder, if it does."""
+    if folder is not None and isinstance(plan.model, TracedModel):
+        raise InputError(
+            f"{plan.model.factory} makes its own first values",
+            where="--from",
+            expected="no folder: the factory may load what it likes",
+            got=str(folder),
+        )
     if folder is not None:
         check_weights(folder, plan.model)
 

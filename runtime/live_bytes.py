@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -81,6 +82,11 @@ class LiveBytes(TorchDispatchMode):
     def mark(self) -> int:
         """This moment, for `peak`."""
         return len(self._changes)
+
+    def totals(self, purpose: str) -> list[int]:
+        """Bytes of a purpose by mark: the entry of a mark is what was live at that moment."""
+        changes = (more if self._purposes[serial] == purpose else 0 for serial, more in self._changes)
+        return list(accumulate(changes, initial=0))
 
     def peak(self, start: int) -> dict[str, int]:
         """Bytes by purpose at the moment since `start` at which they were most in all."""

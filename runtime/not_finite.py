@@ -86,8 +86,9 @@ def _finding(state: TrainState, inputs: torch.Tensor, targets: torch.Tensor, doc
     spoilt: dict[int, nn.Module] = {}
 
     def watch(layer: int, module: nn.Module) -> Any:
-        def look(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:
-            if not output.isfinite().all():
+        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) else output  # modules of others give more than one
+            if not stream.isfinite().all():
                 spoilt[layer] = module
 
         return module.register_forward_hook(look)

@@ -60,12 +60,18 @@ def documents_of(ids: np.ndarray, packing: Packing | None, layout: Layout, cp_ra
 
 
 def own_tensors(
-    ids: np.ndarray, packing: Packing | None, layout: Layout, cp_rank: int, device: torch.device
+    ids: np.ndarray | tuple[torch.Tensor, torch.Tensor],
+    packing: Packing | None,
+    layout: Layout,
+    cp_rank: int,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, Documents]:
-    """Inputs and targets [samples, sequence / cp] and documents of a cp rank, of ids [samples, sequence + 1].
+    """Inputs and targets [samples, sequence / cp] and documents of a cp rank, of samples as a TokenSource has them.
 
     Where the loss of some tokens does not count, every rank must call it.
     """
+    if isinstance(ids, tuple):  # a module's own
+        return ids[0].to(device), ids[1].to(device), NO_DOCUMENTS
     inputs, targets = (of.to(device) for of in inputs_and_targets(torch.from_numpy(ids), layout, cp_rank))
     documents = documents_of(ids, packing, layout, cp_rank)
     tokens = None

@@ -18,12 +18,16 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from planner.layout import Layout
 from planner.plan import Plan, Stage
 from profiles.masked_language import head_tokens, predicted_tokens
+from profiles.traced_model import TracedModel
 
 from .compilation import Compilation, compile_chunk
 from .context_parallel import SequenceShard
 from .document_attention import DOCUMENTS
 from .experts import Experts, Router
 from .float8 import apply_float8
+from .foreign.foreign_chunk import ForeignChunk
+from .foreign.foreign_values import load_first_values
+from .foreign.module_tensor_parallel import apply_module_tensor_parallel
 from .hf_weights import load_weights
 from .latent_attention import LatentAttention
 from .local_parameters import local_part
@@ -66,7 +70,9 @@ def build_chunks(
     """
     chunks = shape_chunks(plan, mesh, dtype=dtype, compilation=compilation)
     allocate_chunks(chunks, device)
-    if weights is None:
+    if isinstance(plan.model, TracedModel):
+        load_first_values(chunks, plan.model, seed)
+    elif weights is None:
         initialise(chunks, layers=plan.model.layers, seed=seed)
     else:
         clear_buffers(chunks)
@@ -81,7 +87,9 @@ def shape_chunks(
     chunks = []
     for place in plan.layout.stages_of(mesh.coordinate.pp):
         stage = plan.stages[place]
-        chunk = build_chunk(plan.model, stage).to(dtype)
+        model = plan.model
+        chunk = ForeignChunk(model, stage) if isinstance(model, TracedModel) else build_chunk(model, stage)
+        chunk = chunk.to(dtype)
         parallelize(chunk, plan, stage, mesh, compilation)
         chunks.append(chunk)
     return chunks
@@ -100,7 +108,10 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     choose_loss(chunk, plan)
     if plan.job.precision == "fp8":
         apply_float8(chunk)
-    if layout.tp > 1:
+    if isinstance(chunk, ForeignChunk) and isinstance(plan.model, TracedModel):
+        if layout.tp > 1:
+            apply_module_tensor_parallel(chunk, plan.model, mesh.axis("tp"))
+    elif layout.tp > 1:
         apply_tensor_parallel(chunk, plan.model, mesh.axis("tp"), sequence_parallel=layout.sequence_parallel)
     if layout.cp > 1:
         apply_context_parallel(chunk, layout, mesh)
@@ -115,8 +126,12 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
 
 def choose_loss(chunk: Chunk, plan: Plan) -> None:
     """How the head computes its loss under this plan's schedule ([Note: Loss in pieces])."""
-    if chunk.head is not None:
-        model, job = plan.model, plan.job
+    model, job = plan.model, plan.job
+    if isinstance(chunk, ForeignChunk):
+        chunk.loss_share = plan.layout.micro_batch / job.global_batch
+        own = next(chunk.parameters()).dtype
+        chunk.activation_dtype = torch.bfloat16 if job.precision == "bf16" else own
+    elif chunk.head is not None:
         chunk.head.way = LossWay(
             tokens_per_step=job.global_batch * predicted_tokens(model, job.sequence),
             predicted=int(head_tokens(model, job.sequence, plan.layout.cp)) if model.bidirectional else None,

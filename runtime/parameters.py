@@ -14,7 +14,7 @@ from .local_parameters import local_part
 from .transformer import Chunk
 
 WEIGHT_STD = 0.02  # of every matrix, as in GPT-2 (Radford et al. 2019) and most decoders since
-_RECOMPUTE_PREFIX = "_checkpoint_wrapped_module."  # what torch's checkpoint_wrapper puts into names
+RECOMPUTE_PREFIX = "_checkpoint_wrapped_module."  # what torch's checkpoint_wrapper puts into names
 
 
 def parameters_of(chunks: Sequence[Chunk]) -> list[nn.Parameter]:
@@ -30,7 +30,7 @@ def named_parameters(chunks: Sequence[Chunk]) -> Iterator[tuple[str, nn.Paramete
     """
     for chunk in chunks:
         for path, parameter in chunk.named_parameters():
-            name = path.replace(_RECOMPUTE_PREFIX, "")
+            name = path.replace(RECOMPUTE_PREFIX, "")
             tied_head = chunk.tied and name == "head.weight"
             yield ("embedding.tokens.weight" if tied_head else name), parameter
 
@@ -40,20 +40,12 @@ def named_buffers(chunks: Sequence[Chunk]) -> Iterator[tuple[str, torch.Tensor]]
     for chunk in chunks:
         for path, module in chunk.named_modules():
             if isinstance(module, Router) and module.selection_bias is not None:
-                yield f"{path.replace(_RECOMPUTE_PREFIX, '')}.selection_bias", module.selection_bias
+                yield f"{path.replace(RECOMPUTE_PREFIX, '')}.selection_bias", module.selection_bias
 
 
 def tied_copies(chunks: Sequence[Chunk]) -> list[tuple[torch.Tensor, bool]]:
     """The parameters here of which another chunk holds a copy, and whether each is the one that counts."""
-    copies: list[tuple[torch.Tensor, bool]] = []
-    for chunk in chunks:
-        if not chunk.tied or (chunk.embedding is None) == (chunk.head is None):
-            continue
-        if chunk.embedding is not None:
-            copies.append((chunk.embedding.tokens.weight, True))
-        elif chunk.head is not None:
-            copies.append((chunk.head.weight, False))
-    return copies
+    return [copy for chunk in chunks if (copy := chunk.tied_copy()) is not None]
 
 
 def initialise(chunks: Sequence[Chunk], *, layers: int, seed: int) -> None:

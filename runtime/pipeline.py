@@ -13,7 +13,9 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
 
+from planner.layout import Layout
 from planner.plan import Plan
+from profiles.traced_model import TracedModel
 
 from .clock import Clock
 from .mesh import RankMesh
@@ -236,6 +238,7 @@ class PipelineRunner:
             # For the chunk that has the head; torch wants them as `target` too, to call its loss function.
             **({"targets": targets} if self.last else {}),
             **documents.named(),  # every stage needs them, and none is sent them
+            **({"source": inputs} if self.chunks[0].reads_source else {}),
             target=targets if self.last else None,
             losses=losses if self.last else None,
             return_outputs=False,
@@ -260,6 +263,8 @@ def _boundaries(plan: Plan, place: int, dtype: torch.dtype) -> tuple[torch.Tenso
     Given to torch so that it need not run a microbatch to find out. Hidden states are marked as requiring
     gradients, without which no gradient is sent back; under sequence parallelism they are sequence shards.
     """
+    if isinstance(plan.model, TracedModel):
+        return _module_boundaries(plan.model, plan.layout, place, dtype)
     layout, model, sequence = plan.layout, plan.model, plan.job.sequence // plan.layout.cp
     local_sequence = sequence // layout.tp if layout.sequence_parallel else sequence
     size = (layout.micro_batch, local_sequence, model.hidden_size)
@@ -274,6 +279,18 @@ def _tell_count(chunks: Sequence[Chunk], documents: Documents) -> None:
     for head in (chunk.head for chunk in chunks if chunk.head is not None):
         if head.way.counted is not documents.tokens:
             head.way = replace(head.way, counted=documents.tokens)
+
+
+def _module_boundaries(
+    model: TracedModel, layout: Layout, place: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a module of another package: its inputs, the stream between its blocks, its loss."""
+    stream = torch.empty((layout.micro_batch, *model.stream_shape), dtype=dtype, device="meta", requires_grad=True)
+    inputs = torch.empty(
+        (layout.micro_batch, *model.input_shape), dtype=getattr(torch, model.input_dtype), device="meta"
+    )
+    loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta", requires_grad=True)
+    return (inputs if place == 0 else stream), (loss if place == layout.stages - 1 else stream)
 
 
 def _sum(losses: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -205,6 +205,9 @@ class Chunk(nn.Module):
     """What one pipeline stage holds. `blocks` is keyed by the block's index in the whole model, so that a
     parameter has the same name under every layout."""
 
+    reads_source = False  # whether stages past the first are given the step's inputs besides
+    plain_copies = 1  # tp ranks that hold alike a parameter that is no DTensor over tp
+
     def __init__(self, model: ModelSpec, stage: Stage) -> None:
         super().__init__()
         self.embedding = Embedding(model) if stage.embedding else None
@@ -221,6 +224,15 @@ class Chunk(nn.Module):
         """
         if self.tied and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.tokens.weight
+
+    def tied_copy(self) -> tuple[nn.Parameter, bool] | None:
+        """The matrix of a tied pair of which another chunk holds a copy, and whether this one counts."""
+        if not self.tied or (self.embedding is None) == (self.head is None):
+            return None
+        if self.embedding is not None:
+            return self.embedding.tokens.weight, True
+        assert self.head is not None
+        return self.head.weight, False
 
     def forward(
         self,

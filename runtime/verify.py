@@ -15,12 +15,15 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan
+from profiles.traced_model import TracedModel
 
 from . import loss
 from .data.masked_tokens import masking_of
 from .data.packing import Packing
 from .data.token_source import own_rows
 from .experts import Balance
+from .foreign.foreign_loop import computes_in_double, module_batches, run_module_plain
+from .foreign.module_contract import Samples
 from .launch import start_ranks
 from .local_parameters import local_part
 from .packed_rows import own_tensors
@@ -34,6 +37,8 @@ from .trainer import TrainOptions
 PRECISIONS = {"fp32": torch.float32, "float64": torch.float64}
 # Relative. Sums are taken in another order under every layout, and rounding differs with it.
 TOLERANCES = {"fp32": 1e-5, "float64": 1e-9}
+# Of modules that compute in fp32 inside, whatever their parameters are: its rounding, step after step.
+_NARROW_INSIDE = {"float64": 1e-6}
 _FINEST = "float64"  # whose parameters are compared
 _LEARNING_RATE = 1e-3
 _BALANCE = Balance(loss_weight=0.1, bias_rate=0.01)  # large enough to be seen beside the loss
@@ -106,23 +111,24 @@ def verify(plan: Plan, loss_tokens: int, *, steps: int, timeout_seconds: float) 
             timeout_seconds=timeout_seconds,
             balance=_BALANCE if plan.job.document_length is None else _OF_DOCUMENTS,
         )
-        plain = {
-            precision: run_plain(
-                plan.model,
-                _batches(plan, steps),
-                dtype=dtype,
-                learning_rate=options.learning_rate,
-                weight_decay=options.weight_decay,
-                seed=options.seed,
-                balance=options.balance,
-                packing=_packing(plan),
-            )
-            for precision, dtype in PRECISIONS.items()
-        }
+        plain = {precision: _run_plain(plan, options, dtype) for precision, dtype in PRECISIONS.items()}
         torch.save(plain[_FINEST].parameters, folder / _PLAIN_FILE)
         start_ranks(plan, options, partial(run_rank, loss_tokens=loss_tokens))
         ranks = [json.loads(_found_path(folder, rank).read_text()) for rank in range(plan.layout.world_size)]
-    return judge(plain, ranks)
+    narrow = isinstance(plan.model, TracedModel) and not computes_in_double(plan.model)
+    return judge(plain, ranks, TOLERANCES | (_NARROW_INSIDE if narrow else {}))
+
+
+def _run_plain(plan: Plan, options: TrainOptions, dtype: torch.dtype) -> PlainRun:
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "learning_rate": options.learning_rate,
+        "weight_decay": options.weight_decay,
+        "seed": options.seed,
+    }
+    if isinstance(plan.model, TracedModel):
+        return run_module_plain(plan.model, module_batches(plan, options.steps), **how)
+    return run_plain(plan.model, _batches(plan, options.steps), balance=options.balance, packing=_packing(plan), **how)
 
 
 def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
@@ -139,7 +145,8 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
                 weight_decay=options.weight_decay,
                 balance=options.balance,
             )
-            results = [_step(plan, options, state, batch) for batch in _batches(plan, options.steps)]
+            batches = (module_batches if isinstance(plan.model, TracedModel) else _batches)(plan, options.steps)
+            results = [_step(plan, options, state, batch) for batch in batches]
             found[precision] = {
                 "loss": [result.loss for result in results],
                 "gradient norm": [result.grad_norm for result in results],
@@ -149,29 +156,38 @@ def run_rank(plan: Plan, options: TrainOptions, loss_tokens: int) -> None:
         _found_path(options.run_dir, dist.get_rank()).write_text(json.dumps(found))
 
 
-def _step(plan: Plan, options: TrainOptions, state: TrainState, batch: torch.Tensor) -> StepResult:
+def _step(plan: Plan, options: TrainOptions, state: TrainState, batch: torch.Tensor | Samples) -> StepResult:
     here = state.mesh.coordinate
-    own = batch[own_rows(len(batch), plan.layout, here.dp)].numpy()
+    rows = own_rows(plan.job.global_batch, plan.layout, here.dp)
+    own = (batch[0][rows], batch[1][rows]) if isinstance(batch, tuple) else batch[rows].numpy()
     samples = own_tensors(own, _packing(plan), plan.layout, here.cp, state.device)
     return training_step(state, *samples, learning_rate=options.learning_rate, clip_norm=None)
 
 
-def judge(plain: Mapping[str, PlainRun], ranks: Sequence[Found]) -> Verdict:
-    """What every rank found, against the plain loop."""
+def judge(
+    plain: Mapping[str, PlainRun], ranks: Sequence[Found], tolerances: Mapping[str, float] = TOLERANCES
+) -> Verdict:
+    """What every rank found, against the plain loop; `tolerances` by precision."""
     checks = [
-        _check_steps(quantity, precision, [found[precision][quantity] for found in ranks], values)
+        _check_steps(
+            quantity, precision, tolerances[precision], [found[precision][quantity] for found in ranks], values
+        )
         for precision, expected in plain.items()
         for quantity, values in (("loss", expected.losses), ("gradient norm", expected.norms))
     ]
     steps = len(plain[_FINEST].losses)
-    return Verdict(steps, (*checks, _check_parameters([found["parameters"] for found in ranks], steps)))
+    of_ranks = [found["parameters"] for found in ranks]
+    return Verdict(steps, (*checks, _check_parameters(of_ranks, tolerances[_FINEST], steps)))
 
 
 def _check_steps(
-    quantity: str, precision: str, of_ranks: Sequence[Sequence[float]], expected: Sequence[float]
+    quantity: str,
+    precision: str,
+    tolerance: float,
+    of_ranks: Sequence[Sequence[float]],
+    expected: Sequence[float],
 ) -> Check:
     """A figure of each step, as every rank has it."""
-    tolerance = TOLERANCES[precision]
     differences = [
         (_large(abs(value - wanted) / abs(wanted)), step, rank)
         for rank, values in enumerate(of_ranks)
@@ -189,8 +205,7 @@ def _check_steps(
     )
 
 
-def _check_parameters(of_ranks: Sequence[Mapping[str, float]], steps: int) -> Check:
-    tolerance = TOLERANCES[_FINEST]
+def _check_parameters(of_ranks: Sequence[Mapping[str, float]], tolerance: float, steps: int) -> Check:
     worst: dict[str, tuple[float, int]] = {}
     for rank, differences in enumerate(of_ranks):
         for name, difference in differences.items():

@@ -13,6 +13,7 @@ from profiles.attention_spec import LatentAttention
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.experts_spec import Experts
 from profiles.model import ModelSpec
+from profiles.traced_model import BytesByPrecision, Product, TracedModel, TracedPart, traced_model
 
 
 def tiny_llama(**changes: Any) -> ModelSpec:
@@ -84,6 +85,47 @@ def tiny_latent(**changes: Any) -> ModelSpec:
     latent = LatentAttention(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, q_lora_rank=12)
     fields: dict[str, Any] = {"name": "tiny-latent", "kv_heads": 4, "head_dim": 12, "qk_norm": False}
     return tiny_shared_experts(**(fields | {"latent_attention": latent} | changes))
+
+
+def tiny_traced(**changes: Any) -> TracedModel:
+    """4 blocks of two linears over 16 tokens of width 32, of a factory that there is not."""
+    nothing = BytesByPrecision(fp32=0, bf16=0)
+    fields: dict[str, Any] = {"attention": (), "kernels": (), "moved_bytes": nothing, "passing_bytes": nothing}
+    products = tuple(
+        Product(module=name, rows=16, outputs=outputs, inputs=inputs)
+        for name, outputs, inputs in (("up", 66, 32), ("down", 32, 66))
+    )
+    end = TracedPart(parameters=320, tensors=1, largest_parameter=320, products=(), kept_bytes=nothing, **fields)
+    block = TracedPart(
+        parameters=2 * 66 * 32,
+        tensors=2,
+        largest_parameter=66 * 32,
+        products=products,
+        kept_bytes=BytesByPrecision(fp32=4 * 16 * 164, bf16=2 * 16 * 164),
+        **fields,
+    )
+    found: dict[str, Any] = {
+        "name": "Tiny",
+        "factory": "tiny:build",
+        "block_list": "blocks",
+        "layers": 4,
+        "vocab_size": 10,
+        "tied_embeddings": False,
+        "input_shape": (16,),
+        "input_dtype": "int64",
+        "target_shape": (16,),
+        "target_dtype": "int64",
+        "stream_shape": (16, 32),
+        "stream_argument": "0",
+        "block_returns": 0,
+        "reads_tokens": True,
+        "tp_plan": (("down", "rowwise"), ("up", "colwise")),
+        "tp_heads": False,
+        "before": end,
+        "block": block,
+        "after": end,
+    }
+    return traced_model(**(found | changes))
 
 
 MIXTRAL_EXPERTS = Experts(number=4, top_k=2, ffn_hidden_size=48)

@@ -54,7 +54,8 @@ def test_an_unknown_name_gives_the_list_and_the_near_match(text: str, hint: str)
     assert caught.value.what == f"{text!r} is neither in the catalogue nor a file that can be read"
     assert (caught.value.where, caught.value.hint) == ("--model", hint)
     names = ", ".join(list_catalogue("models"))
-    assert caught.value.expected == f"one of {names}; or a Hugging Face folder or config.json, or a .yaml file"
+    files = "a Hugging Face folder or config.json, a .yaml file, or package.module:factory"
+    assert caught.value.expected == f"one of {names}; or {files}"
 
 
 @pytest.mark.parametrize("text", ["nosuch.yaml", "nosuch/config.json"])

@@ -21,7 +21,7 @@ from planner.space import enumerate_layouts
 from profiles.experts_spec import Experts
 from profiles.input_error import InputError
 from tests.oracles.small_world import rule_context as context
-from tests.plans import tiny_experts, tiny_gpt2, tiny_llama
+from tests.plans import tiny_experts, tiny_gpt2, tiny_llama, tiny_traced
 
 # ---- rules -----------------------------------------------------------------------------------------------
 
@@ -238,6 +238,31 @@ RULED_OUT: list[tuple[Layout, RuleContext, str]] = [
         Layout(dp=8),
         fp8(model=tiny_experts()),
         "fp8: the meshwright runtime has fp8 products in dense blocks alone today; ask for --precision bf16",
+    ),
+    (
+        Layout(tp=4, dp=2),
+        context(model=tiny_traced(), sequence=16),
+        "tp=4 does not divide the 66 outputs of up",
+    ),
+    (
+        Layout(tp=2, dp=4),
+        context(model=tiny_traced(tp_plan=()), sequence=16),
+        "tp=2: tiny:build has no tp_plan, and its blocks no pair of linears that one can see",
+    ),
+    (
+        Layout(dp=8),
+        context(model=tiny_traced(), sequence=16, precision="fp16"),
+        "fp16: the loss and the products of tiny:build are its own; ask for --precision bf16",
+    ),
+    (
+        Layout(cp=2, cp_style="ring", dp=4),
+        context(model=tiny_traced(), sequence=16),
+        "cp=2: the attention of tiny:build is its own, and has no keys of other ranks",
+    ),
+    (
+        Layout(pp=2, dp=4, schedule="zb1p"),
+        context(model=tiny_traced(), sequence=16),
+        "schedule=zb1p: the backward of tiny:build is run as a whole",
     ),
 ]
 

@@ -8,7 +8,9 @@ import numpy as np
 
 from planner.plan import Plan
 from profiles.input_error import InputError
+from profiles.traced_model import TracedModel
 
+from ..foreign.example_source import open_examples
 from .blend import parse_blend
 from .byte_text import DOCUMENT_END, VOCABULARY, ByteText, load_corpus
 from .data_options import DEFAULT_SPLIT, DataOptions
@@ -21,15 +23,19 @@ from .tokenizer import BYTES, load_tokenizer
 
 
 def open_tokens(options: DataOptions, plan: Plan, *, steps: int, validation_batches: int, seed: int) -> TokenSource:
-    """What the run reads, for so many steps of the plan's global batch; masked, if the plan's model is bidirectional.
+    """What the run reads, for so many steps of the plan's global batch: masked, if the plan's model is bidirectional.
+
+    A module of another package makes it itself.
 
     Raises InputError for whatever of the data or of its options cannot be used with the plan's model.
     """
-    if plan.model.bidirectional and options.packs:
+    if isinstance(plan.model, TracedModel) and not plan.model.reads_tokens:
+        return open_examples(plan, options, seed)
+    if options.packs and (plan.model.bidirectional or isinstance(plan.model, TracedModel)):
         raise InputError(
-            "documents are kept apart in causal attention alone",
+            "documents are kept apart in causal attention of our own alone",
             where="--reset-attention-mask, --reset-position-ids, --eod-mask-loss",
-            expected="none of them with a masked language model",
+            expected="none of them with a masked language model, or a module of another package",
             got=plan.model.name,
         )
     source = _open_plain(options, plan, steps=steps, validation_batches=validation_batches, seed=seed)

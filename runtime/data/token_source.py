@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class TokenSource(Protocol):
         has_validation: whether there are samples that training never sees.
         order: names the order of the samples; another one under the same run would train on other tokens.
         packing: what the ends of documents change; None: nothing.
+
+    A module that makes its own samples (`ExampleSource`) gives (inputs, targets) where others give ids.
     """
 
     @property
@@ -38,14 +40,14 @@ class TokenSource(Protocol):
     @property
     def packing(self) -> Packing | None: ...
 
-    def batch(self, step: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:
+    def batch(self, step: int, samples: int, rows: np.ndarray | None = None) -> Any:
         """[samples, sequence + 1] ids, int64, of a step (from 1 on) of so many samples; or only `rows` of them.
 
         For a masked language model [samples, 2, sequence], inputs and their targets, NO_TARGET where there is none.
         """
         ...
 
-    def validation_batch(self, index: int, samples: int, rows: np.ndarray | None = None) -> np.ndarray:
+    def validation_batch(self, index: int, samples: int, rows: np.ndarray | None = None) -> Any:
         """The same of the held-out samples number `index` (from 0 on)."""
         ...
 

@@ -199,7 +199,7 @@ def parts_of(plan_and_rank: tuple[Plan, int], **options: Any) -> dict[str, int]:
     return parts | {"forwards": len(told)}
 
 
-def compare(case: MemoryCase) -> Compared:
+def compare(case: MemoryCase, *, fake: bool = True) -> Compared:
     """Predict and run a case in this process, which must run no other."""
     plan = plan_of(case)
     hardware = small_hardware(backend="gloo", halves=("bf16", "fp16", "fp8"))
@@ -207,7 +207,7 @@ def compare(case: MemoryCase) -> Compared:
     costs = prices.price(case.layout, [stage.reshard for stage in plan.stages])
     items = costs.rank_memory(case.pipeline_rank, counts_of(plan.model, plan.stages)).items()
     predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
-    return Compared(predicted, run(case).parts)
+    return Compared(predicted, run(case, fake=fake).parts)
 
 
 def _quiet() -> None:
