@@ -350,6 +350,7 @@ def make_solver(limit_seconds: float, whole: bool = True) -> Any:
         timeLimit=limit_seconds,
         primal_feasibility_tolerance=1e-9,
         mip_feasibility_tolerance=1e-9,
+        mip_pscost_minreliable=2,  # many small nodes: trying branches out costs more than it tells
     )
     if highs.available():
         return highs
