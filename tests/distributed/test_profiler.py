@@ -27,6 +27,8 @@ from tests.distributed.harness import run_ranks
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "exchange", "all_to_all", "broadcast")
+
+
 def this_rank() -> Rank:
     control: Any = dist.new_group(backend="gloo")
     return Rank(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), control, effort_seconds=0.002)
