@@ -41,6 +41,9 @@ from .rank_limits import ROUNDING, NoLimit, RankLimits, rank_limits
 from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
 
+# What passes before and after each rank works.
+Around = tuple[list[float], list[float]]
+
 
 class LeastBytes(NamedTuple):
     """Whatever the chunks: a layer of the commonest kind, and the states of embedding and head."""
@@ -65,7 +68,7 @@ def lower_bound(
     """
     if not modes:
         return None
-    around, split = _heads_and_tails(costs), costs.layout.schedule in SPLIT_BACKWARD
+    around, split = heads_and_tails(costs), costs.layout.schedule in SPLIT_BACKWARD
     least = _one_stage(costs, modes, costs.layout.stages, split)
     if not _is_simple(costs):
         least = max(least, _poured(costs, modes, *around))
@@ -77,16 +80,17 @@ def lower_bound(
     return None if dealt is None else max(dealt, least) + costs.step_seconds
 
 
-def any_chunks_seconds(fewest: LayoutCosts, most_chunks: int, modes: Sequence[str]) -> float:
+def any_chunks_seconds(fewest: LayoutCosts, around: Around, most_chunks: int, modes: Sequence[str]) -> float:
     """Seconds that no layout with `most_chunks` or fewer is below. `fewest` are the costs with fewest chunks: more only
-    add to every number."""
+    add to every number. `around` are their heads and tails."""
     layout, split = fewest.layout, fewest.layout.schedule in SPLIT_BACKWARD
     least = _one_stage(fewest, modes, layout.pp * most_chunks, split)
-    return max(_poured(fewest, modes, *_heads_and_tails(fewest)), least) + fewest.step_seconds
+    return max(_poured(fewest, modes, *around), least) + fewest.step_seconds
 
 
 def any_chunks_dealt(
     fewest: LayoutCosts,
+    around: Around,
     chunks: Sequence[int],
     sizes: LeastBytes,
     limit_bytes: float,
@@ -105,8 +109,8 @@ def any_chunks_dealt(
         RankLimits(fewest, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
         for end, flight in zip(ends, map(min, zip(*every, strict=True)), strict=True)
     ]
-    around = _around(fewest, segment, *_heads_and_tails(fewest), split=layout.schedule in SPLIT_BACKWARD)
-    dealt = _deal(fewest, segment, limits, around, enough_seconds)
+    cost = _around(fewest, segment, *around, split=layout.schedule in SPLIT_BACKWARD)
+    dealt = _deal(fewest, segment, limits, cost, enough_seconds)
     return None if dealt is None else dealt + fewest.step_seconds
 
 
@@ -114,7 +118,7 @@ def most_layers(
     costs: LayoutCosts, limit_bytes: float, modes: Sequence[str], goal_seconds: float
 ) -> tuple[int, list[int]]:
     """(segment, layers of it that each rank holds at most): with more no step is below `goal_seconds`, or none fits."""
-    segment, cost = _commonest(costs, _heads_and_tails(costs))
+    segment, cost = _commonest(costs, heads_and_tails(costs))
     most = []
     for rank, limit in enumerate(rank_limits(costs, segment, limit_bytes, modes)):
         layers = 0
@@ -127,7 +131,7 @@ def most_layers(
     return costs.segments.index(segment), most
 
 
-def _commonest(costs: LayoutCosts, around: tuple[list[float], list[float]]) -> tuple[SegmentCosts, RankCost]:
+def _commonest(costs: LayoutCosts, around: Around) -> tuple[SegmentCosts, RankCost]:
     """The segment with most layers, and what those cost a rank at least."""
     segment = largest_segment(costs)
     if _is_simple(costs):
@@ -275,7 +279,7 @@ def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:
 # ---- heads, tails and water ----------------------------------------------------------------------------------
 
 
-def _heads_and_tails(costs: LayoutCosts) -> tuple[list[float], list[float]]:
+def heads_and_tails(costs: LayoutCosts) -> Around:
     """What passes before and after rank r works: the forwards down to its first stage, the backwards up from it."""
     each = min(s.seconds.forward.total for s in costs.segments) + costs.microbatch.forward.total
     back = min(s.seconds.backward.total for s in costs.segments) + costs.microbatch.backward.total

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .bounds import any_chunks_dealt, any_chunks_seconds, largest_segment
+from .bounds import any_chunks_dealt, any_chunks_seconds, heads_and_tails, largest_segment
 from .question import Question
 from .rank_limits import ROUNDING
 from .rules import recompute_modes
@@ -34,9 +34,10 @@ def least_of_one_state(
     of_schedule = replace(group.base, schedule=schedule)
     modes = recompute_modes(of_schedule, question.rules)
     fewest = prices.price_seconds(replace(of_schedule, virtual_stages=min(chunks)))
-    least = any_chunks_seconds(fewest, max(chunks), modes)
+    around = heads_and_tails(fewest)
+    least = any_chunks_seconds(fewest, around, max(chunks), modes)
     if least > enough_seconds:
         return least  # no byte was looked at
     sizes = prices.least_bytes(replace(of_schedule, virtual_stages=max(chunks)), largest_segment(fewest).kind)
-    dealt = any_chunks_dealt(fewest, chunks, sizes, question.limit_bytes, modes, enough_seconds)
+    dealt = any_chunks_dealt(fewest, around, chunks, sizes, question.limit_bytes, modes, enough_seconds)
     return None if dealt is None else max(least, dealt)
