@@ -10,7 +10,7 @@ from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile, load_hardware
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
-from profiles.traced_model import TracedModel
+from profiles.traced_model import keeps_documents_apart
 
 from .job import OFFLOADS, PRECISIONS, TARGETS, TrainingJob
 from .parse import parse_bytes, parse_pins
@@ -85,7 +85,7 @@ def ask(
         document_length=document_length,
     )
     known = resolve_model(model) if isinstance(model, str) else model
-    if document_length is not None and (known.bidirectional or isinstance(known, TracedModel)):
+    if document_length is not None and not keeps_documents_apart(known):
         raise InputError(
             "documents are kept apart in causal attention of our own alone",
             where="--document-length",

@@ -331,3 +331,8 @@ def _tp_plan(reader: Reader) -> Iterator[tuple[str, str]]:
         if not isinstance(entry, list | tuple) or len(entry) != 2 or entry[1] not in TP_STYLES:
             raise reader.fail("tp_plan", "pairs of a linear's name and one of " + ", ".join(TP_STYLES), entry)
         yield str(entry[0]), entry[1]
+
+
+def keeps_documents_apart(model: ModelSpec) -> bool:
+    """Whether the runtime's attention can stay within documents that share a sequence: causal, and of our own."""
+    return not (model.bidirectional or isinstance(model, TracedModel))

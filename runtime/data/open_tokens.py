@@ -8,7 +8,7 @@ import numpy as np
 
 from planner.plan import Plan
 from profiles.input_error import InputError
-from profiles.traced_model import TracedModel
+from profiles.traced_model import TracedModel, keeps_documents_apart
 
 from ..foreign.example_source import open_examples
 from .blend import parse_blend
@@ -31,7 +31,7 @@ def open_tokens(options: DataOptions, plan: Plan, *, steps: int, validation_batc
     """
     if isinstance(plan.model, TracedModel) and not plan.model.reads_tokens:
         return open_examples(plan, options, seed)
-    if options.packs and (plan.model.bidirectional or isinstance(plan.model, TracedModel)):
+    if options.packs and not keeps_documents_apart(plan.model):
         raise InputError(
             "documents are kept apart in causal attention of our own alone",
             where="--reset-attention-mask, --reset-position-ids, --eod-mask-loss",
