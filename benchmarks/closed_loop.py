@@ -1,7 +1,7 @@
 """python benchmarks/closed_loop.py [--nproc 2] [--turns 3] [--rounds 3]: each legal layout, predicted beside measured.
 
-Profiles this machine, takes the best split of the layers for each legal layout of three small models, and runs all
-in one process group, a step of each in turn. Profiling and running take turns, since a machine that is shared runs
+Profiles this machine, takes the best split of the layers for each legal layout of three small models, and runs all of a
+model's in one process group, a step of each in turn. Profiling and running take turns, since a machine that is shared runs
 faster and slower by the minute, and the points' medians over the profiles after the turns price the layouts. The first
 profile only splits the layers. Prints the errors,
 the rank correlation and the regret: how much slower the planner's choice is than the best layout measured. Beside each
@@ -42,9 +42,9 @@ from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware
 from profiles.link_fit import with_collectives
 from profiles.merge import merge_profiles
-from profiles.model import ModelSpec
 from profiles.probes.profiler import LEVELS, ProfileOptions, profile_machine
 
+Profile = tuple[HardwareProfile, ClusterSpec]
 SHAPES = ("demo", *(str(Path(__file__).parent / "shapes" / f"{name}.yaml") for name in ("wide", "deep")))
 UNPROVEN = Certificate(
     objective_seconds=1.0,
@@ -78,7 +78,7 @@ def priced_anew(plan: Plan, hardware: HardwareProfile, cluster: ClusterSpec) -> 
     return make_plan(question, Solved(costs, counts, costs.step(counts)), UNPROVEN)
 
 
-def profiled(arguments: Any) -> tuple[HardwareProfile, ClusterSpec]:
+def profiled(arguments: Any) -> Profile:
     """A fresh profile of this machine."""
     options = ProfileOptions(
         ranks=arguments.nproc,
@@ -90,7 +90,7 @@ def profiled(arguments: Any) -> tuple[HardwareProfile, ClusterSpec]:
     return findings.hardware(), findings.cluster("local")
 
 
-def merged(profiles: Sequence[tuple[HardwareProfile, ClusterSpec]]) -> tuple[HardwareProfile, ClusterSpec]:
+def merged(profiles: Sequence[Profile]) -> Profile:
     """The medians of the profiles between the turns, and the links that fit them.
 
     The first one only splits the layers: no turn comes before it, and in two runs of three its pace was a faster one.
@@ -99,10 +99,9 @@ def merged(profiles: Sequence[tuple[HardwareProfile, ClusterSpec]]) -> tuple[Har
     return hardware, with_collectives(profiles[0][1], hardware.collectives)
 
 
-def questions(arguments: Any, hardware: HardwareProfile, cluster: ClusterSpec) -> list[Question]:
+def question(arguments: Any, model: str, hardware: HardwareProfile, cluster: ClusterSpec) -> Question:
     job = TrainingJob(global_batch=arguments.global_batch, sequence=arguments.seq, precision=arguments.precision)
-    models: list[ModelSpec] = [resolve_model(name) for name in arguments.model or SHAPES]
-    return [Question(model, cluster, hardware, job) for model in models]
+    return Question(resolve_model(model), cluster, hardware, job)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -120,31 +119,25 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
-def plans_to_run(arguments: Any, hardware: HardwareProfile, cluster: ClusterSpec) -> list[Plan]:
-    """The plans of every model, one model after the other."""
-    return [plan for question in questions(arguments, hardware, cluster) for plan in chosen_plans(question, arguments)]
-
-
 def chosen_plans(question: Question, arguments: Any) -> list[Plan]:
     plans = plans_of(question)
     named = [p for p in plans if not arguments.only or any(text in p.layout.short() for text in arguments.only)]
     return named[:: arguments.every]
 
 
+def summary(cases: Sequence[Case], paced: Sequence[float]) -> None:
+    """All models; `paced` are the errors had the machine kept its pace."""
+    print("\nall models")
+    print(f"error               median {statistics.median(abs(c.error) for c in cases):.1%} of {len(cases)}")
+    print(f"at equal pace       median {statistics.median(map(abs, paced)):.1%}")
+
+
 def report(cases: Sequence[Case], hardware: HardwareProfile, arguments: Any) -> None:
-    """Every model by itself, then all of them."""
-    by_model: dict[str, list[Case]] = {}
-    for case in cases:
-        by_model.setdefault(case.plan.model.name, []).append(case)
-    for name, some in by_model.items():
-        ranks = some[0].plan.layout.world_size
-        print(f"\n{name}, batch {arguments.global_batch} × {arguments.seq}, {ranks} ranks")
-        show(some, hardware, arguments.parts)
+    """One model's layouts."""
+    layout = cases[0].plan.layout
+    print(f"\n{cases[0].plan.model.name}, batch {arguments.global_batch} × {arguments.seq}, {layout.world_size} ranks")
+    show(cases, hardware, arguments.parts)
     show_parts(cases, hardware)
-    if len(by_model) > 1:
-        print("\nall models")
-        print(f"error               median {statistics.median(abs(c.error) for c in cases):.1%} of {len(cases)}")
-        print(f"at equal pace       median {statistics.median(abs(c.paced_error(hardware)) for c in cases):.1%}")
 
 
 def main() -> None:
@@ -158,21 +151,30 @@ def main() -> None:
     print(f"{now}  {platform.node()}  {os.cpu_count()} cores  torch {torch.__version__}  {' '.join(sys.argv)}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.again or arguments.keep or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        if arguments.again:
-            profiles = [load_profile(folder, i) for i in range(len(list(folder.glob("*.cluster.yaml"))))]
-            plans = [load(folder / f"{i}.yaml") for i in range(len(list(folder.glob("[0-9]*.yaml"))))]
-        else:
-            profiles, plans = profile_and_run(arguments, folder)
-        hardware, cluster = merged(profiles)
-        anew = [priced_anew(plan, hardware, cluster) for plan in plans]
-        report(read_cases(anew, folder, arguments.nproc), hardware, arguments)
+        before: Profile | None = None
+        everything, paced = [], []
+        for name in arguments.model or SHAPES:
+            place = folder / Path(name).stem
+            if not arguments.again:
+                before = profile_and_run(arguments, name, place, before)
+            cases, hardware = measured(place, arguments.nproc)
+            report(cases, hardware, arguments)
+            everything += cases
+            paced += [case.paced_error(hardware) for case in cases]
+        if len(everything) > len(cases):
+            summary(everything, paced)
 
 
-def profile_and_run(arguments: Any, folder: Path) -> tuple[list[tuple[HardwareProfile, ClusterSpec]], list[Plan]]:
-    """[Note: Turns] The first profile decides how each layout splits its layers."""
-    profiles = [profiled(arguments)]
-    plans = plans_to_run(arguments, *profiles[0])
+def profile_and_run(arguments: Any, model: str, folder: Path, before: Profile | None) -> Profile:
+    """Fill the folder with plans, profiles and what was measured of one model; gives the last profile.
+
+    [Note: Turns] The first profile decides how each layout splits its layers; the last one of the model before will
+    do. Each model has ranks of its own: with a hundred threads of the process groups of all three in one process,
+    they got in each other's way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    profiles = [before or profiled(arguments)]
+    plans = chosen_plans(question(arguments, model, *profiles[0]), arguments)
     save_plans(plans, folder)
     with ranks_of_this_machine(folder, arguments.nproc, len(plans), arguments.turns, arguments.rounds) as turns:
         for _ in range(arguments.turns):
@@ -181,10 +183,18 @@ def profile_and_run(arguments: Any, folder: Path) -> tuple[list[tuple[HardwarePr
     for number, (hardware, cluster) in enumerate(profiles):
         save_hardware(hardware, folder / f"profile{number}.yaml")
         save_cluster(cluster, folder / f"profile{number}.cluster.yaml")
-    return profiles, plans
+    return profiles[-1]
 
 
-def load_profile(folder: Path, number: int) -> tuple[HardwareProfile, ClusterSpec]:
+def measured(folder: Path, ranks: int) -> tuple[list[Case], HardwareProfile]:
+    """What one model's folder holds, priced from its profiles."""
+    profiles = [load_profile(folder, i) for i in range(len(list(folder.glob("*.cluster.yaml"))))]
+    plans = [load(folder / f"{i}.yaml") for i in range(len(list(folder.glob("[0-9]*.yaml"))))]
+    hardware, cluster = merged(profiles)
+    return read_cases([priced_anew(plan, hardware, cluster) for plan in plans], folder, ranks), hardware
+
+
+def load_profile(folder: Path, number: int) -> Profile:
     cluster = load_cluster_file(folder / f"profile{number}.cluster.yaml")
     return load_hardware(folder / f"profile{number}.yaml"), cluster
 

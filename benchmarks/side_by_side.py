@@ -122,8 +122,8 @@ def _states(plans: Sequence[Plan], device: torch.device) -> list[TrainState]:
 
 
 def one_step(plan: Plan, state: TrainState, meter: StepMeter, number: int) -> None:
-    samples = plan.microbatches * plan.layout.micro_batch
-    ids = torch.randint(0, plan.model.vocab_size, (samples, plan.job.sequence + 1), device=state.device)
+    samples, length = plan.microbatches * plan.layout.micro_batch, plan.job.sequence // plan.layout.cp
+    ids = torch.randint(0, plan.model.vocab_size, (samples, length + 1), device=state.device)
     start = time.perf_counter()
     result = training_step(
         state,

@@ -154,14 +154,14 @@ def main() -> None:
     if arguments.measure:
         measure(arguments.measure, arguments.budget)
         return
-    arguments.model = arguments.model or ["demo"]
+    (model,) = arguments.model or ["demo"]
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     print(f"{now}  {platform.node()}  {os.cpu_count()} cores  torch {torch.__version__}  {' '.join(sys.argv)}")
     with tempfile.TemporaryDirectory() as scratch, two_namespaces(arguments.rate, arguments.delay_ms) as names:
         folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         profiles = [profiled(names, folder, 0, arguments.budget)]
-        plans = closed_loop.plans_to_run(arguments, *profiles[0])
+        plans = closed_loop.chosen_plans(closed_loop.question(arguments, model, *profiles[0]), arguments)
         save_plans(plans, folder)
         numbers = [str(n) for n in (len(plans), arguments.turns, arguments.rounds)]
         ranks = Ranks(names, [__file__, "--ranks", str(folder), *numbers], 29611)

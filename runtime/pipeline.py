@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
@@ -18,6 +19,7 @@ from planner.plan import Plan
 from profiles.traced_model import TracedModel
 
 from .clock import Clock
+from .early_receives import BACKWARD, FORWARD, EarlyReceives
 from .mesh import RankMesh
 from .packed_rows import NO_DOCUMENTS, Documents
 from .transformer import Chunk
@@ -131,6 +133,35 @@ class TimedStage(PipelineStage):
 
     clock: Clock
     frees: Sequence[FSDPModule] = ()
+    early: EarlyReceives | None = None
+
+    def receives(self, kind: str, microbatch: int) -> list[dist.P2POp]:
+        """torch's operations that receive the input, or the gradient, of a microbatch."""
+        if kind == FORWARD:
+            return super().get_fwd_recv_ops(microbatch)
+        return super().get_bwd_recv_ops(microbatch)
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._receive(FORWARD, fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return self._receive(BACKWARD, bwd_chunk_id)
+
+    def _receive(self, kind: str, microbatch: int) -> list[dist.P2POp]:
+        if self.early is None:
+            return self.receives(kind, microbatch)
+        self.early.post()
+        return []
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        if self.early is not None:
+            self.early.wait(self.stage_index, FORWARD, fwd_chunk_id)
+        return super()._retrieve_recv_activations(fwd_chunk_id)
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
+        if self.early is not None:
+            self.early.wait(self.stage_index, BACKWARD, bwd_chunk_id)
+        return super()._retrieve_recv_grads(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         start = self.clock.point()
@@ -186,6 +217,7 @@ class PipelineRunner:
     ) -> None:
         self.clock = Clock(device)
         self.chunks = chunks
+        self.early: EarlyReceives | None = None
         layout = plan.layout
         places = layout.stages_of(mesh.coordinate.pp)
         self.first, self.last = 0 in places, layout.stages - 1 in places
@@ -203,6 +235,10 @@ class PipelineRunner:
             self.schedule = schedule(self.stages[0], plan.microbatches, **options)
         else:
             self.schedule = schedule(self.stages, plan.microbatches, **options)
+        if device.type == "cpu":  # [Note: Early receives]
+            self.early = EarlyReceives(self.schedule, self.stages)
+            for stage in self.stages:
+                stage.early = self.early
 
     def _stage(
         self, plan: Plan, chunk: Chunk, place: int, mesh: RankMesh, device: torch.device, dtype: torch.dtype
@@ -233,6 +269,8 @@ class PipelineRunner:
     ) -> torch.Tensor:
         losses: list[torch.Tensor] = []
         _tell_count(self.chunks, documents)
+        if self.early is not None:
+            self.early.begin()
         run(
             *((inputs,) if self.first else ()),
             # For the chunk that has the head; torch wants them as `target` too, to call its loss function.
