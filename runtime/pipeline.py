@@ -153,17 +153,9 @@ class TimedStage(PipelineStage):
         self.early.post()
         return []
 
-    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if self.early is not None:
             self.early.wait(self.stage_index, FORWARD, fwd_chunk_id)
-        return super()._retrieve_recv_activations(fwd_chunk_id)
-
-    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
-        if self.early is not None:
-            self.early.wait(self.stage_index, BACKWARD, bwd_chunk_id)
-        return super()._retrieve_recv_grads(bwd_chunk_id)
-
-    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         start = self.clock.point()
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         self.clock.add("forward", start, f"{self.stage_index}F{fwd_chunk_id}")
@@ -172,6 +164,8 @@ class TimedStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        if self.early is not None:
+            self.early.wait(self.stage_index, BACKWARD, bwd_chunk_id)
         start = self.clock.point()
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
         self.clock.add("backward", start, f"{self.stage_index}{'B' if full_backward else 'I'}{bwd_chunk_id}")
