@@ -1,12 +1,12 @@
 """python benchmarks/closed_loop.py [--nproc 2] [--turns 3] [--rounds 3]: each legal layout, predicted beside measured.
 
-Profiles this machine, takes the best split of the layers for each legal layout of three small models, and runs all of a
-model's in one process group, a step of each in turn. Profiling and running take turns, since a machine that is shared runs
-faster and slower by the minute, and the points' medians over the profiles after the turns price the layouts. The first
-profile only splits the layers. Prints the errors,
-the rank correlation and the regret: how much slower the planner's choice is than the best layout measured. Beside each
-stands what noise alone makes of it: one half of the rounds against the other. The profiler's reference work is timed
-before each step too, and the error is given also as if the machine had kept the pace it had while it was profiled.
+Profiles this machine, takes the best split of the layers for each legal layout of three small models, and runs all of
+a model's in one process group, a step of each in turn. Profiling and running take turns, since a machine that is
+shared runs faster and slower by the minute, and the points' medians over the profiles after the turns price the
+layouts. The first profile only splits the layers. Prints the errors, the rank correlation and the regret: how much
+slower the planner's choice is than the best layout measured. Beside each stands what noise alone makes of it: one half
+of the rounds against the other. The profiler's reference work is timed before each step too, and the error is given
+also as if the machine had kept the pace it had while it was profiled.
 `--parts` adds predicted and measured seconds by part to every layout.
 """
 

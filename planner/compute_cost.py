@@ -197,7 +197,7 @@ class ComputeModel:
         else:
             assert model.experts is not None
             parts += self._experts(layout, model.experts, tokens, outside_tokens(layout, self._job.sequence))
-        return self._behind_host(_total(parts))
+        return _total(parts).issued(self._hardware)
 
     def _beside_feed_forward(self, layout: Layout) -> ComputeCost:
         """All of a layer but its feed-forward, which alone depends on ep and etp."""
@@ -262,18 +262,9 @@ class ComputeModel:
         added = self._hardware.memory_seconds("residual", self._dtype, tokens * self._model.hidden_size)
         return ComputeCost(backward_input=ComputeSeconds(memory=sums * added))
 
-    def _behind_host(self, cost: ComputeCost) -> ComputeCost:
-        """No pass is shorter than the host takes to issue it; the weights' gradient is issued with the input's."""
-        each = self._hardware.host_operation_seconds
-        if each == 0.0:
-            return cost
-        backward = cost.backward.behind_host(each).overhead - cost.backward.overhead
-        return ComputeCost(
-            cost.forward.behind_host(each),
-            cost.backward_input + ComputeSeconds(overhead=backward),
-            cost.backward_weight,
-            cost.selective.behind_host(each),
-        )
+    def split_overhead(self, part: ComputeSeconds) -> float:
+        """Seconds that one half of a split backward takes besides: the operations of both are paid by either."""
+        return part.operations * self._hardware.split_overhead_seconds
 
     def _experts(self, layout: Layout, experts: Experts, tokens: float, outside: float) -> list[ComputeCost]:
         """Router, sorting, the rank's experts on the tokens sent to them, the shared experts, and back."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from profiles.hardware import HardwareProfile
+
 # Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
 # included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
 HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "joined": (7, 21)}
@@ -40,6 +42,11 @@ class ComputeSeconds:
         return ComputeSeconds(
             self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor, self.operations
         )
+
+    def with_overhead(self, seconds_each: float) -> ComputeSeconds:
+        """With so many seconds more for each operation."""
+        overhead = self.overhead + self.operations * seconds_each
+        return ComputeSeconds(self.gemm, self.attention, self.memory, overhead, self.operations)
 
     def behind_host(self, seconds_each: float) -> ComputeSeconds:
         """As long as the host takes to issue it, at least."""
@@ -78,4 +85,24 @@ class ComputeCost:
     def __mul__(self, factor: float) -> ComputeCost:
         return ComputeCost(
             self.forward * factor, self.backward_input * factor, self.backward_weight * factor, self.selective * factor
+        )
+
+    def issued(self, hardware: HardwareProfile) -> ComputeCost:
+        """With what issuing its operations takes.
+
+        Where the host is the device each has its overhead. Elsewhere no pass is shorter than the host takes to issue
+        it; the weights' gradient is issued with the input's.
+        """
+        if each := hardware.operation_overhead_seconds:
+            passes = (self.forward, self.backward_input, self.backward_weight, self.selective)
+            return ComputeCost(*(one.with_overhead(each) for one in passes))
+        each = hardware.host_operation_seconds
+        if each == 0.0:
+            return self
+        late = self.backward.behind_host(each).overhead - self.backward.overhead
+        return ComputeCost(
+            self.forward.behind_host(each),
+            self.backward_input + ComputeSeconds(overhead=late),
+            self.backward_weight,
+            self.selective.behind_host(each),
         )

@@ -56,7 +56,8 @@ class DataParallelModel:
         FSDP2 keeps embedding and head in the root group (`root`): gathered first and reduced last, they hide behind
         nothing, and zero 3 keeps them gathered from forward to backward. torch's pipeline reduces once, after the
         last action, behind nothing; under zero 3 it gathers layers again for each backward, unless stages say
-        otherwise (`reshard`, [Note: Resharding]).
+        otherwise (`reshard`, [Note: Resharding]). Where a microbatch neither gathers nor reduces, FSDP2's Python
+        around the part is left; what was measured of its collectives has it in it.
         """
         gathered, reduced = self._collectives(layout, dense, expert, tensors)
         if gathered == reduced == 0.0:
@@ -68,17 +69,20 @@ class DataParallelModel:
         first = Seconds(dp=exposed(gathered, forward if hides_gather else 0.0))
         again = Seconds(dp=exposed(gathered, backward if self._software.weight_gather == "overlapped" else 0.0))
         last = Seconds(dp=exposed(reduced, backward if hides_reduce else 0.0))
+        on_fsdp = self._software.on_fsdp
+        around = Seconds(dp=self._hardware.fsdp_forward_overhead_seconds if on_fsdp else 0.0)
+        back = Seconds(dp=self._hardware.fsdp_backward_overhead_seconds if on_fsdp else 0.0)
         if zero == 0:
-            return DataParallel(reduce=last)
+            return DataParallel(forward=around, backward=back, reduce=last)
         if pipelined and reshard and not torch_root:
             return DataParallel(forward=first, backward=again, reduce=last)
         if zero == 1 or (pipelined and reshard is False):
-            return DataParallel(gather=first, reduce=last)
+            return DataParallel(forward=around, backward=back, gather=first, reduce=last)
         if pipelined:
-            backward_gather = again if zero == 3 and not torch_root else NOTHING
-            return DataParallel(backward=backward_gather, gather=first, reduce=last)
+            backward_gather = again if zero == 3 and not torch_root else back
+            return DataParallel(forward=around, backward=backward_gather, gather=first, reduce=last)
         if zero == 2:
-            return DataParallel(gather=first, backward=last)
+            return DataParallel(forward=around, gather=first, backward=last)
         return DataParallel(forward=first, backward=last if torch_root else last + again)
 
     def _collectives(self, layout: Layout, dense: float, expert: float, tensors: int) -> tuple[float, float]:

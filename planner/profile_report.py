@@ -136,6 +136,10 @@ def _scalars(hardware: HardwareProfile) -> Table:
         ("tp shard", h.shard_overhead_seconds),
         ("with sequence", h.sequence_shard_overhead_seconds),
         ("parameter", h.parameter_overhead_seconds),
+        ("operation", h.operation_overhead_seconds),
+        ("in a split backward", h.split_overhead_seconds),
+        ("FSDP forward", h.fsdp_forward_overhead_seconds),
+        ("FSDP backward", h.fsdp_backward_overhead_seconds),
     ]
     overlap = f"compute × {h.overlap_compute_slowdown:.2f}, communication × {h.overlap_communication_slowdown:.2f}"
     if h.overlap:

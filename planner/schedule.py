@@ -29,6 +29,8 @@ __all__ = [
 
 # They run a backward in two halves; recomputation does not go with that on torch.
 SPLIT_BACKWARD = ("zb1p", "zbv", "dualpipev")
+# Of these, those that split every backward; DualPipeV splits few.
+ALL_SPLIT = ("zb1p", "zbv")
 # Every forward of a step comes before the first backward.
 FORWARDS_FIRST = ("gpipe", "looped-bfs")
 # torch runs them with paired sends and receives that block the host ([Note: Blocking point-to-point]).

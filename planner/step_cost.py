@@ -30,7 +30,7 @@ from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .offload import transfer_seconds
 from .part_seconds import PartSeconds, Seconds
-from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
+from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
 from .space import LayoutGroup
 from .traced_cost import traced_parts
 
@@ -130,8 +130,10 @@ class CostModel:
 
     def _parts(self, layout: Layout, microbatches: int, reshard: bool | None) -> _Parts:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
-        nothing but whether logits are computed again, so layouts that differ in it share them."""
+        nothing but whether logits are computed again and all backwards split, so the others share them."""
         alike = "gpipe" if self._logits_again(layout) else "1f1b"
+        if layout.schedule in ALL_SPLIT and self._hardware.split_overhead_seconds:
+            alike = "zb1p"
         key = (replace(layout, virtual_stages=1, schedule=alike), reshard)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
@@ -297,10 +299,12 @@ class CostModel:
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
         number = self._software.joined_tensors(tensors, root)
         dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root, reshard=reshard)
+        split = self._compute.split_overhead if layout.schedule in ALL_SPLIT else lambda _: 0.0
+        first, second = compute.backward_input, compute.backward_weight
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
-            backward_input=Seconds(compute.backward_input.total, **sent("backward")) + dp.backward,
-            backward_weight=Seconds(compute.backward_weight.total + accumulate),
+            backward_input=Seconds(first.total + split(first), **sent("backward")) + dp.backward,
+            backward_weight=Seconds(second.total + split(second) + accumulate),
             recompute_selective=Seconds(compute.selective.total, **sent("selective")),
             recompute_full=Seconds(compute.forward.total, **sent("full")),
             gather=dp.gather,

@@ -60,7 +60,7 @@ class TracedCompute(ComputeModel):
         if layout.tp > 1:
             cut = ComputeSeconds(overhead=self._hardware.shard_overhead_seconds)
             cost = cost + ComputeCost(cut, cut)
-        return self._behind_host(cost)
+        return cost.issued(self._hardware)
 
     def embedding(self, layout: Layout) -> ComputeCost:
         return self._part(self._traced.before, layout)

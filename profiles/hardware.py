@@ -48,6 +48,10 @@ class HardwareProfile:
     over tp, `sequence_shard_overhead_seconds` instead under sequence parallelism;
     `parameter_overhead_seconds` for each parameter tensor that a step clips and updates. Where kernels run behind the
     host (GPUs), `host_operation_seconds` is what the host takes to issue one operation: a pass is no shorter than that.
+    Where the host is the device, `operation_overhead_seconds` is what each operation of a block takes besides its
+    kernel; `split_overhead_seconds` comes on top for each operation of a backward in halves; and
+    `fsdp_forward_overhead_seconds` and `fsdp_backward_overhead_seconds` are what FSDP2 does around one module in a
+    microbatch that neither gathers nor reduces.
     `multiprocessors` is what a wave of tiles has, 0 where a GEMM has none (CPUs). Collectives were measured with
     `devices_per_node` ranks a node; `gemm_checks` are shapes off the grid, measured to judge the grid by.
     """
@@ -69,6 +73,10 @@ class HardwareProfile:
     sequence_shard_overhead_seconds: float = 0.0
     parameter_overhead_seconds: float = 0.0
     host_operation_seconds: float = 0.0
+    operation_overhead_seconds: float = 0.0
+    split_overhead_seconds: float = 0.0
+    fsdp_forward_overhead_seconds: float = 0.0
+    fsdp_backward_overhead_seconds: float = 0.0
     host_to_device_bytes_per_second: float | None = None
     device_to_host_bytes_per_second: float | None = None
     multiprocessors: int = 0
@@ -305,6 +313,10 @@ _OVERHEADS = (
     "sequence_shard_overhead_seconds",
     "parameter_overhead_seconds",
     "host_operation_seconds",
+    "operation_overhead_seconds",
+    "split_overhead_seconds",
+    "fsdp_forward_overhead_seconds",
+    "fsdp_backward_overhead_seconds",
 )
 _HOST_LINK = ("host_to_device_bytes_per_second", "device_to_host_bytes_per_second")
 # Lists of the file, in its order.

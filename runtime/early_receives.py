@@ -44,6 +44,7 @@ class EarlyReceives:
 
     def begin(self) -> None:
         """Before a step: nothing is posted yet. torch makes the buffers when the first step has begun."""
+        assert not self._works, f"nobody waited for {list(self._works or ())}"
         self._works = None
 
     def post(self) -> None:

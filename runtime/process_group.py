@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from profiles.input_error import InputError
+from profiles.probes.cpu_rank import prepare_cpu_rank
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def process_group(world_size: int, timeout_seconds: float, *, on_cpu: bool = Fal
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(1)  # ranks share the cores
+        prepare_cpu_rank()
     cuda, timeout = device.type == "cuda", datetime.timedelta(seconds=timeout_seconds)
     with _groups_time_out(timeout):
         try:

@@ -78,6 +78,8 @@ def test_a_price_does_not_depend_on_what_was_priced_before() -> None:
         ({"microbatch_overhead_seconds": 1.0}, Layout(pp=4)),
         ({"shard_overhead_seconds": 1.0}, Layout(tp=4)),
         ({"sequence_shard_overhead_seconds": 1.0}, Layout(tp=4, sequence_parallel=True)),
+        ({"operation_overhead_seconds": 1e-6}, Layout(dp=4)),
+        ({"split_overhead_seconds": 1e-6}, Layout(pp=4, schedule="zb1p")),
     ],
 )
 def test_slower_hardware_is_a_slower_step(slower: dict[str, Any], layout: Layout) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..cluster import COLLECTIVES
-from . import compute, concurrency, overheads
+from . import chains, compute, concurrency, overheads
 from .collectives import PlacedGroup, Placement, measure_bandwidths, measure_collective
 from .compute import linear_products, linear_shapes
 from .timing import Rank
@@ -105,6 +105,8 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     yield Case("microbatch overhead", "overheads", QUICK, overheads.measure_microbatch)
     yield Case("parameter overhead", "overheads", QUICK, overheads.measure_parameter)
     yield Case("launch", "overheads", QUICK, compute.measure_launch)
+    if not cuda:
+        yield Case("chain", "overheads", QUICK, chains.measure_chain)
     if cuda:
         yield Case("host link", "overheads", DEFAULT, compute.measure_host_link)
     if rank.world_size == 1:
@@ -113,6 +115,9 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     yield Case("stragglers", "overheads", QUICK, concurrency.measure_stragglers)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
     yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))
+    if not cuda:
+        run = partial(overheads.measure_unsynchronised, placed=groups[smallest])
+        yield Case("FSDP without collectives", "overheads", QUICK, run)
     fsdp = {2**18: QUICK, 2**20: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
     if cuda:
         fsdp |= {2**28: QUICK, 2**29: FULL}

@@ -167,6 +167,25 @@ def measure_data_parallel(rank: Rank, placed: PlacedGroup, size_bytes: int) -> l
     ]
 
 
+def measure_unsynchronised(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
+    """What FSDP2 does around one module in a microbatch that neither gathers nor reduces, forward and backward."""
+    mesh = DeviceMesh.from_group(placed.group, rank.device.type)
+    plain, replicated = (
+        nn.Sequential(*(_Tiny(_WIDTH, _nothing) for _ in range(_UNITS))).to(rank.device) for _ in range(2)
+    )
+    for unit in replicated:
+        replicate(unit, mesh=mesh)
+        assert isinstance(unit, FSDPModule)
+        unit.set_requires_gradient_sync(False)
+        unit.set_reshard_after_backward(False)
+    x = torch.ones(1, device=rank.device, requires_grad=True)
+    (forward, backward), (around, back) = _passes_in_turn(rank, (plain, replicated), x, gathers=False)
+    return {
+        "fsdp_forward_overhead_seconds": max(0.0, around - forward) / _UNITS,
+        "fsdp_backward_overhead_seconds": max(0.0, back - backward) / _UNITS,
+    }
+
+
 class _Tiny(nn.Module):
     """A parameter of `width` × _WIDTH that costs next to nothing to use, whatever its size, beside `compute`."""
 
@@ -199,8 +218,12 @@ def _nothing() -> None:
     pass
 
 
-def _passes_in_turn(rank: Rank, modules: tuple[nn.Module, ...], x: torch.Tensor) -> list[tuple[float, float]]:
-    """(forward, backward) seconds of each module, means over ranks and turns, gradients dropped in between."""
+def _passes_in_turn(
+    rank: Rank, modules: tuple[nn.Module, ...], x: torch.Tensor, *, gathers: bool = True
+) -> list[tuple[float, float]]:
+    """(forward, backward) seconds of each module, means over ranks and turns, gradients dropped in between.
+
+    Units of FSDP2 give their weights back in between too where each pass `gathers` them."""
     spans: list[list[tuple[float, float]]] = [[] for _ in modules]
     begun = time.perf_counter()
     fewest = 6 if rank.shares_cores else 10
@@ -220,7 +243,7 @@ def _passes_in_turn(rank: Rank, modules: tuple[nn.Module, ...], x: torch.Tensor)
                 found.append((middle - start, end - middle))
             module.zero_grad()
             for unit in module.children():
-                if isinstance(unit, FSDPModule):
+                if gathers and isinstance(unit, FSDPModule):
                     unit.reshard()  # so that the next pass gathers again
     return [
         (rank.mean(trimmed_mean([f for f, _ in found])), rank.mean(trimmed_mean([b for _, b in found])))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ..points import CollectivePoint
 from .cases import DEFAULT, PHASES, QUICK, Case, all_cases
 from .collectives import make_groups
+from .cpu_rank import prepare_cpu_rank
 from .findings import LIST_OF, Request
 from .pace import Pace
 from .timing import CaseFailed, Rank
@@ -45,7 +46,7 @@ def work(rank_index: int, world_size: int, init_method: str, request: Request, t
     Cases that need memory or an operation which some rank lacks are skipped on all and named.
     """
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    prepare_cpu_rank()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank_index))) if cuda else torch.device("cpu")
     if cuda:

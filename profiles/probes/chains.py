@@ -1,0 +1,106 @@
+"""Probes of kernels among others: what an operation of a block costs beyond the same operation timed by itself.
+
+[Note: Chains]
+A kernel that is timed over and over finds its code and torch's way to it in the caches, and nothing of autograd
+around it; in a block each operation follows another one. Where the host is the device, on CPUs, the difference is part
+of the step: so much for each operation that the host issues, as the cost model counts them, and nearly the same for
+kernels of any size, which is why the block here is a small one. A backward in halves (zero bubble) walks the graph in
+Python besides, once for the gradients of the input and once more for those of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from .compute import linear_products, measure_attention, measure_gemm, measure_memory
+from .timing import Rank, time_alone
+
+_TOKENS, _HIDDEN, _HEADS, _FFN = 64, 64, 4, 128
+_BLOCKS = 4
+# Operations of one block that the host issues: 7 linears, 8 kernels bound by memory, flash attention; and three sums
+# of gradients that meet, which a backward has besides.
+_FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 7 * 4 + 8 * 2 + 5, 7 * 7 + 8 * 3 + 6
+_WEIGHT_OPERATIONS = 7 * 7 / 2
+_MEETING = 3
+
+
+class _Block(nn.Module):
+    """A block as decoders have it: norm, attention with rotary positions, norm, gated feed-forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        h, f = _HIDDEN, _FFN
+        self.first, self.second = nn.RMSNorm(h), nn.RMSNorm(h)
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(h, h, bias=False) for _ in range(4))
+        self.w1, self.w3, self.w2 = (
+            nn.Linear(h, f, bias=False),
+            nn.Linear(h, f, bias=False),
+            nn.Linear(f, h, bias=False),
+        )
+        self.angles = torch.randn(2, _TOKENS, h // _HEADS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        q, k, v = (w(y).view(1, _TOKENS, _HEADS, -1).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        mixed = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+        x = x + self.wo(mixed.transpose(1, 2).reshape(1, _TOKENS, _HIDDEN))
+        y = self.second(x)
+        return x + self.w2(F.silu(self.w1(y)) * self.w3(y))
+
+    def _rotate(self, x: torch.Tensor) -> torch.Tensor:
+        cosine, sine = self.angles
+        return x * cosine + x.roll(x.shape[-1] // 2, -1) * sine
+
+
+def measure_chain(rank: Rank) -> dict[str, float]:
+    """Seconds that each operation of a block costs beyond its kernel, and those of a backward in halves besides."""
+    stack = nn.Sequential(*(_Block() for _ in range(_BLOCKS)))
+    x = torch.randn(1, _TOKENS, _HIDDEN, requires_grad=True)
+    inputs = [x, *stack.parameters()]
+    gradient = torch.randn_like(x)
+
+    def whole() -> None:
+        torch.autograd.grad(stack(x), inputs, gradient)
+
+    def halves() -> None:
+        output = stack(x)
+        _, groups = stage_backward_input([output], [gradient], [x], iter(stack.parameters()))
+        stage_backward_weight(iter(stack.parameters()), groups)
+        for weight in stack.parameters():
+            weight.grad = None
+        x.grad = None
+
+    chained = [time_alone(rank, whole).seconds / _BLOCKS]
+    split = time_alone(rank, halves).seconds / _BLOCKS
+    kernels = sum(_kernel_seconds(rank))
+    chained.append(time_alone(rank, whole).seconds / _BLOCKS)
+    together = sum(chained) / 2
+    operations = _FORWARD_OPERATIONS + _BACKWARD_OPERATIONS + _MEETING
+    return {
+        "operation_overhead_seconds": max(0.0, together - kernels) / operations,
+        "split_overhead_seconds": max(0.0, split - together) / _BACKWARD_OPERATIONS,
+    }
+
+
+def _kernel_seconds(rank: Rank) -> Sequence[float]:
+    """Seconds of each kernel of a block by itself, as the profile has them."""
+    t, h, f = _TOKENS, _HIDDEN, _FFN
+    seconds = []
+    for number, outputs, inputs in ((4, h, h), (2, f, h), (1, h, f)):
+        for operation, *shape in linear_products(t, outputs, inputs):
+            seconds.append(number * measure_gemm(rank, "fp32", operation, *shape).seconds)
+    for number, operation, elements in (
+        *((2, "rmsnorm", t * h), (2, "rope", t * h), (1, "copy", t * h), (2, "residual", t * h)),
+        (1, "swiglu", t * f),
+    ):
+        ways = measure_memory(rank, "fp32", operation, elements)
+        seconds += [number * point.seconds for point in ways]
+        if operation == "residual":
+            seconds.append(_MEETING * ways[0].seconds)
+    seconds += [point.seconds for point in measure_attention(rank, "fp32", 1, _HEADS, t, h // _HEADS)]
+    return seconds
