@@ -105,24 +105,25 @@ def measured_parts(record: RunRecord) -> dict[str, float]:
 
 def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, float]:
     """The same parts as `hardware` prices them, for the same rank: collectives whole, nothing hidden."""
-    plan, stage = record.plan, record.stage
+    plan = record.plan
     waiting = replace(hardware, overlap_compute_slowdown=2.0, overlap_communication_slowdown=2.0)
     prices = CostModel(plan.model, plan.cluster, waiting, plan.job)
     costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
-    count = counts_of(plan.model, plan.stages)[stage]
-    seconds = costs.stage_seconds(stage, count)
-    each = seconds.forward + seconds.backward + seconds.recompute_full
-    kernels = _kernels(hardware, record, count)
-    return {
-        **kernels,
-        "tp": each.tp * costs.microbatches,
-        "dp": each.dp * costs.microbatches + seconds.gather.dp + seconds.reduce.dp,
-        "optimizer": seconds.optimizer.total,
-    }
+    counts = counts_of(plan.model, plan.stages)
+    parts = {**dict.fromkeys(KERNELS, 0.0), "tp": 0.0, "dp": 0.0, "optimizer": 0.0}
+    for stage in record.stages:
+        seconds = costs.stage_seconds(stage, counts[stage])
+        each = seconds.forward + seconds.backward + seconds.recompute_full
+        for kind, kernel_seconds in _kernels(hardware, record, stage, counts[stage]).items():
+            parts[kind] += kernel_seconds
+        parts["tp"] += each.tp * costs.microbatches
+        parts["dp"] += each.dp * costs.microbatches + seconds.gather.dp + seconds.reduce.dp
+        parts["optimizer"] += seconds.optimizer.total
+    return parts
 
 
-def _kernels(hardware: HardwareProfile, record: RunRecord, count: StageCount) -> dict[str, float]:
-    plan, stage = record.plan, record.stage
+def _kernels(hardware: HardwareProfile, record: RunRecord, stage: int, count: StageCount) -> dict[str, float]:
+    plan = record.plan
     software = load_software(CAPABILITIES[plan.job.target].software).software
     compute = ComputeModel(plan.model, hardware, plan.job, software)
     parts: list[tuple[ComputeCost, int, int]] = [
@@ -132,7 +133,7 @@ def _kernels(hardware: HardwareProfile, record: RunRecord, count: StageCount) ->
     ]
     if stage == 0:
         parts.append((compute.embedding(plan.layout), 1, 0))
-    if stage == plan.layout.pp - 1:
+    if stage == plan.layout.stages - 1:
         parts.append((compute.head(plan.layout), 1, 0))
     kernels: dict[str, float] = dict.fromkeys(KERNELS, 0.0)
     for cost, number, again in parts:

@@ -40,9 +40,10 @@ class RunRecord:
     kernels: dict[str, float]
 
     @property
-    def stage(self) -> int:
-        """The pipeline stage of `rank`; pp is the slowest axis."""
-        return self.rank // (self.plan.layout.world_size // self.plan.layout.pp)
+    def stages(self) -> tuple[int, ...]:
+        """The pipeline stages of `rank`, one for each of its chunks; pp is the slowest axis."""
+        layout = self.plan.layout
+        return layout.stages_of(self.rank // (layout.world_size // layout.pp))
 
 
 def load_record(folder: Path) -> RunRecord:

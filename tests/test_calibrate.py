@@ -73,8 +73,19 @@ def test_a_pipeline_stage_is_priced_as_its_own() -> None:
     plan = make_plan(tiny_llama(), Layout(pp=2), TrainingJob(global_batch=8, sequence=16, precision="fp32"))
     first = RunRecord(Path(), plan, "", "", 0, 1.0, PARTS, {})
     last = replace(first, rank=1)
-    assert (first.stage, last.stage) == (0, 1)
+    assert (first.stages, last.stages) == ((0,), (1,))
     assert predicted_parts(HARDWARE, last)["gemm"] > predicted_parts(HARDWARE, first)["gemm"]
+
+
+def test_all_chunks_of_a_rank_are_its_parts() -> None:
+    """pp=2 with two chunks: both ranks together have what one device has."""
+    job = TrainingJob(global_batch=8, sequence=16, precision="fp32")
+    chunked = make_plan(tiny_llama(), Layout(pp=2, schedule="interleaved-1f1b", virtual_stages=2), job)
+    alone = make_plan(tiny_llama(), Layout(), job)
+    ranks = [predicted_parts(HARDWARE, RunRecord(Path(), chunked, "", "", rank, 1.0, PARTS, {})) for rank in (0, 1)]
+    whole = predicted_parts(HARDWARE, RunRecord(Path(), alone, "", "", 0, 1.0, PARTS, {}))
+    for kernel in ("gemm", "attention", "memory"):
+        assert sum(parts[kernel] for parts in ranks) == pytest.approx(whole[kernel])
 
 
 # ---- records ---------------------------------------------------------------------------------------------------
@@ -91,7 +102,7 @@ def written(folder: Path, **measured: Any) -> Path:
 
 def test_a_record_is_read_back(tmp_path: Path) -> None:
     found = load_record(written(tmp_path))
-    assert (found.rank, found.stage, found.kernels) == (1, 0, {"gemm": 0.5})
+    assert (found.rank, found.stages, found.kernels) == (1, (0,), {"gemm": 0.5})
 
 
 @pytest.mark.parametrize(
