@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from ..cluster import COLLECTIVES
+from ..points import GEMM_OPERATIONS
 from . import chains, compute, concurrency, overheads
 from .collectives import PlacedGroup, Placement, measure_bandwidths, measure_collective
 from .compute import linear_products, linear_shapes
@@ -25,8 +26,9 @@ class Case:
 
     `level` is QUICK where no plan can do without it, DEFAULT where it makes plans truer, FULL for the rest.
     Cases of one `ladder` differ by their `size`, which their time rises with: it is known before it is spent.
-    `optional` is what needs a kernel that a device or a build of torch may lack: it is skipped there, while any other
-    case that fails, but for want of memory, shows a bug.
+    What is `needed` is measured though time is up: without it no plan can be priced. `optional` is what needs a kernel
+    that a device or a build of torch may lack: it is skipped there, while any other case that fails, but for want of
+    memory, shows a bug.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Case:
     ladder: str = ""
     size: int = 0
     optional: bool = False
+    needed: bool = False
 
 
 def all_cases(rank: Rank, groups: Groups, dtypes: tuple[str, ...]) -> list[Case]:
@@ -216,8 +219,9 @@ def _gemm(rank: Rank, dtype: str) -> Iterator[Case]:
     for level, (tokens, widths, most) in enumerate(ladders):
         for shape in linear_shapes(tokens, widths):
             if shape not in seen and 2.0 * shape[1] * shape[2] * shape[3] <= most:
+                first = len(seen) < len(GEMM_OPERATIONS)
                 seen.add(shape)
-                yield _product(dtype, level, "gemm", *shape)
+                yield replace(_product(dtype, level, "gemm", *shape), needed=first)
     for index, (tokens, outputs, inputs) in enumerate(_CUDA_CHECKS if cuda else _CPU_CHECKS):
         for shape in linear_products(tokens, outputs, inputs):
             yield _product(dtype, QUICK if index < 2 else DEFAULT, "gemm_checks", *shape)

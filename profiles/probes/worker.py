@@ -92,7 +92,7 @@ def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> Non
         first = case.level == QUICK and case.phase not in started
         started.add(case.phase)
         until = ends[case.phase] if case.level == QUICK else deadline
-        if not first and now + _expected(case, took) > until:
+        if not (first or case.needed) and now + _expected(case, took) > until:
             continue
         if rank.rank == 0:
             tell("progress", (case.phase, case.name, number / len(cases)))
