@@ -19,6 +19,10 @@ when all ranks are written down one entry a turn. The entries that gather and fr
 A receive is waited for just before its consumer, so a transfer may start no earlier than the receiver gets to its
 entry. Gradients are reduced right after the stage's last backward. Stages of the same rank need no transfer.
 
+[Note: Early receives]
+On gloo our runtime posts all receives of a step before its first action, whatever the schedule, and a transfer starts
+when it is sent.
+
 [Note: Messages queue]
 What a rank sends to another goes one after the other over their connection (gloo, and NCCL on one communicator), so a
 transfer waits for the one before it from the same rank to the same rank. With several chunks that is what a slow link
@@ -173,7 +177,10 @@ def _blocking(pipeline: Pipeline) -> EventGraph:
                         poster[transfer], posted[transfer] = rank, settle(rank)
                     elif other != rank:
                         before = ended[transfer - 1] if transfer % pipeline.microbatches else 0
-                        ended[transfer] = add(SEND, posted[transfer], settle(rank), before)
+                        sides = {other: posted[transfer], rank: settle(rank)}
+                        if pipeline.receives_early:
+                            sides = {0: sides[transfer // pipeline.microbatches % ranks]}
+                        ended[transfer] = add(SEND, before, *sides.values())
                         ready.append(other)
                     complete = complete and ended[transfer] > 0
                 if operation == _WAIT:
@@ -273,8 +280,8 @@ def _posted(pipeline: Pipeline) -> EventGraph:
         if receiver == rank:
             arrivals[to][microbatch] = 0
             return
-        before = queued.get((rank, receiver), 0)
-        arrivals[to][microbatch] = queued[rank, receiver] = add(SEND, now[rank], now[receiver], before)
+        before, there = queued.get((rank, receiver), 0), 0 if pipeline.receives_early else now[receiver]
+        arrivals[to][microbatch] = queued[rank, receiver] = add(SEND, now[rank], there, before)
 
     left = list(range(pipeline.ranks))
     while left:

@@ -16,7 +16,7 @@ are more than those.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .in_flight import InFlight
@@ -70,7 +70,8 @@ class LayoutCosts:
     activations] of which none is below another.
 
     Where stages choose ([Note: Resharding]) `reshard` has each one's choice, and `choices` the layers by it; `segments`
-    then have no more seconds and bytes than either, for bounds.
+    then have no more seconds and bytes than either, for bounds. `receives_early` is how the pipeline runs ([Note: Early
+    receives] in event_graph.py).
     """
 
     layout: Layout
@@ -88,6 +89,7 @@ class LayoutCosts:
     allocator_slack: float
     reshard: tuple[bool | None, ...] = ()
     choices: tuple[tuple[bool | None, tuple[SegmentCosts, ...]], ...] = ()
+    receives_early: bool = False
 
     def segments_if(self, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so."""
@@ -99,7 +101,8 @@ class LayoutCosts:
 
     @property
     def pipeline(self) -> Pipeline:
-        return self.layout.pipeline(self.microbatches)
+        pipeline = self.layout.pipeline(self.microbatches)
+        return replace(pipeline, receives_early=True) if self.receives_early else pipeline
 
     @property
     def layers(self) -> int:

@@ -43,12 +43,16 @@ IN_ROUNDS = ("interleaved-1f1b", "zb1p")
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """What fixes the action lists. `schedule` is one of `layout.SCHEDULES`, `chunks` the layout's virtual_stages."""
+    """What fixes the action lists. `schedule` is one of `layout.SCHEDULES`, `chunks` the layout's virtual_stages.
+
+    With `receives_early` all receives of a step are posted before its first action ([Note: Events]).
+    """
 
     schedule: str
     ranks: int
     chunks: int
     microbatches: int
+    receives_early: bool = False
 
     @property
     def stages(self) -> int:

@@ -114,6 +114,7 @@ class CostModel:
             fixed_memory=(),
             in_flight=(),
             allocator_slack=self._hardware.allocator_slack,
+            receives_early=software.posts_receives_early and self._hardware.backend == "gloo",
         )
 
     def least_bytes(self, of_most_chunks: Layout, kind: str) -> LeastBytes:

@@ -142,6 +142,11 @@ class Software:
         return self.family == "meshwright"
 
     @property
+    def posts_receives_early(self) -> bool:
+        """On gloo all receives of a pipeline's step are posted before its first action."""
+        return self.family == "meshwright"
+
+    @property
     def own_context_parallelism(self) -> bool:
         """cp as in runtime/context_parallel.py, of which it is known what it does besides attending and sending."""
         return self.family == "meshwright"

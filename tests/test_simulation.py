@@ -23,7 +23,7 @@ UP = 1 + 1e-12
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Pipeline, list[StageSeconds], float]:
     """(pipeline, durations per stage, seconds of a send)."""
-    pipeline = draw(pipelines(most_microbatches=13))
+    pipeline = replace(draw(pipelines(most_microbatches=13)), receives_early=draw(st.booleans()))
     durations = draw(st.lists(stage_seconds, min_size=pipeline.stages, max_size=pipeline.stages))
     return pipeline, durations, draw(st.just(0.0) | seconds)
 
@@ -44,7 +44,8 @@ def test_the_simulation_is_torchs_loops_and_lists(case: tuple[Pipeline, list[Sta
     if pipeline.schedule in LISTED:
         expected = torch_listed_seconds(pipeline, durations, send)
     else:
-        expected = torch_seconds(pipeline.schedule, durations, pipeline.microbatches, send)
+        early = pipeline.receives_early
+        expected = torch_seconds(pipeline.schedule, durations, pipeline.microbatches, send, early=early)
     assert simulate(pipeline, durations, send).seconds == pytest.approx(expected)
 
 

@@ -51,7 +51,8 @@ def torch_lists(pipeline: Pipeline) -> list[list[str]]:
 def torch_listed_seconds(pipeline: Pipeline, durations: Sequence[StageSeconds], send: float) -> float:
     """Seconds until every rank is through its list: sends posted and left, receives waited for by their consumers.
 
-    Sends from one rank to another go one after the other.
+    Sends from one rank to another go one after the other. A pipeline that receives early has posted all receives at
+    the start.
     """
     lists = torch_schedule(pipeline).pipeline_order_with_comms
     at, clock = [0] * pipeline.ranks, [0.0] * pipeline.ranks
@@ -78,7 +79,7 @@ def torch_listed_seconds(pipeline: Pipeline, durations: Sequence[StageSeconds], 
         if not 0 <= source < pipeline.stages or holder[source] == holder[stage]:
             return 0.0
         sent = posted.get((f"SEND_{direction}", source, microbatch))
-        received = posted.get((f"RECV_{direction}", stage, microbatch))
+        received = 0.0 if pipeline.receives_early else posted.get((f"RECV_{direction}", stage, microbatch))
         first = ahead[direction, source, microbatch]
         before = arrival(*first) if first else 0.0
         return None if sent is None or received is None or before is None else max(sent, received, before) + send

@@ -91,8 +91,10 @@ def _one_forward_one_backward(rank: int, ranks: int, microbatches: int, seconds:
 _LOOPS = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward}
 
 
-def torch_seconds(schedule: str, durations: Sequence[StageSeconds], microbatches: int, send: float) -> float:
-    """Seconds until the last rank has reduced its gradients."""
+def torch_seconds(
+    schedule: str, durations: Sequence[StageSeconds], microbatches: int, send: float, *, early: bool = False
+) -> float:
+    """Seconds until the last rank has reduced its gradients; with `early` all receives were posted at the start."""
     ranks = len(durations)
     loops = [_LOOPS[schedule](rank, ranks, microbatches, durations[rank]) for rank in range(ranks)]
     clocks = [0.0] * ranks
@@ -101,7 +103,11 @@ def torch_seconds(schedule: str, durations: Sequence[StageSeconds], microbatches
     def arrived(transfer: Transfer) -> float:
         kind, sender, microbatch = transfer
         before = arrived((kind, sender, microbatch - 1)) if microbatch else 0.0
-        return max(before, *posted[transfer].values()) + send
+        sides = [posted[transfer][sender]] if early else posted[transfer].values()
+        return max(before, *sides) + send
+
+    def known(transfer: Transfer) -> bool:
+        return transfer[1] in posted[transfer] if early else len(posted[transfer]) == 2
 
     pending: list[Step | None] = [next(loop) for loop in loops]
     while any(step is not None for step in pending):
@@ -119,7 +125,7 @@ def torch_seconds(schedule: str, durations: Sequence[StageSeconds], microbatches
                     posted.setdefault(transfer, {})[rank] = clocks[rank]
             else:
                 assert isinstance(what, list)
-                if any(len(posted[transfer]) < 2 for transfer in what):
+                if not all(map(known, what)):
                     continue
                 clocks[rank] = max([clocks[rank], *map(arrived, what)])
             pending[rank] = next(loops[rank], None)

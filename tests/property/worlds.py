@@ -256,6 +256,7 @@ def layout_costs(draw: st.DrawFn, schedules: Sequence[str] = ("gpipe", "1f1b"), 
         fixed_memory=(MemoryBytes(context=draw(_sizes)),) * ranks,
         in_flight=in_flight(pipeline),
         allocator_slack=draw(st.sampled_from((0.0, 0.1))),
+        receives_early=draw(st.booleans()),
     )
 
 
