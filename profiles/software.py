@@ -60,7 +60,8 @@ class Software:
     `accumulation` "fused" happens inside the weight-gradient GEMM. `gradient_reduce` and `weight_gather` (of a
     distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's
     collectives hide: "pieces" of them run beside the pieces of their GEMMs, "own_shard": a gather runs beside the
-    product of the rank's own share, "input_gradient": those of the backward beside the weight-gradient GEMM; `p2p` whether a pipeline stage computes while its messages are under way.
+    product of the rank's own share, "input_gradient": those of the backward run beside the weight-gradient GEMM;
+    `p2p` whether a pipeline stage computes while its messages are under way.
     `scatter_gather`: stage boundaries are cut over tp and gathered on the other side (arXiv 2104.04473, section 4.1).
     `linear_bias`: added in the GEMM ("epilogue"), by the kernel that follows (all but that of queries, keys and
     values) or by one of its own ("separate"). `grouped_heads` "repeated": keys and values are copied for each query
