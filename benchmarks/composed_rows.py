@@ -1,4 +1,4 @@
-"""Published rows whose seconds no clock has read: exactly linear in the number of microbatches.
+"""Published rows that were composed, not measured: their seconds are exactly linear in the number of microbatches.
 
 python benchmarks/composed_rows.py --runs runs.csv
 """
