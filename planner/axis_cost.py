@@ -63,9 +63,7 @@ class AxisModel:
         """Attention and feed-forward each: all-reduce once a pass, or all-gather in and reduce-scatter out with SP.
 
         In each the ranks meet after half of the block's compute and wait for the slowest.
-        Recomputation stops when it has all that backward needs, which the sum that ends the feed-forward is not
-        part of (torch's non-reentrant checkpoint; the counts are asserted in tests/distributed/test_collectives.py),
-        unless a norm follows that sum, which keeps it.
+        Recomputation as needed leaves out the sum that ends the feed-forward, unless a norm follows, which reads it.
         Routed experts take the sequence as it lies; only shared ones are cut over tp as a dense feed-forward is.
         """
         if layout.tp == 1:
@@ -74,7 +72,7 @@ class AxisModel:
         there, back = wait(compute.forward.total / 2), wait(compute.backward.total / 2)
         size, shared = self._whole_bytes(layout), self._model.experts is not None and bool(self._model.experts.shared)
         halves = 2 if kind == "dense" or shared else 1
-        sums_again = halves - (self._model.norm_placement == "pre")
+        sums_again = halves - (self._software.recomputed == "as_needed" and self._model.norm_placement == "pre")
         if not layout.sequence_parallel:
             reduce = self._tp("all_reduce", layout, size)
             again = sums_again * (reduce + there)
@@ -104,12 +102,13 @@ class AxisModel:
     def _overlapped(self, passes: Passes, compute: ComputeCost) -> Passes:
         """With tp overlap the pieces of a collective hide behind the product that they belong to.
 
-        Without it, what the backward sends may still hide behind the weights' gradient, which waits for nothing.
+        What goes with the input's gradient hides behind the weights', which waits for nothing (arXiv 2205.05198,
+        section 4.2.2).
         """
         exposed = self._hardware.exposed_seconds
-        if self._software.tp_overlap != "pieces":
-            if not self._software.tp_backward_overlap:
-                return passes
+        if self._software.tp_overlap == "none":
+            return passes
+        if self._software.tp_overlap == "input_gradient":
             backward = exposed(passes.backward, compute.backward_weight.gemm)
             return Passes(passes.forward, backward, passes.selective, passes.full)
         return Passes(

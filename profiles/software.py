@@ -29,11 +29,12 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "accumulation": ("fused", "separate"),
     "gradient_reduce": ("after_backward", "overlapped"),
     "weight_gather": ("after_step", "overlapped"),
-    "tp_overlap": ("none", "own_shard", "pieces"),
+    "tp_overlap": ("none", "input_gradient", "own_shard", "pieces"),
     "p2p": ("blocking", "overlapped"),
     "scatter_gather": None,
     "linear_bias": ("separate", "following", "epilogue"),
     "grouped_heads": ("native", "repeated"),
+    "recomputed": ("whole", "as_needed"),
     "selective": ("core_attention", "keep_matmuls", "keep_half_matmuls"),
     "loss_metrics": None,
     "fp8_scaling": ("delayed", "dynamic"),
@@ -59,11 +60,13 @@ class Software:
     `accumulation` "fused" happens inside the weight-gradient GEMM. `gradient_reduce` and `weight_gather` (of a
     distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's
     collectives hide: "pieces" of them run beside the pieces of their GEMMs, "own_shard": a gather runs beside the
-    product of the rank's own share; `p2p` whether a pipeline stage computes while its messages are under way.
+    product of the rank's own share, "input_gradient": those of the backward run beside the weight-gradient GEMM;
+    `p2p` whether a pipeline stage computes while its messages are under way.
     `scatter_gather`: stage boundaries are cut over tp and gathered on the other side (arXiv 2104.04473, section 4.1).
     `linear_bias`: added in the GEMM ("epilogue"), by the kernel that follows (all but that of queries, keys and
     values) or by one of its own ("separate"). `grouped_heads` "repeated": keys and values are copied for each query
-    head. `selective` recomputation runs the core attention again, or all but the products and the attention, or
+    head. A `recomputed` layer runs its forward again "whole", or "as_needed": until it has all that its backward reads.
+    `selective` recomputation runs the core attention again, or all but the products and the attention, or
     but every second product. `loss_metrics`: cross-entropy and perplexity are taken of the logits besides the loss.
     `fp8_scaling` "dynamic" looks for the largest element of a tensor before it casts it.
     `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes. `shards` of a
@@ -91,6 +94,7 @@ class Software:
     scatter_gather: bool
     linear_bias: str
     grouped_heads: str
+    recomputed: str
     selective: str
     loss_metrics: bool
     fp8_scaling: str
@@ -124,12 +128,6 @@ class Software:
     def adds_first_gradient(self) -> bool:
         """16-bit gradients are added to fp32 buffers from the first microbatch on; else the first is left as it is."""
         return self.gradients == "fp32" and not self.on_fsdp
-
-    @property
-    def tp_backward_overlap(self) -> bool:
-        """tp's collectives of the backward run beside the weight-gradient GEMM (arXiv 2205.05198, section 4.2.2, and
-        Megatron-LM from 2022: --no-async-tensor-model-parallel-allreduce switches it off)."""
-        return not self.on_fsdp and self.year >= 2022
 
     @property
     def loss_in_pieces(self) -> bool:

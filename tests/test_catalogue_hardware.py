@@ -107,6 +107,11 @@ def test_a_wider_tier_is_not_faster_for_one_device(name: str) -> None:
 BUS_BANDWIDTHS = [
     # vTrain trace/a100, nccl-tests look-up table over 8 A100: the rate its times tend to.
     ("dgx-a100", "all_reduce", 8, 16 * GIB, 229e9),
+    *(
+        (name, "all_reduce", n, GIB, rate)
+        for name in ("dgx-a100", "cloud-a100-400g")
+        for n, rate in ((2, 196.9e9), (4, 221.4e9))
+    ),
     # vTrain trace/v100, the same over 8 V100.
     ("dgx-2", "all_reduce", 8, 16 * GIB, 134.5e9),
     # stas00/ml-engineering network/README, 8 H200, NCCL 2.27.7; NVLS is the same on H100.

@@ -56,11 +56,20 @@ def test_what_trainers_are_known_for() -> None:
     known = {name: entry.software for name, entry in load_all_software().items()}
     for name in ("megatron-2019", "megatron-2020", "megatron-2021", "nemo-megatron-2022"):
         assert known[name].attention in ("unfused", "fused_softmax")
-    for name in ("megatron-2020", "megatron-2021", "nemo-megatron-2022"):
+    for name in ("megatron-2021", "nemo-megatron-2022"):  # their pipelines leave torch's DDP behind
         assert known[name].gradient_reduce == "after_backward"
+    for name in ("megatron-2019", "megatron-2020", "megatron-core-2024", "fsdp1-2023"):
+        assert known[name].gradient_reduce == "overlapped"
     for name in ("megatron-core-2024", "fsdp1-2023"):
         assert known[name].attention.startswith("flash")
-        assert known[name].gradient_reduce == "overlapped"
+    assert {name for name, software in known.items() if software.recomputed == "as_needed"} == {
+        *("meshwright", "torchtitan-2024", "fsdp1-2023")
+    }
+    # Megatron-LM of before 2022 has no asynchronous all-reduce, and DeepSpeed's fork leaves it off.
+    for name in ("megatron-2019", "megatron-2020", "megatron-2021", "megatron-deepspeed-2023"):
+        assert known[name].tp_overlap == "none"
+    for name in ("nemo-megatron-2022", "megatron-2023", "zero-bubble-megatron-2023"):
+        assert known[name].tp_overlap == "input_gradient"
     assert known["megatron-2021"].scatter_gather
     assert not known["meshwright"].dropout
     assert [name for name, software in known.items() if software.loss_in_pieces] == ["meshwright"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.megatron_headline import ASKED_ALL, PAPER_ALL, PAPER_ONE, headline
-from planner.axis_cost import AxisModel
+from planner.axis_cost import AxisModel, Passes
 from planner.comm_cost import CommModel, Group
 from planner.compute_cost import ComputeModel
 from planner.compute_seconds import ComputeCost
@@ -177,6 +177,28 @@ def test_a_gather_beside_the_own_share_hides_less_than_pieces_do() -> None:
     assert exposed["own_shard"].forward == pytest.approx(own + scatter)
 
 
+def test_what_runs_again_and_what_hides_of_the_sums_of_tp() -> None:
+    """Of two all-reduces a pass, recomputation as needed leaves out the last; products of the weights hide others."""
+    cluster, a100 = resolve_cluster("dgx-a100:1"), load_hardware(resolve_hardware_path("a100-sxm-80gb"))
+    job = TrainingJob(global_batch=4, sequence=2048, precision="fp16", target="megatron")
+    comm, layout = CommModel(cluster, a100), Layout(tp=4, micro_batch=4)
+    reduce = comm.collective_seconds("all_reduce", Group(4, 1), 2.0 * 4 * 2048 * tiny_22b().hidden_size)
+
+    def passes(**facts: Any) -> Passes:
+        trainer = software(**facts)
+        block = ComputeModel(tiny_22b(), a100, job, trainer).block(layout)
+        return AxisModel(tiny_22b(), a100, comm, job, trainer).block_tp(layout, block, "dense")
+
+    assert passes(recomputed="whole").full == pytest.approx(2 * reduce)
+    assert passes(recomputed="as_needed").full == pytest.approx(reduce)
+    alone, hidden = passes(tp_overlap="none"), passes(tp_overlap="input_gradient")
+    assert alone.backward == pytest.approx(2 * reduce)
+    assert (hidden.forward, hidden.full) == (alone.forward, alone.full)
+    weights = ComputeModel(tiny_22b(), a100, job, software()).block(layout).backward_weight.gemm
+    assert hidden.backward == pytest.approx(a100.exposed_seconds(2 * reduce, weights))
+    assert hidden.backward < alone.backward / 2
+
+
 def tiny_22b() -> ModelSpec:
     """The 22 B model of arXiv 2205.05198, table 3."""
     changes = {"hidden_size": 6144, "ffn_hidden_size": 24576, "heads": 64, "kv_heads": 64, "head_dim": 96}
@@ -199,11 +221,11 @@ def test_a_layer_of_22b_as_it_was_measured() -> None:
 
 
 def test_the_first_headline_of_megatron() -> None:
-    """arXiv 1909.08053; its 76 % of weak scaling come out 6 points too good (benchmarks/megatron_headline.py)."""
+    """arXiv 1909.08053; its 76 % of weak scaling come out 4 points too good (benchmarks/megatron_headline.py)."""
     found = headline()
     assert found.all == pytest.approx(PAPER_ALL, rel=ASKED_ALL)
     assert found.one == pytest.approx(PAPER_ONE, rel=0.05)
-    assert 0.73 < found.efficiency < 0.83
+    assert 0.73 < found.efficiency < 0.81
 
 
 def test_zero_bubbles_models_have_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
