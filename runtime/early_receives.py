@@ -39,7 +39,7 @@ class EarlyReceives:
 
     def __init__(self, schedule: PipelineScheduleSingle | PipelineScheduleMulti, stages: Sequence[Receiver]) -> None:
         self._stages = {stage.stage_index: stage for stage in stages}
-        self._order = list(_order(schedule, [stage.stage_index for stage in stages]))
+        self._order = list(receives_in_order(schedule, [stage.stage_index for stage in stages]))
         self._works: dict[tuple[int, str, int], list[Any]] | None = None
 
     def begin(self) -> None:
@@ -62,7 +62,7 @@ class EarlyReceives:
             work.wait()
 
 
-def _order(
+def receives_in_order(
     schedule: PipelineScheduleSingle | PipelineScheduleMulti, places: Sequence[int]
 ) -> Iterator[tuple[int, str, int]]:
     """(stage, kind, microbatch) as the partners send them."""
