@@ -37,6 +37,7 @@ def part_rows(case: Case, hardware: HardwareProfile) -> list[tuple[str, float, f
     rows = [(kind, predicted[kind], seconds) for kind, seconds in case.kernels.items()]
     rows.append(("around them", compute - around, found["compute"] - sum(case.kernels.values())))
     rows.append(("tp", predicted["tp"], found["tp"]))
+    rows += [(axis, breakdown[axis], found.get(axis, 0.0)) for axis in ("cp", "ep")]
     rows.append(("dp", predicted["dp"], found["dp_exposed"]))
     rows.append(("pp, bubble", breakdown["pp"] + breakdown["bubble"], found["pp_bubble"]))
     rows.append(("optimizer", breakdown["optimizer"], found["optimizer"] + found["other"]))
