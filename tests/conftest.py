@@ -6,6 +6,8 @@ import pytest
 
 from tests.thinned import FULL
 
+pytest.register_assert_rewrite("tests.distributed.layout_runs")  # so that what differs is shown
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

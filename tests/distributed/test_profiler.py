@@ -24,8 +24,6 @@ from profiles.probes.worker import _measure
 from tests.command_line import start
 from tests.distributed.harness import run_ranks
 
-OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
-
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "exchange", "all_to_all", "broadcast")
 
 
