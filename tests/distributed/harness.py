@@ -40,7 +40,9 @@ def run_ranks(
     children: dict[int, tuple[int, int]] = {}  # read end of a pipe -> (process id, rank)
     for rank in range(world_size):
         reader, writer = os.pipe()
-        process = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: pytest-xdist has a thread
+            process = os.fork()
         if process == 0:
             os.close(reader)
             _child(function, arguments, rank, world_size, store, writer, timeout_seconds)
