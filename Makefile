@@ -5,11 +5,13 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python; do $$p -c '$(FI
 # Megatron-LM's data sets, which tests hold ours against; without what it depends on, which is a torch for CUDA.
 ORACLE := megatron-core==0.16.1
 VENV := .venv
-# Tests without ranks run on all cores; those with ranks one after the other, since ranks fill the cores by themselves.
+# Tests without ranks run on all cores; of those with ranks two files at once: ranks wait for each other half of the time.
 define TESTS
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --ignore tests/distributed
-	$(BIN)/python -m pytest tests/distributed
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(BY_FILE) --ignore tests/distributed
+	$(BIN)/python -m pytest -n 2 $(BY_FILE) tests/distributed
 endef
+# In their order, since the files with the fewest tests, which would come last, are among the longest.
+BY_FILE := --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 
 .PHONY: train test test-full check install clean

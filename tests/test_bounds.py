@@ -23,6 +23,7 @@ from tests.oracles.brute_force import candidates, fastest, priced
 from tests.oracles.small_world import counts, small_question
 from tests.plans import tiny_llama
 from tests.property.worlds import any_layout_costs, layout_costs
+from tests.thinned import examples
 
 FREE, KEPT, RECOMPUTED = ("none", "full"), ("none",), ("full",)
 
@@ -51,7 +52,7 @@ def check_the_bound(costs: LayoutCosts, modes: tuple[str, ...], data: st.DataObj
         assert best.step_seconds == pytest.approx(costs.step(best.counts), rel=1e-12)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(100, 3)
 @given(layout_costs(), st.sampled_from((FREE, KEPT, RECOMPUTED)), st.data())
 def test_no_assignment_is_faster_than_the_bound(
     costs: LayoutCosts, modes: tuple[str, ...], data: st.DataObject
@@ -59,7 +60,7 @@ def test_no_assignment_is_faster_than_the_bound(
     check_the_bound(costs, modes, data)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@examples(100, 3)
 @given(any_layout_costs(), st.data())
 def test_no_assignment_of_any_schedule_is_faster_than_the_bound(
     costs_and_modes: tuple[LayoutCosts, tuple[str, ...]], data: st.DataObject

@@ -18,7 +18,7 @@ from profiles.model import SCHEMA, ModelSpec, load_model_file
 from profiles.store import Reader, dump_yaml
 
 from .plans import tiny_gpt2, tiny_llama
-from .test_model_catalogue import transformers_model
+from .transformers_models import transformers_model
 
 # ---- names -----------------------------------------------------------------------------------------------
 

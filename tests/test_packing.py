@@ -26,9 +26,9 @@ from runtime.data.packing import Packing, document_starts
 from runtime.data.token_source import NO_TARGET, TokenSource
 from runtime.packed_rows import documents_of, own_tensors
 from runtime.trainer import TrainOptions, open_data
+from tests.command_line import run
 from tests.megatron_core import masks_and_positions
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
-from tests.test_cli import run
 
 BOTH = Packing(end=0)
 

@@ -35,7 +35,7 @@ def blocks(plan: Plan) -> list[tuple[int, int, int]]:
     return [(s.recompute_none, s.recompute_selective, s.recompute_full) for s in plan.stages]
 
 
-@examples(300, 1)
+@examples(100, 3)
 @given(st.data())
 def test_whatever_is_legal_becomes_small_and_stays_legal(data: st.DataObject) -> None:
     draw = data.draw

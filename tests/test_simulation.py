@@ -14,6 +14,7 @@ from planner.simulation import Path, StageSeconds, blocked_sends, known_paths, l
 from tests.oracles.torch_lists import LISTED, torch_listed_seconds
 from tests.oracles.torch_loops import torch_seconds
 from tests.test_schedule import LEGAL, pipelines
+from tests.thinned import examples
 
 seconds = st.floats(0.0, 10.0, allow_nan=False).map(lambda value: round(value, 3))
 stage_seconds = st.builds(StageSeconds, seconds, seconds, seconds, gather=st.just(0.0) | seconds, reduce=seconds)
@@ -37,7 +38,7 @@ def equal(pipeline: Pipeline, forward: float, backward_input: float, backward_we
 # ---- torch -----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=500, deadline=None, derandomize=True)
+@examples(250, 2)
 @given(cases())
 def test_the_simulation_is_torchs_loops_and_lists(case: tuple[Pipeline, list[StageSeconds], float]) -> None:
     pipeline, durations, send = case

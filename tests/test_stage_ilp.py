@@ -7,7 +7,7 @@ import time
 
 import pulp
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound
@@ -21,6 +21,7 @@ from tests.oracles.brute_force import assignments, fastest, priced
 from tests.oracles.small_world import counts, small_cluster, small_hardware, small_question
 from tests.plans import tiny_gpt2, tiny_llama
 from tests.property.worlds import any_layout_costs, layout_costs
+from tests.thinned import examples
 
 FREE = ("none", "full")
 
@@ -71,14 +72,14 @@ def check_any_figures(costs: LayoutCosts, modes: tuple[str, ...], data: st.DataO
     assert best * (1 - 2e-6) <= solution.bound_seconds <= solution.step_seconds
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(50, 3)
 @given(layout_costs(), st.sampled_from((FREE, ("none",), ("full",))), st.data())
 def test_any_figures_at_all(costs: LayoutCosts, modes: tuple[str, ...], data: st.DataObject) -> None:
     """Costs that no model gives rise to: free blocks, endless sends, a head of a hundred blocks."""
     check_any_figures(costs, modes, data)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@examples(50, 3)
 @given(any_layout_costs(), st.data())
 def test_any_figures_of_any_schedule(costs_and_modes: tuple[LayoutCosts, tuple[str, ...]], data: st.DataObject) -> None:
     check_any_figures(*costs_and_modes, data)

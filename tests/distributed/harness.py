@@ -32,15 +32,12 @@ def run_ranks(
     The fork costs 0.2 s where a spawn costs 4. Children use one thread, without which an OpenMP pool that
     the parent has used hangs; they end with os._exit, so that their siblings fail at once.
     """
-    # What a launch has left in cycles, a store with its thread among it, ends here; in a fork, which has not that
-    # thread, it would wait for it for ever.
-    gc.collect()
     handle, store = tempfile.mkstemp(prefix="ranks-")
     os.close(handle)
     children: dict[int, tuple[int, int]] = {}  # read end of a pipe -> (process id, rank)
     for rank in range(world_size):
         reader, writer = os.pipe()
-        process = os.fork()
+        process = fork()
         if process == 0:
             os.close(reader)
             _child(function, arguments, rank, world_size, store, writer, timeout_seconds)
@@ -52,6 +49,15 @@ def run_ranks(
     if failures:
         raise RankError("\n".join(failures))
     return [results[rank][1] for rank in range(world_size)]
+
+
+def fork() -> int:
+    """os.fork, where it is safe: what a launch has left in cycles, a store with its thread among it, ends before; in
+    the fork, which has not that thread, it would wait for it for ever."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of the thread that pytest-xdist has
+        return os.fork()
 
 
 def _child(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from planner.job import TrainingJob
+from planner.layout import Layout
 from planner.plan import Plan
+from profiles.model import ModelSpec
 from runtime import plain_loop
 from runtime.compilation import Compilation
 from runtime.data.packing import Packing
@@ -17,10 +22,17 @@ from runtime.gradients import square_sum
 from runtime.loss_scale import LossScaling
 from runtime.packed_rows import own_tensors
 from runtime.step import build_state, training_step
+from tests.distributed.harness import run_ranks
+from tests.plans import make_plan
+from tests.thinned import FULL
 
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
 SEED = 7
+# Of the sacred test: how many steps, and how far off, relatively. What fp32 can show that float64 has not, one dtype
+# taken for another, shows at once.
+INVARIANT_STEPS = {torch.float64: 10, torch.float32: 10 if FULL else 3}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 BALANCE = Balance(loss_weight=0.1, bias_rate=0.01)
 OF_DOCUMENTS = Balance(bias_rate=0.01)  # the balance loss is of rows, and documents that run alone have none
 
@@ -146,3 +158,23 @@ def run_plain(
         packing=packing,
     )
     return Trajectory(found.losses, found.norms, found.clipped_norms)
+
+
+@cache
+def _reference(model: ModelSpec, global_batch: int, sequence: int, dtype: torch.dtype) -> Trajectory:
+    job = TrainingJob(global_batch=global_batch, sequence=sequence, precision="fp32")
+    found = run_plain(make_plan(model, Layout(), job), INVARIANT_STEPS[dtype], dtype)
+    # Equal numbers would prove little if the weights never moved.
+    assert len(set(found.norms)) == INVARIANT_STEPS[dtype]
+    assert found.losses[0] != pytest.approx(found.losses[1], rel=1e-4)
+    return found
+
+
+def require_the_layout_changes_nothing(plan: Plan) -> None:
+    """The sacred test: loss and gradient norm of every step are those of plain torch in one process."""
+    ranks = run_ranks(run_plan_in, plan.layout.world_size, plan, INVARIANT_STEPS, timeout_seconds=180)
+    for dtype, tolerance in TOLERANCE.items():
+        expected = _reference(plan.model, plan.job.global_batch, plan.job.sequence, dtype)
+        for trajectory in (ranks[0][dtype], ranks[-1][dtype]):
+            assert trajectory.losses == pytest.approx(expected.losses, rel=tolerance)
+            assert trajectory.norms == pytest.approx(expected.norms, rel=tolerance)

@@ -24,8 +24,6 @@ from profiles.probes.worker import _measure
 from tests.command_line import start
 from tests.distributed.harness import run_ranks
 
-OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
-
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "exchange", "all_to_all", "broadcast")
 
 
@@ -207,7 +205,7 @@ def test_small_messages_of_every_operation_come_before_large_ones() -> None:
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
     """A profile whose session got Ctrl-C as soon as its file was there: file, exit code, what it said."""
     path = tmp_path_factory.mktemp("profile") / "hardware.yaml"
-    running = start("profile", "--nproc", "2", "-o", str(path))
+    running = start("profile", "--nproc", "2", "--precision", "fp32", "-o", str(path))
     until = time.monotonic() + 150
     while not path.exists() and time.monotonic() < until and running.poll() is None:
         time.sleep(0.2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
@@ -28,6 +27,7 @@ from runtime.launch import train
 from runtime.leaving import Left
 from runtime.trainer import TrainOptions
 from tests.distributed.faults import small_plan
+from tests.distributed.harness import fork
 from tests.distributed.test_launch import alive, process_of, steps_in
 from tests.test_replanning import plan_for
 
@@ -58,10 +58,9 @@ def losses(run_dir: Path) -> list[float]:
 
 def one_rank(options: TrainOptions, plan: Plan | None = None) -> int:
     """Train as the only rank of torchrun's would, in a process of its own, whose id this returns; see `ended`."""
-    gc.collect()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    process = os.fork()
+    process = fork()
     if process > 0:
         return process
     code = 1
