@@ -14,7 +14,7 @@ from pathlib import Path
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = 120
-BEGINNING, TOKENS = "def main(argv):\n", 24
+BEGINNING, TOKENS = "def main(argv):", 24
 
 
 def write_model(folder: Path) -> None:
