@@ -38,7 +38,7 @@ DENSE = {
     "pp2 in 4 chunks": plan_of(tiny_llama(), pp=2, schedule="interleaved-1f1b", virtual_stages=2),
     "dp4 zero3": plan_of(tiny_llama(), dp=4, zero=3, dp_shard=4),
     "HSDP": plan_of(tiny_llama(), dp=4, zero=3, dp_shard=2),
-    "cp2 zero3": plan_of(tiny_llama(), cp=2, dp=2, zero=3, dp_shard=2, micro_batch=2),
+    "cp2 zero3": plan_of(tiny_llama(), cp=2, cp_style="ring", dp=2, zero=3, dp_shard=2, micro_batch=2),
     "dp3 zero1": plan_of(tiny_llama(), dp=3, zero=1, dp_shard=3, micro_batch=2),
     "pp3 uneven": plan_of(tiny_llama(), (1, 3), pp=3, schedule="1f1b"),
     "tp2 pp2 with sequence": plan_of(tiny_llama(), tp=2, pp=2, schedule="gpipe", sequence_parallel=True),
