@@ -224,8 +224,7 @@ class ComputeModel:
         keys_values, outputs = attended_width(model, layout.tp), tokens * model.attention_output_width / layout.tp
         moved = (query, tokens * keys_values, outputs)
         if self._job.document_length is not None:
-            at_once = self._hardware.backend != "gloo" and self._dtype in ("bf16", "fp16")
-            parts.append(document_work(layout, self._job, self._once, *moved, at_once=at_once))
+            parts.append(document_work(layout, self._job, self._hardware, self._once, *moved, dtype=self._dtype))
         if layout.cp > 1 and self._software.own_context_parallelism:
             parts.append(context_work(layout, self._once, *moved))
         parts += [self._residual(hidden), self._residual(hidden)]

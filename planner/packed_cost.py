@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from .compute_seconds import HOST_OPERATIONS, ComputeCost, ComputeSeconds
+from profiles.hardware import HardwareProfile
+
+from .compute_seconds import DOCUMENT_OPERATIONS, ComputeCost, ComputeSeconds
 from .context_seconds import Once
 from .job import TrainingJob
 from .layout import Layout
@@ -74,24 +76,29 @@ def attended_documents(layout: Layout, job: TrainingJob) -> tuple[float, float]:
 def document_work(
     layout: Layout,
     job: TrainingJob,
+    hardware: HardwareProfile,
     once: Once,
     queries: float,
     keys_values: float,
     outputs: float,
     *,
-    at_once: bool,
+    dtype: str,
 ) -> ComputeCost:
     """What our runtime does around attention to documents (runtime/document_attention.py), of one layer and microbatch.
 
     Sizes in elements of one rank, keys and values together. Each document's outputs are put where they belong, and
-    backward its gradients. Where no kernel takes them `at_once` each is a call, of which one is attention's own.
+    backward its gradients. Where no kernel takes them at once each is a call, of which one is attention's own, and
+    on CPUs its operations hide behind nothing.
     """
     assert job.document_length is not None
+    on_cpu = hardware.backend == "gloo"
+    at_once = not on_cpu and dtype in ("bf16", "fp16")
     calls = 0.0 if at_once else layout.micro_batch * row_pieces(job.sequence, job.document_length).pieces - 1
-    there, back = HOST_OPERATIONS["flash"]
+    there, back = (calls * operations for operations in DOCUMENT_OPERATIONS)
+    each = hardware.launch_seconds if on_cpu else 0.0
     return ComputeCost(
-        once("copy", outputs) + ComputeSeconds(operations=calls * there),
-        once("copy", queries + keys_values) + ComputeSeconds(operations=calls * back),
+        once("copy", outputs) + ComputeSeconds(overhead=there * each, operations=there),
+        once("copy", queries + keys_values) + ComputeSeconds(overhead=back * each, operations=back),
     )
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .interpolate import RateGrid, line_at, seconds_at, tiled_flops, tiled_seconds
+from .interpolate import RateGrid, causal_seconds_at, line_at, seconds_at, tiled_flops, tiled_seconds
 from .points import (
     DIRECTIONS,
     DTYPE_BYTES,
@@ -142,7 +142,7 @@ class HardwareProfile:
         if rates is not None:
             per_dim = min(rates, key=lambda dim: abs(math.log(dim / head_dim)))
             # Points hold the seconds of one sequence and head over s², which they are proportional to in the end.
-            seconds = seconds_at(rates[per_dim], sequence**2) * batch * heads * head_dim / per_dim
+            seconds = causal_seconds_at(rates[per_dim], sequence) * batch * heads * head_dim / per_dim
             return seconds * self.correction("attention")
         model = self._attention_models.get((dtype, kernel)) or self._attention_models[dtype, ""]
         rate = model.forward_flops_per_second if direction == "forward" else model.backward_flops_per_second

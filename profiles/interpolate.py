@@ -36,6 +36,20 @@ def seconds_at(points: Sequence[tuple[float, float]], size: float) -> float:
     return y0 * (y1 / y0) ** weight
 
 
+def causal_seconds_at(points: Sequence[tuple[float, float]], sequence: float) -> float:
+    """Seconds of one head's causal attention from (sequence², seconds) points sorted by it: as `seconds_at`, but above
+    the largest on the curve a·s² + b·s through the last two.
+
+    A flash kernel computes the blocks that the diagonal crosses in full: of keys in blocks of k it sees s²/2 + k·s/2
+    pairs, of which half a block of each query is for nothing (512 keys in torch's kernel for CPUs).
+    """
+    if len(points) < 2 or sequence**2 <= points[-1][0]:
+        return seconds_at(points, sequence**2)
+    (s0, y0), (s1, y1) = ((square**0.5, seconds) for square, seconds in points[-2:])
+    squares = min(max((y1 / s1 - y0 / s0) / (s1 - s0), 0.0), y1 / s1**2)  # noise bends the curve neither way
+    return squares * sequence**2 + (y1 / s1 - squares * s1) * sequence
+
+
 _TILES = ((256, 128), (128, 128), (128, 64))
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.interpolate import RateGrid, seconds_at, tiled_flops
+from profiles.interpolate import RateGrid, causal_seconds_at, seconds_at, tiled_flops
 from profiles.points import (
     GemmPoint,
 )
@@ -40,6 +40,20 @@ def test_beyond_the_largest_point_bandwidth_rules_and_below_the_smallest_latency
     beyond = y1 + max(0.0, y1 - y0) * (x1 * factor - x1) / (x1 - x0)
     assert seconds_at(points, x1 * factor) == pytest.approx(beyond)
     assert seconds_at(points, points[0][0] / factor) == points[0][1]
+
+
+def test_beyond_the_longest_causal_attention_sees_half_a_block_of_each_query_for_nothing() -> None:
+    def seconds(sequence: int) -> float:
+        """Of pairs in whole blocks of 512 keys, as torch's kernel for CPUs computes them for 256 queries at once."""
+        return sum(-(-(first + 256) // 512) * 512 * 256 * 1e-9 for first in range(0, sequence, 256))
+
+    points = [(s**2.0, seconds(s)) for s in (512, 1024)]
+    assert [causal_seconds_at(points, s) for s in (512, 1024)] == [points[0][1], points[1][1]]
+    assert causal_seconds_at(points, 2048) == pytest.approx(seconds(2048))
+    assert causal_seconds_at(points, 8192) == pytest.approx(seconds(8192))
+    assert causal_seconds_at(points[1:], 2048) == 4 * points[1][1]
+    noisy = [(points[0][0], 1e-6), points[1]]  # a first point that is too short bends nothing down
+    assert causal_seconds_at(noisy, 2048) == 4 * points[1][1]
 
 
 def test_between_two_points_the_curve_is_straight_in_the_logarithms() -> None:

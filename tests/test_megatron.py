@@ -26,6 +26,14 @@ GPT = NO_DROPOUT + (
     "--global-batch-size 8 --padded-vocab-size 50257 "
 )
 
+USUAL = (  # as scripts have it, dropout left at its default
+    "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --num-layers 32 --hidden-size 4096 "
+    "--num-attention-heads 32 --seq-length 4096 --max-position-embeddings 4096 --micro-batch-size 1 "
+    "--global-batch-size 64 --lr 1.5e-4 --min-lr 1.5e-5 --lr-decay-style cosine --train-iters 500 --bf16 "
+    "--data-path X_text_document --tokenizer-type HFTokenizer --tokenizer-model folder --save run --save-interval 100 "
+    "--log-interval 10 "
+)
+
 
 def read(text: str, vocabulary: int = 1000) -> MegatronOrder:
     return read_command(text.split(), lambda _: vocabulary)
@@ -152,6 +160,19 @@ def test_recomputation() -> None:
 def test_context_and_experts() -> None:
     found = pins("--context-parallel-size 2 --cp-comm-type a2a --num-experts 8 --expert-model-parallel-size 4")[0]
     assert found == {"cp=2", "cp_style=all-to-all", "ep=4"}
+
+
+def test_a_usual_command_is_taken_as_it_stands() -> None:
+    assert "dropout is not trained here" in said(USUAL)
+    order = read(USUAL + NO_DROPOUT)
+    model, run = order.model, order.run
+    assert order.remarks == ()
+    assert order.pins(16) == (("tp=4", "pp=2", "micro_batch=1"), ())
+    assert (model.layers, model.hidden_size, model.heads, model.max_positions) == (32, 4096, 32, 4096)
+    assert (order.sequence, order.global_batch, order.precision) == (4096, 64, "bf16")
+    assert (run.learning_rate, run.min_learning_rate, run.shape, run.steps) == (1.5e-4, 1.5e-5, "cosine", 500)
+    assert (run.paths, run.tokenizer, run.save) == (("X_text_document",), "folder", "run")
+    assert (run.checkpoint_every, run.log_every) == (100, 10)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import doctest
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import planner.packed_cost
 from planner.compute_cost import ComputeModel
+from planner.compute_seconds import DOCUMENT_OPERATIONS, NO_SECONDS, ComputeCost
 from planner.job import TrainingJob
 from planner.layout import Layout
-from planner.packed_cost import attended_documents, even_length, row_pieces
+from planner.packed_cost import attended_documents, document_work, even_length, row_pieces
 from planner.plan import load, save
 from planner.question import Question, ask
 from profiles.catalogue import resolve_hardware_path, resolve_model
-from profiles.hardware import load_hardware
+from profiles.hardware import HardwareProfile, load_hardware
 from profiles.input_error import InputError
 from profiles.software import load_software
 from profiles.store import Reader
+from runtime.document_attention import BODIES, DOCUMENTS
+from tests.oracles.small_world import small_hardware
 from tests.plans import make_plan, tiny_llama
+
+BACKWARD = torch.ops.meshwright.document_attention_backward.default
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches the dispatcher."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 def rows_of(lengths: np.ndarray, sequence: int) -> tuple[float, float]:
@@ -84,6 +103,34 @@ def test_attention_is_priced_by_its_documents() -> None:
     longer = [attention_seconds(replace(job, document_length=n)) for n in (64.0, 4096.0, 1e9)]
     assert longer == sorted(longer)
     assert longer[-1] == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_call_more_issues_so_many_operations() -> None:
+    q, k, v = (torch.rand(1, heads, 48, 8) for heads in (4, 2, 2))
+    counted = []
+    for length in (24, 16, 12):
+        starts = torch.arange(48).div(length, rounding_mode="floor").mul(length).unsqueeze(0)
+        with Operations() as forward:
+            outputs, logarithms = BODIES[DOCUMENTS](q, k, v, starts)
+        with Operations() as backward:
+            BODIES[BACKWARD](outputs, q, k, v, outputs, logarithms, starts)
+        counted.append((forward.number, backward.number))
+    assert [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(counted)] == [DOCUMENT_OPERATIONS] * 2
+
+
+def test_on_a_cpu_each_call_takes_its_time() -> None:
+    hardware, layout = small_hardware(launch_seconds=1e-5, backend="gloo"), Layout(micro_batch=2)
+    job = TrainingJob(global_batch=8, sequence=64, document_length=16.0)
+
+    def work(hardware: HardwareProfile, dtype: str = "fp32") -> ComputeCost:
+        return document_work(layout, job, hardware, lambda *_: NO_SECONDS, 1.0, 1.0, 1.0, dtype=dtype)
+
+    calls = 2 * (1 + 63 / 16) - 1
+    assert work(hardware).forward.total == pytest.approx(calls * 9e-5)
+    assert work(hardware).backward.total == pytest.approx(calls * 16e-5)
+    gpu = replace(hardware, backend="nccl")
+    assert (work(gpu).forward.total, work(gpu).forward.operations) == (0.0, pytest.approx(9 * calls))
+    assert work(gpu, "bf16").forward == NO_SECONDS  # one call for all documents
 
 
 def test_a_job_has_a_document_length_or_does_not_say_it(tmp_path: Path) -> None:

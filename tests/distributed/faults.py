@@ -24,6 +24,7 @@ from planner.plan import Plan
 from runtime import parallelize, step, trainer, verify
 from runtime.checkpoint_folder import complete_steps
 from runtime.data.byte_text import ByteText
+from runtime.data.data_options import DataOptions
 from runtime.launch import start_ranks, train
 from runtime.parameters import parameters_of
 from runtime.process_group import process_group
@@ -199,7 +200,7 @@ def main() -> None:
     options = TrainOptions(run_dir=Path(sys.argv[1]), steps=1_000_000)
     if len(sys.argv) == 4:
         resume = bool(complete_steps(options.run_dir))
-        steps, data = int(sys.argv[2]), Path(sys.argv[3])
+        steps, data = int(sys.argv[2]), DataOptions(paths=(sys.argv[3],))
         options = replace(options, steps=steps, data=data, checkpoint_every=5, keep_checkpoints=3, resume=resume)
     if sys.argv[2:] == ["deaf"]:
         plan = small_plan(dp=4)

