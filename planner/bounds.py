@@ -105,10 +105,11 @@ def any_chunks_dealt(
     ends[0] += sizes.embedding
     ends[fewest.last_rank] += sizes.head
     segment, slack = largest_segment(fewest), 1.0 + fewest.allocator_slack
-    limits = [
-        RankLimits(fewest, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
-        for end, flight in zip(ends, map(min, zip(*every, strict=True)), strict=True)
-    ]
+    held = [(slack * end, flight) for end, flight in zip(ends, map(min, zip(*every, strict=True)), strict=True)]
+    of_held = {
+        one: RankLimits(fewest, segment, [one], limit_bytes * (1 + ROUNDING), modes, sizes.layer) for one in set(held)
+    }
+    limits = [of_held[one] for one in held]
     cost = _around(fewest, segment, *around, split=layout.schedule in SPLIT_BACKWARD)
     dealt = _deal(fewest, segment, limits, cost, enough_seconds)
     return None if dealt is None else dealt + fewest.step_seconds
