@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
 # included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
@@ -41,6 +41,10 @@ class ComputeSeconds:
             self.gemm * factor, self.attention * factor, self.memory * factor, self.overhead * factor, self.operations
         )
 
+    def repeated(self, number: int) -> ComputeSeconds:
+        """So many times one after the other."""
+        return replace(self * number, operations=self.operations * number)
+
     def behind_host(self, seconds_each: float) -> ComputeSeconds:
         """As long as the host takes to issue it, at least."""
         late = max(0.0, self.operations * seconds_each - self.total)
@@ -78,4 +82,13 @@ class ComputeCost:
     def __mul__(self, factor: float) -> ComputeCost:
         return ComputeCost(
             self.forward * factor, self.backward_input * factor, self.backward_weight * factor, self.selective * factor
+        )
+
+    def repeated(self, number: int) -> ComputeCost:
+        """So many times one after the other."""
+        return ComputeCost(
+            self.forward.repeated(number),
+            self.backward_input.repeated(number),
+            self.backward_weight.repeated(number),
+            self.selective.repeated(number),
         )
