@@ -72,13 +72,13 @@ def _input_halves(pipeline: Pipeline, rank: int) -> tuple[int, ...]:
 
 def shortest(pipeline: Pipeline) -> Pipeline:
     """The fewest microbatches with the same vectors: between warm-up and cool-down the lists repeat themselves."""
-    ranks, count = pipeline.ranks, pipeline.microbatches
+    ranks, count, fewest = pipeline.ranks, pipeline.microbatches, pipeline.microbatches
     if pipeline.schedule in IN_ROUNDS:
         size = orders.round_size(ranks, count)
-        return replace(pipeline, microbatches=size * min(count // size, 3))
-    if pipeline.schedule in V_SHAPED:
-        return replace(pipeline, microbatches=min(count, 2 * ranks + 1))
-    return pipeline
+        fewest = size * min(count // size, 3)
+    elif pipeline.schedule in V_SHAPED:
+        fewest = min(count, 2 * ranks + 1)
+    return pipeline if fewest == count else replace(pipeline, microbatches=fewest)
 
 
 @lru_cache(maxsize=4096)
@@ -173,6 +173,13 @@ def _least_in_flight(pipeline: Pipeline) -> tuple[int, ...]:
     # Of all moments, which takes far less than finding those that matter to some sum.
     each = (_moments(pipeline, rank)[:, : pipeline.chunks] for rank in range(pipeline.ranks))
     return tuple(int(full.min(axis=1).max()) for full in each)
+
+
+@lru_cache(maxsize=4096)
+def least_of_any_chunks(schedule: str, ranks: int, chunks: tuple[int, ...], microbatches: int) -> tuple[int, ...]:
+    """The least `least_in_flight` of each rank with any of these numbers of chunks."""
+    every = (least_in_flight(Pipeline(schedule, ranks, number, microbatches)) for number in chunks)
+    return tuple(map(min, zip(*every, strict=True)))
 
 
 @lru_cache(maxsize=16384)
