@@ -107,7 +107,9 @@ def solve_stages(
         if bound >= goal:
             break
         if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
-            return Solution(chosen, best, best_seconds, bound, solved, aside=Begun(best or begun.counts, tuple(found), patience))
+            return Solution(
+                chosen, best, best_seconds, bound, solved, aside=Begun(best or begun.counts, tuple(found), patience)
+            )
         program.better_than(goal)
         began = time.monotonic()
         counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
