@@ -70,15 +70,8 @@ def solve_stages(
         modes: what a layer may recompute.
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
     """
-    best, chosen, start_seconds = begun.counts, costs, None
-    best_seconds = math.inf
-    if best is not None:
-        start_seconds = costs.durations(best)
-        after = costs.optimizer_seconds(best) + costs.step_seconds
-        if _down_and_own_work(costs, start_seconds) + after <= cutoff_seconds * (1 + RELATIVE_TOLERANCE):
-            best_seconds = simulate(costs.pipeline, start_seconds, costs.send_seconds).seconds + after
-        else:
-            best = None  # of no use but to take cuts from
+    best, chosen = begun.counts, costs
+    best_seconds = costs.step(best) if best is not None else math.inf
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
         return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
@@ -96,6 +89,9 @@ def solve_stages(
     for path in (*known_paths(costs.pipeline), *begun.cuts):
         program.longer_than_path(path)
     found = list(begun.cuts)
+    if best is not None:
+        program.longer_than_path(costs.simulate(best).critical_path)
+    start_seconds = costs.durations(best) if best is not None else None
     relaxed = _cut_by_fractions(program, start_seconds, min(best_seconds, cutoff_seconds), deadline)
     if relaxed == math.inf:
         return Solution(chosen, best, best_seconds, min(best_seconds, cutoff_seconds), solved)
@@ -107,9 +103,7 @@ def solve_stages(
         if bound >= goal:
             break
         if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
-            return Solution(
-                chosen, best, best_seconds, bound, solved, aside=Begun(best or begun.counts, tuple(found), patience)
-            )
+            return Solution(chosen, best, best_seconds, bound, solved, aside=Begun(best, tuple(found), patience))
         program.better_than(goal)
         began = time.monotonic()
         counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
@@ -147,17 +141,13 @@ def _cut_by_fractions(
     def simulated(durations: Sequence[StageSeconds]) -> Simulation:
         return simulate(costs.pipeline, durations, costs.send_seconds)
 
-    inner, least = None, 0.0
+    inner, least = (simulated(start).seconds, start) if start is not None else None, 0.0
     for _ in range(_MOST_RELAXED):
         if time.monotonic() > deadline:
             break
         answer = program.relax()
         if answer is None:
             return math.inf if program.relaxed is not None and program.relaxed.infeasible else least
-        if start is not None and inner is None:  # not before: most programs end at once
-            simulation = simulated(start)
-            inner = (simulation.seconds, start)
-            program.longer_than_path(simulation.critical_path)
         outer, makespan = answer.durations, answer.makespan_seconds
         simulation, least = simulated(outer), answer.step_seconds + costs.step_seconds
         program.longer_than_path(simulation.critical_path)
@@ -171,19 +161,6 @@ def _cut_by_fractions(
         if inner[0] <= makespan + _RELAXED_ENOUGH * (makespan + costs.step_seconds):
             break
     return least * (1 - RELATIVE_TOLERANCE)
-
-
-def _down_and_own_work(costs: LayoutCosts, durations: Sequence[StageSeconds]) -> float:
-    """The last of each rank's `known_paths`, of the rank where it is longest: no simulation is shorter."""
-    count, most, down = costs.microbatches, 0.0, 0.0
-    for rank in range(costs.layout.pp):
-        own = sum(
-            count * (each.forward + each.backward_input + each.backward_weight) + each.gather + each.reduce
-            for each in (durations[stage] for stage in costs.pipeline.stages_of(rank))
-        )
-        most = max(most, down + own)
-        down += durations[rank].gather + durations[rank].forward + costs.send_seconds
-    return most
 
 
 def _mixed(inner: StageSeconds, outer: StageSeconds) -> StageSeconds:
