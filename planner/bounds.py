@@ -33,12 +33,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from .in_flight import least_in_flight
+from .in_flight import least_of_any_chunks
 from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
 from .part_seconds import PartSeconds
 from .rank_limits import ROUNDING, NoLimit, RankLimits, rank_limits
-from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
+from .schedule import BLOCKING, SPLIT_BACKWARD
 from .simulation import blocked_sends, late_forwards
 
 # What passes before and after each rank works.
@@ -100,15 +100,16 @@ def any_chunks_dealt(
     """The same with layers dealt out to ranks that have memory for them; None when no layout with one of these numbers
     of chunks fits. Above `enough_seconds` the bound need not be the best one known."""
     layout = fewest.layout
-    every = [least_in_flight(Pipeline(layout.schedule, layout.pp, n, fewest.microbatches)) for n in chunks]
+    flights = least_of_any_chunks(layout.schedule, layout.pp, tuple(chunks), fewest.microbatches)
     ends = [0.0] * layout.pp
     ends[0] += sizes.embedding
     ends[fewest.last_rank] += sizes.head
     segment, slack = largest_segment(fewest), 1.0 + fewest.allocator_slack
-    limits = [
-        RankLimits(fewest, segment, [(slack * end, flight)], limit_bytes * (1 + ROUNDING), modes, sizes.layer)
-        for end, flight in zip(ends, map(min, zip(*every, strict=True)), strict=True)
-    ]
+    held = [(slack * end, flight) for end, flight in zip(ends, flights, strict=True)]
+    of_held = {
+        one: RankLimits(fewest, segment, [one], limit_bytes * (1 + ROUNDING), modes, sizes.layer) for one in set(held)
+    }
+    limits = [of_held[one] for one in held]
     cost = _around(fewest, segment, *around, split=layout.schedule in SPLIT_BACKWARD)
     dealt = _deal(fewest, segment, limits, cost, enough_seconds)
     return None if dealt is None else dealt + fewest.step_seconds
@@ -172,8 +173,8 @@ def _deal(
 
     for rank in range(layout.pp):
         # Stages between the first and the last are never empty; of other segments they may hold those.
-        inner = sum(0 < stage < layout.stages - 1 for stage in layout.stages_of(rank))
-        counts[rank] = inner if alone else 0
+        inner = layout.virtual_stages - (rank == 0) - (rank == costs.last_rank)
+        counts[rank] = max(0, inner) if alone else 0
         again = limits[rank].least_recompute(counts[rank])
         if again is None:
             return None
@@ -272,8 +273,9 @@ def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:
         return part.backward_input.total if split else part.backward.total
 
     each = min(back(segment.seconds) for segment in costs.segments) + back(bare)
-    below = [stages - 1 - max(layout.stages_of(rank)) for rank in range(layout.pp)]
-    return [forward + (back(costs.head) + (n - 1) * each + n * send if n else 0.0) for n in below]
+    pipeline, last = costs.pipeline, back(costs.head)
+    below = [stages - 1 - max(pipeline.stages_of(rank)) for rank in range(layout.pp)]
+    return [forward + (last + (n - 1) * each + n * send if n else 0.0) for n in below]
 
 
 # ---- heads, tails and water ----------------------------------------------------------------------------------
@@ -285,10 +287,12 @@ def heads_and_tails(costs: LayoutCosts) -> Around:
     back = min(s.seconds.backward.total for s in costs.segments) + costs.microbatch.backward.total
     first, send = costs.stage_ends[0], costs.send_seconds
     ranks = range(1, costs.layout.pp)
-    heads = [0.0] + [first.forward.total + (rank - 1) * each + rank * send for rank in ranks]
+    ahead = first.forward.total
+    heads = [0.0] + [ahead + (rank - 1) * each + rank * send for rank in ranks]
     if costs.layout.schedule in SPLIT_BACKWARD:
         return heads, [0.0] * len(heads)
-    return heads, [0.0] + [first.backward.total + (rank - 1) * back + rank * send for rank in ranks]
+    first_back = first.backward.total
+    return heads, [0.0] + [first_back + (rank - 1) * back + rank * send for rank in ranks]
 
 
 def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:

@@ -38,6 +38,7 @@ class CommModel:
         # On nodes of another width points hold for the groups that lie inside a node there and here.
         measured, here = hardware.devices_per_node, cluster.devices_per_node
         self._widest_span = cluster.devices if measured in (0, here) else min(measured, here)
+        self._found: dict[tuple[str, Group, int], AlphaBeta] = {}
 
     def collective_seconds(self, operation: str, group: Group, bytes_total: float) -> float:
         """Seconds of a collective; `bytes_total` is the gathered, reduced or unscattered tensor."""
@@ -114,6 +115,12 @@ class CommModel:
 
         `span` is how many neighbouring devices it lies among, where they are not size times stride.
         """
+        key = (operation, group, span)
+        if key not in self._found:
+            self._found[key] = self._find_figures(*key)
+        return self._found[key]
+
+    def _find_figures(self, operation: str, group: Group, span: int) -> AlphaBeta:
         links = self._cluster.links
         span = span or group.size * group.stride
         widest = links.index(self._cluster.link_within(span))

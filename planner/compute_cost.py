@@ -337,7 +337,7 @@ class ComputeModel:
         whole = ComputeCost()
         for size, number in pieces:
             once = self._logits(size, rows) + self._memory("cross_entropy", size * rows)
-            whole = whole + _total([once] * number)
+            whole = whole + once.repeated(number)
         weight_sum = ComputeSeconds()
         if (again := sum(number for _, number in pieces) - 1) and self._dtype != "fp32":
             width = self._hardware.memory_seconds("cast", self._state_dtype, rows * hidden)

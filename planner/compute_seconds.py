@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from profiles.hardware import HardwareProfile
 
@@ -49,6 +49,10 @@ class ComputeSeconds:
         """With so many seconds more for each operation."""
         overhead = self.overhead + self.operations * seconds_each
         return ComputeSeconds(self.gemm, self.attention, self.memory, overhead, self.operations)
+
+    def repeated(self, number: int) -> ComputeSeconds:
+        """So many times one after the other."""
+        return replace(self * number, operations=self.operations * number)
 
     def behind_host(self, seconds_each: float) -> ComputeSeconds:
         """As long as the host takes to issue it, at least."""
@@ -107,4 +111,13 @@ class ComputeCost:
             self.backward_input + ComputeSeconds(overhead=late),
             self.backward_weight,
             self.selective.behind_host(each),
+        )
+
+    def repeated(self, number: int) -> ComputeCost:
+        """So many times one after the other."""
+        return ComputeCost(
+            self.forward.repeated(number),
+            self.backward_input.repeated(number),
+            self.backward_weight.repeated(number),
+            self.selective.repeated(number),
         )

@@ -72,13 +72,13 @@ def _input_halves(pipeline: Pipeline, rank: int) -> tuple[int, ...]:
 
 def shortest(pipeline: Pipeline) -> Pipeline:
     """The fewest microbatches with the same vectors: between warm-up and cool-down the lists repeat themselves."""
-    ranks, count = pipeline.ranks, pipeline.microbatches
+    ranks, count, fewest = pipeline.ranks, pipeline.microbatches, pipeline.microbatches
     if pipeline.schedule in IN_ROUNDS:
         size = orders.round_size(ranks, count)
-        return replace(pipeline, microbatches=size * min(count // size, 3))
-    if pipeline.schedule in V_SHAPED:
-        return replace(pipeline, microbatches=min(count, 2 * ranks + 1))
-    return pipeline
+        fewest = size * min(count // size, 3)
+    elif pipeline.schedule in V_SHAPED:
+        fewest = min(count, 2 * ranks + 1)
+    return pipeline if fewest == count else replace(pipeline, microbatches=fewest)
 
 
 @lru_cache(maxsize=4096)
@@ -88,8 +88,12 @@ def _in_flight(pipeline: Pipeline, part_of_full: bool) -> tuple[tuple[InFlight, 
         return ((InFlight((count,) * chunks, (0,) * chunks),),) * ranks
     if pipeline.schedule == "1f1b":
         return tuple((InFlight((min(count, ranks - rank),), (0,)),) for rank in range(ranks))
-    moments = _moments_in_rounds if pipeline.schedule in IN_ROUNDS else _moments_of_list
-    return tuple(_largest(moments(pipeline, rank), part_of_full) for rank in range(ranks))
+    return tuple(_largest(_moments(pipeline, rank), part_of_full) for rank in range(ranks))
+
+
+def _moments(pipeline: Pipeline, rank: int) -> NDArray[np.int64]:
+    """[moments, 2 * chunks]: `full` of each chunk, then `weight_only`, with all that `_largest` may keep."""
+    return (_moments_in_rounds if pipeline.schedule in IN_ROUNDS else _moments_of_list)(pipeline, rank)
 
 
 def _moments_of_list(pipeline: Pipeline, rank: int) -> NDArray[np.int64]:
@@ -138,10 +142,8 @@ def _moments_in_rounds(pipeline: Pipeline, rank: int) -> NDArray[np.int64]:
 
 
 def _largest(moments: NDArray[np.int64], part_of_full: bool) -> tuple[InFlight, ...]:
-    """The moments that matter: halfway between two others a sum is never the largest, nor below another throughout.
-
-    `moments` [moments, 2 * chunks]: `full` of each chunk, then `weight_only`.
-    """
+    """Of `_moments` those that matter: halfway between two others a sum is never the largest, nor below another
+    throughout."""
     points = np.array(list(dict.fromkeys(map(tuple, moments.tolist()))))
     # The lists go on in patterns of up to six actions, so a straight run is found a few places before and after.
     straight = np.zeros(len(points), dtype=bool)
@@ -166,7 +168,18 @@ def least_in_flight(pipeline: Pipeline) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _least_in_flight(pipeline: Pipeline) -> tuple[int, ...]:
-    return tuple(max(min(moment.full) for moment in moments) for moments in in_flight(pipeline))
+    if pipeline.schedule in (*FORWARDS_FIRST, "1f1b"):
+        return tuple(min(moment.full) for (moment,) in in_flight(pipeline))
+    # Of all moments, which takes far less than finding those that matter to some sum.
+    each = (_moments(pipeline, rank)[:, : pipeline.chunks] for rank in range(pipeline.ranks))
+    return tuple(int(full.min(axis=1).max()) for full in each)
+
+
+@lru_cache(maxsize=4096)
+def least_of_any_chunks(schedule: str, ranks: int, chunks: tuple[int, ...], microbatches: int) -> tuple[int, ...]:
+    """The least `least_in_flight` of each rank with any of these numbers of chunks."""
+    every = (least_in_flight(Pipeline(schedule, ranks, number, microbatches)) for number in chunks)
+    return tuple(map(min, zip(*every, strict=True)))
 
 
 @lru_cache(maxsize=16384)

@@ -157,7 +157,8 @@ class _Space:
         yield pipelines, tuple(state for state in states if state[0] < 3)
         zero, shard, _, _ = freed[0]
         sharded = replace(base, zero=zero, dp_shard=shard)
-        yield tuple(p for p in pipelines if zero_rule(replace(sharded, schedule=p[0]), self._context) is None), freed
+        able = {s for s in dict(pipelines) if zero_rule(replace(sharded, schedule=s), self._context) is None}
+        yield tuple(pipeline for pipeline in pipelines if pipeline[0] in able), freed
 
     def _sharding(self, base: Layout) -> list[tuple[int, int]]:
         found = [(0, 1)] if self._held("zero", 0) and self._held("dp_shard", 1) else []

@@ -117,12 +117,13 @@ class Program:
 
     def seconds(self, stage: int, phase: str) -> pulp.LpAffineExpression:
         """Seconds of a phase on a stage, in units of `scale`; recomputation precedes the input's backward."""
-        expression = pulp.LpAffineExpression(constant=_of(self.costs.ends_seconds(stage), phase) / self.scale)
+        terms: dict[pulp.LpVariable, float] = {}
         for k, way, segment in self._layers():
             each = _of(segment.seconds, phase)
             again = segment.seconds.recompute(way[0]).total if phase == "backward_input" else 0.0
-            expression += ((each + again) / self.scale) * self.n[stage, k, way]
-        return expression
+            if each + again:
+                terms[self.n[stage, k, way]] = (each + again) / self.scale
+        return pulp.LpAffineExpression(terms, constant=_of(self.costs.stage_ends[stage], phase) / self.scale)
 
     def _layers(self) -> Iterator[tuple[int, Way, SegmentCosts]]:
         """Each segment in each way that its layers may have."""
@@ -222,14 +223,15 @@ class Program:
                     part.held.total * vector.full[c] + part.held_weight.total * vector.weight_only[c]
                     for c, part, _, _ in ends
                 )
-                row = pulp.LpAffineExpression(constant=(kept + slack * held) / self.limit_bytes)
+                terms: dict[pulp.LpVariable, float] = {}
                 for c, s in enumerate(costs.layout.stages_of(q)):
                     for k, way, segment in self._layers():
                         memory, mode = segment.memory, way[0]
                         each = memory.state.total + memory.left_by(mode)
                         each += memory.held_by(mode).total * vector.full[c]
                         each += memory.held_weight.total * vector.weight_only[c]
-                        row += (slack * each / self.limit_bytes) * self.n[s, k, way]
+                        terms[self.n[s, k, way]] = slack * each / self.limit_bytes
+                row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes)
                 self.problem += row + transient[q] <= 1.0, f"fits_memory_{q}_{number}"
 
     def optimizer_of_slowest(self) -> None:
@@ -255,15 +257,17 @@ class Program:
 
     def longer_than_path(self, path: Path) -> None:
         """Counts of 1 on most stages are written through the sum over all, which keeps the row short."""
-        length = pulp.LpAffineExpression(constant=path.sends * self.costs.send_seconds / self.scale)
+        terms: dict[pulp.LpVariable, float] = {}
         for phase in PATH_PHASES:
             times = getattr(path, phase)
             base = 1 if times.count(1) > times.count(0) else 0
-            length += base * self.whole[phase]
+            if base:
+                terms[self.whole[phase]] = base
             for s, number in enumerate(times):
                 if number != base:
-                    length += (number - base) * self.phase[phase, s]
-        constraint = self.makespan >= length
+                    terms[self.phase[phase, s]] = number - base
+        sent = path.sends * self.costs.send_seconds / self.scale
+        constraint = self.makespan >= pulp.LpAffineExpression(terms, constant=sent)
         self.problem += constraint
         if self.relaxed is not None:
             self.relaxed.add(constraint)

@@ -166,7 +166,8 @@ class CostModel:
         """
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
-        again = {self._logits_again(replace(layout, schedule=s)): s for s in dict(group.pipelines)}
+        alike = {schedule in FORWARDS_FIRST: schedule for schedule, _ in group.pipelines}
+        again = {self._logits_again(replace(layout, schedule=s)): s for s in alike.values()}
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
         grids = {(state[2], state[3]) for state in group.states}

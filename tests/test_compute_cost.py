@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from planner.compute_cost import ComputeModel, ComputeSeconds
+from planner.compute_cost import ComputeCost, ComputeModel, ComputeSeconds
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.local_shapes import local_kv_width, local_linear_shape
@@ -224,3 +224,9 @@ def test_state_takes_the_measured_dtype_where_fp32_was_not_measured() -> None:
 def test_a_microbatch_costs_its_overhead_each_way() -> None:
     cost = compute_model(tiny_llama(), small_hardware(microbatch_overhead_seconds=0.5), "fp32").microbatch()
     assert (cost.forward.total, cost.backward.total) == (0.5, 0.5)
+
+
+def test_a_part_repeated_costs_as_much_as_added_up() -> None:
+    seconds = ComputeSeconds(gemm=1.0, attention=2.0, memory=4.0, overhead=8.0, operations=16.0)
+    part = ComputeCost(seconds, seconds * 2.0, seconds * 4.0, seconds * 8.0)
+    assert part.repeated(3) == part + part + part

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner.in_flight import InFlight, held_by_torch, in_flight, input_halves
+from planner.in_flight import InFlight, held_by_torch, in_flight, input_halves, least_in_flight, least_of_any_chunks
 from planner.layout import SCHEDULES
 from planner.schedule import SPLIT_BACKWARD, Pipeline, action_lists, why_illegal
 from tests.oracles.torch_lists import LISTED, torch_lists, torch_schedule
@@ -246,3 +246,17 @@ def test_the_table_of_split_schedules_is_what_the_lists_say() -> None:
         kinds = {action.kind for actions in action_lists(Pipeline(schedule, 2, chunks, 4)) for action in actions}
         assert ("W" in kinds) == (schedule in SPLIT_BACKWARD)
     assert set(LISTED) >= set(SPLIT_BACKWARD)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_any_layer_has_in_flight_at_least_is_that_of_the_moments_that_matter(schedule: str) -> None:
+    for pipeline in (p for p in LEGAL if p.schedule == schedule):
+        of_vectors = tuple(max(min(vector.full) for vector in vectors) for vectors in in_flight(pipeline))
+        assert least_in_flight(pipeline) == of_vectors, pipeline
+
+
+def test_with_any_of_several_chunks_the_least_in_flight_is_the_least_of_each_rank() -> None:
+    each = [least_in_flight(Pipeline("interleaved-1f1b", 4, chunks, 8)) for chunks in (1, 2)]
+    assert each == [(7, 5, 3, 1), (4, 4, 3, 1)]
+    for chunks in ((1, 2), (2, 1)):
+        assert least_of_any_chunks("interleaved-1f1b", 4, chunks, 8) == (4, 4, 3, 1)
