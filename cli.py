@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from cli_answers import estimate, explain, print_answer
+from cli_answers import estimate, explain, print_answer, question_of
 from cli_checks import run_dry, validate, verify
 from cli_data import (
     Data,
@@ -24,7 +24,6 @@ from cli_data import (
     data_app,
     data_document_length,
     data_options,
-    document_length,
     packed_options,
 )
 from cli_ending import exit_code_of
@@ -84,9 +83,6 @@ from cli_training import (
     training_options,
 )
 
-if TYPE_CHECKING:
-    pass
-
 app = typer.Typer(
     name="meshwright",
     help="Plan how to train a transformer on many devices, provably best under the memory limit, and train it so.",
@@ -133,13 +129,13 @@ def plan(
 ) -> None:
     """Find the fastest layout that fits, with proof."""
     from planner.planning import make
-    from planner.question import ask
 
-    question = ask(
-        described(model, sequence),
+    question = question_of(
+        model,
         cluster,
         global_batch,
         sequence,
+        documents,
         devices=devices,
         precision=precision,
         memory_limit=memory_limit,
@@ -148,7 +144,6 @@ def plan(
         bans=ban or (),
         expert_imbalance=expert_imbalance,
         offload=offload,
-        document_length=document_length(documents, sequence),
     )
     answer = make(
         question,
