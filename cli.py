@@ -55,6 +55,7 @@ from cli_parts import (
     Price,
     SequenceLength,
     Target,
+    amount,
     command_line,
     described,
     print_report,
@@ -201,12 +202,19 @@ def train(
     resume: Resume = False,
     global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Without a plan: sequences a step.")] = 16,
     sequence: Annotated[int, typer.Option("--seq", min=1, help="Without a plan: tokens a sequence.")] = 256,
-    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 3e-3,
-    min_learning_rate: Annotated[float, typer.Option("--min-lr", min=0.0, help="Where it falls to.")] = 3e-4,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", parser=amount("--lr", 0), metavar="X", help="Peak learning rate.")
+    ] = 3e-3,
+    min_learning_rate: Annotated[
+        float, typer.Option("--min-lr", parser=amount("--min-lr", 0), metavar="X", help="Where it falls to.")
+    ] = 3e-4,
     lr_schedule: LrSchedule = "cosine",
     cooldown: Cooldown = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
-    clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
+    clip: Annotated[
+        float,
+        typer.Option("--clip", parser=amount("--clip", 0), metavar="X", help="Gradient norm to clip at; 0 for never."),
+    ] = 1.0,
     weight_decay: WeightDecay = 0.1,
     betas: Betas = "0.9,0.95",
     spike_guard: SpikeGuard = None,

@@ -75,13 +75,18 @@ def _usage_error(error: Any) -> InputError:
     expected, hint = f"a command line as {help_command} has it", help_command
     if type(error).__name__ == "NoSuchOption":
         typed = flag
+    if what.startswith("No such command"):
+        help_command = f"{' '.join(help_command.split()[:-2])} --help"  # of the level that lacks it
+        what, _, meant = what.partition(". Did you mean ")
+        expected = f"a command that {help_command} lists"
+        hint = f"is {meant.removesuffix('?')} meant? All of them: {help_command}" if meant else help_command
     if near := getattr(error, "possibilities", None):
         what, hint = what.partition(" (")[0], f"is {' or '.join(near)} meant? All of them: {help_command}"
     if type(error).__name__ == "MissingParameter":
         flag = flag if flag.startswith("-") else getattr(parameter, "metavar", None) or flag
         expected, typed = f"{flag} on the command line", "none"
     elif parameter is not None:
-        expected = what.partition(": ")[2].removeprefix("Input should be ") or expected
+        expected = what.partition(": ")[2].removeprefix("Input should be ").partition(", ")[0] or expected
     return InputError(what, where=flag or "the command line", expected=expected, got=typed, hint=hint)
 
 
