@@ -181,3 +181,9 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         ("got", "'meshwright.cluster/v1'"),
         ("try", "is this a model file?"),
     ]
+
+
+def test_the_examples_bert_is_one_of_bytes() -> None:
+    model = load_model_file(Path(__file__).parents[1] / "examples" / "small_bert.yaml")
+    held = sum(parameter.numel() for parameter in transformers_model(model).parameters())
+    assert (model.bidirectional, model.vocab_size, model.parameters) == (True, 257, held)
