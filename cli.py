@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from cli_answers import estimate, explain, print_answer
+from cli_answers import estimate, explain, print_answer, question_of
 from cli_checks import run_dry, validate, verify
 from cli_data import (
     Data,
@@ -24,7 +24,6 @@ from cli_data import (
     data_app,
     data_document_length,
     data_options,
-    document_length,
     packed_options,
 )
 from cli_ending import exit_code_of
@@ -56,6 +55,7 @@ from cli_parts import (
     Price,
     SequenceLength,
     Target,
+    amount,
     command_line,
     described,
     print_report,
@@ -83,9 +83,6 @@ from cli_training import (
     launch_and_report,
     training_options,
 )
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="meshwright",
@@ -133,13 +130,13 @@ def plan(
 ) -> None:
     """Find the fastest layout that fits, with proof."""
     from planner.planning import make
-    from planner.question import ask
 
-    question = ask(
-        described(model, sequence),
+    question = question_of(
+        model,
         cluster,
         global_batch,
         sequence,
+        documents,
         devices=devices,
         precision=precision,
         memory_limit=memory_limit,
@@ -148,7 +145,6 @@ def plan(
         bans=ban or (),
         expert_imbalance=expert_imbalance,
         offload=offload,
-        document_length=document_length(documents, sequence),
     )
     answer = make(
         question,
@@ -206,12 +202,19 @@ def train(
     resume: Resume = False,
     global_batch: Annotated[int, typer.Option("--global-batch", min=1, help="Without a plan: sequences a step.")] = 16,
     sequence: Annotated[int, typer.Option("--seq", min=1, help="Without a plan: tokens a sequence.")] = 256,
-    learning_rate: Annotated[float, typer.Option("--lr", min=0.0, help="Peak learning rate.")] = 3e-3,
-    min_learning_rate: Annotated[float, typer.Option("--min-lr", min=0.0, help="Where it falls to.")] = 3e-4,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", parser=amount("--lr", 0), metavar="X", help="Peak learning rate.")
+    ] = 3e-3,
+    min_learning_rate: Annotated[
+        float, typer.Option("--min-lr", parser=amount("--min-lr", 0), metavar="X", help="Where it falls to.")
+    ] = 3e-4,
     lr_schedule: LrSchedule = "cosine",
     cooldown: Cooldown = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0, help="Warm-up steps.")] = 20,
-    clip: Annotated[float, typer.Option("--clip", min=0.0, help="Gradient norm to clip at; 0 for never.")] = 1.0,
+    clip: Annotated[
+        float,
+        typer.Option("--clip", parser=amount("--clip", 0), metavar="X", help="Gradient norm to clip at; 0 for never."),
+    ] = 1.0,
     weight_decay: WeightDecay = 0.1,
     betas: Betas = "0.9,0.95",
     spike_guard: SpikeGuard = None,

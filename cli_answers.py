@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,10 +28,21 @@ from cli_parts import (
 
 if TYPE_CHECKING:
     from planner.planning import PlanAnswer
+    from planner.question import Question
 
 
 def print_answer(answer: PlanAnswer, as_json: bool) -> None:
     print_json(answer.document) if as_json else print_report(answer.report())
+
+
+def question_of(
+    model: str, cluster: str, global_batch: int, sequence: int, documents: str | None, **settings: Any
+) -> Question:
+    """The question of `plan` and `estimate`; `settings` are those of `ask`, under their names there."""
+    from planner.question import ask
+
+    length = document_length(documents, sequence)
+    return ask(described(model, sequence), cluster, global_batch, sequence, document_length=length, **settings)
 
 
 def estimate(
@@ -52,20 +63,19 @@ def estimate(
 ) -> None:
     """Price your own layout: does it fit, and how fast is it?"""
     from planner.planning import estimate as price_layout
-    from planner.question import ask
 
-    question = ask(
-        described(model, sequence),
+    question = question_of(
+        model,
         cluster,
         global_batch,
         sequence,
+        documents,
         devices=devices,
         precision=precision,
         memory_limit=memory_limit,
         target=target,
         expert_imbalance=expert_imbalance,
         offload=offload,
-        document_length=document_length(documents, sequence),
     )
     print_answer(price_layout(question, layout, price), as_json)
 

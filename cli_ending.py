@@ -11,6 +11,7 @@ from cli_parts import print_json, print_report
 
 if TYPE_CHECKING:
     from planner.errors import NoPlanError
+    from profiles.input_error import InputError
 
 
 def exit_code_of(app: typer.Typer) -> int:
@@ -37,13 +38,11 @@ def _explain(error: Exception) -> int:
     if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
         say_interrupted(error.__cause__ or error.__context__)
         return 130
-    show, format_message = getattr(error, "show", None), getattr(error, "format_message", None)
-    if show is not None and format_message is not None:
-        show()
-        if as_json:
-            print_json({"error": {"error": format_message()}})
-        return 2
+    if hasattr(error, "show") and hasattr(error, "format_message"):
+        error = _usage_error(error)
     if isinstance(error, InputError):
+        if not error.hint and error.where.startswith("--"):
+            error.hint = _help_command()
         print_report(input_error_report(error), error=True)
         if as_json:
             print_json({"error": dict(error.lines())})
@@ -62,6 +61,50 @@ def _explain(error: Exception) -> int:
         sys.stderr.write(f"{error}\n")
         return getattr(error, "exit_code", 1)
     raise error
+
+
+def _usage_error(error: Any) -> InputError:
+    """What click says of a command line, in the five parts that every error has here."""
+    from profiles.input_error import InputError
+
+    what: str = error.format_message()
+    parameter = getattr(error, "param", None)
+    help_command = _help_command()
+    flag: str = getattr(error, "option_name", None) or (parameter.opts[0] if parameter is not None else "")
+    typed = _typed_after(flag)
+    expected, hint = f"a command line as {help_command} has it", help_command
+    if type(error).__name__ == "NoSuchOption":
+        typed = flag
+    if what.startswith("No such command"):
+        help_command = f"{' '.join(help_command.split()[:-2])} --help"  # of the level that lacks it
+        what, _, meant = what.partition(". Did you mean ")
+        expected = f"a command that {help_command} lists"
+        hint = f"is {meant.removesuffix('?')} meant? All of them: {help_command}" if meant else help_command
+    if near := getattr(error, "possibilities", None):
+        what, hint = what.partition(" (")[0], f"is {' or '.join(near)} meant? All of them: {help_command}"
+    if type(error).__name__ == "MissingParameter":
+        flag = flag if flag.startswith("-") else getattr(parameter, "metavar", None) or flag
+        expected, typed = f"{flag} on the command line", "none"
+    elif parameter is not None:
+        expected = what.partition(": ")[2].removeprefix("Input should be ").partition(", ")[0] or expected
+    return InputError(what, where=flag or "the command line", expected=expected, got=typed, hint=hint)
+
+
+def _help_command() -> str:
+    """The help of the verb that was asked for."""
+    verb = sys.argv[1:3] if sys.argv[1:2] == ["data"] else sys.argv[1:2]
+    return " ".join(["cli.py", *(word for word in verb if not word.startswith("-")), "--help"])
+
+
+def _typed_after(flag: str) -> str:
+    """What stands on the command line for the flag, or all of it."""
+    words = sys.argv[1:]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if flag and word == flag:
+            return following if following and not following.startswith("--") else flag
+        if flag and word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return " ".join(words)
 
 
 def _no_plan(error: NoPlanError) -> dict[str, Any]:

@@ -20,8 +20,29 @@ def count(flag: str) -> Callable[[str], int]:
         from profiles.input_error import InputError
 
         if not text.isdecimal() or int(text) < 1:
-            raise InputError(f"{flag} cannot be {text!r}", where=flag, expected="a whole number >= 1", got=text)
+            expected, hint = "a whole number >= 1", f"for example {flag} 8"
+            raise InputError(f"{flag} cannot be {text!r}", where=flag, expected=expected, got=text, hint=hint)
         return int(text)
+
+    return parse
+
+
+def amount(flag: str, least: float) -> Callable[[str], float]:
+    """A parser of finite numbers from `least` on, which typer's own bounds would let infinity pass."""
+
+    def parse(text: str) -> float:
+        from math import isfinite
+
+        from profiles.input_error import InputError
+
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not isfinite(value) or value < least:
+            expected, hint = f"a finite number >= {least:g}", f"for example {flag} {least + 1.5:g}"
+            raise InputError(f"{flag} cannot be {text!r}", where=flag, expected=expected, got=text, hint=hint)
+        return value
 
     return parse
 
@@ -49,10 +70,20 @@ MemoryLimit = Annotated[
     str | None, typer.Option("--memory-limit", help="Bytes per device to stay under, as 76GiB; default its memory.")
 ]
 Target = Annotated[str, typer.Option("--target", help="Executor to plan for: meshwright, megatron or torchtitan.")]
-Price = Annotated[float | None, typer.Option("--price", min=0.0, help="Dollars per GPU-hour: says what tokens cost.")]
+Price = Annotated[
+    float | None,
+    typer.Option(
+        "--price", parser=amount("--price", 0), metavar="X", help="Dollars per GPU-hour: says what tokens cost."
+    ),
+]
 Imbalance = Annotated[
     float,
-    typer.Option("--expert-imbalance", min=1.0, help="Tokens of the fullest expert rank over its even share."),
+    typer.Option(
+        "--expert-imbalance",
+        parser=amount("--expert-imbalance", 1),
+        metavar="X",
+        help="Tokens of the fullest expert rank over its even share.",
+    ),
 ]
 Offload = Annotated[str, typer.Option("--offload", help="optimizer: its state in the host's memory; GPUs only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output and nothing else.")]

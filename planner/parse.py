@@ -98,7 +98,10 @@ def parse_pins(pins: Sequence[str], bans: Sequence[str], flag: str = "--pin") ->
             raise InputError(f"{ban!r} cannot be banned", where="--ban", expected=f"one of {allowed}", got=ban)
         if ban in found:
             raise InputError(
-                f"{ban} is both pinned and banned", where="--pin and --ban", got=f"{ban}={pin_text(found[ban])}"
+                f"{ban} is both pinned and banned",
+                where="--pin and --ban",
+                expected="one of the two",
+                got=f"{ban}={pin_text(found[ban])}",
             )
     return found, tuple(bans)
 

@@ -75,7 +75,10 @@ def _front(
     for flag, given in (("-o", output is not None), ("--allow-idle", allow_idle)):
         if given:
             raise InputError(
-                f"--pareto and {flag} do not go together", where="--pareto", expected=f"one of the two, not {flag}"
+                f"--pareto and {flag} do not go together",
+                where="--pareto",
+                expected="one of the two",
+                got=f"--pareto and {flag}",
             )
     found = front(question, kind, time_limit_seconds)
 

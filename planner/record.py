@@ -50,7 +50,11 @@ def load_record(folder: Path) -> RunRecord:
     """The record in a run folder; an InputError names the file and key path of whatever is wrong."""
     if not folder.is_dir():
         raise InputError(
-            f"{folder} is not a run folder", where=str(folder), expected="the folder of a finished run", got="no folder"
+            f"{folder} is not a run folder",
+            where=str(folder),
+            expected="the folder of a finished run",
+            got="no folder",
+            hint="name the folder that `train` said at its end, as runs/20261121-072001",
         )
     plan = load(folder / PLAN_FILE)
     reader = load_document(folder / RECORD_FILE, schema=SCHEMA, kind="run record")

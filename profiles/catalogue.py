@@ -116,5 +116,5 @@ def _unknown(kind: Kind, text: str, *, flag: str, files: str, tail: str) -> Inpu
         where=flag,
         expected=f"one of {', '.join(names)}; or {files}",
         got=repr(text),
-        hint=f"is {lowered[near[0]]} meant?" if near else "",
+        hint=f"is {lowered[near[0]]} meant?" if near else "cli.py profile --list shows the catalogue",
     )

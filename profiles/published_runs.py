@@ -250,6 +250,12 @@ def _check_header(header: Sequence[str], source: str) -> None:
         )
     if missing:
         got = f"{len(header)} columns" if header else "an empty file"
-        raise InputError(f"the column {missing[0]} is missing", where=where, expected=", ".join(missing), got=got)
+        raise InputError(
+            f"the column {missing[0]} is missing",
+            where=where,
+            expected=", ".join(missing),
+            got=got,
+            hint="its first line names the columns, separated by commas",
+        )
     if twice:
         raise InputError(f"the column {twice[0]} occurs twice", where=where, expected="each column once", got=twice[0])

@@ -17,8 +17,31 @@ from .input_error import InputError
 
 _REQUIRED: Any = object()
 _MOST_DEPTH = 1000  # levels of nesting; our own files have five
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+# What to try where nothing nearer is known, by kind of file.
+_REMEDIES = {
+    "model": "compare with a file of profiles/catalog/models/",
+    "cluster": "compare with a file of profiles/catalog/clusters/",
+    "hardware profile": "compare with a file of profiles/catalog/hardware/, or measure anew: cli.py profile -o FILE",
+    "plan": "put back what was edited, or plan anew: cli.py plan … -o FILE",
+}
+
+
+class _Loader(_SafeLoader):
+    """YAML that refuses a key given twice, of which PyYAML would keep the last without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            own = key.start_mark.index >= node.start_mark.index  # what `<<` merges in stands further up
+            if own and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value} a second time", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class Reader:
@@ -30,8 +53,9 @@ class Reader:
     >>> r.finish()
     """
 
-    def __init__(self, mapping: object, *, source: str, path: str = "") -> None:
+    def __init__(self, mapping: object, *, source: str, path: str = "", remedy: str = "") -> None:
         self.source = source
+        self.remedy = remedy  # what to try where nothing nearer is known
         self.path = path
         if not isinstance(mapping, Mapping):
             raise self._error("", "a mapping of keys to values", mapping)
@@ -51,7 +75,7 @@ class Reader:
             where=f"{self.source}: {path}" if path else self.source,
             expected=expected,
             got=got,
-            hint=hint,
+            hint=hint or self.remedy,
         )
 
     def fail(self, key: str, expected: str, got: object, hint: str = "") -> InputError:
@@ -80,7 +104,7 @@ class Reader:
                 where=f"{self.source}: {self.path or 'top level'}",
                 expected=f"{key}: {expected}",
                 got="keys " + ", ".join(map(str, self._mapping)) if self._mapping else "no keys",
-                hint=f"is {near[0]!r} meant to be {key!r}?" if near else "",
+                hint=f"is {near[0]!r} meant to be {key!r}?" if near else self.remedy,
             )
         return default
 
@@ -143,13 +167,16 @@ class Reader:
 
     def child(self, key: str, *, default: Any = _REQUIRED) -> Reader:
         value = self._take(key, default, "a mapping of keys to values")
-        return Reader(value, source=self.source, path=self._key_path(key))
+        return Reader(value, source=self.source, path=self._key_path(key), remedy=self.remedy)
 
     def children(self, key: str, *, default: Any = _REQUIRED) -> list[Reader]:
         value = self._take(key, default, "a list of mappings")
         if not isinstance(value, list | tuple):
             raise self._error(key, "a list of mappings", value)
-        return [Reader(item, source=self.source, path=f"{self._key_path(key)}[{i}]") for i, item in enumerate(value)]
+        path = self._key_path(key)
+        return [
+            Reader(item, source=self.source, path=f"{path}[{i}]", remedy=self.remedy) for i, item in enumerate(value)
+        ]
 
     def integers(self, key: str, *, length: int, minimum: int = 0) -> tuple[int, ...]:
         expected = f"a list of {length} whole numbers >= {minimum}"
@@ -192,12 +219,25 @@ def read_text(path: Path, kind: str) -> str:
             where=str(path),
             expected=f"a {kind} file",
             got="no such file",
-            hint=f"is {path.with_name(near[0])} meant?" if near else "",
+            hint=f"is {path.with_name(near[0])} meant?"
+            if near
+            else "look for it from the folder you are in, or say all of its path",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
+        got, hint = _why_unreadable(error)
         raise InputError(
-            f"{path} cannot be read", where=str(path), expected=f"a {kind} file in UTF-8", got=str(error)
+            f"{path} cannot be read", where=str(path), expected=f"a {kind} file in UTF-8", got=got, hint=hint
         ) from None
+
+
+def _why_unreadable(error: OSError | UnicodeDecodeError) -> tuple[str, str]:
+    """What is there instead of text, and what to try."""
+    if isinstance(error, IsADirectoryError):
+        return "a folder", "name a file in it"
+    if isinstance(error, UnicodeDecodeError):
+        got = f"byte 0x{error.object[error.start]:02x} at {error.start}, which no UTF-8 has there"
+        return got, "save it as UTF-8; is it text at all?"
+    return error.strerror or str(error), "look at who may read it"
 
 
 def _siblings(path: Path) -> list[str]:
@@ -220,6 +260,7 @@ def parse_yaml(text: str, source: str) -> Any:
             where=place,
             expected="one YAML document",
             got=str(getattr(error, "problem", None) or error).splitlines()[0],
+            hint="look at that line and the one before it; is the file cut short?",
         ) from None
     except (ValueError, RecursionError) as error:  # dates and numbers YAML cannot build, nesting without end
         raise _unparsable(source, "YAML", error) from None
@@ -243,7 +284,11 @@ def _refuse_depth(text: str, source: str) -> None:
 
 def _unparsable(source: str, language: str, error: Exception) -> InputError:
     return InputError(
-        f"{source} is not valid {language}", where=source, expected=f"one {language} document", got=_shown(str(error))
+        f"{source} is not valid {language}",
+        where=source,
+        expected=f"one {language} document",
+        got=_shown(str(error)),
+        hint="is it the file that was meant, and all of it?",
     )
 
 
@@ -257,6 +302,7 @@ def load_json(path: Path, kind: str) -> Any:
             where=f"{path}: line {error.lineno}, column {error.colno}",
             expected="one JSON document",
             got=error.msg,
+            hint="look at that line and the one before it; is the file cut short?",
         ) from None
     except (ValueError, RecursionError) as error:
         raise _unparsable(str(path), "JSON", error) from None
@@ -264,7 +310,8 @@ def load_json(path: Path, kind: str) -> Any:
 
 def load_document(path: Path, *, schema: str, kind: str) -> Reader:
     """A Reader over the YAML file at `path`, its `schema:` line checked and taken."""
-    reader = Reader(parse_yaml(read_text(path, kind), str(path)), source=str(path))
+    document = parse_yaml(read_text(path, kind), str(path))
+    reader = Reader(document, source=str(path), remedy=_REMEDIES.get(kind, ""))
     found = reader.text("schema")
     if found != schema:
         family, _, version = schema.rpartition("/")

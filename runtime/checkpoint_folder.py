@@ -75,7 +75,7 @@ def latest(run_dir: Path) -> Path:
             where=str(folder),
             expected="a folder named step_N",
             got=", ".join(_names(folder)) or "nothing",
-            hint="start without --resume",
+            hint="name a run that wrote a checkpoint, or start one without --resume",
         )
     return folder / f"step_{max(steps)}"
 

@@ -129,6 +129,7 @@ def _plan_of(run_dir: Path) -> Plan:
             where=str(run_dir),
             expected="a folder that `train` has written",
             got="a file" if run_dir.exists() else "no such folder",
+            hint="name the folder that `train` said at its end, as runs/20261121-072001",
         )
     return load(run_dir / PLAN_FILE)
 

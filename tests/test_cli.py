@@ -24,7 +24,7 @@ BAD_INPUT = {
     "negative batch": ([*PLAN[:6], "-4", *PLAN[7:]], ["--global-batch", "-4"]),
     "fractional batch": ([*PLAN[:6], "1.5", *PLAN[7:]], ["--global-batch", "1.5"]),
     "missing option": (PLAN[:5], ["--global-batch"]),
-    "unknown verb": (["plam"], ["plam"]),
+    "unknown verb": (["plam"], ["No such command 'plam'", "is 'plan', 'replan' meant? All of them: cli.py --help"]),
     "unknown option": ([*PLAN, "--tp", "8"], ["--tp"]),
     "unknown pin": ([*PLAN, "--pin", "tpp=8"], ["KEY=VALUE", "is 'tp' meant?"]),
     "pin that is no number": ([*PLAN, "--pin", "tp=two"], ["a whole number >= 1", "two"]),
@@ -45,6 +45,13 @@ BAD_INPUT = {
     "a front of what": ([*PLAN, "--pareto", "time"], ["devices or memory", "time"]),
     "a front into a file": ([*PLAN, "--pareto", "memory", "-o", "p.yaml"], ["--pareto and -o do not go together"]),
     "imbalance below even": ([*PLAN, "--expert-imbalance", "0.5"], ["--expert-imbalance"]),
+    "infinite imbalance": ([*PLAN, "--expert-imbalance", "inf"], ["a finite number >= 1", "inf"]),
+    "infinite price": ([*PLAN, "--price", "inf"], ["a finite number >= 0", "inf"]),
+    "explain nothing": (["explain"], ["Missing argument", "PLAN.YAML", "cli.py explain --help"]),
+    "option without a value": (["plan", "--model"], ["--model", "cli.py plan --help"]),
+    "steps below one": (["verify", "plan.yaml", "--steps=0"], ["greater than or equal to 1", "cli.py verify --help"]),
+    "infinite learning rate": (["train", "--lr", "inf"], ["a finite number >= 0", "inf"]),
+    "no word for a number": (["plan", "--top", "x"], ["a valid integer", "cli.py plan --help"]),
     "explain no such plan": (["explain", "/nowhere/plan.yaml"], ["/nowhere/plan.yaml", "no such file"]),
     "no such plan": (["train", "/nowhere/plan.yaml"], ["/nowhere/plan.yaml", "no such file"]),
     "resume without a run": (["train", "--resume"], ["--run-dir"]),
@@ -68,6 +75,8 @@ def test_bad_input_is_one_screen_and_exit_code_2(
     assert out == ""
     assert len(err.splitlines()) <= 24
     assert "Traceback" not in err
+    labels = [line.split()[0] for line in err.splitlines() if line[:1].isalpha()]
+    assert labels == ["error", "where", "expected", "got", "try"], err
     flat = " ".join(err.split())
     for text in texts:
         assert text in flat, err

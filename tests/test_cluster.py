@@ -311,7 +311,12 @@ def test_a_size_that_is_none(nodes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "hint"), [("dgx-h10:8", "is dgx-h100 meant?"), ("DGX-A100", "is dgx-a100 meant?"), ("local:2", "")]
+    ("text", "hint"),
+    [
+        ("dgx-h10:8", "is dgx-h100 meant?"),
+        ("DGX-A100", "is dgx-a100 meant?"),
+        ("local:2", "cli.py profile --list shows the catalogue"),
+    ],
 )
 def test_an_unknown_cluster_gives_the_list_and_the_near_match(text: str, hint: str) -> None:
     with pytest.raises(InputError) as caught:

@@ -42,10 +42,10 @@ def test_a_model_file_a_folder_and_a_config_json_are_read(tmp_path: Path, monkey
         ("llama3-8", "is llama3-8b meant?"),
         ("GPT3-175B", "is gpt3-175b meant?"),
         ("meta-llama/Llama-2-7b-hf", "is llama2-7b meant?"),
-        ("zzz", ""),
-        ("", ""),
+        ("zzz", "cli.py profile --list shows the catalogue"),
+        ("", "cli.py profile --list shows the catalogue"),
         ("../models/demo", "is demo meant?"),
-        pytest.param("x" * 5000, "", id="longer than a file name may be"),
+        pytest.param("x" * 5000, "cli.py profile --list shows the catalogue", id="longer than a file name may be"),
     ],
 )
 def test_an_unknown_name_gives_the_list_and_the_near_match(text: str, hint: str) -> None:
@@ -181,3 +181,9 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         ("got", "'meshwright.cluster/v1'"),
         ("try", "is this a model file?"),
     ]
+
+
+def test_the_examples_bert_is_one_of_bytes() -> None:
+    model = load_model_file(Path(__file__).parents[1] / "examples" / "small_bert.yaml")
+    held = sum(parameter.numel() for parameter in transformers_model(model).parameters())
+    assert (model.bidirectional, model.vocab_size, model.parameters) == (True, 257, held)
