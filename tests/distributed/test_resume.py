@@ -19,7 +19,7 @@ from runtime.checkpoint_folder import FOLDER, StateText, complete_steps, latest
 from runtime.checkpoint_writer import CheckpointWriter
 from runtime.step import StepResult, TrainState, build_state, training_step
 from tests.distributed.harness import run_ranks
-from tests.distributed.layout_runs import BALANCE, LEARNING_RATE, SEED, WEIGHT_DECAY, own_samples, tokens_of
+from tests.distributed.layout_runs import BALANCE, LEARNING_RATE, SEED, WEIGHT_DECAY, own_tokens, tokens_of
 from tests.plans import make_plan, tiny_experts, tiny_gpt2, tiny_llama
 
 STEPS, SAVED = 6, 3  # of the uninterrupted run, and after how many the others change
@@ -38,6 +38,7 @@ DENSE = {
     "pp2 in 4 chunks": plan_of(tiny_llama(), pp=2, schedule="interleaved-1f1b", virtual_stages=2),
     "dp4 zero3": plan_of(tiny_llama(), dp=4, zero=3, dp_shard=4),
     "HSDP": plan_of(tiny_llama(), dp=4, zero=3, dp_shard=2),
+    "cp2 zero3": plan_of(tiny_llama(), cp=2, cp_style="ring", dp=2, zero=3, dp_shard=2, micro_batch=2),
     "dp3 zero1": plan_of(tiny_llama(), dp=3, zero=1, dp_shard=3, micro_batch=2),
     "pp3 uneven": plan_of(tiny_llama(), (1, 3), pp=3, schedule="1f1b"),
     "tp2 pp2 with sequence": plan_of(tiny_llama(), tp=2, pp=2, schedule="gpipe", sequence_parallel=True),
@@ -63,8 +64,8 @@ def start(plan: Plan) -> TrainState:
 
 
 def step_of_training(state: TrainState, plan: Plan, step: int, **wishes: Any) -> StepResult:
-    tokens = own_samples(plan, tokens_of(plan, step), state.mesh.coordinate.dp)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    here = state.mesh.coordinate
+    inputs, targets = own_tokens(plan, tokens_of(plan, step), here.dp, here.cp)
     return training_step(state, inputs, targets, learning_rate=LEARNING_RATE, clip_norm=1.0, **wishes)
 
 
@@ -107,7 +108,11 @@ def hold(pairs: dict[str, list[str]], plans: dict[str, Plan], tmp_path: Path) ->
 
 
 def test_a_run_goes_on_under_other_layouts(tmp_path: Path) -> None:
-    pairs = {"tp2": ["pp2 in 4 chunks", "dp3 zero1"], "pp2 in 4 chunks": ["dp3 zero1"], "one rank": ["dp3 zero1"]}
+    pairs = {
+        "tp2": ["pp2 in 4 chunks", "dp3 zero1", "cp2 zero3"],
+        "pp2 in 4 chunks": ["dp3 zero1"],
+        "one rank": ["dp3 zero1"],
+    }
     hold(pairs, DENSE, tmp_path)
 
 

@@ -19,17 +19,28 @@ import yaml
 from planner.schedule import action_lists
 from planner.trace_names import UPDATE
 from profiles.input_error import InputError
-from runtime.launch import train
+from runtime.launch import start_ranks, train
 from runtime.learning_rate import RateSchedule
 from runtime.parameters import named_parameters
+from runtime.run_folder import prepare
 from runtime.step import build_state, training_step
 from runtime.trainer import TrainOptions
 from runtime.watching import Watching
-from tests.distributed.faults import small_plan
+from tests.distributed.faults import compute_slowly_on_rank_one, small_plan
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_samples, tokens_of
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    plan, options = small_plan(dp=2), TrainOptions(run_dir=tmp_path, steps=8)
+    prepare(tmp_path, plan, steps=options.steps, resume=False)
+    start_ranks(plan, options, compute_slowly_on_rank_one)
+    measured = yaml.safe_load((tmp_path / "record.yaml").read_text())["measured"]
+    (slow,) = measured["stragglers"]
+    assert (slow["rank"], slow["stage"]) == (1, 0)
+    assert slow["slower"] > 1.2
 
 
 def test_a_run_leaves_its_log_and_traces(tmp_path: Path) -> None:
