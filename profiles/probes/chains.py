@@ -3,9 +3,10 @@
 [Note: Chains]
 A kernel that is timed over and over finds its code and torch's way to it in the caches, and nothing of autograd
 around it; in a block each operation follows another one. Where the host is the device, on CPUs, the difference is part
-of the step: so much for each operation that the host issues, as the cost model counts them, and nearly the same for
-kernels of any size, which is why the block here is a small one. A backward in halves (zero bubble) walks the graph in
-Python besides, once for the gradients of the input and once more for those of the weights.
+of the step: so much for each operation that the host issues, as the cost model counts them. The block here is as large
+as a core's own cache, so that code and tensors drive each other out as in training; one that fits shows a fifth of it.
+A backward in halves (zero bubble) walks the graph in Python besides, once for the gradients of the input and once more
+for those of the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from .compute import linear_products, measure_attention, measure_gemm, measure_memory
 from .timing import Rank, time_alone
 
-_TOKENS, _HIDDEN, _HEADS, _FFN = 64, 64, 4, 128
+_TOKENS, _HIDDEN, _HEADS, _FFN = 256, 128, 4, 352
 _BLOCKS = 4
 # Operations of one block that the host issues: 7 linears, 8 kernels bound by memory, flash attention; and three sums
 # of gradients that meet, which a backward has besides.
