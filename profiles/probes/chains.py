@@ -4,7 +4,7 @@
 A kernel that is timed over and over finds its code and torch's way to it in the caches, and nothing of autograd
 around it; in a block each operation follows another one. Where the host is the device, on CPUs, the difference is part
 of the step: so much for each operation that the host issues, as the cost model counts them. The block here is as large
-as a core's own cache, so that code and tensors drive each other out as in training; one that fits shows a fifth of it.
+as a core's own cache, so that code and tensors drive each other out as in training; one that fits shows less of it.
 A backward in halves (zero bubble) walks the graph in Python besides, once for the gradients of the input and once more
 for those of the weights.
 """
