@@ -178,7 +178,8 @@ def check_supported(question: Question) -> None:
         raise UnsupportedError(reason)
     if not question.hardware.supports(job.precision):
         known = [dtype for dtype in capabilities.precisions if question.hardware.supports(dtype)]
-        lines = (f"it has figures for {', '.join(known)}: --precision {known[0]}" if known else "profile it first",)
+        instead = f"--precision {known[0]} (among Megatron's flags: no --{job.precision})" if known else ""
+        lines = (f"it has figures for {', '.join(known)}: {instead}" if known else "profile it first",)
         if question.cluster.hardware == LOCAL:
             lines += (f"or measure the others: cli.py profile --resume --precision {job.precision}",)
         raise UnsupportedError(

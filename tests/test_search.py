@@ -222,7 +222,7 @@ def test_what_the_target_cannot_train_is_named() -> None:
     only_fp32 = small_hardware(gemm_models=small_hardware().gemm_models[:1])
     assert refused(small_question(precision="bf16", hardware=only_fp32)) == (
         "the hardware profile small has no figures for bf16",
-        ("it has figures for fp32: --precision fp32",),
+        ("it has figures for fp32: --precision fp32 (among Megatron's flags: no --bf16)",),
     )
     check_supported(small_question(precision="bf16"))
 
