@@ -1,12 +1,12 @@
 """Receives of a pipeline's step posted at its start, on gloo.
 
 [Note: Early receives]
-gloo sends a message once its receiver is there. A receive that is posted when the partner computes has the thread
-that serves the connection wake up on a core that is busy, and the one that posts, holding the connection's lock, can
-lose its own core to a thread that waits for that lock: 2 to 6 ms a message with two ranks on two cores, where a lone
-message took 0.3 ms. torch keeps a buffer for every microbatch, so all receives of a step can be posted before its
-first action, in the order in which the partner sends. On NCCL a receive holds up what is queued behind it, so there
-torch posts each where its schedule says.
+gloo sends a message once its receiver is there. A receive that is posted while the partner computes has the thread
+that serves the connection wake up on a core that is busy, and the rank that posts it, holding the connection's lock,
+can lose its own core to a thread that waits for that lock: a slice of the scheduler's, several milliseconds. torch
+keeps a buffer for every microbatch, so all receives of a step can be posted before its first action, in the order in
+which the partner sends. On NCCL a receive holds up what is queued behind it, so there torch posts each where its
+schedule says.
 """
 
 from __future__ import annotations
