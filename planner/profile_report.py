@@ -140,6 +140,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
         ("in a split backward", h.split_overhead_seconds),
         ("FSDP forward", h.fsdp_forward_overhead_seconds),
         ("FSDP backward", h.fsdp_backward_overhead_seconds),
+        ("message", h.message_overhead_seconds),
     ]
     overlap = f"compute × {h.overlap_compute_slowdown:.2f}, communication × {h.overlap_communication_slowdown:.2f}"
     if h.overlap:

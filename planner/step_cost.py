@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
@@ -97,7 +97,7 @@ class CostModel:
         send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
         alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
-        waits = 0.0 if alone else send
+        waits = self._message_work(layout) if alone else send
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
@@ -334,6 +334,16 @@ class CostModel:
             gathered = self._comm.collective_seconds("all_gather", Group(layout.tp, 1), size)
             return self._comm.send_seconds(group, size / layout.tp) + gathered
         return self._comm.send_seconds(group, size)
+
+    def _message_work(self, layout: Layout) -> float:
+        """What messages take from the compute of an action, a mean over the stages: of S at most S - 1 send."""
+        hardware = self._hardware
+        each, each_byte = hardware.message_overhead_seconds, hardware.message_overhead_seconds_per_byte
+        if each == each_byte == 0.0:
+            return 0.0
+        ranks = [layout.pipeline(1).rank_of(stage) for stage in range(layout.stages)]
+        crossed = sum(one != other for one, other in pairwise(ranks))
+        return (each + each_byte * self._memory.boundary_bytes(layout)) * crossed / layout.stages
 
     def _tied_seconds(self, layout: Layout) -> float:
         """First and last stage sum the gradients of their copies of a tied matrix: each sends its own to the other."""

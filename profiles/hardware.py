@@ -51,7 +51,8 @@ class HardwareProfile:
     Where the host is the device, `operation_overhead_seconds` is what each operation of a block takes besides its
     kernel; `split_overhead_seconds` comes on top for each operation of a backward in halves; and
     `fsdp_forward_overhead_seconds` and `fsdp_backward_overhead_seconds` are what FSDP2 does around one module in a
-    microbatch that neither gathers nor reduces.
+    microbatch that neither gathers nor reduces; `message_overhead_seconds` (and for each byte so much more) is what a
+    message out and one in take from the compute beside them.
     `multiprocessors` is what a wave of tiles has, 0 where a GEMM has none (CPUs). Collectives were measured with
     `devices_per_node` ranks a node; `gemm_checks` are shapes off the grid, measured to judge the grid by.
     """
@@ -77,6 +78,8 @@ class HardwareProfile:
     split_overhead_seconds: float = 0.0
     fsdp_forward_overhead_seconds: float = 0.0
     fsdp_backward_overhead_seconds: float = 0.0
+    message_overhead_seconds: float = 0.0
+    message_overhead_seconds_per_byte: float = 0.0
     host_to_device_bytes_per_second: float | None = None
     device_to_host_bytes_per_second: float | None = None
     multiprocessors: int = 0
@@ -317,6 +320,8 @@ _OVERHEADS = (
     "split_overhead_seconds",
     "fsdp_forward_overhead_seconds",
     "fsdp_backward_overhead_seconds",
+    "message_overhead_seconds",
+    "message_overhead_seconds_per_byte",
 )
 _HOST_LINK = ("host_to_device_bytes_per_second", "device_to_host_bytes_per_second")
 # Lists of the file, in its order.

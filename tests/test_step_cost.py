@@ -80,6 +80,10 @@ def test_a_price_does_not_depend_on_what_was_priced_before() -> None:
         ({"sequence_shard_overhead_seconds": 1.0}, Layout(tp=4, sequence_parallel=True)),
         ({"operation_overhead_seconds": 1e-6}, Layout(dp=4)),
         ({"split_overhead_seconds": 1e-6}, Layout(pp=4, schedule="zb1p")),
+        ({"fsdp_forward_overhead_seconds": 1e-4}, Layout(dp=4)),
+        ({"fsdp_backward_overhead_seconds": 1e-4}, Layout(dp=4, zero=1, dp_shard=4)),
+        ({"message_overhead_seconds": 1e-4}, Layout(pp=4)),
+        ({"message_overhead_seconds_per_byte": 1e-7}, Layout(pp=4)),
     ],
 )
 def test_slower_hardware_is_a_slower_step(slower: dict[str, Any], layout: Layout) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..points import ContentionPoint, OverlapPoint, WaitPoint
-from .collectives import BETWEEN_SECONDS, PlacedGroup
+from .collectives import BETWEEN_SECONDS, PlacedGroup, work_between
 from .timing import Rank, time_alone, trimmed_mean
 
 _CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
+MESSAGE_BYTES = (2**16, 2**19)  # of a microbatch between stages on CPUs
+_MESSAGES = 16  # each way in one timing
 _CONTENTION_TURNS = {False: 9, True: 3}
 WAIT_SECONDS = (BETWEEN_SECONDS, 5e-3, 2e-2, 8e-2)  # of work between two meetings; a block's, a stage's, a step's
 
@@ -132,3 +135,48 @@ def measure_stragglers(rank: Rank) -> dict[str, Any]:
         stretch = trimmed_mean(typical)
         waits.append(WaitPoint(compute_seconds=stretch, wait_seconds=max(0.0, wait)))
     return {"waits": waits, "straggler_slowdown": 1.0 + waits[-1].wait_seconds / stretch}
+
+
+def measure_messages(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
+    """What a message that goes out and one that comes in take from a rank that goes on computing.
+
+    The receives are posted beforehand and nothing is waited for until the end, as in a pipeline on CPUs; what the core
+    does for the messages (Python, the copies to and from the sockets, the threads that serve them) the compute beside
+    them does not get. A straight line through two sizes.
+    """
+    assert placed.size == 2, placed
+    partner = placed.ranks[1 - placed.ranks.index(rank.rank)]
+    compute = work_between(rank, BETWEEN_SECONDS)
+    assert compute is not None, "measured on CPUs alone"
+    found = []
+    for size in MESSAGE_BYTES:
+        out = torch.zeros(size // 4)
+        into = [torch.zeros(size // 4) for _ in range(_MESSAGES)]
+        alone, beside = [], []
+        for _ in range(max(4, round(rank.effort_seconds / 1e-2))):
+            alone.append(_timed(rank, lambda: [compute() for _ in range(_MESSAGES)]))
+            beside.append(_timed(rank, partial(_exchange_beside, compute, out, into, partner, placed.group)))
+        lost = (trimmed_mean(beside) - trimmed_mean(alone)) / _MESSAGES
+        found.append(max(0.0, rank.mean(lost)))
+    (small, large), (fewer, more) = MESSAGE_BYTES, found
+    each_byte = max(0.0, more - fewer) / (large - small)
+    return {
+        "message_overhead_seconds": max(0.0, fewer - each_byte * small),
+        "message_overhead_seconds_per_byte": each_byte,
+    }
+
+
+def _exchange_beside(
+    compute: Callable[[], object],
+    out: torch.Tensor,
+    into: Sequence[torch.Tensor],
+    partner: int,
+    group: dist.ProcessGroup,
+) -> None:
+    works = [dist.irecv(tensor, partner, group=group) for tensor in into]
+    for _ in into:
+        compute()
+        works.append(dist.isend(out, partner, group=group))
+    for work in works:
+        assert work is not None
+        work.wait()

@@ -101,6 +101,8 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         split_overhead_seconds=draw(or_zero(powers(-7, -5))),
         fsdp_forward_overhead_seconds=draw(or_zero(powers(-6, -3))),
         fsdp_backward_overhead_seconds=draw(or_zero(powers(-6, -3))),
+        message_overhead_seconds=draw(or_zero(powers(-6, -3))),
+        message_overhead_seconds_per_byte=draw(or_zero(powers(-10, -8))),
         parameter_overhead_seconds=draw(or_zero(powers(-7, -4))),
         corrections=draw(st.sampled_from(({}, {"gemm": 1.3, "memory": 0.8, "optimizer": 2.0, "tp": 1.2, "dp": 0.7}))),
         contention_points=tuple(contention) if draw(st.booleans()) else (),
