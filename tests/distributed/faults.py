@@ -151,10 +151,10 @@ def spoil_weights_of_rank_one(plan: Plan, options: TrainOptions) -> None:
 
 
 def compute_slowly_on_rank_one(plan: Plan, options: TrainOptions) -> None:
-    """Rank 1 takes two hundred times as long for each activation, as on a core that others use."""
+    """Rank 1 takes three thousand times as long for each activation, as on a core that others use."""
 
     def slow(silu: Any) -> Any:
-        return lambda x: [silu(x) for _ in range(200)][-1]
+        return lambda x: [silu(x) for _ in range(3000)][-1]
 
     if os.environ["RANK"] == "1":
         _patch(transformer.F, "silu", slow)

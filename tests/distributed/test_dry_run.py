@@ -150,7 +150,8 @@ def test_what_cannot_run_dry_is_refused(
     plan = plan_file.load(large)
     assert command(capsys, monkeypatch, "train", str(large), "--dry-run", "--rank", "256") == (
         2,
-        f"error the plan has no rank 256 where --rank expected 0 to 255, a rank of {plan.layout.short()} got 256",
+        f"error the plan has no rank 256 where --rank expected 0 to 255, a rank of {plan.layout.short()} got 256 "
+        "try cli.py train --help",
     )
     other = tmp_path / "megatron.yaml"
     plan_file.save(replace(plan, job=replace(plan.job, target="megatron")), other)
