@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder, whe
 import closed_loop
 from side_by_side import Turns, read_cases, run_layouts, save_plans
 
-from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
-from profiles.hardware import HardwareProfile, load_hardware, save_hardware
+from profiles.cluster import ClusterSpec, save_cluster
+from profiles.hardware import HardwareProfile, save_hardware
 from profiles.probes.profiler import ProfileOptions, is_first, profile_machine
 
 RANKS_PER_NODE = 2
@@ -184,7 +184,7 @@ def profiled(names: list[str], folder: Path, number: int, budget: float) -> tupl
     """What the profiler finds under torchrun on both nodes."""
     written = folder / f"profile{number}.yaml"
     Ranks(names, [__file__, "--measure", str(written), "--budget", str(budget)], 29613 + number).end()
-    return load_hardware(written), load_cluster_file(written.with_suffix(".cluster.yaml"))
+    return closed_loop.load_profile(folder, number)
 
 
 def measure(file: Path, budget: float) -> None:

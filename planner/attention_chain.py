@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from profiles.hardware import HardwareProfile
+from profiles.points import HOST_OPERATIONS
 from profiles.software import Software
 
-from .compute_seconds import HOST_OPERATIONS, ComputeCost, ComputeSeconds
+from .compute_seconds import ComputeCost, ComputeSeconds
 
 Memory = Callable[[str, float], ComputeCost]
 

@@ -24,6 +24,7 @@ from .assignment import counts_of
 from .capabilities import CAPABILITIES
 from .compute_cost import ComputeCost, ComputeModel
 from .layout_costs import StageCount
+from .plan import Plan
 from .record import KERNELS, RunRecord
 from .step_cost import CostModel
 
@@ -110,11 +111,13 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
     prices = CostModel(plan.model, plan.cluster, waiting, plan.job)
     costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
     counts = counts_of(plan.model, plan.stages)
+    software = load_software(CAPABILITIES[plan.job.target].software).software
+    compute = ComputeModel(plan.model, hardware, plan.job, software)
     parts = {**dict.fromkeys(KERNELS, 0.0), "tp": 0.0, "dp": 0.0, "optimizer": 0.0}
     for stage in record.stages:
         seconds = costs.stage_seconds(stage, counts[stage])
         each = seconds.forward + seconds.backward + seconds.recompute_full
-        for kind, kernel_seconds in _kernels(hardware, record, stage, counts[stage]).items():
+        for kind, kernel_seconds in _kernels(compute, plan, stage, counts[stage]).items():
             parts[kind] += kernel_seconds
         parts["tp"] += each.tp * costs.microbatches
         parts["dp"] += each.dp * costs.microbatches + seconds.gather.dp + seconds.reduce.dp
@@ -122,10 +125,7 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
     return parts
 
 
-def _kernels(hardware: HardwareProfile, record: RunRecord, stage: int, count: StageCount) -> dict[str, float]:
-    plan = record.plan
-    software = load_software(CAPABILITIES[plan.job.target].software).software
-    compute = ComputeModel(plan.model, hardware, plan.job, software)
+def _kernels(compute: ComputeModel, plan: Plan, stage: int, count: StageCount) -> dict[str, float]:
     parts: list[tuple[ComputeCost, int, int]] = [
         (compute.block(plan.layout, segment.kind), blocks.total, blocks.full)
         for segment, blocks in zip(plan.model.segments, count, strict=True)

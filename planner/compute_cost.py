@@ -9,11 +9,11 @@ from __future__ import annotations
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import DIRECTIONS, ELEMENTWISE, SCALAR_SLOWDOWN
+from profiles.points import DIRECTIONS, ELEMENTWISE, HOST_OPERATIONS, SCALAR_SLOWDOWN
 from profiles.software import Software
 
 from .attention_chain import chain_attention
-from .compute_seconds import HOST_OPERATIONS, NO_SECONDS, ComputeCost, ComputeSeconds
+from .compute_seconds import NO_SECONDS, ComputeCost, ComputeSeconds
 from .context_seconds import context_work
 from .job import TrainingJob
 from .layout import Layout
@@ -260,10 +260,6 @@ class ComputeModel:
         sums = sum(max(0, len(names & set(self._model.linear_shapes)) - 1) for names in sharing)
         added = self._hardware.memory_seconds("residual", self._dtype, tokens * self._model.hidden_size)
         return ComputeCost(backward_input=ComputeSeconds(memory=sums * added))
-
-    def split_overhead(self, part: ComputeSeconds) -> float:
-        """Seconds that one half of a split backward takes besides: the operations of both are paid by either."""
-        return part.operations * self._hardware.split_overhead_seconds
 
     def _experts(self, layout: Layout, experts: Experts, tokens: float, outside: float) -> list[ComputeCost]:
         """Router, sorting, the rank's experts on the tokens sent to them, the shared experts, and back."""

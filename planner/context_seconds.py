@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .compute_seconds import HOST_OPERATIONS, NO_SECONDS, ComputeCost, ComputeSeconds
+from profiles.points import HOST_OPERATIONS
+
+from .compute_seconds import NO_SECONDS, ComputeCost, ComputeSeconds
 from .layout import Layout
 
 Once = Callable[[str, float], ComputeSeconds]

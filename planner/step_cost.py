@@ -301,12 +301,12 @@ class CostModel:
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
         number = self._software.joined_tensors(tensors, root)
         dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root, reshard=reshard)
-        split = self._compute.split_overhead if layout.schedule in ALL_SPLIT else lambda _: 0.0
+        split = self._hardware.split_overhead_seconds if layout.schedule in ALL_SPLIT else 0.0  # of each operation
         first, second = compute.backward_input, compute.backward_weight
         return PartSeconds(
             forward=Seconds(compute.forward.total, **sent("forward")) + dp.forward,
-            backward_input=Seconds(first.total + split(first), **sent("backward")) + dp.backward,
-            backward_weight=Seconds(second.total + split(second) + accumulate),
+            backward_input=Seconds(first.total + split * first.operations, **sent("backward")) + dp.backward,
+            backward_weight=Seconds(second.total + split * second.operations + accumulate),
             recompute_selective=Seconds(compute.selective.total, **sent("selective")),
             recompute_full=Seconds(compute.forward.total, **sent("full")),
             gather=dp.gather,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from profiles.hardware import HardwareProfile
-from profiles.points import DTYPE_BYTES
+from profiles.points import DTYPE_BYTES, HOST_OPERATIONS
 from profiles.software import Software
 from profiles.traced_model import AttentionWork, Product, TracedModel, TracedPart
 
@@ -17,7 +17,7 @@ from .activation_bytes import ActivationModel, KeptBytes
 from .axis_cost import AxisModel, Passes
 from .comm_cost import CommModel
 from .compute_cost import ComputeModel
-from .compute_seconds import HOST_OPERATIONS, ComputeCost, ComputeSeconds
+from .compute_seconds import ComputeCost, ComputeSeconds
 from .head_memory import HeadMemory
 from .job import TrainingJob
 from .layout import Layout

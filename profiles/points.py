@@ -64,6 +64,10 @@ EAGER_PASSES = {
 SCALAR_SLOWDOWN = 1.6
 ELEMENTWISE = ("scale_mask", "gelu", "gelu_tanh", "dropout", "residual", "copy", "bias")
 
+# Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
+# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
+HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "joined": (7, 21)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class GemmPoint:

@@ -118,9 +118,9 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     yield Case("stragglers", "overheads", QUICK, concurrency.measure_stragglers)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
     yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))
-    if not cuda and (pairs := [placed for placed in groups.values() if placed.size == 2]):
-        yield Case("messages", "overheads", QUICK, partial(concurrency.measure_messages, placed=pairs[0]))
     if not cuda:
+        for pair in [placed for placed in groups.values() if placed.size == 2][:1]:
+            yield Case("messages", "overheads", QUICK, partial(concurrency.measure_messages, placed=pair))
         run = partial(overheads.measure_unsynchronised, placed=groups[smallest])
         yield Case("FSDP without collectives", "overheads", QUICK, run)
     fsdp = {2**18: QUICK, 2**20: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}

@@ -18,16 +18,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from ..points import HOST_OPERATIONS
 from .compute import linear_products, measure_attention, measure_gemm, measure_memory
 from .timing import Rank, time_alone
 
 _TOKENS, _HIDDEN, _HEADS, _FFN = 256, 128, 4, 352
 _BLOCKS = 4
-# Operations of one block that the host issues: 7 linears, 8 kernels bound by memory, flash attention; and three sums
-# of gradients that meet, which a backward has besides.
-_FORWARD_OPERATIONS, _BACKWARD_OPERATIONS = 7 * 4 + 8 * 2 + 5, 7 * 7 + 8 * 3 + 6
-_WEIGHT_OPERATIONS = 7 * 7 / 2
-_MEETING = 3
+_KERNELS = {"linear": 7, "memory": 8, "flash": 1}  # of one block
+_MEETING = 3  # sums of gradients that a backward has besides
 
 
 class _Block(nn.Module):
@@ -81,10 +79,12 @@ def measure_chain(rank: Rank) -> dict[str, float]:
     kernels = sum(_kernel_seconds(rank))
     chained.append(time_alone(rank, whole).seconds / _BLOCKS)
     together = sum(chained) / 2
-    operations = _FORWARD_OPERATIONS + _BACKWARD_OPERATIONS + _MEETING
+    forward, backward = (
+        sum(number * HOST_OPERATIONS[kind][way] for kind, number in _KERNELS.items()) for way in (0, 1)
+    )
     return {
-        "operation_overhead_seconds": max(0.0, together - kernels) / operations,
-        "split_overhead_seconds": max(0.0, split - together) / _BACKWARD_OPERATIONS,
+        "operation_overhead_seconds": max(0.0, together - kernels) / (forward + backward + _MEETING),
+        "split_overhead_seconds": max(0.0, split - together) / backward,
     }
 
 
