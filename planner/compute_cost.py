@@ -262,19 +262,22 @@ class ComputeModel:
         return ComputeCost(backward_input=ComputeSeconds(memory=sums * added))
 
     def _experts(self, layout: Layout, experts: Experts, tokens: float, outside: float) -> list[ComputeCost]:
-        """Router, sorting, the rank's experts on the tokens sent to them, the shared experts, and back."""
+        """Router, tokens to their experts, the rank's experts on what is sent to them, the way back, shared experts."""
         model, hidden = self._model, self._model.hidden_size
-        routed = routed_tokens(layout, model, self._job)  # rows that the busiest rank's experts see
-        local = experts.number // layout.ep
-        parts = [
+        routing = [
             self._linear(outside, experts.number, hidden),
             self._memory("softmax", outside * experts.number),
-            self._memory("copy", outside * experts.top_k * hidden),  # sorted by expert
-            self._memory("copy", outside * experts.top_k * hidden),  # and back, weighted
         ]
-        for outputs, inputs in expert_linear_shapes(model, layout.etp):
-            parts.append(self._linear(routed / local, outputs, inputs, local))
-        parts.append(self._activation(routed * experts.ffn_hidden_size / layout.etp))
+        moved = [self._memory(way, outside * experts.top_k * hidden) for way in ("permute", "unpermute")]
+        parts = [
+            _total(routing).issuing(*HOST_OPERATIONS["router"]),
+            _total(moved).issuing(*HOST_OPERATIONS["permute"]),
+            self._routed_experts(layout, experts),
+        ]
+        for degree in (layout.ep, layout.etp):
+            if degree > 1:
+                sorted_anew = self._memory("permute", routed_tokens(layout, model, self._job) * hidden)
+                parts.append((sorted_anew + sorted_anew).issuing(*HOST_OPERATIONS["exchange"]))
         if experts.shared:
             width = experts.shared_width // layout.tp
             shapes = [(width, hidden)] * (model.ffn_matrices - 1) + [(hidden, width)]
@@ -282,6 +285,18 @@ class ComputeModel:
             parts.append(self._activation(tokens * width))
             parts.append(self._memory("residual", outside * hidden))
         return parts
+
+    def _routed_experts(self, layout: Layout, experts: Experts) -> ComputeCost:
+        """The rank's experts on the rows that the busiest rank of a group sees: one grouped product, or a loop."""
+        routed = routed_tokens(layout, self._model, self._job)
+        local = experts.number // layout.ep
+        shapes = expert_linear_shapes(self._model, layout.etp)
+        parts = [self._linear(routed / local, outputs, inputs, local) for outputs, inputs in shapes]
+        parts.append(self._activation(routed * experts.ffn_hidden_size / layout.etp))
+        if self._hardware.operation_overhead_seconds == 0.0:
+            return _total(parts)
+        around, each = HOST_OPERATIONS["experts"], HOST_OPERATIONS["expert"]
+        return _total(parts).issuing(*(once + local * one for once, one in zip(around, each, strict=True)))
 
     def embedding(self, layout: Layout) -> ComputeCost:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)

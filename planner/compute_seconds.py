@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 
 from profiles.hardware import HardwareProfile
 
-# Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
-# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
-HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "joined": (7, 21)}
-# And for attention to one more document of a row, where each is a call (runtime/document_attention.py).
+# Operations of the host, (forward, backward), for attention to one more document of a row, where each is a call
+# (runtime/document_attention.py).
 DOCUMENT_OPERATIONS = (9, 16)
 
 
@@ -111,6 +109,16 @@ class ComputeCost:
             self.backward_input + ComputeSeconds(overhead=late),
             self.backward_weight,
             self.selective.behind_host(each),
+        )
+
+    def issuing(self, forward: float, backward: float) -> ComputeCost:
+        """With so many operations of the host in place of those of its kernels."""
+        half, counts = backward / 2, bool(self.selective.operations)
+        return ComputeCost(
+            replace(self.forward, operations=forward),
+            replace(self.backward_input, operations=half),
+            replace(self.backward_weight, operations=half),
+            replace(self.selective, operations=forward * counts),
         )
 
     def repeated(self, number: int) -> ComputeCost:

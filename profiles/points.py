@@ -46,6 +46,10 @@ EAGER_PASSES = {
     "cast_delayed": (2, 2),  # bf16 to fp8 and its transpose in one kernel
     "cast_dynamic": (2.5, 3.5),  # largest element (1), cast (1.5); of gradients the transpose (1) besides
     "embedding": (2, 3),
+    "permute": (2, 3),  # rows by index; back: their gradients added to the tokens'
+    # Product with the weight (2), added to the token's row (3); back: rows by index (2), products for the rows (2) and
+    # for the weights (3), whose sum reads (1).
+    "unpermute": (5, 8),
     # torch's own: cast to fp32 (3), log-softmax (4), pick; back: zeros and a one (2), softmax (6), cast (3).
     "cross_entropy": (7, 11),
     # Cast (3), maximum (2), difference (4), exponential (4), sum (2), quotient (4); back: product (4), cast (3).
@@ -65,8 +69,21 @@ SCALAR_SLOWDOWN = 1.6
 ELEMENTWISE = ("scale_mask", "gelu", "gelu_tanh", "dropout", "residual", "copy", "bias")
 
 # Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
-# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
-HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "joined": (7, 21)}
+# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py). "router" with its losses,
+# "permute" with the way back; "exchange" of rows within ep or etp, which sorts them anew; "experts" where they are a
+# loop, and each "expert" of it (runtime/experts.py).
+HOST_OPERATIONS = {
+    "linear": (4, 7),
+    "memory": (2, 3),
+    "flash": (5, 6),
+    "chain": (14, 24),
+    "joined": (7, 21),
+    "router": (29, 29),
+    "permute": (12, 11),
+    "exchange": (25, 8),
+    "experts": (5, 4),
+    "expert": (8, 23),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

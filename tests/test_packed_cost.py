@@ -6,12 +6,10 @@ import doctest
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import planner.packed_cost
 from planner.compute_cost import ComputeModel
@@ -27,20 +25,11 @@ from profiles.input_error import InputError
 from profiles.software import load_software
 from profiles.store import Reader
 from runtime.document_attention import BODIES, DOCUMENTS
+from tests.operations import Operations
 from tests.oracles.small_world import small_hardware
 from tests.plans import make_plan, tiny_llama
 
 BACKWARD = torch.ops.meshwright.document_attention_backward.default
-
-
-class Operations(TorchDispatchMode):
-    """Counts what reaches the dispatcher."""
-
-    number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += 1
-        return func(*args, **(kwargs or {}))
 
 
 def rows_of(lengths: np.ndarray, sequence: int) -> tuple[float, float]:

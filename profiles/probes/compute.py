@@ -170,6 +170,8 @@ MEMORY_OPERATIONS = (
     "copy",
     "cast",
     "embedding",
+    "permute",
+    "unpermute",
     "cross_entropy",
     *STATE_OPERATIONS,
 )
@@ -244,6 +246,8 @@ def _differentiable(rank: Rank, dtype: str, operation: str, elements: int) -> Di
         table = tensor(_WIDTH, _WIDTH)
         return lambda: F.embedding(tokens, table), (table,)
     x = tensor(rows, _WIDTH)
+    if operation in ("permute", "unpermute"):
+        return _permuted(operation, x)
     if operation in ("swiglu", "residual"):
         other = tensor(rows, _WIDTH)
         return (lambda: F.silu(x) * other) if operation == "swiglu" else (lambda: x + other), (x, other)
@@ -258,6 +262,17 @@ def _differentiable(rank: Rank, dtype: str, operation: str, elements: int) -> Di
         "cross_entropy": (lambda: F.cross_entropy(x.float(), tokens, reduction="sum"), (x,)),
     }
     return actions[operation]
+
+
+def _permuted(operation: str, x: torch.Tensor) -> Differentiable:
+    """Rows of tokens sorted by expert, each token twice, or their weighted sums (runtime/experts.py)."""
+    rows = len(x)
+    token = torch.randperm(rows, device=x.device) // 2
+    if operation == "permute":
+        tokens = x.detach()[: rows // 2].clone().requires_grad_()
+        return (lambda: tokens[token]), (tokens,)
+    weight = torch.rand(rows, 1, device=x.device).to(x.dtype).requires_grad_()
+    return (lambda: torch.zeros_like(x[: rows // 2]).index_add(0, token, x * weight)), (x, weight)
 
 
 def _forward_backward(rank: Rank, operands: Sequence[Differentiable]) -> tuple[Timing, Timing]:
