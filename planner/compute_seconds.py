@@ -112,13 +112,14 @@ class ComputeCost:
         )
 
     def issuing(self, forward: float, backward: float) -> ComputeCost:
-        """With so many operations of the host in place of those of its kernels."""
-        half, counts = backward / 2, bool(self.selective.operations)
+        """With so many operations of the host in place of those of its kernels; half of the backward's are for the
+        weights, where it has some."""
+        for_weights = backward / 2 if self.backward_weight.total else 0.0
         return ComputeCost(
             replace(self.forward, operations=forward),
-            replace(self.backward_input, operations=half),
-            replace(self.backward_weight, operations=half),
-            replace(self.selective, operations=forward * counts),
+            replace(self.backward_input, operations=backward - for_weights),
+            replace(self.backward_weight, operations=for_weights),
+            replace(self.selective, operations=forward if self.selective.operations else 0.0),
         )
 
     def repeated(self, number: int) -> ComputeCost:

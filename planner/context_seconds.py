@@ -17,23 +17,18 @@ def context_work(layout: Layout, once: Once, queries: float, keys_values: float,
 
     `once` prices a memory-bound operation by its name and elements. Ring (runtime/ring_attention.py): keys and values
     joined into one message each way; every step after the first scales and adds the outputs, backward it adds to the
-    gradients of queries and of keys and values. Its kernel is issued cp times. Recomputation that keeps attention's
-    outputs does none of it again. All-to-all (runtime/head_exchange.py): keys joined to values, and whatever is
-    exchanged is put in order before and after.
+    gradients of queries and of keys and values. Recomputation that keeps attention's outputs does none of it again.
+    All-to-all (runtime/head_exchange.py): keys joined to values, and whatever is exchanged is put in order before and
+    after.
     """
     if layout.cp_style == "all-to-all":
-        sent = queries + keys_values + outputs
-        forward = once("copy", keys_values) + _times(2, once("copy", sent))
-        return ComputeCost(forward, forward, NO_SECONDS, forward)
+        forward = once("copy", keys_values) + once("copy", queries + keys_values + outputs) * 2
+        there, back = HOST_OPERATIONS["head_exchange"]
+        return ComputeCost(forward, forward, NO_SECONDS, forward).issuing(there, back)
     steps = layout.cp - 1
-    there, back = HOST_OPERATIONS["flash"]
-    merge = once("copy", outputs) + once("residual", outputs) + ComputeSeconds(operations=there)
-    add = once("residual", queries) + once("residual", keys_values) + ComputeSeconds(operations=back)
-    forward = once("copy", keys_values) + once("copy", outputs) + _times(steps, merge)
-    backward = _times(3, once("copy", keys_values)) + _times(steps, add)
-    return ComputeCost(forward, backward)
-
-
-def _times(number: int, each: ComputeSeconds) -> ComputeSeconds:
-    """The same so many times over, its operations too."""
-    return ComputeSeconds(memory=number * each.memory, operations=number * each.operations)
+    merge, add = once("copy", outputs) + once("residual", outputs), once("residual", queries)
+    forward = once("copy", keys_values) + once("copy", outputs) + merge * steps
+    backward = once("copy", keys_values) * 3 + (add + once("residual", keys_values)) * steps
+    first, more = HOST_OPERATIONS["ring"], HOST_OPERATIONS["ring_step"]
+    there, back = (alone + steps * each for alone, each in zip(first, more, strict=True))
+    return ComputeCost(forward, backward).issuing(there, back)

@@ -71,7 +71,8 @@ ELEMENTWISE = ("scale_mask", "gelu", "gelu_tanh", "dropout", "residual", "copy",
 # Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
 # included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py). "router" with its losses,
 # "permute" with the way back; "exchange" of rows within ep or etp, which sorts them anew; "experts" where they are a
-# loop, and each "expert" of it (runtime/experts.py).
+# loop, and each "expert" of it (runtime/experts.py). "ring" with its first step, and each "ring_step" more, beside what
+# attention in one call issues (runtime/ring_attention.py); "head_exchange" likewise (runtime/head_exchange.py).
 HOST_OPERATIONS = {
     "linear": (4, 7),
     "memory": (2, 3),
@@ -83,6 +84,9 @@ HOST_OPERATIONS = {
     "exchange": (25, 8),
     "experts": (5, 4),
     "expert": (8, 23),
+    "ring": (12, 19),
+    "ring_step": (26, 36),
+    "head_exchange": (25, 23),
 }
 
 

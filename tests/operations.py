@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.ring_attention import seen_through
+
 
 class Operations(TorchDispatchMode):
-    """Counts what reaches the dispatcher."""
+    """Counts what reaches the dispatcher, within attention of ours too."""
 
     number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (body := seen_through(self, func)) is not None:
+            return body(*args)
         self.number += 1
         return func(*args, **(kwargs or {}))
 

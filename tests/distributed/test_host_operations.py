@@ -1,4 +1,4 @@
-"""The operations that the host issues for experts are those that the cost model counts."""
+"""The operations that the host issues for experts, and for attention under cp, are those that the cost model counts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from planner.compute_cost import ComputeModel
 from planner.compute_seconds import ComputeCost
@@ -17,6 +18,8 @@ from profiles.model import ModelSpec
 from profiles.points import HOST_OPERATIONS
 from profiles.software import load_software
 from runtime.experts import Experts, Router
+from runtime.head_exchange import all_to_all_attention
+from runtime.ring_attention import ring_attention
 from tests.distributed.harness import run_ranks
 from tests.operations import operations_of
 from tests.oracles.small_world import small_hardware
@@ -60,6 +63,30 @@ def test_the_host_issues_what_is_counted(number: int) -> None:
         for group, more in (("ep_group", (0, 0)), ("etp_group", (2, 3))):
             exchanged = found[group][way] - found["alone"][way]
             assert exchanged == HOST_OPERATIONS["exchange"][way] + more[way]
+
+
+def counted_under_cp() -> dict[str, tuple[int, int]]:
+    """(forward, backward) of attention in one call, around the ring, and with heads exchanged."""
+    q, k, v = (torch.randn(1, 4, 16, 8, requires_grad=True) for _ in range(3))
+    group = dist.group.WORLD
+    assert group is not None
+    ways = {
+        "alone": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "ring": lambda: ring_attention(q, k, v, group, causal=True),
+        "head_exchange": lambda: all_to_all_attention(q, k, v, group, causal=True),
+    }
+    return {name: operations_of(attention, [q, k, v]) for name, attention in ways.items()}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_host_issues_what_is_counted_under_cp(ranks: int) -> None:
+    """Moving dims of a single head is no copy, so an exchange is of a few operations fewer on four ranks."""
+    found = run_ranks(counted_under_cp, ranks)[0]
+    for way in (0, 1):
+        ring = HOST_OPERATIONS["ring"][way] + (ranks - 1) * HOST_OPERATIONS["ring_step"][way]
+        assert found["ring"][way] == found["alone"][way] + ring
+        exchange = HOST_OPERATIONS["head_exchange"][way]
+        assert found["head_exchange"][way] - found["alone"][way] == pytest.approx(exchange, abs=2)
 
 
 def block(hardware: HardwareProfile, **layout: int) -> ComputeCost:
