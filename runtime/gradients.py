@@ -14,6 +14,7 @@ from .parameters import parameters_of, tied_copies
 from .transformer import Chunk
 
 
+@torch.no_grad()
 def complete_gradients(chunks: Sequence[Chunk], mesh: RankMesh) -> None:
     """Sum what the backward pass left in parts: over tp where each rank saw a part of the sequence, over the
     first and last stage where both hold a copy of a tied matrix. In place; every rank must call it."""
@@ -36,6 +37,7 @@ def complete_gradients(chunks: Sequence[Chunk], mesh: RankMesh) -> None:
         dist.all_reduce(tied[0], group=mesh.tied_group)
 
 
+@torch.no_grad()
 def square_sum(chunks: Sequence[Chunk]) -> torch.Tensor:
     """This rank's share of the squared norm of all gradients: added up over all ranks, each element counts once.
 
@@ -51,6 +53,7 @@ def square_sum(chunks: Sequence[Chunk]) -> torch.Tensor:
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
+@torch.no_grad()
 def clip(chunks: Sequence[Chunk], norm: torch.Tensor, limit: float | None, loss_scale: float = 1.0) -> None:
     """Divide all gradients by `loss_scale`, and scale them so that their global norm is at most `limit`, if any.
 

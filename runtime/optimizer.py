@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .host_moments import OffloadedAdamW
+from .local_parameters import local_part
 from .parameters import parameters_of
 from .transformer import Chunk
 
@@ -25,24 +26,35 @@ class Adam:
 GPT3_ADAM = Adam()
 
 
+class ShardedAdamW(torch.optim.AdamW):
+    """Fused AdamW of what this rank holds: the kernel is given each DTensor's local part, as the way through DTensor
+    takes longer than the update of a small tensor. State is as the parameters are.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> bool:
+        """The tensors that a step takes, which torch puts into `lists`."""
+        complex_ones = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [local_part(tensor) for tensor in tensors]
+        return complex_ones
+
+
 def build_optimizer(
     chunks: Sequence[Chunk], *, weight_decay: float, adam: Adam = GPT3_ADAM, offload: bool = False
 ) -> torch.optim.AdamW:
     """AdamW; matrices decay, norms and biases do not. The learning rate is set each step.
 
-    Fused: one kernel a dtype instead of a Python loop, and it takes DTensors, whose shards it updates in
-    place without communication. `offload`: moments lie in the host's memory.
+    Fused: one kernel a dtype instead of a Python loop. `offload`: moments lie in the host's memory.
     """
-    groups: dict[tuple[bool, int | None], list[nn.Parameter]] = {}
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in parameters_of(chunks):
-        # The fused kernel takes DTensors of one mesh at a time: experts lie on another than what surrounds them.
-        mesh = hash(parameter.device_mesh) if isinstance(parameter, DTensor) else None
-        groups.setdefault((parameter.ndim >= 2, mesh), []).append(parameter)
+        groups[parameter.ndim >= 2].append(parameter)
     options = [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        for (decays, _), parameters in sorted(groups.items(), key=lambda item: not item[0][0])
+        for decays, parameters in groups.items()
+        if parameters
     ]
-    kind = OffloadedAdamW if offload else torch.optim.AdamW
+    kind = OffloadedAdamW if offload else ShardedAdamW
     return kind(options, lr=0.0, betas=adam.betas, eps=adam.epsilon, fused=True)
 
 
