@@ -246,6 +246,7 @@ def test_what_means_nothing_here_is_said() -> None:
         (LLAMA + "--swiglu yes", "--swiglu takes no value"),
         (LLAMA + "--lr fast", "--lr cannot be 'fast'; where: --lr; expected: a number >= 0; got: fast"),
         (LLAMA + "--lr nan", "--lr cannot be 'nan'"),
+        (LLAMA + "--seed 4294967296", "expected: a whole number >= 0 and <= 4294967295; got: 4294967296"),
         (LLAMA + "--lr-decay-style cosin", "try: is cosine meant?"),
         ("8 --num-layers 2", "'8' stands before any flag"),
         (LLAMA.replace("--seq-length 4096", "--seq-length 9000"), "sequences are longer than positions reach"),
