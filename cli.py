@@ -43,6 +43,7 @@ from cli_life import (
 )
 from cli_megatron import megatron
 from cli_parts import (
+    A_YEAR,
     Cluster,
     Devices,
     GlobalBatch,
@@ -234,14 +235,31 @@ def train(
     time_limit: TimeLimit = None,
     elastic: Elastic = False,
     skip_limit: Annotated[int, typer.Option("--skip-limit", min=1, help="End after so many bad steps in a row.")] = 3,
-    timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", parser=amount("--timeout", 1, A_YEAR), metavar="X", help="Seconds a collective may take."
+        ),
+    ] = 120.0,
     compiled: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: on CUDA.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of weights and data order.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of weights and data order.")] = 0,
     balance_loss: Annotated[
-        float, typer.Option("--balance-loss", min=0.0, help="Weight of the experts' balance loss; 0 for none.")
+        float,
+        typer.Option(
+            "--balance-loss",
+            parser=amount("--balance-loss", 0),
+            metavar="X",
+            help="Weight of the experts' balance loss; 0 for none.",
+        ),
     ] = 1e-3,
     bias_rate: Annotated[
-        float, typer.Option("--bias-rate", min=0.0, help="Step of routers' selection biases, where they have them.")
+        float,
+        typer.Option(
+            "--bias-rate",
+            parser=amount("--bias-rate", 0),
+            metavar="X",
+            help="Step of routers' selection biases, where they have them.",
+        ),
     ] = 1e-3,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Train nothing: one rank's memory, for a plan of any size.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli_parts import Json, print_json, print_report
+from cli_parts import A_YEAR, Json, amount, print_json, print_report
 
 if TYPE_CHECKING:
     from profiles.input_error import InputError
@@ -55,7 +55,12 @@ def run_dry(plan_file: Path | None, model: str | None, rank: int | None, as_json
 def verify(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN.YAML", help="A plan that `plan -o` has written.")],
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimizer steps in each precision.")] = 3,
-    timeout: Annotated[float, typer.Option("--timeout", min=1.0, help="Seconds a collective may take.")] = 120.0,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", parser=amount("--timeout", 1, A_YEAR), metavar="X", help="Seconds a collective may take."
+        ),
+    ] = 120.0,
     as_json: Json = False,
 ) -> None:
     """Run the plan at reduced size on this machine's cores: does it compute what one process does?"""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli_parts import Devices, Json, print_json, print_report
+from cli_parts import Devices, Json, amount, print_json, print_report
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -47,14 +47,26 @@ Resume = Annotated[
     ),
 ]
 CheckpointMinutes = Annotated[
-    float, typer.Option("--checkpoint-minutes", min=0.0, help="Besides, a checkpoint every so many minutes.")
+    float,
+    typer.Option(
+        "--checkpoint-minutes",
+        parser=amount("--checkpoint-minutes", 0),
+        metavar="X",
+        help="Besides, a checkpoint every so many minutes.",
+    ),
 ]
 KeepCheckpoints = Annotated[int, typer.Option("--keep-checkpoints", min=0, help="The newest that stay; 0: all.")]
 AsyncCheckpoint = Annotated[
     bool, typer.Option("--async-checkpoint/--sync-checkpoint", help="Write checkpoints while training goes on.")
 ]
 TimeLimit = Annotated[
-    float | None, typer.Option("--time-limit", min=0.0, help="Minutes after which to leave, with a checkpoint.")
+    float | None,
+    typer.Option(
+        "--time-limit",
+        parser=amount("--time-limit", 0),
+        metavar="X",
+        help="Minutes after which to leave, with a checkpoint.",
+    ),
 ]
 Elastic = Annotated[
     bool, typer.Option("--elastic", help="Under torchrun: plan again for as many ranks as there are, and go on.")

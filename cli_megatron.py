@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +20,15 @@ if TYPE_CHECKING:
     from planner.plan import Plan
     from profiles.input_error import InputError
     from runtime.trainer import TrainOptions
+
+# Option of `train` -> the flag that says the same on a command line of Megatron-LM's.
+_THEIR_NAMES = {
+    "--data": "--data-path",
+    "--tokenizer": "--tokenizer-model",
+    "--run-dir": "--save",
+    "--resume": "--load",
+}
+_OURS = re.compile(f"(?:{'|'.join(_THEIR_NAMES)})(?![a-z-])")
 
 
 def megatron(
@@ -45,7 +57,22 @@ def megatron(
     else:
         plan = _make_plan(order, cluster, devices, memory_limit, target, output, as_json)
     if not plan_only:
-        launch_and_report(plan, _options(order, plan))
+        with _by_their_names():
+            launch_and_report(plan, _options(order, plan))
+
+
+@contextmanager
+def _by_their_names() -> Iterator[None]:
+    """An InputError that names options of `train` names the flags that were typed; a command of ours stays as it is."""
+    from profiles.input_error import InputError
+
+    try:
+        yield
+    except InputError as error:
+        error.where = _OURS.sub(lambda ours: _THEIR_NAMES[ours[0]], error.where)
+        if "cli.py" not in error.hint:
+            error.hint = _OURS.sub(lambda ours: _THEIR_NAMES[ours[0]], error.hint)
+        raise
 
 
 def _make_plan(

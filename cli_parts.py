@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from profiles.model import ModelSpec
 
+A_YEAR = 365 * 86_400.0  # seconds: what torch's timers surely hold
+
 
 def count(flag: str) -> Callable[[str], int]:
     """A parser of whole numbers from 1 on whose error says what it got."""
@@ -27,20 +29,19 @@ def count(flag: str) -> Callable[[str], int]:
     return parse
 
 
-def amount(flag: str, least: float) -> Callable[[str], float]:
-    """A parser of finite numbers from `least` on, which typer's own bounds would let infinity pass."""
+def amount(flag: str, least: float, most: float = sys.float_info.max) -> Callable[[str], float]:
+    """A parser of finite numbers from `least` to `most`; typer's own bounds would let infinity pass."""
 
     def parse(text: str) -> float:
-        from math import isfinite
-
         from profiles.input_error import InputError
 
         try:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not isfinite(value) or value < least:
-            expected, hint = f"a finite number >= {least:g}", f"for example {flag} {least + 1.5:g}"
+        if not least <= value <= most:
+            expected = f"a finite number >= {least:g}" if most == sys.float_info.max else f"{least:g} to {most:,.0f}"
+            hint = f"for example {flag} {least + 1.5:g}"
             raise InputError(f"{flag} cannot be {text!r}", where=flag, expected=expected, got=text, hint=hint)
         return value
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli_parts import print_report
+from cli_parts import amount, print_report
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -17,11 +17,24 @@ LrSchedule = Annotated[
     str, typer.Option("--lr-schedule", help="cosine, linear, constant, wsd or inverse-square-root, down to --min-lr.")
 ]
 Cooldown = Annotated[int | None, typer.Option("--cooldown", min=1, help="wsd: steps of it; default a fifth of all.")]
-WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0.0, help="Of matrices; norms and biases have none.")]
+WeightDecay = Annotated[
+    float,
+    typer.Option(
+        "--weight-decay",
+        parser=amount("--weight-decay", 0),
+        metavar="X",
+        help="Of matrices; norms and biases have none.",
+    ),
+]
 Betas = Annotated[str, typer.Option("--betas", help="Of AdamW.")]
 SpikeGuard = Annotated[
     float | None,
-    typer.Option("--spike-guard", min=1.0, help="Leave out steps with a gradient norm above so many medians."),
+    typer.Option(
+        "--spike-guard",
+        parser=amount("--spike-guard", 1),
+        metavar="X",
+        help="Leave out steps with a gradient norm above so many medians.",
+    ),
 ]
 LogEvery = Annotated[int, typer.Option("--log-every", min=1, help="Steps a line of train.log sums up.")]
 Wandb = Annotated[str | None, typer.Option("--wandb", metavar="PROJECT", help="Weights & Biases too.")]

@@ -122,11 +122,13 @@ def _value(known: Flag, flag: str, values: list[str]) -> Any:
         return known.words[text]
     try:
         value = known.kind(text)
-        if known.kind is str or 0 <= value < 1e18:
+        if known.kind is str or 0 <= value <= known.most:
             return value
     except ValueError:
         pass
     wanted = "a whole number >= 0" if known.kind is int else "a number >= 0"
+    if known.most != Flag.most:
+        wanted += f" and <= {known.most}"
     raise InputError(f"{flag} cannot be {text!r}", where=flag, expected=wanted, got=text)
 
 

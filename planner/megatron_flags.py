@@ -16,6 +16,7 @@ class Flag:
     """A flag that is taken: `kind` of its value (switch: none), and the `key` it sets, a switch to `value`.
 
     `words` are the values it may have -> what they set. Of `several` words each is a value, in order.
+    A number is from 0 to `most`.
     """
 
     key: str
@@ -23,10 +24,11 @@ class Flag:
     value: Any = True
     words: Mapping[str, Any] = field(default_factory=dict)
     several: bool = False
+    most: float = 1e18
 
 
-def _whole(key: str) -> Flag:
-    return Flag(key, int)
+def _whole(key: str, most: float = Flag.most) -> Flag:
+    return Flag(key, int, most=most)
 
 
 def _number(key: str) -> Flag:
@@ -157,7 +159,7 @@ TAKEN: dict[str, Flag] = {
     "--adam-beta1": _number("beta1"),
     "--adam-beta2": _number("beta2"),
     "--adam-eps": _number("epsilon"),
-    "--seed": _whole("seed"),
+    "--seed": _whole("seed", most=2**32 - 1),  # what numpy's RandomState takes
     # ---- data
     "--data-path": _text("paths", several=True),
     "--split": _text("split"),
@@ -178,7 +180,7 @@ TAKEN: dict[str, Flag] = {
     "--log-interval": _whole("log_every"),
     "--eval-interval": _whole("validation_every"),
     "--eval-iters": _whole("validation_batches"),
-    "--distributed-timeout-minutes": _whole("timeout_minutes"),
+    "--distributed-timeout-minutes": _whole("timeout_minutes", most=365 * 1440),
     "--wandb-project": _text("wandb"),
     "--profile": _switch("profile"),
     "--profile-step-start": _whole("profile_first"),

@@ -246,6 +246,7 @@ def test_what_means_nothing_here_is_said() -> None:
         (LLAMA + "--swiglu yes", "--swiglu takes no value"),
         (LLAMA + "--lr fast", "--lr cannot be 'fast'; where: --lr; expected: a number >= 0; got: fast"),
         (LLAMA + "--lr nan", "--lr cannot be 'nan'"),
+        (LLAMA + "--seed 4294967296", "expected: a whole number >= 0 and <= 4294967295; got: 4294967296"),
         (LLAMA + "--lr-decay-style cosin", "try: is cosine meant?"),
         ("8 --num-layers 2", "'8' stands before any flag"),
         (LLAMA.replace("--seq-length 4096", "--seq-length 9000"), "sequences are longer than positions reach"),
@@ -326,6 +327,19 @@ def test_a_command_is_planned_as_its_flags_say(
     absent = ["--reset-attention-mask", "--data-path", "/no/such/data"]
     assert run(["--cluster", "dgx-h100:1", "--plan-only", *words, *absent], monkeypatch) == 0
     assert "attention is priced in full, as if no document ended" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_train_finds_is_told_by_megatrons_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --max-position-embeddings 16 --seq-length 16"
+    words = [*NO_DROPOUT.split(), *flags.split(), "--global-batch-size", "2", "--padded-vocab-size", "256"]
+    plan = str(tmp_path / "plan.yaml")
+    assert run(["--cluster", "dgx-h100:1", "--devices", "1", "--plan-only", "-o", plan, *words], monkeypatch) == 0
+    trained = ["--plan", plan, *words, "--train-iters", "1", "--lr", "1", "--save", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert run([*trained, "--data-path", "/no/such/data"], monkeypatch) == 2
+    assert "where     --data-path /no/such/data" in capsys.readouterr().err
 
 
 def test_wrong_flags_end_with_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,13 +81,15 @@ def _text_of(line: bytes, at: int, path: Path, key: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:  # JSON's and UTF-8's errors are among them
-        raise _at_line(path, at, "one JSON object a line", str(error)) from None
+        raise _at_line(
+            path, at, "one JSON object a line", str(error), "mend or remove that line; is the file cut short?"
+        ) from None
     if not isinstance(record, dict) or key not in record:
         got = "keys " + ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
         raise _at_line(path, at, f"an object with the key {key!r}", got, "--json-key NAME names another key")
     text = record[key]
     if not isinstance(text, str):
-        raise _at_line(path, at, f"text under {key!r}", type(text).__name__)
+        raise _at_line(path, at, f"text under {key!r}", type(text).__name__, "--json-key NAME names another key")
     return _encodable(text)
 
 
