@@ -92,7 +92,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "attention sinks": ("meshwright", "megatron"),  # --softmax-type learnable
     "bidirectional attention": ("meshwright", "megatron"),  # pretrain_bert.py, as all that BERT has
     "ALiBi positions": (),
-    "YaRN positions": ("meshwright", "megatron"),  # --rope-type yarn, with latent attention; --position-embedding-type yarn
+    # --rope-type yarn, with latent attention; --position-embedding-type yarn
+    "YaRN positions": ("meshwright", "megatron"),
     "linearly stretched positions": ("meshwright", "megatron"),  # --rotary-seq-len-interpolation-factor
     "dynamically stretched positions": (),
     "LongRoPE positions": (),

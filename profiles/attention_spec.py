@@ -49,13 +49,14 @@ class RopeScaling:
 class RopeStretch:
     """A stretch of RoPE by `factor` in one of STRETCHES; `original_max_positions` None where it plays no part.
 
-    Kept so that no executor trains such a model as if it were not stretched. What follows `original_max_positions` is of
-    YaRN alone, by the names that Hugging Face configs have for it; the constants of the other kinds are not recorded:
-    they change neither parameters nor FLOPs, and nothing here computes with them.
+    Kept so that no executor trains such a model as if it were not stretched. What follows `original_max_positions` is
+    of YaRN alone, by the names that Hugging Face configs have for it; the constants of dynamic and LongRoPE are not
+    recorded: they change neither parameters nor FLOPs, and nothing here computes with them.
 
     Pairs of a head that turn more than `beta_fast` times over the original positions stay as they are, those of fewer
-    than `beta_slow` turns are slowed down by `factor`, between the two are blended; with `truncate` the bounds are whole
-    pairs. `attention_factor` multiplies cosine and sine; `mscale` and `mscale_all_dim` are DeepSeek's way to say it.
+    than `beta_slow` turns are slowed down by `factor`, between the two are blended; with `truncate` the bounds are
+    whole pairs. `attention_factor` multiplies cosine and sine; `mscale` and `mscale_all_dim` are DeepSeek's way to
+    say it.
     """
 
     kind: str
@@ -70,7 +71,8 @@ class RopeStretch:
 
     @property
     def magnitude(self) -> float:
-        """What cosine and sine are multiplied by: 0.1 ln(factor) + 1 (arXiv 2309.00071, equation 22) of YaRN, if it does not say."""
+        """What cosine and sine are multiplied by: of YaRN that does not say 0.1 ln(factor) + 1 (arXiv 2309.00071,
+        equation 22)."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:
@@ -100,8 +102,6 @@ class RopeStretch:
         if stretch.kind == "yarn" and stretch.original_max_positions is None:
             raise reader.fail("original_max_positions", "a whole number >= 1, since YaRN counts turns over them", None)
         return stretch
-
-
 
 
 def yarn_constants(reader: Reader) -> dict[str, Any]:

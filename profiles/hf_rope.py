@@ -13,7 +13,6 @@ KINDS = ("default", "llama3", *STRETCHES)
 _PARTIAL = "partial_rotary_factor"
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class PartialRotation:
     """How a family says which share of the `head_dim` elements of a head turns: `key` is its older name for it."""

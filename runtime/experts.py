@@ -141,8 +141,8 @@ class _AddLoss(torch.autograd.Function):
 
 
 class Experts(LocalParameters):
-    """This rank's experts, stacked: w1 and w3 [experts, width, hidden_size], w2 [experts, hidden_size, width], and their
-    biases, if they have some, without the last dim.
+    """This rank's experts, stacked: w1 and w3 [experts, width, hidden_size], w2 [experts, hidden_size, width], and
+    their biases, if they have some, without the last dim.
 
     `ep_group` are the ranks that hold the other experts, `etp_group` those that hold other slices of the width.
     """

@@ -49,7 +49,8 @@ class _Family:
     modules: Mapping[str, str]
     expert: str = ""
     expert_matrices: Mapping[str, str] = field(default_factory=dict)
-    # Where all experts are one tensor [experts, inputs, outputs]: its name, the first of our outputs, each which is ours.
+    # Where all experts are one tensor [experts, inputs, outputs]: its name, the first output of ours, and how many from
+    # one to the next.
     stacks: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     selection_bias: str = ""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

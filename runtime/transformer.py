@@ -95,8 +95,8 @@ class Sinks(LocalParameters):
 
 
 class Attention(nn.Module):
-    """Self-attention of layer `index`, causal or not, with grouped queries. The number of heads is read off the projections, so that
-    a tp rank runs its own share of them with the same code."""
+    """Self-attention of layer `index`, causal or not, with grouped queries. The number of heads is read off the
+    projections, so that a tp rank runs its own share of them with the same code."""
 
     wq: nn.Linear
     wk: nn.Linear

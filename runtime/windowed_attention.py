@@ -1,17 +1,18 @@
 """Causal attention with a window, sinks or both, of sequences that a rank holds whole.
 
 [Note: Window]
-A token attends to the `window` latest ones, itself among them. Sequences are cut into blocks of that many tokens: in its
-own block a query meets what is not later, as ever, and of the block before only keys at later places than its own place
-in the block. Reversed, that triangle is a causal one too, a token smaller. So two calls of a causal kernel do no more than
-the band asks for: with r = window / sequence, 1 - (1 - r)² of the causal half (`ModelSpec.attended_share`). The parts are
-merged as the steps of a ring are. Where a sequence ends within a block it is filled up: no query meets what comes later.
+A token attends to the `window` latest ones, itself among them. Sequences are cut into blocks of that many tokens: in
+its own block a query meets what is not later, as ever, and of the block before only keys at later places than its own
+place in the block. Reversed, that triangle is a causal one too, a token smaller. So two calls of a causal kernel do no
+more than the band asks for: with r = window / sequence, 1 - (1 - r)² of the causal half (`ModelSpec.attended_share`).
+The parts are merged as the steps of a ring are. Where a sequence ends within a block it is filled up: no query meets
+what comes later.
 
 [Note: Sinks]
-A learned number s of each head joins the sum under its softmax and has no value (arXiv 2309.17453, section 3.3; gpt-oss).
-With L the logarithm of the sum without it, L' = log(exp L + exp s), and outputs shrink by exp(L - L'). Given outputs and
-L' the backward kernels leave the right gradients, as of a merged part; that of s is - sum of exp(s - L') (gradient ·
-outputs) over the head's queries.
+A learned number s of each head joins the sum under its softmax and has no value (arXiv 2309.17453, section 3.3;
+gpt-oss). With L the logarithm of the sum without it, L' = log(exp L + exp s), and outputs shrink by exp(L - L'). Given
+outputs and L' the backward kernels leave the right gradients, as of a merged part; that of s is minus the sum of
+exp(s - L') (gradient · outputs) over the head's queries.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def tiny_shared_experts(**changes: Any) -> ModelSpec:
 
 
 def tiny_gpt_oss(**changes: Any) -> ModelSpec:
-    """Experts with biases and a clamped SwiGLU, sinks, a window in every other layer, stretched by YaRN, as in gpt-oss."""
+    """Experts with biases and a clamped SwiGLU, sinks, a window in every other layer, YaRN, as in gpt-oss."""
     fields: dict[str, Any] = {
         "name": "tiny-gpt-oss",
         "family": "gpt_oss",

@@ -17,9 +17,9 @@ import runtime.document_attention
 from runtime import attention_kernels
 from runtime.attention_kernels import Attended, attend, attend_backward
 from runtime.context_parallel import SequenceShard, self_attention
-from runtime.whole_attention import Reach
 from runtime.data.packing import document_starts
 from runtime.document_attention import document_attention, document_ends, meetings
+from runtime.whole_attention import Reach
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_context_parallel import SEQUENCE, SHAPES, with_gradients
 from tests.distributed.test_context_parallel import whole_inputs as inputs_of
