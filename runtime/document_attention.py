@@ -136,8 +136,8 @@ def squares(bounds: Sequence[Sequence[int]]) -> Iterator[Meeting]:
 
 
 def empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for outputs and logarithms; outputs in the order [batch, sequence, heads, head_dim], which the product after
-    attention takes as it lies."""
+    """Memory for outputs and logarithms; outputs in the order [batch, sequence, heads, head_dim], which the product
+    after attention takes as it lies."""
     batch, heads, tokens, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs = q.new_empty((batch, tokens, heads, v.shape[-1])).transpose(1, 2)
