@@ -125,7 +125,7 @@ class ModelSpec:
             return self.latent_attention.qk_rope_head_dim / self.head_dim
         return self.rotary_fraction
 
-    def attended_share(self, sequence: int) -> float:
+    def attended_share(self, sequence: float) -> float:
         """Scores that attention needs, in those of the causal half s²/2, as the mean over the layers."""
         if self.bidirectional:
             return 2.0

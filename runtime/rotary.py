@@ -37,11 +37,12 @@ def _yarn_shares(head_dim: int, theta: float, stretch: RopeStretch) -> torch.Ten
     """What YaRN leaves of each frequency (arXiv 2309.00071, section 3.2): 1 for pairs of many turns, 1 / factor for
     those of few, and in between what falls evenly from pair to pair, as in the authors' code."""
     assert stretch.kind == "yarn", f"{stretch.kind} is not trained here"
-    assert stretch.original_max_positions is not None
+    original = stretch.original_max_positions
+    assert original is not None
 
     def pair_of(turns: float) -> float:
         """The pair that turns so often over the original positions."""
-        return head_dim * math.log(stretch.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair_of(stretch.beta_fast), pair_of(stretch.beta_slow)
     if stretch.truncate:

@@ -17,7 +17,7 @@ exp(s - L') (gradient · outputs) over the head's queries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ import torch.nn.functional as F
 
 from .attention_kernels import Attended, attend, attend_backward, merge
 from .document_attention import document_ends, empty_outputs, squares
+
+Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _SEQUENCE = 2  # dim of [batch, heads, sequence, head_dim]
 
@@ -57,7 +59,7 @@ def _forward(
     """(outputs, logarithms of the sums of exponentials [batch, heads, sequence])."""
     outputs, logarithms = empty_outputs(q, v)
     for run in _runs(starts):
-        found = _attend_band(*(tensor[run] for tensor in (q, k, v)), window)
+        found = _attend_band(q[run], k[run], v[run], window)
         if sinks is not None:
             found = _with_sinks(found, sinks)
         outputs[run] = found.outputs.to(outputs.dtype)
@@ -79,8 +81,9 @@ def _backward(
     """Gradients of q, k, v, and of the sinks, which are empty where there are none."""
     gradients = [torch.empty_like(tensor) for tensor in (q, k, v)]
     for run in _runs(starts):
-        here, *qkv = (tensor[run] for tensor in (gradient, q, k, v))
-        parts = _attend_band_backward(here, qkv, Attended(outputs[run], logarithms[run]), window)
+        parts = _attend_band_backward(
+            gradient[run], (q[run], k[run], v[run]), Attended(outputs[run], logarithms[run]), window
+        )
         for whole, part in zip(gradients, parts, strict=True):
             whole[run] = part
     of_q, of_k, of_v = gradients
@@ -109,34 +112,34 @@ def _attend_band(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int 
     tokens, batch = q.shape[_SEQUENCE], len(q)
     if window is None or window >= tokens:
         return attend(q, k, v, causal=True)
-    blocks = [_blocks(tensor, window) for tensor in (q, k, v)]
-    own = attend(*(block.flatten(0, 1) for block in blocks), causal=True)
+    q, k, v = (_blocks(tensor, window) for tensor in (q, k, v))
+    own = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), causal=True)
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs, logarithms = (part.to(wide).unflatten(0, (batch, -1)) for part in (own.outputs, own.logarithms))
     if window > 1:
-        before = attend(*_before(*blocks), causal=True)
-        parts = (part.flip(2).unflatten(0, (batch, -1)) for part in (before.outputs, before.logarithms))
-        merge(outputs[:, 1:, :, :-1], logarithms[:, 1:, :, :-1], Attended(*parts))
+        before = attend(*_before(q, k, v), causal=True)
+        found, sums = (part.flip(2).unflatten(0, (batch, -1)) for part in (before.outputs, before.logarithms))
+        merge(outputs[:, 1:, :, :-1], logarithms[:, 1:, :, :-1], Attended(found, sums))
     return Attended(_joined(outputs, tokens), _joined(logarithms, tokens))
 
 
-def _attend_band_backward(
-    gradient: torch.Tensor, qkv: Sequence[torch.Tensor], found: Attended, window: int | None
-) -> tuple[torch.Tensor, ...]:
+def _attend_band_backward(gradient: torch.Tensor, qkv: Triple, found: Attended, window: int | None) -> Triple:
     tokens, batch = gradient.shape[_SEQUENCE], len(gradient)
     if window is None or window >= tokens:
         return attend_backward(gradient, *qkv, found, causal=True)
     of_outputs, q, k, v, outputs = (_blocks(tensor, window) for tensor in (gradient, *qkv, found.outputs))
     logarithms = _blocks(found.logarithms.unsqueeze(-1), window).squeeze(-1)
-    flat = [tensor.flatten(0, 1) for tensor in (of_outputs, q, k, v, outputs, logarithms)]
-    parts = attend_backward(*flat[:4], Attended(*flat[4:]), causal=True)
+    own = Attended(outputs.flatten(0, 1), logarithms.flatten(0, 1))
+    parts = attend_backward(
+        of_outputs.flatten(0, 1), q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), own, causal=True
+    )
     of_q, of_k, of_v = (part.unflatten(0, (batch, -1)) for part in parts)
     if window > 1:
-        met = Attended(*(_later(tensor) for tensor in (outputs, logarithms)))
+        met = Attended(_later(outputs), _later(logarithms))
         parts = attend_backward(_later(of_outputs), *_before(q, k, v), met, causal=True)
         for whole, part in zip((of_q[:, 1:, :, :-1], of_k[:, :-1, :, 1:], of_v[:, :-1, :, 1:]), parts, strict=True):
             whole += part.flip(2).unflatten(0, (batch, -1))
-    return tuple(_joined(part, tokens) for part in (of_q, of_k, of_v))
+    return _joined(of_q, tokens), _joined(of_k, tokens), _joined(of_v, tokens)
 
 
 def _blocks(tensor: torch.Tensor, window: int) -> torch.Tensor:
@@ -149,9 +152,10 @@ def _joined(blocks: torch.Tensor, tokens: int) -> torch.Tensor:
     return blocks.movedim(1, _SEQUENCE).flatten(_SEQUENCE, _SEQUENCE + 1)[:, :, :tokens]
 
 
-def _before(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _before(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Triple:
     """Queries of each block but the first, and what they meet of the block before: both reversed, a causal square."""
-    return _later(q), *(tensor[:, :-1, :, 1:].flatten(0, 1).flip(_SEQUENCE) for tensor in (k, v))
+    k, v = (tensor[:, :-1, :, 1:].flatten(0, 1).flip(_SEQUENCE) for tensor in (k, v))
+    return _later(q), k, v
 
 
 def _later(blocks: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Windows, sinks and the clamped SwiGLU beside the same written out, and the layouts that may not have them."""
+"""Windows, sinks and the clamped SwiGLU beside the same written out, and YaRN."""
 
 from __future__ import annotations
 
@@ -7,15 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from planner.job import TrainingJob
-from planner.layout import Layout
-from planner.rules import RuleContext, violations
-from profiles.attention_spec import RopeStretch, SlidingWindow
+from profiles.attention_spec import RopeStretch
 from runtime.gated import gated
 from runtime.rotary import inverse_frequencies
 from runtime.windowed_attention import windowed_attention
-
-from .plans import tiny_bert, tiny_gpt_oss, tiny_latent, tiny_llama
 
 TOKENS = 12
 STARTS = torch.tensor([[0] * TOKENS, [0] * 3 + [3] * 7 + [10] * 2])
@@ -92,29 +87,3 @@ def test_a_stretch_of_yarn_leaves_fast_pairs_and_slows_slow_ones() -> None:
     assert shares[-1] == pytest.approx(1 / 8)
     assert (shares.diff() <= 0).all()
     assert yarn.magnitude == pytest.approx(1.2079, abs=1e-4)  # 0.1 ln 8 + 1
-
-
-WINDOW = SlidingWindow(length=4)
-RING = "cp=2 ring with {}: the meshwright runtime needs whole sequences; ask for cp_style=all-to-all"
-BOTH_WAYS = "{} with {}: the meshwright runtime has them in causal attention to keys of each head alone"
-
-
-@pytest.mark.parametrize(
-    ("model", "layout", "reason"),
-    [
-        (tiny_llama(sliding_window=WINDOW), {"cp": 2, "cp_style": "ring"}, RING.format("sliding-window attention")),
-        (
-            tiny_gpt_oss(),
-            {"cp": 2, "cp_style": "ring"},
-            RING.format("sliding-window attention and attention sinks"),
-        ),
-        (tiny_bert(sliding_window=WINDOW), {}, BOTH_WAYS.format("sliding-window attention", "bidirectional attention")),
-        (tiny_latent(attention_sinks=True), {}, BOTH_WAYS.format("attention sinks", "latent attention")),
-        (tiny_gpt_oss(), {"cp": 2, "cp_style": "all-to-all"}, None),
-        (tiny_llama(sliding_window=WINDOW), {}, None),
-    ],
-)
-def test_what_has_them_not(model: Any, layout: dict[str, Any], reason: str | None) -> None:
-    degrees = Layout(**layout)
-    context = RuleContext(model, TrainingJob(global_batch=4, sequence=16), degrees.world_size)
-    assert violations(degrees, context) == (() if reason is None else (reason,))

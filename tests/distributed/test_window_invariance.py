@@ -16,7 +16,7 @@ from tests.thinned import every
 
 JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 MODELS = {
-    "gpt-oss": tiny_gpt_oss(),
+    "gpt-oss": tiny_gpt_oss(heads=8, kv_heads=4),  # more than the hidden size, as there
     "mistral": tiny_llama(name="tiny-mistral", family="mistral", sliding_window=SlidingWindow(length=6)),
 }
 
@@ -34,7 +34,7 @@ CP = {"cp": 2, "cp_style": "all-to-all"}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt-oss", SP | {"dp": 2, "ep": 2, "etp": 2, "zero": 1}),
     ("gpt-oss", CP | {"ep": 2, "zero": 3}),
-    ("mistral", CP | {"tp": 2, "recompute": (2,), "selective": (2,)}),
+    ("mistral", CP | {"dp": 2, "recompute": (2,), "selective": (2,)}),
     ("gpt-oss", {}),
     ("gpt-oss", {"dp": 2, "ep": 2, "zero": 3}),
     ("gpt-oss", {"dp": 4, "zero": 3}),
