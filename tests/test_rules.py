@@ -238,8 +238,8 @@ RULED_OUT: list[tuple[Layout, RuleContext, str]] = [
     (
         Layout(cp=2, cp_style="ring", dp=4),
         context(model=tiny_gpt_oss(), sequence=16),
-        "cp=2 ring with sliding-window attention and attention sinks: the meshwright runtime needs whole sequences; ask "
-        "for cp_style=all-to-all",
+        "cp=2 ring with sliding-window attention and attention sinks: the meshwright runtime needs whole sequences; "
+        "ask for cp_style=all-to-all",
     ),
     (
         Layout(dp=8),
