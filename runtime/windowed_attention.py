@@ -201,9 +201,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 
 def _gradients(ctx: Any, gradient: torch.Tensor, _of_logarithms: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    sinks = ctx.saved_tensors[5]
-    *of_qkv, of_sinks = torch.ops.meshwright.windowed_attention_backward(gradient, *ctx.saved_tensors, ctx.window)
-    return *of_qkv, None if sinks is None else of_sinks, None, None
+    kept = ctx.saved_tensors  # recomputation lets them be asked for once
+    *of_qkv, of_sinks = torch.ops.meshwright.windowed_attention_backward(gradient, *kept, ctx.window)
+    return *of_qkv, None if kept[5] is None else of_sinks, None, None
 
 
 _attention.register_autograd(_gradients, setup_context=_keep)
