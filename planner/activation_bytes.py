@@ -123,6 +123,8 @@ class ActivationModel:
         model, e = self._model, self.element_bytes
         gated = model.ffn_matrices == 3
         kept = (3 if self._software.activation == "fused" else 4) if gated else 2
+        if model.activation == "clamped_swiglu" and self._software.activation != "fused":
+            kept += 3  # the clamped gate, its sigmoid, and the clamped input
         passing = 3 if gated else 2  # gradients of product, gate and up at once
         if kind == "dense":
             width = tokens * model.ffn_hidden_size / layout.tp

@@ -27,6 +27,7 @@ class Capabilities:
     expert_tp: bool = False  # etp may be tp as well as 1
     experts_need_sequence_parallel: bool = False
     experts_with_selective: bool = True  # whether layers with experts may recompute selectively
+    windows_of_whole_sequences: bool = False  # no window and no sinks around a ring, both ways or on a latent
     vocabulary_padding: bool = False
     fp8_whole: bool = False  # fp8 in dense blocks that nothing cuts over tp, and in whole backwards, alone
     stages_without_layers: bool = True
@@ -48,6 +49,7 @@ CAPABILITIES = {
         expert_tp=True,
         experts_need_sequence_parallel=True,
         experts_with_selective=False,
+        windows_of_whole_sequences=True,
         fp8_whole=True,
     ),
     # Megatron-LM core: --use-distributed-optimizer is zero 1, --num-distributed-optimizer-instances its HSDP.
@@ -85,20 +87,21 @@ FEATURES: dict[str, tuple[str, ...]] = {
     # --num-experts, with all that the router may be: --moe-router-*, --moe-layer-freq
     "experts": ("meshwright", "megatron"),
     "latent attention": ("meshwright", "megatron"),  # --multi-latent-attention
-    "sliding-window attention": ("megatron",),  # --window-size, --window-attn-skip-freq
+    "sliding-window attention": ("meshwright", "megatron"),  # --window-size, --window-attn-skip-freq
     "QK norm": ("meshwright", "megatron"),  # --qk-layernorm
-    "attention sinks": ("megatron",),  # --softmax-type learnable
+    "attention sinks": ("meshwright", "megatron"),  # --softmax-type learnable
     "bidirectional attention": ("meshwright", "megatron"),  # pretrain_bert.py, as all that BERT has
     "ALiBi positions": (),
-    "YaRN positions": ("megatron",),  # --rope-type yarn, with latent attention; --position-embedding-type yarn
-    "linearly stretched positions": ("megatron",),  # --rotary-seq-len-interpolation-factor
+    # --rope-type yarn, with latent attention; --position-embedding-type yarn
+    "YaRN positions": ("meshwright", "megatron"),
+    "linearly stretched positions": ("meshwright", "megatron"),  # --rotary-seq-len-interpolation-factor
     "dynamically stretched positions": (),
     "LongRoPE positions": (),
     "partial rotary positions": ("megatron",),  # --rotary-percent
     "parallel residuals": (),
     "post-norm layers": ("meshwright", "megatron"),  # --apply-residual-connection-post-layernorm
     "ReLU": (),
-    "clamped SwiGLU": ("megatron",),  # --quick-geglu, --glu-linear-offset, --activation-func-clamp-value
+    "clamped SwiGLU": ("meshwright", "megatron"),  # --quick-geglu, --glu-linear-offset, --activation-func-clamp-value
     "offset positions": (),
     "token types": ("meshwright", "megatron"),
     "embedding norm": (),

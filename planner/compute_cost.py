@@ -145,10 +145,10 @@ class ComputeModel:
             shape = (layout.micro_batch * heads, sequence, round(dim))
             cost = chain_attention(self._hardware, self._software, self._dtype, self._memory, *shape) * (1 / layout.cp)
         else:
-            share = model.attended_share(sequence) / layout.cp
+            number, length = attended_documents(layout, self._job)
+            share = model.attended_share(length) / layout.cp
             if self._software.cp_shards == "contiguous":
                 share *= 2 - 1 / layout.cp  # the last of cp pieces attends to all before it and half of itself
-            number, length = attended_documents(layout, self._job)
             shape = (self._dtype, number, heads, length, dim, self._software.attention)
             seconds, (there, back) = self._hardware.attention_seconds, HOST_OPERATIONS["flash"]
             cost = ComputeCost(

@@ -117,6 +117,19 @@ def _context_parallel(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+def _windows_and_sinks(layout: Layout, context: RuleContext) -> str | None:
+    features, names = context.model.features, ("sliding-window attention", "attention sinks")
+    has = " and ".join(name for name in names if name in features)
+    if not has or not context.capabilities.windows_of_whole_sequences:
+        return None
+    for other in ("bidirectional attention", "latent attention"):
+        if other in features:
+            return f"{has} with {other}: {context.executor} has them in causal attention to keys of each head alone"
+    if layout.cp_style == "ring":
+        return f"cp={layout.cp} ring with {has}: {context.executor} needs whole sequences; ask for cp_style=all-to-all"
+    return None
+
+
 def _experts(layout: Layout, context: RuleContext) -> str | None:
     experts, able = context.model.experts, context.capabilities
     ep, etp = layout.ep, layout.etp
@@ -248,6 +261,7 @@ DEGREE_RULES: tuple[Rule, ...] = (
     _world,
     _traced_degrees,
     _context_parallel,
+    _windows_and_sinks,
     _heads,
     _kv_heads,
     _ffn,

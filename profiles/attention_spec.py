@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from .store import Reader
 
@@ -47,13 +49,45 @@ class RopeScaling:
 class RopeStretch:
     """A stretch of RoPE by `factor` in one of STRETCHES; `original_max_positions` None where it plays no part.
 
-    Kept so that no executor trains such a model as if it were not stretched. The constants by which it turns are
-    not recorded: they change neither parameters nor FLOPs, and nothing here computes with them.
+    Kept so that no executor trains such a model as if it were not stretched. What follows `original_max_positions` is
+    of YaRN alone, by the names that Hugging Face configs have for it; the constants of dynamic and LongRoPE are not
+    recorded: they change neither parameters nor FLOPs, and nothing here computes with them.
+
+    Pairs of a head that turn more than `beta_fast` times over the original positions stay as they are, those of fewer
+    than `beta_slow` turns are slowed down by `factor`, between the two are blended; with `truncate` the bounds are
+    whole pairs. `attention_factor` multiplies cosine and sine; `mscale` and `mscale_all_dim` are DeepSeek's way to
+    say it.
     """
 
     kind: str
     factor: float
     original_max_positions: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    @property
+    def magnitude(self) -> float:
+        """What cosine and sine are multiplied by: of YaRN that does not say 0.1 ln(factor) + 1 (arXiv 2309.00071,
+        equation 22)."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._grown(self.mscale) / self._grown(self.mscale_all_dim)
+        return self._grown(1.0)
+
+    @property
+    def score_factor(self) -> float:
+        """What latent attention multiplies its scores by besides, as transformers' DeepSeek does."""
+        return self._grown(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
+    def _grown(self, scale: float) -> float:
+        return 0.1 * scale * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
 
     @classmethod
     def from_dict(cls, reader: Reader) -> RopeStretch:
@@ -62,9 +96,23 @@ class RopeStretch:
             kind=reader.text("kind", choices=STRETCHES),
             factor=reader.number("factor", above=0),
             original_max_positions=None if original is None else reader.integer("original_max_positions", minimum=1),
+            **yarn_constants(reader),
         )
         reader.finish()
+        if stretch.kind == "yarn" and stretch.original_max_positions is None:
+            raise reader.fail("original_max_positions", "a whole number >= 1, since YaRN counts turns over them", None)
         return stretch
+
+
+def yarn_constants(reader: Reader) -> dict[str, Any]:
+    """What a mapping says of YaRN's constants, by the names of RopeStretch's fields; null and a missing key are one."""
+    found: dict[str, Any] = {}
+    for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
+        if reader.anything(key, default=None) is not None:
+            found[key] = reader.number(key, above=0)
+    if reader.anything("truncate", default=None) is not None:
+        found["truncate"] = reader.boolean("truncate")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +171,10 @@ class SlidingWindow:
 
     length: int
     full_every: int | None = None
+
+    def in_layer(self, index: int) -> bool:
+        """Whether layer `index` (from 0) has the window."""
+        return self.full_every is None or (index + 1) % self.full_every != 0
 
     def windowed_layers(self, layers: int) -> int:
         """How many of `layers` layers have the window."""

@@ -39,7 +39,7 @@ _GPT_OSS = RotaryDefaults(
     max_positions=131072,
     norm_epsilon=1e-5,
     rope_theta=150000.0,
-    rope_stretch=RopeStretch(kind="yarn", factor=32.0, original_max_positions=4096),
+    rope_stretch=RopeStretch(kind="yarn", factor=32.0, original_max_positions=4096, truncate=False),
 )
 _DEEPSEEK_V2 = RotaryDefaults(vocab_size=102400)
 _DEEPSEEK_V3 = RotaryDefaults(

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .attention_spec import STRETCHES, RopeScaling, RopeStretch
+from .attention_spec import STRETCHES, RopeScaling, RopeStretch, yarn_constants
 from .hf_parts import is_null
 from .store import Reader
 
 DEFAULT_THETA = 10000.0  # RotaryEmbeddingConfigMixin.default_theta in transformers 5.23
 KINDS = ("default", "llama3", *STRETCHES)
 _PARTIAL = "partial_rotary_factor"
-
-# What a kind may hold beside the factor and the original positions; it turns the positions and shapes nothing.
-_NUMBERS = {
-    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
-    "longrope": ("attention_factor",),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +85,9 @@ def _read_stretch(rope: Reader, kind: str, max_positions: int) -> RopeStretch:
     if kind == "dynamic":
         return RopeStretch(kind=kind, factor=rope.number("factor", above=0), original_max_positions=max_positions)
     original = rope.integer("original_max_position_embeddings", minimum=1, default=max_positions)
-    for key in _NUMBERS[kind]:
-        if not is_null(rope, key):
-            rope.number(key, default=0.0)
-    if kind == "yarn" and "truncate" in rope:
-        rope.boolean("truncate")
     if kind == "longrope":
+        if not is_null(rope, "attention_factor"):
+            rope.number("attention_factor", default=0.0)
         for key in ("long_factor", "short_factor"):
             if not isinstance(factors := rope.anything(key), list):
                 raise rope.fail(key, "a list of numbers", factors)
@@ -105,7 +96,8 @@ def _read_stretch(rope: Reader, kind: str, max_positions: int) -> RopeStretch:
         factor = max_positions / original
     else:
         factor = rope.number("factor", above=0)
-    return RopeStretch(kind=kind, factor=factor, original_max_positions=original)
+    constants = yarn_constants(rope) if kind == "yarn" else {}
+    return RopeStretch(kind=kind, factor=factor, original_max_positions=original, **constants)
 
 
 def _read_fraction(reader: Reader, rope: Reader | None, partial: PartialRotation | None) -> float:

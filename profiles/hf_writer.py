@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from .attention_spec import RopeStretch
 from .experts_spec import Experts
 from .hf_config import read_hf_document
-from .hf_parts import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS
+from .hf_parts import FULL, GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, SLIDING
 from .input_error import InputError
 from .model import ModelSpec
 
@@ -69,7 +70,35 @@ def _rotary(model: ModelSpec) -> Config:
             "high_freq_factor": model.rope_scaling.high_frequency_factor,
             "original_max_position_embeddings": model.rope_scaling.original_max_positions,
         }
+    if model.rope_stretch is not None:
+        config["rope_scaling"] = _stretch(model.rope_stretch)
     return config
+
+
+def _stretch(stretch: RopeStretch) -> Config:
+    said = {"rope_type": stretch.kind, "factor": stretch.factor}
+    if stretch.kind != "yarn":
+        return said
+    said["original_max_position_embeddings"] = stretch.original_max_positions
+    constants = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+    return said | {key: value for key in constants if (value := getattr(stretch, key)) is not None}
+
+
+def _window(model: ModelSpec) -> Config:
+    """The window of a family whose layers all have it, or none."""
+    return {"sliding_window": model.sliding_window.length if model.sliding_window else None}
+
+
+def _windows(model: ModelSpec) -> Config:
+    """The window of a family whose layers may differ."""
+    window = model.sliding_window
+    kinds = [SLIDING if window and window.in_layer(index) else FULL for index in range(model.layers)]
+    return {**_window(model), "layer_types": kinds}
+
+
+def _qwen_windows(model: ModelSpec) -> Config:
+    used = model.sliding_window is not None
+    return {**_windows(model), "use_sliding_window": used} if used else {}
 
 
 def _llama(model: ModelSpec) -> Config:
@@ -77,11 +106,29 @@ def _llama(model: ModelSpec) -> Config:
 
 
 def _mistral(model: ModelSpec) -> Config:
-    return {**_rotary(model), "sliding_window": None}
+    return {**_rotary(model), **_window(model)}
 
 
 def _qwen3(model: ModelSpec) -> Config:
-    return {**_rotary(model), "attention_bias": model.attention_output_bias}
+    return {**_qwen2(model), "attention_bias": model.attention_output_bias}
+
+
+def _qwen2(model: ModelSpec) -> Config:
+    return {**_rotary(model), **_qwen_windows(model)}
+
+
+def _gpt_oss(model: ModelSpec) -> Config:
+    experts = _experts(model)
+    config = {
+        **_rotary(model),
+        **_windows(model),
+        "attention_bias": model.attention_output_bias,
+        "num_local_experts": experts.number,
+        "num_experts_per_tok": experts.top_k,
+        "hidden_act": "silu",  # what transformers says of its clamped SwiGLU
+    }
+    # One that is null and one that is not there are not the same: without a word the family is stretched.
+    return config | {"rope_scaling": config["rope_scaling"] or {"rope_type": "default"}}
 
 
 def _gpt2(model: ModelSpec) -> Config:
@@ -167,10 +214,11 @@ _WRITERS: Mapping[str, tuple[str, Callable[[ModelSpec], Config]]] = {
     "megatron-bert": ("MegatronBertForMaskedLM", _bert),
     "llama": ("LlamaForCausalLM", _llama),
     "mistral": ("MistralForCausalLM", _mistral),
-    "qwen2": ("Qwen2ForCausalLM", _rotary),
+    "qwen2": ("Qwen2ForCausalLM", _qwen2),
     "qwen3": ("Qwen3ForCausalLM", _qwen3),
     "gpt2": ("GPT2LMHeadModel", _gpt2),
     "mixtral": ("MixtralForCausalLM", _mixtral),
+    "gpt_oss": ("GptOssForCausalLM", _gpt_oss),
     "qwen3_moe": ("Qwen3MoeForCausalLM", _qwen3_moe),
     "deepseek_v2": ("DeepseekV2ForCausalLM", _deepseek_v2),
     "deepseek_v3": ("DeepseekV3ForCausalLM", _deepseek),

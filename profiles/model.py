@@ -125,7 +125,7 @@ class ModelSpec:
             return self.latent_attention.qk_rope_head_dim / self.head_dim
         return self.rotary_fraction
 
-    def attended_share(self, sequence: int) -> float:
+    def attended_share(self, sequence: float) -> float:
         """Scores that attention needs, in those of the causal half s²/2, as the mean over the layers."""
         if self.bidirectional:
             return 2.0
@@ -174,8 +174,9 @@ class ModelSpec:
 
     @property
     def block_tensors(self) -> int:
-        """Parameter tensors of a dense layer: its linears, their biases, its two norms."""
+        """Parameter tensors of a dense layer: its linears, their biases, sinks, its two norms."""
         biases = sum(self.has_bias(name) for name in self.linear_shapes)
+        biases += self.attention_sinks
         return len(self.linear_shapes) + biases + 2 * (2 if self.norm == "layernorm" else 1)
 
     def layer_tensors(self, kind: str) -> int:
@@ -184,7 +185,8 @@ class ModelSpec:
             return self.block_tensors
         beside = len(self.linear_shapes) - len(self.attention_shapes)
         shared = self.ffn_matrices if self.experts is not None and self.experts.shared else 0
-        return self.block_tensors - beside + self.ffn_matrices + 1 + shared
+        biased = (self.experts.router_bias + self.ffn_matrices * self.experts.expert_bias) if self.experts else 0
+        return self.block_tensors - beside + self.ffn_matrices + 1 + shared + biased
 
     @property
     def end_tensors(self) -> tuple[int, int]:

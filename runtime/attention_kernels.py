@@ -63,6 +63,14 @@ def attend_backward(
     return of_q[..., : q.shape[-1]], of_k[..., : k.shape[-1]], of_v[..., : v.shape[-1]]
 
 
+def merge(outputs: torch.Tensor, logarithms: torch.Tensor, found: Attended) -> None:
+    """Add, in place, attention to other keys: each by its share of all exponentials."""
+    total = torch.logaddexp(logarithms, found.logarithms)
+    outputs.mul_((logarithms - total).exp_().unsqueeze(-1))
+    outputs.addcmul_(found.outputs.to(outputs.dtype), (found.logarithms - total).exp_().unsqueeze(-1))
+    logarithms.copy_(total)
+
+
 def at_once(q: torch.Tensor) -> bool:
     """Whether there is a kernel that takes documents of several lengths in one call."""
     return _kernel(q) == "flash"

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from planner.layout import Layout
 
-from .document_attention import document_attention
 from .head_exchange import all_to_all_attention
 from .ring_attention import ring_attention, ring_spans
+from .whole_attention import Reach, whole_attention
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -65,20 +64,19 @@ def self_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     shard: SequenceShard,
-    *,
-    causal: bool,
+    reach: Reach,
     starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of the rank's queries to all keys, or if `causal` to those that are not later, of their document where
+    """Attention of the rank's queries to those of all keys that are in their reach, and of their document where
     `starts` are given.
 
     q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped; starts [batch, sequence], where
     the document of each token of the whole sequences begins -> as q, of v's head_dim.
     """
-    assert causal or starts is None, "documents are attended to causally"
-    if shard.group is not None:
-        attention = ring_attention if shard.style == "ring" else all_to_all_attention
-        return attention(q, k, v, shard.group, starts, causal=causal)
-    if starts is not None:
-        return document_attention(q, k, v, starts)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    assert reach.causal or starts is None, "documents are attended to causally"
+    if shard.group is None:
+        return whole_attention(q, k, v, reach, starts)
+    if shard.style == "ring":
+        assert reach.plain, "no window and no sinks go round a ring"
+        return ring_attention(q, k, v, shard.group, starts, causal=reach.causal)
+    return all_to_all_attention(q, k, v, shard.group, reach, starts)

@@ -97,8 +97,8 @@ def _forward(
     if at_once(q):
         found = attend_documents(q, k, v, bounds)
         return found.outputs, found.logarithms
-    outputs, logarithms = _empty(q, v)
-    for meeting in _squares(bounds):
+    outputs, logarithms = empty_outputs(q, v)
+    for meeting in squares(bounds):
         rows, tokens = meeting.rows, meeting.queries
         found = attend(*(tensor[rows, :, tokens] for tensor in (q, k, v)), causal=True)
         outputs[rows, :, tokens] = found.outputs
@@ -119,7 +119,7 @@ def _backward(
     if at_once(q):
         return attend_documents_backward(gradient, q, k, v, Attended(outputs, logarithms), bounds)
     gradients = [torch.empty_like(tensor) for tensor in (q, k, v)]
-    for meeting in _squares(bounds):
+    for meeting in squares(bounds):
         rows, tokens = meeting.rows, meeting.queries
         here, queries, keys, values = (tensor[rows, :, tokens] for tensor in (gradient, q, k, v))
         found = Attended(outputs[rows, :, tokens], logarithms[rows, :, tokens])
@@ -129,13 +129,15 @@ def _backward(
     return gradients[0], gradients[1], gradients[2]
 
 
-def _squares(bounds: Sequence[Sequence[int]]) -> Iterator[Meeting]:
+def squares(bounds: Sequence[Sequence[int]]) -> Iterator[Meeting]:
+    """Each document of whole rows, which meets itself."""
     whole = [(0, bounds[0][-1])]
     return meetings(bounds, whole, whole)
 
 
-def _empty(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs in the order [batch, sequence, heads, head_dim], which the product after attention takes as it lies."""
+def empty_outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for outputs and logarithms; outputs in the order [batch, sequence, heads, head_dim], which the product
+    after attention takes as it lies."""
     batch, heads, tokens, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     outputs = q.new_empty((batch, tokens, heads, v.shape[-1])).transpose(1, 2)
@@ -148,7 +150,7 @@ _attention_backward = torch.library.custom_op("meshwright::document_attention_ba
 
 @_attention.register_fake
 def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return _empty(q, v)
+    return empty_outputs(q, v)
 
 
 @_attention_backward.register_fake

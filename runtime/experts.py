@@ -29,6 +29,7 @@ from torch import nn
 from profiles.experts_spec import Experts as ExpertsSpec
 from profiles.model import ModelSpec
 
+from .gated import gated
 from .local_parameters import LocalParameters
 
 SMALL = 1e-20  # keeps a sum of sigmoid scores from being zero (transformers' DeepSeek-V3)
@@ -140,18 +141,26 @@ class _AddLoss(torch.autograd.Function):
 
 
 class Experts(LocalParameters):
-    """This rank's experts, stacked: w1 and w3 [experts, width, hidden_size], w2 [experts, hidden_size, width].
+    """This rank's experts, stacked: w1 and w3 [experts, width, hidden_size], w2 [experts, hidden_size, width], and
+    their biases, if they have some, without the last dim.
 
     `ep_group` are the ranks that hold the other experts, `etp_group` those that hold other slices of the width.
     """
 
+    w1_bias: nn.Parameter | None
+    w3_bias: nn.Parameter
+    w2_bias: nn.Parameter
+
     def __init__(self, model: ModelSpec, spec: ExpertsSpec) -> None:
         super().__init__()
-        self.number = spec.number
+        self.number, self.activation = spec.number, model.activation
         width, hidden = spec.ffn_hidden_size, model.hidden_size
         self.w1 = nn.Parameter(torch.empty(spec.number, width, hidden))
         self.w3 = nn.Parameter(torch.empty(spec.number, width, hidden))
         self.w2 = nn.Parameter(torch.empty(spec.number, hidden, width))
+        for name, outputs in (("w1", width), ("w3", width), ("w2", hidden)):
+            bias = nn.Parameter(torch.empty(spec.number, outputs)) if spec.expert_bias else None
+            self.register_parameter(f"{name}_bias", bias)
         self.ep_group: dist.ProcessGroup | None = None
         self.etp_group: dist.ProcessGroup | None = None
 
@@ -196,21 +205,36 @@ class Experts(LocalParameters):
         return parts.view(ranks, own, rows.shape[-1]).sum(dim=0)
 
     def _products(self, rows: torch.Tensor, loads: torch.Tensor) -> torch.Tensor:
-        """w2(silu(w1 x) · w3 x) of each expert on its rows."""
-        w1, w3, w2 = (self.plain(w) for w in (self.w1, self.w3, self.w2))
+        """w2(gated(w1 x, w3 x)) of each expert on its rows."""
+        weights = [self.plain(w) for w in (self.w1, self.w3, self.w2)]
+        biases = self._biases()
         if rows.device.type == "cuda" and rows.dtype == torch.bfloat16:
             ends = loads.cumsum(0).to(torch.int32)
-            grouped = torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
-            gate, up = (grouped(rows, w.transpose(1, 2), offs=ends) for w in (w1, w3))
-            return grouped(F.silu(gate) * up, w2.transpose(1, 2), offs=ends)
+
+            def product(x: torch.Tensor, which: int) -> torch.Tensor:
+                y = torch._grouped_mm(x, weights[which].transpose(1, 2), offs=ends)  # pyright: ignore[reportPrivateImportUsage]
+                return y if biases is None else y + biases[which].repeat_interleave(loads, dim=0, output_size=len(x))
+
+            return product(gated(self.activation, product(rows, 0), product(rows, 1)), 2)
         pieces = rows.split(loads.tolist())
+        by_expert = [(None,) * 3] * len(pieces) if biases is None else zip(*biases, strict=True)
         # An expert without tokens still takes part, so that its gradient is zero and not missing.
         return torch.cat(
             [
-                F.linear(F.silu(F.linear(p, a)) * F.linear(p, b), c)
-                for p, a, b, c in zip(pieces, w1, w3, w2, strict=True)
+                F.linear(gated(self.activation, F.linear(p, a, i), F.linear(p, b, j)), c, k)
+                for p, a, b, c, (i, j, k) in zip(pieces, *weights, by_expert, strict=True)
             ]
         )
+
+    def _biases(self) -> tuple[torch.Tensor, ...] | None:
+        """Those of w1, w3 and w2, if there are some. Each etp rank adds its share of the last, whole on all of them, to
+        its part of a sum over them, and sees the gradient of the sum, which is the whole one."""
+        if self.w1_bias is None:
+            return None
+        b1, b3, b2 = (self.plain(b) for b in (self.w1_bias, self.w3_bias, self.w2_bias))
+        if self.etp_group is not None:
+            b2 = b2 - b2.detach() * (1 - 1 / self.etp_group.size())
+        return b1, b3, b2
 
 
 def routers_of(chunks: Sequence[nn.Module]) -> list[Router]:

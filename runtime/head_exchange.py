@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
-import torch.nn.functional as F
 
-from .document_attention import document_attention
+from .whole_attention import Reach, whole_attention
 
 _HEADS, _SEQUENCE = 1, 2  # dims of [batch, heads, sequence, head_dim]
 
@@ -21,12 +20,11 @@ def all_to_all_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     group: dist.ProcessGroup,
+    reach: Reach,
     starts: torch.Tensor | None = None,
-    *,
-    causal: bool,
 ) -> torch.Tensor:
     """Attention of this rank's queries to the keys of the whole sequences, of which rank i holds the i-th piece, or of
-    their documents.
+    their documents, as far as they reach.
 
     q [batch, heads, sequence / cp, head_dim], k and v with fewer heads, if grouped, and v with a head_dim of its own;
     starts [batch, sequence], where the document of each token begins, if sequences have some
@@ -35,10 +33,7 @@ def all_to_all_attention(
     q = _exchanged(q, _HEADS, _SEQUENCE, group)
     both = _exchanged(torch.cat((k, v), dim=-1), _HEADS, _SEQUENCE, group)
     k, v = both.split([k.shape[-1], v.shape[-1]], dim=-1)
-    if starts is not None:
-        mixed = document_attention(q, k, v, starts)
-    else:
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+    mixed = whole_attention(q, k, v, reach.of_heads(group.rank(), group.size()), starts)
     return _exchanged(mixed, _SEQUENCE, _HEADS, group)
 
 

@@ -155,7 +155,7 @@ def _parts_of(model: ModelSpec, family: str, reader: CheckpointReader) -> dict[s
     parts: dict[str, list[_Part]] = {}
     for name, (shape, places) in places_in(model, family).items():
         reader.require(name, shape)
-        stacked = len(shape) == 3
+        stacked = len(places) > 1
         for index, place in enumerate(places):
             parts.setdefault(place.tensor, []).append(_Part(name, index if stacked else None, place))
     return parts

@@ -99,7 +99,8 @@ class TensorFiles:
 
     def read(self, tensor: str, box: Box) -> torch.Tensor:
         """The part `box` of a tensor, in the file's dtype."""
-        return self._slices[tensor][box]
+        dense = tuple(slice(part.start, part.stop) for part in box)  # safetensors takes no steps
+        return self._slices[tensor][dense][tuple(slice(None, None, part.step) for part in box)]
 
     def __enter__(self) -> TensorFiles:
         return self

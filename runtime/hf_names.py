@@ -14,13 +14,16 @@ class Place:
     """Where a parameter of ours, or one expert of a stack of them, stands in a Hugging Face file.
 
     `shape` is that of the file's whole tensor `tensor`. Ours, [outputs, inputs] or [outputs], begins at output `first`
-    of it, since several of ours may be side by side in one; `transposed`: it is stored [inputs, outputs].
+    of it, since several of ours may be side by side in one, and has each `every`-th from there on; `transposed`: it is
+    stored [inputs, outputs]. `expert` is which of the file's stack, if it is stacked there too.
     """
 
     tensor: str
     shape: tuple[int, ...]
     first: int = 0
     transposed: bool = False
+    every: int = 1
+    expert: int | None = None
 
     def box(self, ours: Box) -> Box:
         """Which part of the file's tensor holds the part `ours` of our parameter.
@@ -29,23 +32,30 @@ class Place:
         (slice(0, 32, None), slice(32, 48, None))
         """
         outputs, *inputs = ours
-        moved = slice(outputs.start + self.first, outputs.stop + self.first)
-        return (*inputs, moved) if self.transposed else (moved, *inputs)
+        first, end = (self.first + self.every * output for output in (outputs.start, outputs.stop))
+        moved = slice(first, end) if self.every == 1 else slice(first, end - self.every + 1, self.every)
+        stacked = () if self.expert is None else (slice(self.expert, self.expert + 1),)
+        return (*stacked, *inputs, moved) if self.transposed else (*stacked, moved, *inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Family:
     """Names there of our modules. `fused` are our linears that stand side by side in one, in the order they do;
-    `conv1d` has the linears stored [inputs, outputs]. `ignored` are tensors in files that are no parameters."""
+    `conv1d` has the linears stored [inputs, outputs]; `bare` are modules whose one tensor goes by the module's name.
+    `ignored` are tensors in files that are no parameters."""
 
     top: Mapping[str, str]
     block: str
     modules: Mapping[str, str]
     expert: str = ""
     expert_matrices: Mapping[str, str] = field(default_factory=dict)
+    # Where all experts are one tensor [experts, inputs, outputs]: its name, the first output of ours, and how many from
+    # one to the next.
+    stacks: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
     selection_bias: str = ""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     conv1d: bool = False
+    bare: tuple[str, ...] = ()
     ignored: str = r".*\.rotary_emb\.inv_freq"  # in files from before transformers 4.32
     head: str = "lm_head.weight"
     renamed: Mapping[str, str] = field(default_factory=dict)  # ends of names in old files, and what they are now
@@ -100,6 +110,14 @@ _DEEPSEEK = _Family(
     expert=_LLAMA.expert,
     expert_matrices=_LLAMA.expert_matrices,
     selection_bias="mlp.gate.e_score_correction_bias",
+)
+_GPT_OSS = _Family(
+    top=_LLAMA.top,
+    block=_LLAMA.block,
+    modules={**_LLAMA.modules, "attention.sinks": "self_attn.sinks", "mlp.router": "mlp.router"},
+    expert="mlp.experts",
+    stacks={"w1": ("gate_up_proj", 0, 2), "w3": ("gate_up_proj", 1, 2), "w2": ("down_proj", 0, 1)},
+    bare=("self_attn.sinks",),
 )
 _GPT2 = _Family(
     top={
@@ -161,6 +179,7 @@ _FAMILIES: Mapping[str, _Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe"), _LLAMA),
     "mixtral": _MIXTRAL,
     **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _DEEPSEEK),
+    "gpt_oss": _GPT_OSS,
     "gpt2": _GPT2,
     "bert": _BERT,
     "megatron-bert": _MEGATRON_BERT,
@@ -168,7 +187,7 @@ _FAMILIES: Mapping[str, _Family] = {
 FAMILIES = tuple(_FAMILIES)
 
 _MODULE = re.compile(r"blocks\.(\d+)\.(.+)\.(weight|bias)")
-_STACK = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(w[123])")
+_STACK = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(w[123])(_bias)?")
 _SELECTION_BIAS = re.compile(r"blocks\.(\d+)\.mlp\.router\.selection_bias")
 
 
@@ -179,8 +198,12 @@ def places_of(family: str, name: str, shape: Sequence[int]) -> tuple[Place, ...]
     """
     names, shape = _FAMILIES[family], tuple(shape)
     if match := _STACK.fullmatch(name):
-        block, matrix = match.groups()
-        start, end = f"{names.block}{block}.{names.expert}.", f".{names.expert_matrices[matrix]}.weight"
+        block, matrix, bias = match.groups()
+        start = f"{names.block}{block}.{names.expert}."
+        if names.stacks:
+            return _in_stack(names, start, matrix, bias or "", shape)
+        assert bias is None, f"{family} has no biases of experts"
+        end = f".{names.expert_matrices[matrix]}.weight"
         return tuple(Place(f"{start}{expert}{end}", shape[1:]) for expert in range(shape[0]))
     if match := _SELECTION_BIAS.fullmatch(name):
         return (Place(f"{names.block}{match.group(1)}.{names.selection_bias}", shape),)
@@ -189,6 +212,8 @@ def places_of(family: str, name: str, shape: Sequence[int]) -> tuple[Place, ...]
         return (Place(names.top[name], shape),)
     block, ours, kind = match.groups()
     theirs = names.modules[ours]
+    if theirs in names.bare:
+        return (Place(f"{names.block}{block}.{theirs}", shape),)
     side_by_side = names.fused.get(theirs, (ours,))
     whole = (shape[0] * len(side_by_side), *shape[1:])
     transposed = names.conv1d and len(shape) == 2
@@ -200,6 +225,15 @@ def places_of(family: str, name: str, shape: Sequence[int]) -> tuple[Place, ...]
             transposed=transposed,
         ),
     )
+
+
+def _in_stack(names: _Family, start: str, matrix: str, bias: str, shape: tuple[int, ...]) -> tuple[Place, ...]:
+    """Of each expert of our stack, where it stands in theirs."""
+    theirs, first, every = names.stacks[matrix]
+    number, outputs, *inputs = shape
+    whole = (number, *inputs, outputs * every)
+    where = {"first": first, "every": every, "transposed": not bias}
+    return tuple(Place(f"{start}{theirs}{bias}", whole, expert=expert, **where) for expert in range(number))
 
 
 def is_no_parameter(family: str, tensor: str) -> bool:

@@ -45,12 +45,13 @@ def load_weights(folder: Path, chunks: Sequence[Chunk], model: ModelSpec) -> Non
         name_in = _matched(files, places, family, model)
         for name, tensor in (*named_parameters(chunks), *named_buffers(chunks)):
             own, box = local_part(tensor), own_box(tensor)
-            stacked = tensor.ndim == 3
             _, there = places[name]
+            stacked = len(there) > 1
             for index, place in enumerate(there[box[0]] if stacked else there):
                 target = own[index] if stacked else own
                 if target.numel():
                     part = files.read(name_in[place.tensor], place.box(box[1:] if stacked else box))
+                    part = part if place.expert is None else part[0]
                     target.copy_(part.t() if place.transposed else part)
 
 

@@ -12,6 +12,7 @@ from .context_parallel import WHOLE, SequenceShard, self_attention
 from .local_parameters import LocalParameters
 from .norm import Norm
 from .rotary import constant_tables, rotate
+from .whole_attention import Reach
 
 
 class LocalLinear(LocalParameters):
@@ -45,8 +46,9 @@ class LatentAttention(nn.Module):
         latent = model.latent_attention
         assert latent is not None
         self.latent = latent
-        self.causal = not model.bidirectional
-        self.rope_theta, self.rope_scaling = model.rope_theta, model.rope_scaling
+        self.reach = Reach(causal=not model.bidirectional)
+        self.rope_theta, self.rope_scaling = model.rope_theta, model.rope_scaling or model.rope_stretch
+        self.score_factor = model.rope_stretch.score_factor if model.rope_stretch is not None else 1.0
         for name in latent.linear_shapes(model.hidden_size, model.heads):
             if name != "wo":
                 self.add_module(name, LocalLinear(model, name))
@@ -66,8 +68,10 @@ class LatentAttention(nn.Module):
         k, v = both.transpose(1, 2).split([latent.qk_nope_head_dim, latent.v_head_dim], dim=-1)
         q_turned, k_turned = self._turned(q_turned), self._turned(k_turned.unsqueeze(1))
         q = torch.cat((q, q_turned), dim=-1)
+        if self.score_factor != 1.0:
+            q = q * self.score_factor
         k = torch.cat((k, k_turned.expand(-1, k.shape[1], -1, -1)), dim=-1)
-        mixed = self_attention(q, k, v, self.shard, causal=self.causal, starts=starts)
+        mixed = self_attention(q, k, v, self.shard, self.reach, starts)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def _turned(self, heads: torch.Tensor) -> torch.Tensor:

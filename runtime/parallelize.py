@@ -12,7 +12,8 @@ from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from planner.layout import Layout
@@ -38,6 +39,7 @@ from .parameters import clear_buffers, initialise
 from .ring_attention import RING
 from .tensor_parallel import apply_tensor_parallel
 from .transformer import Attention, Chunk, LearnedPositions, build_chunk
+from .windowed_attention import WINDOWED
 
 # What selective recomputation keeps: outputs of products and of attention, our own kinds as a whole, and of the sums
 # over tp, so that of all these nothing is sent twice. Everything else is computed again, the exchange of heads over cp
@@ -50,6 +52,7 @@ _KEPT_OPERATIONS = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     RING,
     DOCUMENTS,
+    WINDOWED,
 }
 _KEPT_NAMES = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
 
@@ -160,9 +163,10 @@ def apply_expert_parallel(chunk: Chunk, mesh: RankMesh) -> None:
         if not cuts or mesh.expert_mesh is None:
             continue
         grid = mesh.expert_mesh[tuple(cuts)]
-        for name, width_dim in (("w1", 1), ("w3", 1), ("w2", 2)):
-            placements = [Shard({"ep": 0, "etp": width_dim}[axis]) for axis in cuts]
-            weight = distribute_tensor(getattr(experts, name), grid, placements, src_data_rank=None)
+        for name, whole in list(experts.named_parameters(recurse=False)):
+            width: Placement = Replicate() if name == "w2_bias" else Shard(2 if name == "w2" else 1)
+            placements = [Shard(0) if axis == "ep" else width for axis in cuts]
+            weight = distribute_tensor(whole, grid, placements, src_data_rank=None)
             experts.register_parameter(name, nn.Parameter(weight))
 
 

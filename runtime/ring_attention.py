@@ -33,9 +33,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .attention_kernels import Attended, attend, attend_backward
+from .attention_kernels import Attended, attend, attend_backward, merge
 from .document_attention import BODIES as DOCUMENT_BODIES
 from .document_attention import Meeting, document_ends, meetings
+from .windowed_attention import BODIES as WINDOWED_BODIES
 
 
 def ring_attention(
@@ -171,7 +172,7 @@ def _attend_to(
     for meeting in met:
         rows, queries, keys = meeting.rows, meeting.queries, meeting.keys
         found = attend(q[rows, :, queries], k[rows, :, keys], v[rows, :, keys], causal=meeting.causal)
-        _merge(outputs[rows, :, queries], logarithms[rows, :, queries], found)
+        merge(outputs[rows, :, queries], logarithms[rows, :, queries], found)
 
 
 def _none(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,14 +190,6 @@ def _own(found: Attended, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, tokens, width = found.outputs.shape
     outputs = q.new_empty((batch, tokens, heads, width), dtype=wide).transpose(1, 2)
     return outputs.copy_(found.outputs), found.logarithms.to(wide, copy=True).contiguous()
-
-
-def _merge(outputs: torch.Tensor, logarithms: torch.Tensor, found: Attended) -> None:
-    """Add, in place, attention to other keys: each by its share of all exponentials."""
-    total = torch.logaddexp(logarithms, found.logarithms)
-    outputs.mul_((logarithms - total).exp_().unsqueeze(-1))
-    outputs.addcmul_(found.outputs.to(outputs.dtype), (found.logarithms - total).exp_().unsqueeze(-1))
-    logarithms.copy_(total)
 
 
 def _backward(
@@ -309,6 +302,7 @@ _ring.register_autograd(_gradients, setup_context=_keep)
 RING = torch.ops.meshwright.ring_attention.default
 _BODIES: dict[Any, Callable[..., Any]] = {
     **DOCUMENT_BODIES,
+    **WINDOWED_BODIES,
     RING: _forward,
     torch.ops.meshwright.ring_attention_backward.default: _backward,
 }

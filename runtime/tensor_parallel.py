@@ -83,6 +83,8 @@ def _block_plan(
         enough = model.kv_heads % mesh.size() == 0
         for name in ("wk", "wv"):
             plan[f"attention.{name}"] = ColwiseParallel() if enough else _SharedKeyValue(model)
+    if model.attention_sinks:
+        plan["attention.sinks"] = _OwnRows()
     if model.qk_norm:  # each rank norms its own heads with the one weight of all
         plan |= {f"attention.{name}": _Whole(sequence_parallel, partial=True) for name in ("q_norm", "k_norm")}
     dense = "mlp"
@@ -95,7 +97,7 @@ def _block_plan(
             f"{dense}.w1": ColwiseParallel(),
             f"{dense}.w2": RowwiseParallel(output_layouts=stream),
         }
-        if model.activation == "swiglu":
+        if model.ffn_matrices == 3:
             plan[f"{dense}.w3"] = ColwiseParallel()
     return plan
 
@@ -203,7 +205,7 @@ class _PlainInput(ParallelStyle):
 
 
 class _OwnRows(ParallelStyle):
-    """Outputs of a linear on plain tensors over the ranks."""
+    """Outputs of a linear on plain tensors, or numbers of heads, over the ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         weight = distribute_tensor(module.get_parameter("weight"), device_mesh, [Shard(0)], src_data_rank=None)

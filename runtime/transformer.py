@@ -12,11 +12,13 @@ from profiles.model import ModelSpec
 from .bert_parts import HeadTransform, TokenTypes, with_targets
 from .context_parallel import WHOLE, SequenceShard, pick, self_attention
 from .experts import Experts, Router
+from .gated import gated
 from .latent_attention import LatentAttention
 from .local_parameters import LocalParameters
 from .loss import LossWay, head_loss
 from .norm import Norm
 from .rotary import constant_tables, rotate
+from .whole_attention import Reach
 
 
 class LearnedPositions(LocalParameters):
@@ -81,9 +83,20 @@ class Embedding(nn.Module):
         return x if self.norm is None else self.norm(x)
 
 
+class Sinks(LocalParameters):
+    """A number per head, one more summand under its softmax; a tp rank may hold those of its own heads."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(model.heads))
+
+    def forward(self) -> torch.Tensor:
+        return self.plain(self.weight)
+
+
 class Attention(nn.Module):
-    """Self-attention, causal or not, with grouped queries. The number of heads is read off the projections, so that
-    a tp rank runs its own share of them with the same code."""
+    """Self-attention of layer `index`, causal or not, with grouped queries. The number of heads is read off the
+    projections, so that a tp rank runs its own share of them with the same code."""
 
     wq: nn.Linear
     wk: nn.Linear
@@ -91,13 +104,16 @@ class Attention(nn.Module):
     wo: nn.Linear
     shard: SequenceShard = WHOLE
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, model: ModelSpec, index: int) -> None:
         super().__init__()
         self.head_dim = model.head_dim
         self.causal = not model.bidirectional
+        window = model.sliding_window
+        self.window = window.length if window is not None and window.in_layer(index) else None
+        self.sinks = Sinks(model) if model.attention_sinks else None
         self.rope = model.positions == "rope"
         self.rope_theta = model.rope_theta
-        self.rope_scaling = model.rope_scaling
+        self.rope_scaling = model.rope_scaling or model.rope_stretch
         for name in ("wq", "wk", "wv", "wo"):
             self.add_module(name, _linear(model, name))
         self.q_norm = Norm(model, model.head_dim, kind="rmsnorm") if model.qk_norm else None
@@ -112,7 +128,8 @@ class Attention(nn.Module):
             spans = self.shard.spans(q.shape[2])
             cosine, sine = constant_tables(spans, self.head_dim, self.rope_theta, self.rope_scaling, q.device, dtype)
             q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
-        mixed = self_attention(q, k, v, self.shard, causal=self.causal, starts=starts)
+        reach = Reach(self.causal, self.window, None if self.sinks is None else self.sinks())
+        mixed = self_attention(q, k, v, self.shard, reach, starts)
         return self.wo(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -122,7 +139,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """w2(silu(w1 x) · w3 x) under swiglu, w2(gelu(w1 x)) under the gelus."""
+    """w2(gated(w1 x, w3 x)) under the swiglus, w2(gelu(w1 x)) under the gelus."""
 
     w1: nn.Linear
     w2: nn.Linear
@@ -131,12 +148,13 @@ class FeedForward(nn.Module):
     def __init__(self, model: ModelSpec, width: int | None = None) -> None:
         super().__init__()
         self.activation = model.activation
-        for name in ("w1", "w3", "w2") if model.activation == "swiglu" else ("w1", "w2"):
+        self.gated = model.ffn_matrices == 3
+        for name in ("w1", "w3", "w2") if self.gated else ("w1", "w2"):
             self.add_module(name, _linear(model, name, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.activation == "swiglu":
-            return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        if self.gated:
+            return self.w2(gated(self.activation, self.w1(x), self.w3(x)))
         return self.w2(F.gelu(self.w1(x), approximate="tanh" if self.activation == "gelu_tanh" else "none"))
 
 
@@ -165,7 +183,7 @@ class Block(nn.Module):
         super().__init__()
         self.norms_first = model.norm_placement == "pre"
         self.attention_norm = Norm(model)
-        self.attention = Attention(model) if model.latent_attention is None else LatentAttention(model)
+        self.attention = Attention(model, index) if model.latent_attention is None else LatentAttention(model)
         self.mlp_norm = Norm(model)
         routed = model.experts is not None and model.experts.in_layer(index)
         self.mlp = ExpertFeedForward(model) if routed else FeedForward(model)

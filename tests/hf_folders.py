@@ -45,9 +45,39 @@ LLAMA3_ROPE: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 16,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", GROUPED | {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3_ROPE}),
     "mistral": ("Mistral", GROUPED | {"sliding_window": None}),
+    # 40 tokens: two whole blocks of 16 and a part of one.
+    "mistral, a window": ("Mistral", GROUPED | {"sliding_window": 16, "rope_parameters": YARN}),
+    "qwen3, windows": (
+        "Qwen3",
+        GROUPED
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 50.0},
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        GROUPED
+        | {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "gpt2": (
         "GPT2",
@@ -75,6 +105,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         LATENT | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
     ),
     "deepseek_v3": ("DeepseekV3", LATENT | {"q_lora_rank": 12, "num_key_value_heads": 4}),
+    "deepseek_v3, stretched": (
+        "DeepseekV3",
+        LATENT
+        | {
+            "q_lora_rank": 12,
+            "num_key_value_heads": 4,
+            "rope_parameters": YARN | {"mscale": 0.8, "mscale_all_dim": 1.5},
+        },
+    ),
     "bert": ("Bert", {"tie_word_embeddings": True} | NO_DROPOUT),
     "megatron-bert": ("MegatronBert", {"tie_word_embeddings": True} | NO_DROPOUT),
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import TIME_PARTS, Certificate, Plan, Prediction, Stage
 from planner.rules import RuleContext, violations
-from profiles.attention_spec import LatentAttention
+from profiles.attention_spec import LatentAttention, RopeStretch, SlidingWindow
 from profiles.cluster import ClusterSpec, LinkTier
 from profiles.experts_spec import Experts
 from profiles.model import ModelSpec
@@ -78,6 +79,22 @@ def tiny_experts(**changes: Any) -> ModelSpec:
 def tiny_shared_experts(**changes: Any) -> ModelSpec:
     """A dense layer, then 8 experts scored by sigmoid in 4 groups beside a shared one, as in DeepSeek-V3; QK norm."""
     return tiny_llama(**({"name": "tiny-shared", "qk_norm": True, "experts": DEEPSEEK_EXPERTS} | changes))
+
+
+def tiny_gpt_oss(**changes: Any) -> ModelSpec:
+    """Experts with biases and a clamped SwiGLU, sinks, a window in every other layer, YaRN, as in gpt-oss."""
+    fields: dict[str, Any] = {
+        "name": "tiny-gpt-oss",
+        "family": "gpt_oss",
+        "activation": "clamped_swiglu",
+        "experts": replace(MIXTRAL_EXPERTS, router_bias=True, expert_bias=True),
+        "attention_sinks": True,
+        "sliding_window": SlidingWindow(length=5, full_every=2),
+        "rope_stretch": RopeStretch(kind="yarn", factor=4.0, original_max_positions=8, truncate=False),
+        "qkv_bias": True,
+        "attention_output_bias": True,
+    }
+    return tiny_experts(**(fields | changes))
 
 
 def tiny_latent(**changes: Any) -> ModelSpec:

@@ -161,7 +161,7 @@ ONLY = "nothing else is planned or trained here"
         (
             MISTRAL | {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": "many"}},
             "rope_scaling.beta_fast",
-            "a finite number",
+            "a finite number > 0",
             "'many'",
         ),
         (

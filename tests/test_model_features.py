@@ -16,7 +16,6 @@ from planner.question import ask
 from planner.rules import RuleContext, violations
 from planner.search import check_supported, search
 from planner.space import enumerate_layouts
-from profiles.attention_spec import SlidingWindow
 from profiles.catalogue import resolve_model
 from profiles.input_error import InputError
 from profiles.store import Reader
@@ -47,7 +46,10 @@ def test_what_meshwright_trains_has_no_features() -> None:
 
 
 REFUSALS = {
-    "deepseek-v3": ("meshwright cannot train YaRN positions yet", "megatron can: --target megatron"),
+    "opt-175b": (
+        "meshwright cannot train ReLU and offset positions yet",
+        "nor does Megatron-LM train opt-175b: it lacks ReLU and offset positions",
+    ),
     "bloom-176b": (
         "meshwright cannot train ALiBi positions and embedding norm yet",
         "nor does Megatron-LM train bloom-176b: it lacks ALiBi positions and embedding norm",
@@ -80,14 +82,14 @@ def test_the_command_line_refuses_it_with_exit_code_1(
 
 def test_no_layout_of_such_a_model_is_legal_and_no_plan_file_of_one_is_read() -> None:
     job = TrainingJob(global_batch=4, sequence=16)
-    reason = "tiny-llama: the meshwright runtime does not train sliding-window attention today; megatron can"
-    spec = tiny_llama(sliding_window=SlidingWindow(length=8))
+    reason = "tiny-llama: the meshwright runtime does not train partial rotary positions today; megatron can"
+    spec = tiny_llama(rotary_fraction=0.5)
     assert violations(Layout(dp=2), RuleContext(spec, job, 2)) == (reason,)
     assert list(enumerate_layouts(RuleContext(spec, job, 2))) == []
     document = make_plan(tiny_llama(), Layout(dp=2), job).to_dict()
     del document["schema"]
     assert Plan.from_dict(Reader(document, source="plan.yaml")).model == tiny_llama()
-    document["model"]["sliding_window"] = spec.to_dict()["sliding_window"]
+    document["model"]["rotary_fraction"] = 0.5
     with pytest.raises(InputError) as caught:
         Plan.from_dict(Reader(document, source="plan.yaml"))
     assert (caught.value.where, reason in caught.value.got) == ("plan.yaml: layout", True)

@@ -18,10 +18,11 @@ from planner.rules import (
     why_not_proposed,
 )
 from planner.space import enumerate_layouts
+from profiles.attention_spec import SlidingWindow
 from profiles.experts_spec import Experts
 from profiles.input_error import InputError
 from tests.oracles.small_world import rule_context as context
-from tests.plans import tiny_experts, tiny_gpt2, tiny_llama, tiny_traced
+from tests.plans import tiny_bert, tiny_experts, tiny_gpt2, tiny_gpt_oss, tiny_latent, tiny_llama, tiny_traced
 
 # ---- rules -----------------------------------------------------------------------------------------------
 
@@ -233,6 +234,24 @@ RULED_OUT: list[tuple[Layout, RuleContext, str]] = [
         Layout(dp=8),
         fp8(sequence=24),
         "fp8: torch's product takes multiples of 16 tokens and widths, not 24",
+    ),
+    (
+        Layout(cp=2, cp_style="ring", dp=4),
+        context(model=tiny_gpt_oss(), sequence=16),
+        "cp=2 ring with sliding-window attention and attention sinks: the meshwright runtime needs whole sequences; "
+        "ask for cp_style=all-to-all",
+    ),
+    (
+        Layout(dp=8),
+        context(model=tiny_bert(sliding_window=SlidingWindow(length=4)), sequence=16),
+        "sliding-window attention with bidirectional attention: the meshwright runtime has them in causal attention "
+        "to keys of each head alone",
+    ),
+    (
+        Layout(dp=8),
+        context(model=tiny_latent(attention_sinks=True), sequence=16),
+        "attention sinks with latent attention: the meshwright runtime has them in causal attention to keys of each "
+        "head alone",
     ),
     (
         Layout(dp=8),

@@ -19,6 +19,7 @@ from runtime.attention_kernels import Attended, attend, attend_backward
 from runtime.context_parallel import SequenceShard, self_attention
 from runtime.data.packing import document_starts
 from runtime.document_attention import document_attention, document_ends, meetings
+from runtime.whole_attention import Reach
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_context_parallel import SEQUENCE, SHAPES, with_gradients
 from tests.distributed.test_context_parallel import whole_inputs as inputs_of
@@ -110,7 +111,7 @@ def differences() -> dict[tuple[str, str, str, torch.dtype], list[float]]:
             whole = inputs_of(shape, dtype)
             expected = with_gradients(masked(starts), *(tensor.double() for tensor in whole))
             local = with_gradients(
-                lambda *qkv, shard=shard, starts=starts: self_attention(*qkv, shard, causal=True, starts=starts),
+                lambda *qkv, shard=shard, starts=starts: self_attention(*qkv, shard, Reach(), starts),
                 *(tensor[:, :, positions] for tensor in whole),
             )
             found[style, shape, rows, dtype] = [

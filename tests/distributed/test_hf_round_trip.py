@@ -61,6 +61,11 @@ CASES = [
         own_config=True,
     ),
     Case("deepseek_v3", Layout(dp=4, dp_shard=2, zero=2, micro_batch=1)),  # HSDP
+    Case(
+        "gpt_oss",
+        Layout(tp=2, dp=2, dp_shard=2, ep=2, etp=2, zero=1, sequence_parallel=True, micro_batch=2),
+        own_config=True,
+    ),
     Case("bert", Layout(tp=2, pp=2, sequence_parallel=True, micro_batch=2), own_config=True),
     Case("megatron-bert", Layout(tp=2, dp=2, dp_shard=2, zero=3, micro_batch=2), sharded=True),
 ]
