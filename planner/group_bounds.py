@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from .bounds import any_chunks_dealt, any_chunks_seconds, heads_and_tails, largest_segment
+from .bounds import any_chunks_dealt, any_chunks_seconds, heads_and_tails, held_by_ends
 from .question import Question
-from .rank_limits import ROUNDING
+from .rank_limits import ROUNDING, layers_held
 from .rules import recompute_modes
+from .schedule import SPLIT_BACKWARD
 from .space import LayoutGroup
 from .step_cost import CostModel
 
@@ -25,19 +26,46 @@ def states_too_large(prices: CostModel, group: LayoutGroup, question: Question) 
     return prices.least_state_bytes(group) > group.base.pp * question.limit_bytes * (1 + ROUNDING)
 
 
+def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Question) -> float:
+    """Seconds that no layout of a group with one state is below; no bytes are looked at.
+
+    Schedules whose parts cost the same have one bound: with the fewest chunks, the most stages to share the backwards,
+    no waits for messages, and backwards split if any of them splits them.
+    """
+    alike: dict[object, list[tuple[str, int]]] = {}
+    for schedule, chunks in group.pipelines:
+        layout = replace(group.base, schedule=schedule)
+        alike.setdefault((prices.parts_like(layout), layout.stages_choose), []).append((schedule, chunks))
+    least = math.inf
+    for pipelines in alike.values():
+        schedule = max((schedule for schedule, _ in pipelines), key=lambda one: one in SPLIT_BACKWARD)
+        numbers = [chunks for _, chunks in pipelines]
+        layout = replace(group.base, schedule=schedule, virtual_stages=min(numbers))
+        fewest = prices.price_seconds(layout, waits=False)
+        modes = {
+            mode for one, _ in pipelines for mode in recompute_modes(replace(layout, schedule=one), question.rules)
+        }
+        least = min(least, any_chunks_seconds(fewest, heads_and_tails(fewest), max(numbers), tuple(modes)))
+    return least
+
+
 def least_of_one_state(
     prices: CostModel, group: LayoutGroup, question: Question, enough_seconds: float = math.inf
 ) -> float | None:
     """Seconds that no layout of a group with one state and schedule is below; above `enough_seconds` any such will do.
     None when none fits."""
     schedule, chunks = group.pipelines[0][0], [chunks for _, chunks in group.pipelines]
-    of_schedule = replace(group.base, schedule=schedule)
-    modes = recompute_modes(of_schedule, question.rules)
-    fewest = prices.price_seconds(replace(of_schedule, virtual_stages=min(chunks)))
+    of_schedule = replace(group.base, schedule=schedule, virtual_stages=min(chunks))
+    modes, limit = recompute_modes(of_schedule, question.rules), question.limit_bytes
+    # Bytes first: they take a fraction of what seconds do, and rule out most groups where memory is short.
+    sizes, slack = prices.least_bytes(replace(of_schedule, virtual_stages=max(chunks))), prices.slack
+    held = held_by_ends(of_schedule.pipeline(of_schedule.microbatches(question.job.global_batch)), chunks, sizes, slack)
+    if layers_held(sizes.layer, held, limit, slack, modes) < sizes.layers:
+        return None
+    fewest = prices.price_seconds(of_schedule)
     around = heads_and_tails(fewest)
     least = any_chunks_seconds(fewest, around, max(chunks), modes)
     if least > enough_seconds:
-        return least  # no byte was looked at
-    sizes = prices.least_bytes(replace(of_schedule, virtual_stages=max(chunks)), largest_segment(fewest).kind)
-    dealt = any_chunks_dealt(fewest, around, chunks, sizes, question.limit_bytes, modes, enough_seconds)
+        return least
+    dealt = any_chunks_dealt(fewest, around, held, sizes.layer, limit, modes, enough_seconds)
     return None if dealt is None else max(least, dealt)

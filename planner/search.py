@@ -23,7 +23,7 @@ from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment, quickest_start
-from .group_bounds import least_of_one_state, one_state_each, states_too_large
+from .group_bounds import least_of_any_schedule, least_of_one_state, one_state_each, states_too_large
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts
@@ -32,7 +32,7 @@ from .plan import Alternative, Certificate, Plan, Prediction
 from .question import Question
 from .remedies import why_nothing_fits
 from .rules import recompute_modes
-from .solve_stages import NOTHING_BEGUN, Begun, solve_stages
+from .solve_stages import NOTHING_BEGUN, Begun, SharedCuts, solve_stages
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE
 from .step_cost import CostModel
@@ -68,7 +68,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     deadline = started + time_limit_seconds
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
-    ties = count()
+    ties, shared = count(), SharedCuts()
     left: list[tuple[float, int, LayoutGroup | Layout | _Priced]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
@@ -77,7 +77,8 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     guesses = Guesses(question)
     first = guesses.plain([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
     best: list[Solved] = []
-    bounded: set[LayoutGroup] = set()  # by their own state, not only by their degrees
+    together: set[LayoutGroup] = set()  # of one state, and bounded whatever their schedule
+    bounded: set[LayoutGroup] = set()  # by their own state and schedule, not only by their degrees
     proven = float("inf")  # the least that any layout could still reach
     pruned_memory = ilps = 0
     while left:
@@ -97,6 +98,10 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                     heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
             continue
         if isinstance(item, LayoutGroup) and item not in bounded:
+            if len(dict(item.pipelines)) > 1 and item not in together:  # one bound of them all may be enough
+                together.add(item)
+                heapq.heappush(left, (max(least, least_of_any_schedule(prices, item, question)), next(ties), item))
+                continue
             bounded.add(item)
             for group in one_state_each(item):
                 bound = least_of_one_state(prices, group, question, cutoff)
@@ -134,6 +139,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             aside_seconds=left[0][0] if left else math.inf,
             begun=begun,
             modes=modes,
+            shared=shared,
             deadline=deadline if best or first is not None or begun.counts is not None else float("inf"),
         )
         ilps += solution.ilps_solved
