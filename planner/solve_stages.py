@@ -18,7 +18,7 @@ _MOST_CUTS = 200
 _MOST_RELAXED = 40
 _RELAXED_ENOUGH = 1e-3
 _WELL_ABOVE = 0.01  # the bound of the next layout: fractions are cut no further before that has had its turn
-_MOST_SHARED = 60  # paths of a pipeline that layouts share
+_MOST_SHARED = 120  # paths of a pipeline that layouts share
 _TOWARDS_ANSWER = 0.3  # of the way from the best fractions seen to the program's answer
 
 

@@ -29,7 +29,7 @@ from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .offload import transfer_seconds
-from .part_seconds import PartSeconds, Seconds
+from .part_seconds import PartSeconds, Seconds, least_of
 from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
 from .space import LayoutGroup
 from .traced_cost import traced_parts
@@ -71,7 +71,7 @@ class CostModel:
         held = held_by_torch if self._software.on_torch_pipeline else in_flight
         costs = replace(
             costs,
-            segments=self._segments(layout, False if choose else None, choose or None),
+            segments=self._with_bytes(layout, self._least_layers(layout), choose or None),
             embedding_memory=memory.embedding(layout),
             head_memory=memory.head(layout),
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
@@ -80,21 +80,38 @@ class CostModel:
         if not choose:
             return costs
         chosen = tuple(reshard) or (True,) * layout.stages
-        choices = tuple((each, self._segments(layout, each, each)) for each in RESHARD_CHOICES)
+        choices = tuple((each, self._segments(layout, each)) for each in RESHARD_CHOICES)
         return replace(costs, reshard=chosen, choices=choices)
 
-    def _segments(self, layout: Layout, quick: bool | None, small: bool | None) -> tuple[SegmentCosts, ...]:
-        """The layers, with the seconds of one choice of their stage ([Note: Resharding]) and the bytes of one."""
-        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), quick)
-        memory = {kind: self._memory.block(layout, kind, small) for kind in seconds}
+    def _segments(self, layout: Layout, reshard: bool | None) -> tuple[SegmentCosts, ...]:
+        """The layers of a stage that has chosen so ([Note: Resharding])."""
+        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), reshard)
+        return self._with_bytes(layout, seconds, reshard)
+
+    def _least_layers(self, layout: Layout) -> dict[str, PartSeconds]:
+        """Seconds by kind that no layer is below, whatever its stage chooses. Where FSDP2's own work takes nothing, one
+        that keeps its weights takes least."""
+        microbatches, hardware = layout.microbatches(self._job.global_batch), self._hardware
+        if not layout.stages_choose:
+            return self._parts(layout, microbatches, None)[0]
+        kept = self._parts(layout, microbatches, False)[0]
+        if hardware.fsdp_forward_overhead_seconds == hardware.fsdp_backward_overhead_seconds == 0.0:
+            return kept
+        every = [self._parts(layout, microbatches, choice)[0] for choice in RESHARD_CHOICES]
+        return {kind: least_of([layers[kind] for layers in every]) for kind in kept}
+
+    def _with_bytes(
+        self, layout: Layout, seconds: dict[str, PartSeconds], reshard: bool | None
+    ) -> tuple[SegmentCosts, ...]:
+        memory = {kind: self._memory.block(layout, kind, reshard) for kind in seconds}
         return tuple(SegmentCosts(s.kind, s.count, seconds[s.kind], memory[s.kind]) for s in self._model.segments)
 
     def price_seconds(self, layout: Layout, waits: bool = True) -> LayoutCosts:
         """The layout as if it held no bytes, which is much sooner than `price`: most are ruled out by it. Not `waits`:
         and as if no message took anything from an action, which alone differs between schedules with the same parts."""
         microbatches = layout.microbatches(self._job.global_batch)
-        spared = False if layout.stages_choose else None  # no stage takes less than one that keeps its weights
-        layers, embedding, head, overhead = self._parts(layout, microbatches, spared)
+        _, embedding, head, overhead = self._parts(layout, microbatches, False if layout.stages_choose else None)
+        layers = self._least_layers(layout)
         send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
         alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
