@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .bounds import any_chunks_dealt, any_chunks_seconds, heads_and_tails, held_by_ends
+from .layout import Layout
 from .question import Question
 from .rank_limits import ROUNDING, layers_held
 from .rules import recompute_modes
@@ -32,20 +33,21 @@ def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Quest
     Schedules whose parts cost the same have one bound: with the fewest chunks, the most stages to share the backwards,
     no waits for messages, and backwards split if any of them splits them.
     """
-    alike: dict[object, list[tuple[str, int]]] = {}
+    numbers: dict[str, list[int]] = {}
     for schedule, chunks in group.pipelines:
-        layout = replace(group.base, schedule=schedule)
-        alike.setdefault((prices.parts_like(layout), layout.stages_choose), []).append((schedule, chunks))
-    least = math.inf
-    for pipelines in alike.values():
-        schedule = max((schedule for schedule, _ in pipelines), key=lambda one: one in SPLIT_BACKWARD)
-        numbers = [chunks for _, chunks in pipelines]
-        layout = replace(group.base, schedule=schedule, virtual_stages=min(numbers))
-        fewest = prices.price_seconds(layout, waits=False)
-        modes = {
-            mode for one, _ in pipelines for mode in recompute_modes(replace(layout, schedule=one), question.rules)
-        }
-        least = min(least, any_chunks_seconds(fewest, heads_and_tails(fewest), max(numbers), tuple(modes)))
+        numbers.setdefault(schedule, []).append(chunks)
+    alike: dict[object, list[Layout]] = {}
+    for schedule, chunks in numbers.items():
+        layout = replace(group.base, schedule=schedule, virtual_stages=min(chunks))
+        alike.setdefault((prices.parts_like(layout), layout.stages_choose), []).append(layout)
+    least, rules = math.inf, question.rules
+    for layouts in alike.values():
+        one = max(layouts, key=lambda layout: layout.schedule in SPLIT_BACKWARD)
+        most = max(max(numbers[layout.schedule]) for layout in layouts)
+        modes = tuple({mode for layout in layouts for mode in recompute_modes(layout, rules)})
+        fewest = replace(one, virtual_stages=min(layout.virtual_stages for layout in layouts))
+        costs = prices.price_seconds(fewest, waits=False)
+        least = min(least, any_chunks_seconds(costs, heads_and_tails(costs), most, modes))
     return least
 
 

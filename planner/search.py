@@ -79,6 +79,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     best: list[Solved] = []
     together: set[LayoutGroup] = set()  # of one state, and bounded whatever their schedule
     bounded: set[LayoutGroup] = set()  # by their own state and schedule, not only by their degrees
+    ended: set[Layout] = set()  # solved, or proven not to reach the best
     proven = float("inf")  # the least that any layout could still reach
     pruned_memory = ilps = 0
     while left:
@@ -148,6 +149,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             if solution.counts is not None and (first is None or solution.step_seconds < first.step_seconds):
                 first = Solved(solution.costs, solution.counts, solution.step_seconds)
             continue
+        ended.add(costs.layout)
         proven = min(proven, solution.bound_seconds)
         if solution.counts is None:
             pruned_memory += solution.bound_seconds == float("inf")
@@ -157,7 +159,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     if first is not None and (not best or first.step_seconds < best[0].step_seconds):
         best = [first, *best]  # nothing that was solved is better
-        pruned_bound -= 1  # its own layout is among those left, and was not ruled out
+        pruned_bound -= first.costs.layout not in ended  # its layout is then among those left, and was not ruled out
     if not best:
         return None
     certificate = _certificate(

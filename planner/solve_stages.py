@@ -15,10 +15,11 @@ from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program, make_solver
 
 _MOST_CUTS = 200
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
-_MOST_RELAXED = 40
+_FEW_RELAXED, _MOST_RELAXED = 40, 200
+_RISES_STILL = 5e-5  # relative, in a quarter of the few: then more rounds are cheaper than whole numbers
 _RELAXED_ENOUGH = 1e-3
-_WELL_ABOVE = 0.01  # the bound of the next layout: fractions are cut no further before that has had its turn
-_MOST_SHARED = 120  # paths of a pipeline that layouts share
+_WELL_ABOVE = 0.03  # the bound of the next layout: fractions are cut no further before that has had its turn
+_MOST_SHARED = 200  # paths of a pipeline that layouts share
 _TOWARDS_ANSWER = 0.3  # of the way from the best fractions seen to the program's answer
 
 
@@ -174,6 +175,7 @@ def _cut_by_fractions(
         return simulation.seconds
 
     inner, least = (cut(start), start) if start is not None else None, 0.0
+    risen: list[float] = []
     for _ in range(_MOST_RELAXED):
         if time.monotonic() > deadline:
             break
@@ -182,7 +184,9 @@ def _cut_by_fractions(
             return math.inf if program.impossible else least
         outer, makespan = answer.durations, answer.makespan_seconds
         least = answer.step_seconds + costs.step_seconds
-        if least > aside_seconds * (1 + _WELL_ABOVE):
+        risen.append(least)
+        slow = len(risen) > _FEW_RELAXED and least < risen[-_FEW_RELAXED // 4] * (1 + _RISES_STILL)
+        if slow or least > aside_seconds * (1 + _WELL_ABOVE):
             break
         seconds = cut(outer)
         if inner is None or seconds < inner[0]:
