@@ -8,10 +8,12 @@ the plan carries the counts that say so.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -36,6 +38,8 @@ from .solve_stages import NOTHING_BEGUN, Begun, SharedCuts, solve_stages
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE
 from .step_cost import CostModel
+
+_ALLOCATIONS = 200_000  # between two looks for cycles; Python's own is 700
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,18 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
     return plan
 
 
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Python looks for cycles seldom meanwhile: a search has few, and many small objects to look through."""
+    before = gc.get_threshold()
+    gc.set_threshold(_ALLOCATIONS, before[1], before[2])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rare_collections()
 def best_plan(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan | None:
     """As `search`; None where no layout is legal or none fits."""
     started = time.monotonic()
@@ -75,7 +91,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     heapq.heapify(left)
     legal = sum(len(group) for _, _, group in left if isinstance(group, LayoutGroup))
     guesses = Guesses(question)
-    first = guesses.plain([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
+    first = guesses.plain([(least, group) for least, _, group in left if isinstance(group, LayoutGroup)], prices)
     best: list[Solved] = []
     together: set[LayoutGroup] = set()  # of one state, and bounded whatever their schedule
     bounded: set[LayoutGroup] = set()  # by their own state and schedule, not only by their degrees
