@@ -38,7 +38,7 @@ from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
 from .part_seconds import PartSeconds
 from .rank_limits import ROUNDING, NoLimit, RankLimits, rank_limits
-from .schedule import BLOCKING, SPLIT_BACKWARD
+from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
 
 # What passes before and after each rank works.
@@ -46,8 +46,9 @@ Around = tuple[list[float], list[float]]
 
 
 class LeastBytes(NamedTuple):
-    """Whatever the chunks: a layer of the commonest kind, and the states of embedding and head."""
+    """Whatever the chunks: layers of the commonest segment, one of them, and the states of embedding and head."""
 
+    layers: int
     layer: PartMemory
     embedding: float
     head: float
@@ -88,27 +89,29 @@ def any_chunks_seconds(fewest: LayoutCosts, around: Around, most_chunks: int, mo
     return max(_poured(fewest, modes, *around), least) + fewest.step_seconds
 
 
+def held_by_ends(pipeline: Pipeline, chunks: Sequence[int], sizes: LeastBytes, slack: float) -> list[tuple[float, int]]:
+    """(bytes of its ends, microbatches that any layer has in flight) of each rank, the least with any of these numbers
+    of chunks; `slack` is what bytes are multiplied by."""
+    flights = least_of_any_chunks(pipeline.schedule, pipeline.ranks, tuple(chunks), pipeline.microbatches)
+    ends = [0.0] * pipeline.ranks
+    ends[0] += slack * sizes.embedding
+    ends[pipeline.rank_of(pipeline.stages - 1)] += slack * sizes.head
+    return list(zip(ends, flights, strict=True))
+
+
 def any_chunks_dealt(
     fewest: LayoutCosts,
     around: Around,
-    chunks: Sequence[int],
-    sizes: LeastBytes,
+    held: Sequence[tuple[float, int]],
+    size: PartMemory,
     limit_bytes: float,
     modes: Sequence[str],
     enough_seconds: float = math.inf,
 ) -> float | None:
-    """The same with layers dealt out to ranks that have memory for them; None when no layout with one of these numbers
-    of chunks fits. Above `enough_seconds` the bound need not be the best one known."""
-    layout = fewest.layout
-    flights = least_of_any_chunks(layout.schedule, layout.pp, tuple(chunks), fewest.microbatches)
-    ends = [0.0] * layout.pp
-    ends[0] += sizes.embedding
-    ends[fewest.last_rank] += sizes.head
-    segment, slack = largest_segment(fewest), 1.0 + fewest.allocator_slack
-    held = [(slack * end, flight) for end, flight in zip(ends, flights, strict=True)]
-    of_held = {
-        one: RankLimits(fewest, segment, [one], limit_bytes * (1 + ROUNDING), modes, sizes.layer) for one in set(held)
-    }
+    """The same with layers of this `size` dealt out to ranks that have memory for them, with what `held_by_ends` says;
+    None when none of these layouts fits. Above `enough_seconds` the bound need not be the best one known."""
+    layout, segment = fewest.layout, largest_segment(fewest)
+    of_held = {one: RankLimits(fewest, segment, [one], limit_bytes * (1 + ROUNDING), modes, size) for one in set(held)}
     limits = [of_held[one] for one in held]
     cost = _around(fewest, segment, *around, split=layout.schedule in SPLIT_BACKWARD)
     dealt = _deal(fewest, segment, limits, cost, enough_seconds)

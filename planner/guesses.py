@@ -35,11 +35,12 @@ class Guesses:
         self._question = question
         self._tightness: dict[str, float] = {}  # the highest bound / step seen of a schedule
 
-    def plain(self, groups: Sequence[LayoutGroup], prices: CostModel) -> Solved | None:
-        """The best of a few plain layouts that fit, of the pairs of tp and pp that promise most."""
+    def plain(self, groups: Sequence[tuple[float, LayoutGroup]], prices: CostModel) -> Solved | None:
+        """The best of a few plain layouts that fit, of the pairs of tp and pp that promise most; `groups` with the
+        least seconds of each."""
         plain: dict[tuple[int, int], tuple[float, LayoutGroup]] = {}
-        for group in groups:
-            least, key = prices.least_work(group), (group.base.tp, group.base.pp)
+        for least, group in groups:
+            key = (group.base.tp, group.base.pp)
             if group.base.cp == 1 and (key not in plain or least < plain[key][0]):
                 plain[key] = (least, group)
         best: Solved | None = None

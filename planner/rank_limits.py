@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 from .in_flight import least_in_flight
@@ -94,6 +95,27 @@ def _least_recompute(layers: int, free: float, options: Sequence[tuple[float, fl
             if saved < each <= more:
                 least = min(least, spent + (each - saved) / (more - saved) * (dearer - spent))
     return None if least == math.inf else layers * (base_seconds + least)
+
+
+def layers_held(
+    size: PartMemory, held: Sequence[tuple[float, int]], limit_bytes: float, slack: float, modes: Sequence[str]
+) -> int:
+    """Layers of this size that ranks have room for, in the smallest of their modes; -1 where ends alone are too much.
+
+    `held` has (bytes of its ends, microbatches that any layer has in flight) of each rank. Where this is less than
+    there are to place, `RankLimits` with these moments cannot place them either.
+    """
+    totals, number = size.totals, 0
+    limit = limit_bytes * (1 + ROUNDING)
+    least = min(totals.held[mode] for mode in modes)
+    for used, flight in held:
+        if used > limit:
+            return -1
+        each = slack * (totals.state + flight * least)
+        if each <= 0:
+            return sys.maxsize
+        number += int((limit - used) / each * (1 + ROUNDING))
+    return number
 
 
 def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[float, int]]:

@@ -40,6 +40,10 @@ class RelaxedProgram:
             [factor for _, factor in items],
         )
 
+    def at_most(self, variable: Any, most: float) -> None:
+        """A variable that is never below 0 gets another upper bound."""
+        self._model.changeColBounds(variable.index, 0.0, most)
+
     def solve(self) -> None:
         self._model.run()
         ended = self._model.getModelStatus().name

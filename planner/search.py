@@ -8,10 +8,12 @@ the plan carries the counts that say so.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -23,7 +25,7 @@ from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment, quickest_start
-from .group_bounds import least_of_one_state, one_state_each, states_too_large
+from .group_bounds import least_of_any_schedule, least_of_one_state, one_state_each, states_too_large
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts
@@ -32,10 +34,12 @@ from .plan import Alternative, Certificate, Plan, Prediction
 from .question import Question
 from .remedies import why_nothing_fits
 from .rules import recompute_modes
-from .solve_stages import NOTHING_BEGUN, Begun, solve_stages
+from .solve_stages import NOTHING_BEGUN, Begun, SharedCuts, solve_stages
 from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE
 from .step_cost import CostModel
+
+_ALLOCATIONS = 200_000  # between two looks for cycles; Python's own is 700
 
 
 @dataclass(frozen=True)
@@ -62,22 +66,36 @@ def search(question: Question, top: int = 1, time_limit_seconds: float = float("
     return plan
 
 
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Python looks for cycles seldom meanwhile: a search has few, and many small objects to look through."""
+    before = gc.get_threshold()
+    gc.set_threshold(_ALLOCATIONS, before[1], before[2])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rare_collections()
 def best_plan(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan | None:
     """As `search`; None where no layout is legal or none fits."""
     started = time.monotonic()
     deadline = started + time_limit_seconds
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
-    ties = count()
+    ties, shared = count(), SharedCuts()
     left: list[tuple[float, int, LayoutGroup | Layout | _Priced]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
     legal = sum(len(group) for _, _, group in left if isinstance(group, LayoutGroup))
     guesses = Guesses(question)
-    first = guesses.plain([group for _, _, group in left if isinstance(group, LayoutGroup)], prices)
+    first = guesses.plain([(least, group) for least, _, group in left if isinstance(group, LayoutGroup)], prices)
     best: list[Solved] = []
-    bounded: set[LayoutGroup] = set()  # by their own state, not only by their degrees
+    together: set[LayoutGroup] = set()  # of one state, and bounded whatever their schedule
+    bounded: set[LayoutGroup] = set()  # by their own state and schedule, not only by their degrees
+    ended: set[Layout] = set()  # solved, or proven not to reach the best
     proven = float("inf")  # the least that any layout could still reach
     pruned_memory = ilps = 0
     while left:
@@ -97,6 +115,10 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
                     heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
             continue
         if isinstance(item, LayoutGroup) and item not in bounded:
+            if len(dict(item.pipelines)) > 1 and item not in together:  # one bound of them all may be enough
+                together.add(item)
+                heapq.heappush(left, (max(least, least_of_any_schedule(prices, item, question)), next(ties), item))
+                continue
             bounded.add(item)
             for group in one_state_each(item):
                 bound = least_of_one_state(prices, group, question, cutoff)
@@ -134,6 +156,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             aside_seconds=left[0][0] if left else math.inf,
             begun=begun,
             modes=modes,
+            shared=shared,
             deadline=deadline if best or first is not None or begun.counts is not None else float("inf"),
         )
         ilps += solution.ilps_solved
@@ -142,6 +165,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             if solution.counts is not None and (first is None or solution.step_seconds < first.step_seconds):
                 first = Solved(solution.costs, solution.counts, solution.step_seconds)
             continue
+        ended.add(costs.layout)
         proven = min(proven, solution.bound_seconds)
         if solution.counts is None:
             pruned_memory += solution.bound_seconds == float("inf")
@@ -151,7 +175,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
     if first is not None and (not best or first.step_seconds < best[0].step_seconds):
         best = [first, *best]  # nothing that was solved is better
-        pruned_bound -= 1  # its own layout is among those left, and was not ruled out
+        pruned_bound -= first.costs.layout not in ended  # its layout is then among those left, and was not ruled out
     if not best:
         return None
     certificate = _certificate(

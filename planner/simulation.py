@@ -199,7 +199,7 @@ def _blocking_paths(schedule: str, stages: int, microbatches: int) -> list[Path]
     return paths
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=96)
 def _listed_paths(pipeline: Pipeline) -> tuple[Path, ...]:
     lists = [work_steps(actions, pipeline.microbatches) for actions in action_lists(pipeline)]
     last, rank_of = pipeline.stages - 1, pipeline.rank_of

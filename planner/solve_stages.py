@@ -9,14 +9,36 @@ from dataclasses import dataclass
 
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
-from .simulation import Path, Simulation, StageSeconds, known_paths, simulate
+from .schedule import Pipeline
+from .simulation import Path, StageSeconds, known_paths, simulate
 from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program, make_solver
 
 _MOST_CUTS = 200
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
-_MOST_RELAXED = 40
+_FEW_RELAXED, _MOST_RELAXED = 40, 200
+_RISES_STILL = 5e-5  # relative, in a quarter of the few: then more rounds are cheaper than whole numbers
 _RELAXED_ENOUGH = 1e-3
+_WELL_ABOVE = 0.03  # the bound of the next layout: fractions are cut no further before that has had its turn
+_MOST_SHARED = 200  # paths of a pipeline that layouts share
 _TOWARDS_ANSWER = 0.3  # of the way from the best fractions seen to the program's answer
+
+
+class SharedCuts:
+    """Paths that simulations came upon, by pipeline: they lie in its graph whatever its durations, so one layout's are
+    valid for every other with the same pipeline. The latest are kept."""
+
+    def __init__(self) -> None:
+        self._paths: dict[Pipeline, dict[Path, None]] = {}
+
+    def of(self, pipeline: Pipeline) -> tuple[Path, ...]:
+        return tuple(self._paths.get(pipeline, ()))
+
+    def add(self, pipeline: Pipeline, path: Path) -> None:
+        paths = self._paths.setdefault(pipeline, {})
+        paths.pop(path, None)
+        paths[path] = None
+        if len(paths) > _MOST_SHARED:
+            del paths[next(iter(paths))]
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,7 @@ def solve_stages(
     begun: Begun = NOTHING_BEGUN,
     modes: Sequence[str] = RECOMPUTE_MODES,
     deadline: float = math.inf,
+    shared: SharedCuts | None = None,
 ) -> Solution:
     """The assignment with the least simulated step that fits `limit_bytes`.
 
@@ -69,9 +92,11 @@ def solve_stages(
         begun: what an earlier call kept, or just an assignment that fits, if one is known.
         modes: what a layer may recompute.
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
+        shared: cuts of other layouts, to which this one's are added.
     """
     best, chosen = begun.counts, costs
-    best_seconds = costs.step(best) if best is not None else math.inf
+    # What is known already is simulated later where there is a cut-off: most layouts cannot beat that anyway.
+    best_seconds = costs.step(best) if best is not None and cutoff_seconds == math.inf else math.inf
     bound, solved = bound_seconds, 0
     if bound >= min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE):
         return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
@@ -86,13 +111,18 @@ def solve_stages(
     program.fits_memory()
     program.durations()
     program.optimizer_of_slowest()
-    for path in (*known_paths(costs.pipeline), *begun.cuts):
+    shared = shared or SharedCuts()
+    for path in dict.fromkeys((*known_paths(costs.pipeline), *shared.of(costs.pipeline), *begun.cuts)):
         program.longer_than_path(path)
     found = list(begun.cuts)
-    if best is not None:
-        program.longer_than_path(costs.simulate(best).critical_path)
+    if best is not None and best_seconds == math.inf:
+        program.better_than(cutoff_seconds * (1 - RELATIVE_TOLERANCE))
+        if program.relax() is None and program.impossible:
+            return Solution(chosen, None, math.inf, cutoff_seconds, solved)
+        best_seconds = costs.step(best)
     start_seconds = costs.durations(best) if best is not None else None
-    relaxed = _cut_by_fractions(program, start_seconds, min(best_seconds, cutoff_seconds), deadline)
+    program.better_than(min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE))
+    relaxed = _cut_by_fractions(program, start_seconds, aside_seconds, deadline, shared)
     if relaxed == math.inf:
         return Solution(chosen, best, best_seconds, min(best_seconds, cutoff_seconds), solved)
     bound = max(bound, relaxed)
@@ -122,42 +152,49 @@ def solve_stages(
         if seconds < best_seconds:
             best, best_seconds, chosen = counts, seconds, answer
         found.append(simulation.critical_path)
+        shared.add(costs.pipeline, simulation.critical_path)
         program.longer_than_path(simulation.critical_path)
     return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
 
 
 def _cut_by_fractions(
-    program: Program, start: Sequence[StageSeconds] | None, most_seconds: float, deadline: float
+    program: Program, start: Sequence[StageSeconds] | None, aside_seconds: float, deadline: float, shared: SharedCuts
 ) -> float:
     """Add the paths that matter to fractions of layers. Seconds that no assignment is below, infinite when even
-    fractions are not faster than `most_seconds`.
+    fractions do not reach the program's goal. Well above `aside_seconds` it is left at that.
 
     The programs' own answers jump from corner to corner, and each corner has a path of its own. So paths are taken
     between the answer and the best seen too (in-out separation), where few matter.
     """
     costs = program.costs
-    program.better_than(most_seconds * (1 - RELATIVE_TOLERANCE))
 
-    def simulated(durations: Sequence[StageSeconds]) -> Simulation:
-        return simulate(costs.pipeline, durations, costs.send_seconds)
+    def cut(durations: Sequence[StageSeconds]) -> float:
+        simulation = simulate(costs.pipeline, durations, costs.send_seconds)
+        program.longer_than_path(simulation.critical_path)
+        shared.add(costs.pipeline, simulation.critical_path)
+        return simulation.seconds
 
-    inner, least = (simulated(start).seconds, start) if start is not None else None, 0.0
+    inner, least = (cut(start), start) if start is not None else None, 0.0
+    risen: list[float] = []
     for _ in range(_MOST_RELAXED):
         if time.monotonic() > deadline:
             break
         answer = program.relax()
         if answer is None:
-            return math.inf if program.relaxed is not None and program.relaxed.infeasible else least
+            return math.inf if program.impossible else least
         outer, makespan = answer.durations, answer.makespan_seconds
-        simulation, least = simulated(outer), answer.step_seconds + costs.step_seconds
-        program.longer_than_path(simulation.critical_path)
-        if inner is None or simulation.seconds < inner[0]:
-            inner = (simulation.seconds, outer)
+        least = answer.step_seconds + costs.step_seconds
+        risen.append(least)
+        slow = len(risen) > _FEW_RELAXED and least < risen[-_FEW_RELAXED // 4] * (1 + _RISES_STILL)
+        if slow or least > aside_seconds * (1 + _WELL_ABOVE):
+            break
+        seconds = cut(outer)
+        if inner is None or seconds < inner[0]:
+            inner = (seconds, outer)
         between = [_mixed(a, b) for a, b in zip(inner[1], outer, strict=True)]
-        simulation = simulated(between)
-        program.longer_than_path(simulation.critical_path)
-        if simulation.seconds < inner[0]:
-            inner = (simulation.seconds, between)
+        seconds = cut(between)
+        if seconds < inner[0]:
+            inner = (seconds, between)
         if inner[0] <= makespan + _RELAXED_ENOUGH * (makespan + costs.step_seconds):
             break
     return least * (1 - RELATIVE_TOLERANCE)

@@ -85,6 +85,7 @@ class Program:
     def __post_init__(self) -> None:
         stages, segments = range(self.costs.layout.stages), self.costs.segments
         choices = RESHARD_CHOICES if self.costs.choices else (None,)
+        self._seconds: dict[str, list[tuple[int, Way, float]]] = {}
         self._ways = [(r, choice) for r in self.modes for choice in choices]
         most = self._most = self._most_layers()
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
@@ -117,13 +118,18 @@ class Program:
 
     def seconds(self, stage: int, phase: str) -> pulp.LpAffineExpression:
         """Seconds of a phase on a stage, in units of `scale`; recomputation precedes the input's backward."""
-        terms: dict[pulp.LpVariable, float] = {}
-        for k, way, segment in self._layers():
-            each = _of(segment.seconds, phase)
-            again = segment.seconds.recompute(way[0]).total if phase == "backward_input" else 0.0
-            if each + again:
-                terms[self.n[stage, k, way]] = (each + again) / self.scale
+        terms = {self.n[stage, k, way]: each / self.scale for k, way, each in self._each_layer(phase)}
         return pulp.LpAffineExpression(terms, constant=_of(self.costs.stage_ends[stage], phase) / self.scale)
+
+    def _each_layer(self, phase: str) -> list[tuple[int, Way, float]]:
+        """Seconds of a layer of each segment and way, where it has any."""
+        if phase not in self._seconds:
+            found = []
+            for k, way, segment in self._layers():
+                again = segment.seconds.recompute(way[0]).total if phase == "backward_input" else 0.0
+                found.append((k, way, _of(segment.seconds, phase) + again))
+            self._seconds[phase] = [one for one in found if one[2]]
+        return self._seconds[phase]
 
     def _layers(self) -> Iterator[tuple[int, Way, SegmentCosts]]:
         """Each segment in each way that its layers may have."""
@@ -140,8 +146,10 @@ class Program:
             self.problem += placed == segment.layers, f"every_layer_once_{k}"
 
     def no_empty_stage(self) -> None:
+        kinds = range(len(self.costs.segments))
         for s in range(1, self.costs.layout.stages - 1):
-            self.problem += pulp.lpSum(n for (of, _, _), n in self.n.items() if of == s) >= 1, f"no_empty_stage_{s}"
+            held = pulp.lpSum(self.n[s, k, way] for k in kinds for way in self._ways)
+            self.problem += held >= 1, f"no_empty_stage_{s}"
 
     def layers_of_ranks(self) -> None:
         """Layers of each rank, in all and by mode: no more than can reach the goal; the solver splits these first."""
@@ -247,6 +255,8 @@ class Program:
         """Only answers below the best so far are of interest: an upper bound on Z, lowered from solve to solve."""
         if goal_seconds != float("inf"):
             self.step.upBound = (goal_seconds - self.costs.step_seconds) / self.scale
+            if self.relaxed is not None:
+                self.relaxed.at_most(self.step, self.step.upBound)
 
     def durations(self) -> None:
         for (phase, s), variable in self.phase.items():
@@ -293,6 +303,11 @@ class Program:
             value(self.makespan) * scale,
             value(self.step) * scale,
         )
+
+    @property
+    def impossible(self) -> bool:
+        """Whether it is proven that no fractions of layers reach the goal and fit."""
+        return self.relaxed is not None and self.relaxed.infeasible
 
     def solve(self, solver: pulp.LpSolver) -> tuple[tuple[StageCount, ...] | None, float]:
         """(assignment or None, lower bound of T + O in seconds); the bound is infinite when nothing is feasible.

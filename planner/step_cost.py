@@ -29,7 +29,7 @@ from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .offload import transfer_seconds
-from .part_seconds import PartSeconds, Seconds
+from .part_seconds import PartSeconds, Seconds, least_of
 from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
 from .space import LayoutGroup
 from .traced_cost import traced_parts
@@ -71,7 +71,7 @@ class CostModel:
         held = held_by_torch if self._software.on_torch_pipeline else in_flight
         costs = replace(
             costs,
-            segments=self._segments(layout, False if choose else None, choose or None),
+            segments=self._with_bytes(layout, self._least_layers(layout), choose or None),
             embedding_memory=memory.embedding(layout),
             head_memory=memory.head(layout),
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
@@ -80,33 +80,49 @@ class CostModel:
         if not choose:
             return costs
         chosen = tuple(reshard) or (True,) * layout.stages
-        choices = tuple((each, self._segments(layout, each, each)) for each in RESHARD_CHOICES)
+        choices = tuple((each, self._segments(layout, each)) for each in RESHARD_CHOICES)
         return replace(costs, reshard=chosen, choices=choices)
 
-    def _segments(self, layout: Layout, quick: bool | None, small: bool | None) -> tuple[SegmentCosts, ...]:
-        """The layers, with the seconds of one choice of their stage ([Note: Resharding]) and the bytes of one."""
-        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), quick)
-        memory = {kind: self._memory.block(layout, kind, small) for kind in seconds}
+    def _segments(self, layout: Layout, reshard: bool | None) -> tuple[SegmentCosts, ...]:
+        """The layers of a stage that has chosen so ([Note: Resharding])."""
+        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), reshard)
+        return self._with_bytes(layout, seconds, reshard)
+
+    def _least_layers(self, layout: Layout) -> dict[str, PartSeconds]:
+        """Seconds by kind that no layer is below, whatever its stage chooses. Where FSDP2's own work takes nothing, one
+        that keeps its weights takes least."""
+        microbatches, hardware = layout.microbatches(self._job.global_batch), self._hardware
+        if not layout.stages_choose:
+            return self._parts(layout, microbatches, None)[0]
+        kept = self._parts(layout, microbatches, False)[0]
+        if hardware.fsdp_forward_overhead_seconds == hardware.fsdp_backward_overhead_seconds == 0.0:
+            return kept
+        every = [self._parts(layout, microbatches, choice)[0] for choice in RESHARD_CHOICES]
+        return {kind: least_of([layers[kind] for layers in every]) for kind in kept}
+
+    def _with_bytes(
+        self, layout: Layout, seconds: dict[str, PartSeconds], reshard: bool | None
+    ) -> tuple[SegmentCosts, ...]:
+        memory = {kind: self._memory.block(layout, kind, reshard) for kind in seconds}
         return tuple(SegmentCosts(s.kind, s.count, seconds[s.kind], memory[s.kind]) for s in self._model.segments)
 
-    def price_seconds(self, layout: Layout) -> LayoutCosts:
-        """The layout as if it held no bytes, which is much sooner than `price`: most are ruled out by it."""
+    def price_seconds(self, layout: Layout, waits: bool = True) -> LayoutCosts:
+        """The layout as if it held no bytes, which is much sooner than `price`: most are ruled out by it. Not `waits`:
+        and as if no message took anything from an action, which alone differs between schedules with the same parts."""
         microbatches = layout.microbatches(self._job.global_batch)
-        spared = False if layout.stages_choose else None  # no stage takes less than one that keeps its weights
-        layers, embedding, head, overhead = self._parts(layout, microbatches, spared)
+        _, embedding, head, overhead = self._parts(layout, microbatches, False if layout.stages_choose else None)
+        layers = self._least_layers(layout)
         send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
         alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
-        waits = self._message_work(layout) if alone else send
+        each = (self._message_work(layout) if alone else send) if waits else 0.0
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
             segments=tuple(SegmentCosts(s.kind, s.count, layers[s.kind], nothing) for s in self._model.segments),
             embedding=embedding,
             head=head,
-            microbatch=PartSeconds(
-                Seconds(overhead.forward.total, pp=waits), Seconds(overhead.backward.total, pp=waits)
-            ),
+            microbatch=PartSeconds(Seconds(overhead.forward.total, pp=each), Seconds(overhead.backward.total, pp=each)),
             send_seconds=send,
             step_seconds=self._tied_seconds(layout) + self._transform_seconds(layout) + self._clip_seconds(layout),
             embedding_memory=nothing,
@@ -117,25 +133,34 @@ class CostModel:
             receives_early=software.posts_receives_early and self._hardware.backend == "gloo",
         )
 
-    def least_bytes(self, of_most_chunks: Layout, kind: str) -> LeastBytes:
-        """What no layer of a kind and neither end holds less than in a layout with these or fewer chunks.
+    @property
+    def slack(self) -> float:
+        """Bytes of tensors are multiplied by this for what the allocator loses."""
+        return 1.0 + self._hardware.allocator_slack
+
+    def least_bytes(self, of_most_chunks: Layout) -> LeastBytes:
+        """What no layer of the commonest kind and neither end holds less than in a layout with these or fewer chunks.
 
         With most chunks fewest weights are gathered at once (`memory_cost`).
         """
-        memory = self._memory
+        memory, commonest = self._memory, max(self._model.segments, key=lambda segment: segment.count)
         return LeastBytes(
-            memory.block(of_most_chunks, kind, of_most_chunks.stages_choose or None),
+            commonest.count,
+            memory.block(of_most_chunks, commonest.kind, of_most_chunks.stages_choose or None),
             memory.embedding(of_most_chunks).state.total,
             memory.head(of_most_chunks).state.total,
         )
 
+    def parts_like(self, layout: Layout) -> str:
+        """A schedule whose layers, embedding and head take as long as under this layout's."""
+        if layout.schedule in ALL_SPLIT and self._hardware.split_overhead_seconds:
+            return "zb1p"
+        return "gpipe" if self._logits_again(layout) else "1f1b"
+
     def _parts(self, layout: Layout, microbatches: int, reshard: bool | None) -> _Parts:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
         nothing but whether logits are computed again and all backwards split, so the others share them."""
-        alike = "gpipe" if self._logits_again(layout) else "1f1b"
-        if layout.schedule in ALL_SPLIT and self._hardware.split_overhead_seconds:
-            alike = "zb1p"
-        key = (replace(layout, virtual_stages=1, schedule=alike), reshard)
+        key = (replace(layout, virtual_stages=1, schedule=self.parts_like(layout)), reshard)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
                 self._part_cache.clear()

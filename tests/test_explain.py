@@ -261,7 +261,7 @@ change                     step  more tokens/s  layout then
 global batch 16         11.1 ms        +40.83%  tp2·sp dp2 zero1 mb8 (tp=2 pp=1 sequence_parallel=true zero=1
                                                 micro_batch=8 schedule=1f1b)
 compute +10%            7.24 ms         +7.71%  the same
-device memory +10%      7.25 ms         +7.58%  pp2 dp2 zero1 mb4 gpipe (zero=1)
+device memory +10%      7.25 ms         +7.58%  pp2 dp2 zero1 mb4 looped-bfs (zero=1 schedule=looped-bfs)
 network bandwidth +10%  7.79 ms         +0.19%  the same
 node bandwidth +10%     7.79 ms         +0.10%  the same
 """

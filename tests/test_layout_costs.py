@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +12,7 @@ from planner.in_flight import InFlight
 from planner.layout import Layout
 from planner.layout_costs import Blocks
 from planner.memory_bytes import MemoryBytes
-from planner.part_seconds import PHASES, PartSeconds, Seconds
+from planner.part_seconds import PHASES, PartSeconds, Seconds, least_of
 from planner.plan import TIME_PARTS
 from tests.oracles.brute_force import all_layouts, assignments
 from tests.oracles.small_world import block_of, counts, price
@@ -28,6 +28,18 @@ def test_seconds_and_parts_add_up_and_scale() -> None:
     assert [getattr(one * 3, phase).compute for phase in PHASES] == [0, 3, 6, 9, 12, 15, 18, 21]
     assert one.backward == Seconds(3, 2, 0)
     assert [one.recompute(mode).compute for mode in ("none", "selective", "full")] == [0, 3, 4]
+
+
+def test_the_least_of_parts_is_no_longer_than_any_however_often() -> None:
+    """The second as where FSDP2's own work around a backward is more than what gathering again adds to it."""
+    kept = PartSeconds(forward=Seconds(3.0, dp=0.5), backward_input=Seconds(4.0, dp=2.0), gather=Seconds(dp=1.0))
+    freed = PartSeconds(forward=Seconds(3.0, dp=1.0), backward_input=Seconds(4.0, dp=0.25))
+    for options in ((kept, freed), (freed, kept)):
+        least = least_of(options)
+        assert (least.forward.total, least.gather.total, least.backward.total) == (3.5, 0.5, 4.25)
+        for one, often in product(options, (1, 2, 9)):
+            assert least.gather.total + often * least.forward.total <= one.gather.total + often * one.forward.total
+    assert least_of([kept]) == kept
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -14,7 +14,7 @@ from planner.bounds import fits, lower_bound
 from planner.layout import Layout
 from planner.layout_costs import LayoutCosts, StageCount
 from planner.question import Question
-from planner.solve_stages import Begun, Solution, solve_stages
+from planner.solve_stages import Begun, SharedCuts, Solution, solve_stages
 from planner.stage_ilp import RELATIVE_TOLERANCE
 from tests.oracles import small_world
 from tests.oracles.brute_force import assignments, fastest, priced
@@ -181,6 +181,24 @@ def test_what_is_put_aside_goes_on_to_the_same_answer() -> None:
         assert looks < 50
     assert looks > 1
     assert solution.step_seconds == pytest.approx(best_of(costs, limit), rel=1e-6)
+
+
+def test_cuts_of_another_layout_with_the_same_pipeline_change_no_answer() -> None:
+    """Sequence parallelism changes durations and no path."""
+    world, shared = small_question(tiny_llama(layers=6), devices=4), SharedCuts()
+    for parallel in (False, True, False):
+        costs = price(
+            Layout(tp=2, pp=2, schedule="zb1p", virtual_stages=2, micro_batch=2, sequence_parallel=parallel), world
+        )
+        limit, before = needs(costs)[60], shared.of(costs.pipeline)
+        solution = solve(costs, limit, shared=shared)
+        assert solution.step_seconds == pytest.approx(best_of(costs, limit), rel=1e-6)
+        assert solution.bound_seconds <= best_of(costs, limit) * (1 + 1e-9)
+        durations = costs.durations(solution.counts or ())
+        # A path is no longer than the step, whichever layout it came from.
+        longest = costs.simulate(solution.counts or ()).seconds * (1 + 1e-9)
+        assert all(path.seconds(durations, costs.send_seconds) <= longest for path in before)
+        assert len(shared.of(costs.pipeline)) > 0
 
 
 def test_past_its_deadline_it_returns_the_start_and_what_is_proven() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound
 from planner.errors import InfeasibleError
-from planner.group_bounds import least_of_one_state, one_state_each
+from planner.group_bounds import least_of_any_schedule, least_of_one_state, one_state_each
 from planner.layout import RECOMPUTE_MODES
 from planner.question import Question
 from planner.search import search
@@ -108,6 +108,9 @@ def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> N
     for group in layout_groups(question.rules):
         fastest_of_group = min(candidate.step_seconds for layout in group for candidate in tried[layout])
         assert prices.least_work(group) <= fastest_of_group * (1 + 1e-12), group
+        for of_state in group.by_state():
+            fastest_of_state = min(candidate.step_seconds for layout in of_state for candidate in tried[layout])
+            assert least_of_any_schedule(prices, of_state, question) <= fastest_of_state * (1 + 1e-12), of_state
         for one in one_state_each(group):
             fastest_of_one = fastest([candidate for layout in one for candidate in tried[layout]], limit)
             bound = least_of_one_state(prices, one, question)
