@@ -80,7 +80,9 @@ def _stretch(stretch: RopeStretch) -> Config:
     if stretch.kind != "yarn":
         return said
     said["original_max_position_embeddings"] = stretch.original_max_positions
-    constants = ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim")
+    if not stretch.truncate:  # the default is not said
+        said["truncate"] = False
+    constants = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
     return said | {key: value for key in constants if (value := getattr(stretch, key)) is not None}
 
 

@@ -32,7 +32,7 @@ def test_a_file_from_before_these_keys_is_the_same_model() -> None:
 
 EXPERTS = {"number": 8, "top_k": 2, "ffn_hidden_size": 64}
 MLA = {"kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
-YARN = {"kind": "yarn", "factor": 4.0}
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_positions": 16}
 LLAMA3 = {"factor": 8, "low_frequency_factor": 1, "high_frequency_factor": 4, "original_max_positions": 16}
 OWN_HEADS = {"kv_heads": 4, "latent_attention": MLA}
 
