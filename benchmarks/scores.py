@@ -95,6 +95,7 @@ def show_parts(cases: Sequence[Case], hardware: HardwareProfile) -> None:
             totals.setdefault(name, []).append((predicted, measured))
     print(f"\n{'part, over all layouts':<26}{'predicted':>10}{'measured':>10}{'median ratio':>14}")
     for name, pairs in totals.items():
-        ratio = statistics.median(p / m for p, m in pairs if m > 1e-4)
+        ratios = [p / m for p, m in pairs if m > 1e-4]
+        ratio = f"{statistics.median(ratios):.2f}" if ratios else "none"
         predicted, measured = (sum(column) for column in zip(*pairs, strict=True))
-        print(f"{name:<26}{predicted:>9.2f}s{measured:>9.2f}s{ratio:>14.2f}")
+        print(f"{name:<26}{predicted:>9.2f}s{measured:>9.2f}s{ratio:>14}")

@@ -41,8 +41,12 @@ class OperationTimer(TorchDispatchMode):
         super().__init__()
         self.clock = clock
         axes = {axis: axis for axis in AXES}
-        if mesh.expert_mesh is not None:  # experts are reduced over edp, and ep and etp move their tokens
-            axes |= {"edp": "dp", "ep": "ep", "etp": "ep"}
+        self._exchanging: set[str] = set()  # groups in which tokens go to their experts
+        if mesh.expert_mesh is not None:
+            axes = {
+                "edp": "dp"
+            } | axes  # a group of the same ranks may serve two axes; FSDP2's work is booked by its span
+            self._exchanging = {group.group_name for axis in ("ep", "etp") for group in mesh.groups(axis)}
         self.axis_of_group: dict[str, str] = {
             group.group_name: booked for axis, booked in axes.items() for group in mesh.groups(axis)
         }
@@ -107,6 +111,8 @@ class OperationTimer(TorchDispatchMode):
             name = dist.ProcessGroup.unbox(boxed).group_name
         else:
             return None
+        if name in self._exchanging and "all_to_all" in func.__name__:
+            return "ep"
         return self.axis_of_group.get(name) if name is not None else None
 
 
