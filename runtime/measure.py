@@ -43,9 +43,8 @@ class OperationTimer(TorchDispatchMode):
         axes = {axis: axis for axis in AXES}
         self._exchanging: set[str] = set()  # groups in which tokens go to their experts
         if mesh.expert_mesh is not None:
-            axes = {
-                "edp": "dp"
-            } | axes  # a group of the same ranks may serve two axes; FSDP2's work is booked by its span
+            # A group of the same ranks may serve another axis too; what FSDP2 does in it is booked by its span.
+            axes = {"edp": "dp"} | axes
             self._exchanging = {group.group_name for axis in ("ep", "etp") for group in mesh.groups(axis)}
         self.axis_of_group: dict[str, str] = {
             group.group_name: booked for axis, booked in axes.items() for group in mesh.groups(axis)

@@ -18,9 +18,10 @@ from runtime.measure import OperationTimer
 from runtime.mesh import build_mesh
 from runtime.parallelize import build_chunks
 from runtime.pipeline import build_runner
+from runtime.step import mesh_of
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_samples, tokens_of
-from tests.plans import make_plan, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, tiny_experts, tiny_gpt2, tiny_llama
 
 JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 Counts = dict[str, int]
@@ -74,7 +75,7 @@ def test_tensor_parallel_collectives_of_a_block(plan: Plan, forward: Counts, bac
 def step_counts(plan: Plan) -> tuple[Counts, dict[str, float]]:
     """Collectives of the second step, and the seconds booked."""
     device = torch.device("cpu")
-    mesh = build_mesh(plan.layout, "cpu", tied_embeddings=plan.model.tied_embeddings)
+    mesh = mesh_of(plan, device)
     chunks = build_chunks(plan, mesh, device, dtype=torch.float32, seed=0)
     runner = build_runner(plan, chunks, mesh, device, torch.float32)
     tokens = own_samples(plan, tokens_of(plan, 0), mesh.coordinate.dp)
@@ -132,4 +133,16 @@ def test_tp_seconds_are_booked_on_tp() -> None:
         assert AR not in counts
         assert counts["tp:allreduce_"] == 1  # all norm gradients in one message
         assert 0 < seconds["communication_tp"] < seconds["schedule"] + 1.0
+        assert "communication_dp" not in seconds
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_seconds_of_experts_are_booked_on_ep(ep: int) -> None:
+    """One group of both ranks may be that of tp, of ep and of the experts' dp."""
+    plan = plan_of(tiny_experts(), tp=2, ep=ep, sequence_parallel=True, micro_batch=4)
+    for counts, seconds in run_ranks(step_counts, 2, plan):
+        # Two microbatches of 4 blocks: counts, rows there and back, and backward rows there and back.
+        assert counts.get("ep:all_to_all_single", 0) == (ep - 1) * 2 * 4 * 5
+        assert counts[AG] > 0
+        assert ("communication_ep" in seconds) == (ep > 1)
         assert "communication_dp" not in seconds
