@@ -1,21 +1,18 @@
-"""Seconds of compute: the kernels of a layer, the embedding and the head, each from its shape.
-
-Which kernels a trainer launches (attention in one or in a chain, fused or eager norms, activations and residuals)
-are facts of the software ([Note: Facts of a trainer] in profiles/software.py); how long each takes, of the hardware.
-"""
+"""Seconds of compute: a layer, its experts, the embedding and the head, of the kernels in kernel_cost.py."""
 
 from __future__ import annotations
 
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import DIRECTIONS, ELEMENTWISE, HOST_OPERATIONS, SCALAR_SLOWDOWN
+from profiles.points import HOST_OPERATIONS
 from profiles.software import Software
 
 from .attention_chain import chain_attention
-from .compute_seconds import NO_SECONDS, ComputeCost, ComputeSeconds
+from .compute_seconds import ComputeCost, ComputeSeconds
 from .context_seconds import context_work
 from .job import TrainingJob
+from .kernel_cost import Kernels
 from .layout import Layout
 from .local_shapes import (
     attended_width,
@@ -31,107 +28,14 @@ from .local_shapes import (
 from .packed_cost import attended_documents, document_work
 
 
-class ComputeModel:
+class ComputeModel(Kernels):
     """Prices the parts of one model as one trainer runs them on one device."""
 
     def __init__(self, model: ModelSpec, hardware: HardwareProfile, job: TrainingJob, software: Software) -> None:
-        self._model = model
-        self._hardware = hardware
-        self._job = job
-        self._software = software
-        self._gemm_dtype = job.precision
-        self._dtype = "bf16" if job.precision == "fp8" else job.precision
-        self._keeps_matmuls = software.selective_keeps_matmuls
-        master = not software.on_fsdp and job.precision in ("bf16", "fp16", "fp8")
-        self._master_casts = (1 + (software.gradients == "compute")) if master else 0
+        super().__init__(model, hardware, job, software)
         self._beside: dict[tuple[object, ...], ComputeCost] = {}
 
-    # ---- kernels ---------------------------------------------------------------------------------------
-
-    def _linear(
-        self, tokens: float, outputs: int, inputs: int, count: int = 1, dtype: str = "", again: bool = False
-    ) -> ComputeCost:
-        """y = x·Wᵀ: one product forward, two backward (Narayanan et al., arXiv 2104.04473, appendix).
-
-        `count` products of `tokens` each run as one where they are those of experts. In fp8 inputs and output
-        gradients are cast first. `again`: selective recomputation runs it a second time.
-        """
-        rows = max(1, round(tokens))
-        seconds, dtype = self._hardware.gemm_seconds, dtype or self._gemm_dtype
-        there, back = HOST_OPERATIONS["linear"]
-        cost = ComputeCost(
-            ComputeSeconds(gemm=seconds("forward", dtype, rows, outputs, inputs, count), operations=there),
-            ComputeSeconds(gemm=seconds("input_grad", dtype, rows, inputs, outputs, count), operations=back / 2),
-            ComputeSeconds(gemm=seconds("weight_grad", dtype, outputs, inputs, rows, count), operations=back / 2),
-        )
-        if again:
-            cost = ComputeCost(cost.forward, cost.backward_input, cost.backward_weight, cost.forward)
-        if dtype == "fp8":
-            cast, operation = self._hardware.memory_seconds, f"cast_{self._software.fp8_scaling}"
-            there = ComputeSeconds(memory=cast(operation, self._dtype, count * rows * inputs))
-            back = ComputeSeconds(memory=cast(operation, self._dtype, count * rows * outputs, "backward"))
-            cost = cost + ComputeCost(there, back, NO_SECONDS, there if self._keeps_matmuls else NO_SECONDS)
-        return cost
-
-    def _biased(self, name: str, tokens: float, shape: tuple[int, int]) -> ComputeCost:
-        """A linear by its name: the gradient of a bias is a sum over the tokens besides."""
-        cost = self._linear(tokens, *shape, again=name in self._again)
-        if self._model.has_bias(name):
-            outputs = tokens * shape[0]
-            cost = cost + self._bias_gradient(outputs)
-            alone = self._software.linear_bias
-            if alone == "separate" or (alone == "following" and name == "wq"):
-                cost = cost + ComputeCost(self._memory("bias", outputs).forward)
-        return cost
-
-    def _bias_gradient(self, elements: float) -> ComputeCost:
-        seconds = self._hardware.memory_seconds("bias_gradient", self._dtype, elements, "backward")
-        return ComputeCost(backward_weight=ComputeSeconds(memory=seconds))
-
-    @property
-    def _again(self) -> tuple[str, ...]:
-        """Linears of a layer that selective recomputation runs again: every second one in their order.
-
-        Of fp8, where the policy does not know the products, all. Recomputation stops before the last one's output,
-        which no backward needs.
-        """
-        if self._software.selective != "keep_half_matmuls":
-            return ()
-        names = tuple(self._model.linear_shapes)
-        return names[:-1] if self._gemm_dtype == "fp8" else names[1:-1:2]
-
-    def _memory(self, operation: str, elements: float) -> ComputeCost:
-        (there, back), slow = HOST_OPERATIONS["memory"], 1.0
-        if self._software.elementwise == "scalar" and operation in ELEMENTWISE and self._dtype != "fp32":
-            slow = SCALAR_SLOWDOWN
-        forward, backward = (
-            slow * self._hardware.memory_seconds(operation, self._dtype, elements, way) for way in DIRECTIONS
-        )
-        forward = ComputeSeconds(memory=forward, operations=there)
-        backward = ComputeSeconds(memory=backward, operations=back)
-        return ComputeCost(forward, backward, NO_SECONDS, forward if self._keeps_matmuls else NO_SECONDS)
-
-    def _once(self, operation: str, elements: float) -> ComputeSeconds:
-        return self._memory(operation, elements).forward
-
-    def _norm(self, elements: float) -> ComputeCost:
-        return self._memory("norm_eager" if self._software.norm == "eager" else self._model.norm, elements)
-
-    def _residual(self, elements: float) -> ComputeCost:
-        """The sum into the residual stream, with the dropout before it where there is one."""
-        if not self._software.dropout:
-            return self._memory("residual", elements)
-        if self._software.residual == "fused":
-            return self._memory("dropout_add", elements)
-        return self._memory("dropout", elements) + self._memory("residual", elements)
-
-    def _activation(self, elements: float) -> ComputeCost:
-        fused = self._software.activation == "fused" and self._model.ffn_matrices == 3
-        return self._memory("swiglu_fused" if fused else self._model.activation, elements)
-
-    def _rope(self, elements: float) -> ComputeCost:
-        """Trainers that fuse the activation fuse the rotation too."""
-        return self._memory("rope_fused" if self._software.activation == "fused" else "rope", elements)
+    # ---- attention -------------------------------------------------------------------------------------
 
     def _attention(self, layout: Layout) -> ComputeCost:
         """Scores, softmax and weighted sum of the rank's heads; cp cuts the work, whole sequences count.
@@ -194,6 +98,7 @@ class ComputeModel:
             shapes = self._products(layout)
             parts += [self._biased(n, tokens, shape) for n, shape in shapes.items() if n not in model.attention_shapes]
             parts.append(self._activation(tokens * model.ffn_hidden_size / layout.tp))
+            parts.append(self._meeting_gradients({"w1", "w3"}, tokens * model.hidden_size))
         else:
             assert model.experts is not None
             parts += self._experts(layout, model.experts, tokens, outside_tokens(layout, self._job.sequence))
@@ -228,7 +133,7 @@ class ComputeModel:
         if layout.cp > 1 and self._software.own_context_parallelism:
             parts.append(context_work(layout, self._once, *moved))
         parts += [self._residual(hidden), self._residual(hidden)]
-        parts.append(self._meeting_gradients(tokens))
+        parts.append(self._meeting_gradients({"wq", "wk", "wv"}, tokens * model.hidden_size))
         if layout.tp > 1:
             whole, cut = self._hardware.shard_overhead_seconds, self._hardware.sequence_shard_overhead_seconds
             shard = ComputeSeconds(overhead=cut if layout.sequence_parallel else whole)
@@ -249,18 +154,6 @@ class ComputeModel:
                     shapes[first] = joined, inputs
         return shapes
 
-    def _meeting_gradients(self, tokens: float) -> ComputeCost:
-        """wq, wk and wv have one input, w1 and w3 another: autograd adds up what each leaves of its gradient.
-
-        Trainers that join such weights into one have nothing to add.
-        """
-        if not self._software.separate_projections:
-            return ComputeCost()
-        sharing = ({"wq", "wk", "wv"}, {"w1", "w3"})
-        sums = sum(max(0, len(names & set(self._model.linear_shapes)) - 1) for names in sharing)
-        added = self._hardware.memory_seconds("residual", self._dtype, tokens * self._model.hidden_size)
-        return ComputeCost(backward_input=ComputeSeconds(memory=sums * added))
-
     def _experts(self, layout: Layout, experts: Experts, tokens: float, outside: float) -> list[ComputeCost]:
         """Router, tokens to their experts, the rank's experts on what is sent to them, the way back, shared experts."""
         model, hidden = self._model, self._model.hidden_size
@@ -273,6 +166,7 @@ class ComputeModel:
             _total(routing).issuing(*HOST_OPERATIONS["router"]),
             _total(moved).issuing(*HOST_OPERATIONS["permute"]),
             self._routed_experts(layout, experts),
+            self._added(1 + (experts.shared > 0), outside * hidden),  # router, experts and shared ones read the same
         ]
         for degree in (layout.ep, layout.etp):
             if degree > 1:
@@ -293,8 +187,13 @@ class ComputeModel:
         shapes = expert_linear_shapes(self._model, layout.etp)
         parts = [self._linear(routed / local, outputs, inputs, local) for outputs, inputs in shapes]
         parts.append(self._activation(routed * experts.ffn_hidden_size / layout.etp))
+        parts.append(self._meeting_gradients({"w1", "w3"}, routed * self._model.hidden_size))
         if self._hardware.operation_overhead_seconds == 0.0:
             return _total(parts)
+        # A loop joins its outputs, and backward the gradients of its rows and of its stacked weights.
+        parts.append(self._memory("copy", routed * self._model.hidden_size))
+        stacked = self._memory("copy", local * sum(outputs * inputs for outputs, inputs in shapes))
+        parts.append(ComputeCost(backward_weight=stacked.backward_input))
         around, each = HOST_OPERATIONS["experts"], HOST_OPERATIONS["expert"]
         return _total(parts).issuing(*(once + local * one for once, one in zip(around, each, strict=True)))
 

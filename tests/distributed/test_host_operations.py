@@ -20,6 +20,7 @@ from profiles.software import load_software
 from runtime.experts import Experts, Router
 from runtime.head_exchange import all_to_all_attention
 from runtime.ring_attention import ring_attention
+from runtime.whole_attention import Reach
 from tests.distributed.harness import run_ranks
 from tests.operations import operations_of
 from tests.oracles.small_world import small_hardware
@@ -73,7 +74,7 @@ def counted_under_cp() -> dict[str, tuple[int, int]]:
     ways = {
         "alone": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         "ring": lambda: ring_attention(q, k, v, group, causal=True),
-        "head_exchange": lambda: all_to_all_attention(q, k, v, group, causal=True),
+        "head_exchange": lambda: all_to_all_attention(q, k, v, group, Reach()),
     }
     return {name: operations_of(attention, [q, k, v]) for name, attention in ways.items()}
 
