@@ -252,6 +252,14 @@ def train(
             help="Weight of the experts' balance loss; 0 for none.",
         ),
     ] = 1e-3,
+    balance_over: Annotated[
+        str,
+        typer.Option(
+            "--balance-over",
+            metavar="WHAT",
+            help="The balance loss is of each sequence, or batch: depends on the layout.",
+        ),
+    ] = "sequence",
     bias_rate: Annotated[
         float,
         typer.Option(
@@ -331,7 +339,7 @@ def train(
         timeout_seconds=timeout,
         peak_flops_per_second=hardware.peak_flops_per_second[chosen.job.precision],
         compile=compiled,
-        balance=Balance(balance_loss, bias_rate),
+        balance=Balance(balance_loss, bias_rate, balance_over),
         weights=weights,
         scaling=loss_scaling(loss_scale, initial_loss_scale, min_loss_scale, loss_scale_window, hysteresis),
         **training_options(

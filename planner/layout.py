@@ -63,6 +63,10 @@ class Layout:
         """Ranks over which the state of experts is cut: edp, less the replicas of HSDP."""
         return max(1, self.edp * self.dp_shard // self.dp) if self.zero else 1
 
+    def replicates(self, *, experts: bool) -> bool:
+        """Whether several ranks have gradients of the same weights; then our runtime gives all of a rank's to FSDP2."""
+        return self.dp * self.cp > 1 or (experts and self.edp > 1)
+
     @property
     def stages(self) -> int:
         """Chunks of the model, those of all pipeline ranks together."""

@@ -43,14 +43,12 @@ class MemoryModel:
         self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False, frees: bool = False
     ) -> MemoryBytes:
         """Weights, gradients and AdamW moments of `parameters` (already cut by tp or by ep and etp)."""
-        shards, ranks = (layout.expert_shards, layout.edp) if expert else (layout.shards, layout.dp * layout.cp)
+        shards = layout.expert_shards if expert else layout.shards
         if self._software.on_fsdp:
-            return self._fsdp2_state(layout, parameters, shards, ranks > 1, root, frees)
+            return self._fsdp2_state(layout, parameters, shards, root, frees)
         return self._master_state(layout, parameters, shards)
 
-    def _fsdp2_state(
-        self, layout: Layout, parameters: float, shards: int, shared: bool, root: bool, frees: bool
-    ) -> MemoryBytes:
+    def _fsdp2_state(self, layout: Layout, parameters: float, shards: int, root: bool, frees: bool) -> MemoryBytes:
         """fp32 shards, as FSDP2 keeps them.
 
         zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
@@ -63,7 +61,7 @@ class MemoryModel:
         """
         weights = _FP32_BYTES * parameters / shards
         optimizer = 0.0 if self._job.offload == "optimizer" else _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
-        wrapped = shared or self._job.precision != "fp32"
+        wrapped = self._wraps(layout)
         stays = wrapped and (layout.zero < 3 or (layout.pp > 1 and not frees) or root)
         gathered = self._element_bytes * parameters if stays else 0.0
         if not root:  # of even chunks; which of them has the root's cannot be said
@@ -74,6 +72,10 @@ class MemoryModel:
             others = 1.0 - 1.0 / layout.virtual_stages
             gradients += others * self._narrow_bytes * parameters
         return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
+
+    def _wraps(self, layout: Layout) -> bool:
+        """Whether FSDP2 keeps the weights, be it for their precision alone."""
+        return layout.replicates(experts=self._model.experts is not None) or self._job.precision != "fp32"
 
     def _gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
         """fp32 gradients at the end of the backward passes: sharded where each microbatch's are reduced."""
@@ -219,7 +221,7 @@ class MemoryModel:
         start = kept.transient + gathered + whole - held
         if fsdp and self._halves_apart(layout):
             start += self._narrow_bytes * parameters - self._left_between(kept)
-        if not fsdp or (layout.dp * layout.cp == 1 and self._job.precision == "fp32"):
+        if not fsdp or not self._wraps(layout):
             return start
         reduced = _FP32_BYTES * parameters
         if self._reduces_each_microbatch(layout):

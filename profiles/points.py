@@ -80,7 +80,7 @@ HOST_OPERATIONS = {
     "chain": (14, 24),
     "joined": (7, 21),
     "router": (29, 29),
-    "permute": (12, 11),
+    "permute": (12, 10),
     "exchange": (25, 8),
     "experts": (5, 4),
     "expert": (8, 23),

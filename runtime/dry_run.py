@@ -95,7 +95,7 @@ def dry_run(
         mesh = build_mesh(plan.layout, DEVICE.type, tied_embeddings=plan.model.tied_embeddings)
         chunks = shape_chunks(plan, mesh, dtype=torch.float32)
         live = LiveBytes("transient")
-        stack.enter_context(_quiet_metadata())
+        stack.enter_context(quiet_metadata())
         if fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if gpu_kernels:
@@ -249,7 +249,7 @@ def _parameter_groups(module: FSDPModule) -> list[Any]:
 
 
 @contextmanager
-def _quiet_metadata() -> Iterator[None]:
+def quiet_metadata() -> Iterator[None]:
     """DTensor finds shapes by running ops on fake tensors of the whole size, and meshes compute with real numbers:
     neither is the rank's memory."""
     propagate, concatenate = ShardingPropagator._propagate_tensor_meta_non_cached, DeviceMesh._concatenate

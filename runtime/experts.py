@@ -10,8 +10,11 @@ by their weights. The order of every sum is fixed by expert and token, never by 
 The balance loss is that of each sequence (arXiv 2412.19437, equations 17 to 20): alpha · sum over experts of f_i · P_i,
 f_i the share of the sequence's choices that fell on expert i times the number of experts, P_i its mean probability. A
 sequence that is cut over tp counts as a whole, so no layout changes the loss. Its gradient joins that of the weights;
-the reported loss is the cross-entropy alone. With a selection bias (the same paper, section 2.1.2) the bias of every
-expert that had more tokens in a step than the mean goes down by a fixed amount, that of the others up.
+the reported loss is the cross-entropy alone. Taken over a batch instead, f and P are of all sequences that a microbatch
+has on a dp rank: less is asked of each, and the layout, which says what a microbatch is, changes the loss.
+
+With a selection bias (the same paper, section 2.1.2) the bias of every expert that had more tokens in a step than the
+mean goes down by a fixed amount, that of the others up.
 """
 
 from __future__ import annotations
@@ -27,20 +30,37 @@ import torch.nn.functional as F
 from torch import nn
 
 from profiles.experts_spec import Experts as ExpertsSpec
+from profiles.input_error import InputError
 from profiles.model import ModelSpec
 
 from .gated import gated
 from .local_parameters import LocalParameters
 
+BALANCED = ("sequence", "batch")
 SMALL = 1e-20  # keeps a sum of sigmoid scores from being zero (transformers' DeepSeek-V3)
 
 
 @dataclass(frozen=True)
 class Balance:
-    """`loss_weight` is alpha; `bias_rate` the amount by which a selection bias moves in a step. Zero switches off."""
+    """`loss_weight` is alpha; `bias_rate` the amount by which a selection bias moves in a step. Zero switches off.
+
+    `over`: of what the loss is taken, one of BALANCED ([Note: Balance]); of a batch, it depends on the layout.
+    """
 
     loss_weight: float = 0.0
     bias_rate: float = 0.0
+    over: str = "sequence"
+
+    def check(self) -> None:
+        """Raise InputError where the loss is over nothing that there is."""
+        if self.over not in BALANCED:
+            raise InputError(
+                f"{self.over!r} is not known",
+                where="--balance-over",
+                expected="one of " + ", ".join(BALANCED),
+                got=self.over,
+                hint="sequence does not depend on the layout",
+            )
 
 
 class Router(LocalParameters):
@@ -99,6 +119,9 @@ class Router(LocalParameters):
 
     def _balanced(self, weights: torch.Tensor, probabilities: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The weights, with the balance loss and the count of loads in their backward pass ([Note: Balance])."""
+        sequences = probabilities.shape[0]  # that one loss is of, in their mean
+        if self.balance.over == "batch":
+            probabilities, chosen = (part.flatten(0, 1).unsqueeze(0) for part in (probabilities, chosen))
         batch, sequence, number = probabilities.shape
         loads = chosen.new_zeros(batch, number)
         loads.scatter_add_(1, chosen.flatten(1), torch.ones_like(chosen.flatten(1)))
@@ -109,7 +132,8 @@ class Router(LocalParameters):
         tokens = sequence * parts
         shares = whole.to(probabilities.dtype) * (number / (self.spec.top_k * tokens))
         means = probabilities.sum(dim=1) / tokens
-        loss = self.balance.loss_weight / self.sequences_per_step * (shares * means).sum()
+        weight = self.balance.loss_weight * (sequences / batch) / self.sequences_per_step
+        loss = weight * (shares * means).sum()
         one = torch.ones_like(loss) if self.loss_scale is None else self.loss_scale.to(loss.dtype)
         return _AddLoss.apply(weights, loss, one, loads.sum(dim=0), self.loads)
 
@@ -138,6 +162,26 @@ class _AddLoss(torch.autograd.Function):
         of_loss, loads = ctx.saved_tensors
         ctx.counter.add_(loads)
         return outputs[0], of_loss, None, None, None
+
+
+class _WeightedSums(torch.autograd.Function):
+    """The sum of the rows of each token, times their weights. torch's own index_add would keep the products too.
+
+    done [rows, hidden_size], weights and tokens [rows] -> [number of tokens, hidden_size].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, done: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, number: int) -> torch.Tensor:
+        ctx.save_for_backward(done, weights, tokens)
+        sums = done.new_zeros(number, done.shape[-1])
+        return sums.index_add_(0, tokens, done * weights.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        done, weights, tokens = ctx.saved_tensors
+        of_rows = outputs[0].index_select(0, tokens)
+        of_weights = (of_rows * done).sum(dim=-1)
+        return of_rows * weights.unsqueeze(-1), of_weights, None, None
 
 
 class Experts(LocalParameters):
@@ -170,8 +214,7 @@ class Experts(LocalParameters):
         rows = order // chosen.shape[-1]
         loads = torch.bincount(chosen.flatten(), minlength=self.number)
         done = self._at_their_ranks(x[rows], loads)
-        weighted = done * weights.flatten()[order].unsqueeze(-1)
-        return torch.zeros_like(x).index_add(0, rows, weighted)
+        return _WeightedSums.apply(done, weights.flatten()[order], rows, len(x))
 
     def _at_their_ranks(self, sorted_rows: torch.Tensor, loads: torch.Tensor) -> torch.Tensor:
         """Rows sorted by expert, `loads` of each of all experts -> what the experts make of them."""

@@ -120,6 +120,8 @@ def _prepare(plan: Plan, options: TrainOptions) -> None:
 def _check_options(options: TrainOptions) -> None:
     """What a person may have got wrong that has nothing to do with machines."""
     options.schedule.check(steps=options.steps, warmup_steps=options.warmup_steps)
+    if options.balance is not None:
+        options.balance.check()
     check_installed(options.watching.wandb, options.watching.mlflow)
     window = options.watching.profile_steps
     if window is not None and window[0] > options.steps:

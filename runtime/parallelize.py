@@ -122,7 +122,7 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     apply_recompute(chunk, stage)
     if compilation is not None:
         compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
-    if layout.dp * layout.cp > 1 or plan.job.precision in HALVES or (mesh.expert_mesh is not None and layout.edp > 1):
+    if layout.replicates(experts=mesh.expert_mesh is not None) or plan.job.precision in HALVES:
         frees = layout.zero == 3 and stage.reshard is not False
         apply_data_parallel(chunk, mesh, zero=layout.zero, frees=frees, precision=plan.job.precision)
 

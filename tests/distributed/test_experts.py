@@ -14,7 +14,7 @@ from planner.layout import Layout
 from planner.plan import Plan
 from profiles.experts_spec import Experts as ExpertsSpec
 from profiles.model import ModelSpec
-from runtime.experts import Balance, Router, routers_of, update_selection_bias
+from runtime.experts import BALANCED, Balance, Router, routers_of, update_selection_bias
 from runtime.step import build_state, training_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_samples, tokens_of
@@ -40,8 +40,9 @@ def hidden_states(model: ModelSpec) -> torch.Tensor:
     )
 
 
+@pytest.mark.parametrize("over", BALANCED)
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_the_balance_loss_is_that_of_each_sequence(score: str) -> None:
+def test_the_balance_loss_is_of_each_sequence_or_of_the_batch(score: str, over: str) -> None:
     model = tiny_experts(experts=ExpertsSpec(number=4, top_k=2, ffn_hidden_size=48, router_score=score))
     router, x = router_of(model), hidden_states(model)
     router.sequences_per_step = 8
@@ -49,7 +50,7 @@ def test_the_balance_loss_is_that_of_each_sequence(score: str) -> None:
     weights.sum().backward()  # without a balance loss
     assert router.weight.grad is not None
     plain, router.weight.grad = router.weight.grad.clone(), None
-    router.balance = Balance(loss_weight=0.3)
+    router.balance = Balance(loss_weight=0.3, over=over)
     router(x)[0].sum().backward()
     balanced = router.weight.grad - plain
 
@@ -57,10 +58,11 @@ def test_the_balance_loss_is_that_of_each_sequence(score: str) -> None:
     scores = logits.sigmoid() if score == "sigmoid" else logits.softmax(-1)
     probabilities = scores / scores.sum(-1, keepdim=True)
     by_hand = torch.zeros((), dtype=torch.float64)
-    for sequence in range(BATCH):
+    for sequences in [slice(0, BATCH)] if over == "batch" else [slice(i, i + 1) for i in range(BATCH)]:
+        number = sequences.stop - sequences.start
         for expert in range(4):
-            share = 4 / (2 * SEQUENCE) * (chosen[sequence] == expert).sum()
-            by_hand = by_hand + 0.3 / 8 * share * probabilities[sequence, :, expert].mean()
+            share = 4 / (2 * SEQUENCE * number) * (chosen[sequences] == expert).sum()
+            by_hand = by_hand + 0.3 * number / 8 * share * probabilities[sequences, :, expert].mean()
     router.weight.grad = None
     by_hand.backward()
     torch.testing.assert_close(balanced, router.weight.grad)
