@@ -308,11 +308,13 @@ class CostModel:
             backward_input=Seconds(first.total + split * first.operations, **sent("backward")) + dp.backward,
             backward_weight=Seconds(second.total + split * second.operations + accumulate),
             recompute_selective=Seconds(compute.selective.total, **sent("selective")),
-            recompute_full=Seconds(compute.forward.total, **sent("full")),
+            recompute_full=Seconds(compute.forward.total + compute.checkpoint.total, **sent("full")),
             gather=dp.gather,
             reduce=dp.reduce,
             optimizer=Seconds(
-                self._compute.optimizer_seconds(kept, tensors) + transfer_seconds(self._job, self._hardware, kept)
+                self._compute.optimizer_seconds(kept, tensors)
+                + self._compute.overflow_seconds(kept, number)
+                + transfer_seconds(self._job, self._hardware, kept)
             ),
         )
 

@@ -54,6 +54,8 @@ EAGER_PASSES = {
     "cross_entropy_fused": (2, 2),  # read for maximum and sum; read and write the gradient in place
     "accumulate": (3, 0),  # gradient += new gradient
     "gradient_norm": (3, 0),  # read for the norm, read and write for the scaling
+    "overflow_sum": (2.5, 0),  # of 16-bit gradients: cast to fp32 (1.5), sum (1)
+    "unscale": (2, 0),  # read, look for what is not finite, write
     "adamw": (7, 0),  # read weight, gradient and two moments, write three
     # Decay (2), both moments scaled and added to (2, 3, 2, 3), root, sum and quotient (2, 2, 2), step (4).
     "adamw_eager": (22, 0),
@@ -67,6 +69,10 @@ ELEMENTWISE = ("scale_mask", "gelu", "gelu_tanh", "dropout", "residual", "copy",
 # Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
 # included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
 HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "joined": (7, 21)}
+# What Megatron-LM's tracker of random states does around a dropout (get, set, get, set), and what a recomputed layer
+# does for the states of CPU and GPU: two gets in the forward, two gets and four sets in the backward
+# (megatron/mpu/random.py: CudaRNGStatesTracker.fork, CheckpointFunction).
+FORK_OPERATIONS, CHECKPOINT_OPERATIONS = 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,37 @@
+"""Seconds of looking whether fp16's gradients are finite before a step, as each trainer does it.
+
+Operations are those of NVIDIA/Megatron-LM: fp16/loss_scaler.py (_has_inf_or_nan: float(x.float().sum())), mpu/grads.py
+(param_norm.item()), fp16/fp16util.py and fp16/fp16.py (copies and products of one tensor each). The kernel over all
+gradients is torch's _amp_foreach_non_finite_check_and_unscale_.
+"""
+
+from __future__ import annotations
+
+from profiles.hardware import HardwareProfile
+from profiles.software import Software
+
+_SUM_OPERATIONS = 3  # cast to fp32, sum, a number read
+_NORM_OPERATIONS = 2  # norm, a number read
+_LOOP_OPERATIONS = 4  # gradient to the master copy, unscaled, clipped, weight back
+
+
+def overflow_seconds(
+    hardware: HardwareProfile, software: Software, dtype: str, parameters: float, tensors: int
+) -> float:
+    """Seconds over the gradients of so many parameters in `tensors` tensors, which lie in `dtype`.
+
+    The host waits for each number that it reads, so the kernels before it and the issuing of what follows add up. Where
+    no kernel takes more than a tensor, what is not waited for lasts as long as the host takes to issue it, at least.
+    """
+    check, memory = software.overflow_check, hardware.memory_seconds
+    if check == "by_norm":
+        return 0.0
+    unscaled = 0.0 if check == "sums_read_clip_unscales" else memory("unscale", dtype, parameters)
+    if check == "one_kernel":
+        return unscaled
+    issue = tensors * hardware.host_operation_seconds
+    looked = issue * _SUM_OPERATIONS + memory("overflow_sum", dtype, parameters) + unscaled
+    if check != "tensor_by_tensor":
+        return looked
+    loops = 2 * (memory("cast", dtype, parameters) + memory("unscale", dtype, parameters))
+    return looked + issue * _NORM_OPERATIONS + max(0.0, issue * _LOOP_OPERATIONS - loops)
