@@ -55,6 +55,7 @@ EAGER_PASSES = {
     "accumulate": (3, 0),  # gradient += new gradient
     "gradient_norm": (3, 0),  # read for the norm, read and write for the scaling
     "overflow_sum": (2.5, 0),  # of 16-bit gradients: cast to fp32 (1.5), sum (1)
+    "zero": (1, 0),
     "unscale": (2, 0),  # read, look for what is not finite, write
     "adamw": (7, 0),  # read weight, gradient and two moments, write three
     # Decay (2), both moments scaled and added to (2, 3, 2, 3), root, sum and quotient (2, 2, 2), step (4).

@@ -74,9 +74,9 @@ class Software:
     `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes. `shards` of a
     distributed optimizer are cut out of each tensor, each with a collective of its own, or of the joined buckets.
     `cp_shards` of a sequence are one piece, of which the last attends to most, or two that together attend evenly.
-    `overflow_check`, how fp16's gradients are looked at before a step: one after the other cast to fp32, summed and read
-    by the host ("sums_read"; then unscaled, or while they are clipped), each norm too and no kernel for more than a
-    tensor but Adam's ("tensor_by_tensor"); by one kernel, which unscales them; or by the norm alone. `rng_tracker`:
+    `overflow_check`, how fp16's gradients are looked at before a step: one after the other cast to fp32, summed and
+    read by the host ("sums_read"; then unscaled, or while they are clipped), each norm too and no kernel for more than
+    a tensor but Adam's ("tensor_by_tensor"); by one kernel, which unscales them; or by the norm alone. `rng_tracker`:
     attention's dropout draws from a random state of its own, which the host puts in place and takes back, and a
     recomputed layer runs with the states that it had.
     """
@@ -129,9 +129,12 @@ class Software:
         """Queries, keys and values, and the gate, have weights of their own; else they are one matrix."""
         return self.on_torch_pipeline
 
-    def joined_tensors(self, tensors: int, root: bool) -> int:
-        """Parameter tensors of a layer that has so many with all weights apart (`root`: of embedding or head)."""
-        return tensors if root or self.separate_projections else max(1, tensors - 3)
+    def joined_tensors(self, tensors: int, joined: int, root: bool) -> int:
+        """Parameter tensors of a layer that has so many with all weights apart, of which `joined` are parts of others.
+
+        `root`: those of embedding or head, where none are.
+        """
+        return tensors if root or self.separate_projections else max(1, tensors - joined)
 
     @property
     def adds_first_gradient(self) -> bool:

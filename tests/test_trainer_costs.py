@@ -302,8 +302,8 @@ def test_a_buffer_in_fp32_takes_the_first_gradient_too() -> None:
     assert (nanotron.adds_first_gradient, ours.adds_first_gradient) == (True, False)
     assert not deepspeed.adds_first_gradient  # 16-bit gradients, the first of which is left as it is
     # Of nine tensors of a layer (seven weights, two norms) joined weights leave six.
-    assert (nanotron.joined_tensors(9, root=False), ours.joined_tensors(9, root=False)) == (6, 9)
-    assert nanotron.joined_tensors(2, root=True) == 2
+    assert (nanotron.joined_tensors(9, 3, root=False), ours.joined_tensors(9, 3, root=False)) == (6, 9)
+    assert nanotron.joined_tensors(2, 3, root=True) == 2
     cluster, h100 = resolve_cluster("dgx-h100:1"), load_hardware(resolve_hardware_path("h100-sxm-80gb"))
     job = TrainingJob(global_batch=1, sequence=1024, precision="bf16")
     layer = {
