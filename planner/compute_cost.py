@@ -14,6 +14,7 @@ from profiles.points import (
     DIRECTIONS,
     ELEMENTWISE,
     FORK_OPERATIONS,
+    FUNCTION_OPERATIONS,
     HOST_OPERATIONS,
     SCALAR_SLOWDOWN,
 )
@@ -229,9 +230,11 @@ class ComputeModel:
             parts.append(self._rope(query * model.rotary_share))
             parts.append(self._rope(tokens * local_kv_width(model, layout.tp) * model.rotary_share))
         parts += [self._attention(layout), self._heads(layout)]
-        if self._software.rng_tracker:
-            fork, checkpoint = (ComputeSeconds(operations=n) for n in (FORK_OPERATIONS, CHECKPOINT_OPERATIONS))
-            parts.append(ComputeCost(fork, selective=fork, checkpoint=checkpoint))
+        if self._software.mpu_layers:
+            there, back, fork, checkpoint = (
+                ComputeSeconds(operations=n) for n in (*FUNCTION_OPERATIONS, FORK_OPERATIONS, CHECKPOINT_OPERATIONS)
+            )
+            parts.append(ComputeCost(there + fork, back, selective=fork, checkpoint=checkpoint))
         keys_values, outputs = attended_width(model, layout.tp), tokens * model.attention_output_width / layout.tp
         moved = (query, tokens * keys_values, outputs)
         if self._job.document_length is not None:

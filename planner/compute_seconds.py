@@ -6,10 +6,7 @@ from dataclasses import dataclass, replace
 
 from profiles.hardware import HardwareProfile
 
-# Operations that the host issues for a kernel or a chain of them, (forward, backward), views and autograd's own
-# included: counted by a dispatch mode over an eager layer (benchmarks/host_operations.py).
-HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain": (14, 24), "joined": (7, 21)}
-# And for attention to one more document of a row, where each is a call (runtime/document_attention.py).
+# Operations that the host issues for attention to one more document of a row, where each is a call (runtime/document_attention.py).
 DOCUMENT_OPERATIONS = (9, 16)
 
 

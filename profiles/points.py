@@ -74,6 +74,10 @@ HOST_OPERATIONS = {"linear": (4, 7), "memory": (2, 3), "flash": (5, 6), "chain":
 # does for the states of CPU and GPU: two gets in the forward, two gets and four sets in the backward
 # (megatron/mpu/random.py: CudaRNGStatesTracker.fork, CheckpointFunction).
 FORK_OPERATIONS, CHECKPOINT_OPERATIONS = 4, 8
+# Its layers put four autograd functions beside the products (mpu/layers.py: copy_to, reduce_from) and call four kernels
+# by such functions (two norms, softmax, GELU with bias): what they take of the host, (forward, backward), in
+# operations, of which a launch is a part that functions do not have (benchmarks/host_operations.py).
+FUNCTION_OPERATIONS = (4, 2.5)
 
 
 @dataclass(frozen=True, kw_only=True)

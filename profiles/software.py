@@ -42,7 +42,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "shards": ("of_tensors", "of_buckets"),
     "cp_shards": ("contiguous", "balanced"),
     "overflow_check": ("tensor_by_tensor", "sums_read", "sums_read_clip_unscales", "one_kernel", "by_norm"),
-    "rng_tracker": None,
+    "mpu_layers": None,
 }
 # Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
 _FALLBACK_FAMILY = "megatron"
@@ -76,9 +76,9 @@ class Software:
     `cp_shards` of a sequence are one piece, of which the last attends to most, or two that together attend evenly.
     `overflow_check`, how fp16's gradients are looked at before a step: one after the other cast to fp32, summed and
     read by the host ("sums_read"; then unscaled, or while they are clipped), each norm too and no kernel for more than
-    a tensor but Adam's ("tensor_by_tensor"); by one kernel, which unscales them; or by the norm alone. `rng_tracker`:
-    attention's dropout draws from a random state of its own, which the host puts in place and takes back, and a
-    recomputed layer runs with the states that it had.
+    a tensor but Adam's ("tensor_by_tensor"); by one kernel, which unscales them; or by the norm alone. `mpu_layers`:
+    Megatron-LM's own, autograd functions in Python on either side of the products; attention's dropout draws from a
+    random state of its own, which the host puts in place and takes back, and a recomputed layer has the states it had.
     """
 
     name: str
@@ -109,7 +109,7 @@ class Software:
     shards: str
     cp_shards: str
     overflow_check: str
-    rng_tracker: bool
+    mpu_layers: bool
     reasons: dict[str, str]
 
     # What follows from the family: how PyTorch's own parts and Megatron's differ.
