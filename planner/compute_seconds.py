@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from profiles.hardware import HardwareProfile
 
-# Operations that the host issues for attention to one more document of a row, where each is a call (runtime/document_attention.py).
+# Operations that the host issues for attention to one more document of a row, where each is a call
+# (runtime/document_attention.py).
 DOCUMENT_OPERATIONS = (9, 16)
 
 
