@@ -76,7 +76,8 @@ class AxisModel:
         if not layout.sequence_parallel:
             reduce = self._tp("all_reduce", layout, size)
             again = sums_again * (reduce + there)
-            return self._overlapped(Passes(halves * (reduce + there), halves * (reduce + back), 0.0, again), compute)
+            sums = Passes(halves * (reduce + there), halves * (reduce + back), 0.0, again)
+            return self._behind_host(self._overlapped(sums, compute), compute, halves)
         gather, scatter = (self._tp(operation, layout, size) for operation in ("all_gather", "reduce_scatter"))
         # Megatron keeps the sequence's share of each input and gathers it again for the weights' gradient, behind
         # the input's (arXiv 2205.05198, section 4.2.2).
@@ -84,8 +85,27 @@ class AxisModel:
         selective = halves * gather if self._software.selective_keeps_matmuls else 0.0
         one_way = halves * (gather + scatter)
         if self._software.tp_overlap == "own_shard":
-            return self._beside_own_shard(layout, halves * gather, halves * scatter, compute)
-        return self._overlapped(Passes(one_way + halves * there, one_way + halves * back, selective, again), compute)
+            passes = self._beside_own_shard(layout, halves * gather, halves * scatter, compute)
+        else:
+            passes = Passes(one_way + halves * there, one_way + halves * back, selective, again)
+            passes = self._overlapped(passes, compute)
+        return self._behind_host(passes, compute, 2 * halves)
+
+    def _behind_host(self, passes: Passes, compute: ComputeCost, calls: int) -> Passes:
+        """Where the host issues a pass slower than the device runs it, collectives fall into the device's idle time,
+        and `calls` of them are operations more that the host issues."""
+        issue = calls * self._hardware.host_operation_seconds
+
+        def beyond(sent: float, idle: float) -> float:
+            return max(sent - idle, min(sent, issue)) if idle else sent
+
+        there, back = compute.forward.idle, compute.backward.idle
+        return Passes(
+            beyond(passes.forward, there),
+            beyond(passes.backward, back),
+            beyond(passes.selective, compute.selective.idle),
+            beyond(passes.full, there + compute.checkpoint.idle),
+        )
 
     def _beside_own_shard(self, layout: Layout, gather: float, scatter: float, compute: ComputeCost) -> Passes:
         """Gathers of inputs and of output gradients run beside the product of the rank's own share, 1/tp of it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import HOST_OPERATIONS
+from profiles.points import CHECKPOINT_OPERATIONS, FORK_OPERATIONS, FUNCTION_OPERATIONS, HOST_OPERATIONS
 from profiles.software import Software
 
 from .attention_chain import chain_attention
@@ -25,6 +25,7 @@ from .local_shapes import (
     predicted_by_head,
     routed_tokens,
 )
+from .overflow_cost import overflow_seconds
 from .packed_cost import attended_documents, document_work
 
 
@@ -126,6 +127,11 @@ class ComputeModel(Kernels):
             parts.append(self._rope(query * model.rotary_share))
             parts.append(self._rope(tokens * local_kv_width(model, layout.tp) * model.rotary_share))
         parts += [self._attention(layout), self._heads(layout)]
+        if self._software.mpu_layers:
+            there, back, fork, checkpoint = (
+                ComputeSeconds(operations=n) for n in (*FUNCTION_OPERATIONS, FORK_OPERATIONS, CHECKPOINT_OPERATIONS)
+            )
+            parts.append(ComputeCost(there + fork, back, selective=fork, checkpoint=checkpoint))
         keys_values, outputs = attended_width(model, layout.tp), tokens * model.attention_output_width / layout.tp
         moved = (query, tokens * keys_values, outputs)
         if self._job.document_length is not None:
@@ -278,6 +284,12 @@ class ComputeModel(Kernels):
         casts = self._master_casts and self._hardware.memory_seconds("cast", self._state_dtype, parameters)
         casts *= self._master_casts  # 16-bit gradients to the master copy's width, and its weights back
         return norm + update + casts + tensors * self._hardware.parameter_overhead_seconds
+
+    def overflow_seconds(self, parameters: float, tensors: int) -> float:
+        """Looking whether fp16's gradients are finite; other precisions have no loss scale."""
+        if self._gemm_dtype != "fp16":
+            return 0.0
+        return overflow_seconds(self._hardware, self._software, self._state_dtype, parameters, tensors)
 
     def copy_seconds(self, parameters: float) -> float:
         """Reading and writing each parameter once: FSDP2 packs and unpacks its flat buffers so."""

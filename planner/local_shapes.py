@@ -79,3 +79,13 @@ def expert_linear_shapes(model: ModelSpec, etp: int) -> list[tuple[int, int]]:
     assert model.experts is not None
     width, hidden = model.experts.ffn_hidden_size // etp, model.hidden_size
     return [(width, hidden)] * (model.ffn_matrices - 1) + [(hidden, width)]
+
+
+def joined_tensors(model: ModelSpec) -> int:
+    """Parameter tensors of a layer that are no tensors of their own where queries, keys and values are one matrix, and
+    the gate and the input of a gated feed-forward: of each matrix all parts but one, biases too."""
+    fewer = 0
+    for parts in (("wq", "wk", "wv"), ("w1", "w3")):
+        found = [name for name in parts if name in model.linear_shapes]
+        fewer += sum(1 + model.has_bias(name) for name in found[1:])
+    return fewer

@@ -26,6 +26,7 @@ from .in_flight import held_by_torch, in_flight
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
+from .local_shapes import joined_tensors
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .offload import transfer_seconds
@@ -61,6 +62,7 @@ class CostModel:
             self._memory = MemoryModel(model, hardware, job, software)
         self._model, self._job, self._hardware, self._software = model, job, hardware, software
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
+        self._joined = 0 if software.separate_projections else joined_tensors(model)
         self._part_cache: dict[tuple[Layout, bool | None], _Parts] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
@@ -324,7 +326,7 @@ class CostModel:
         # dp's collectives hide behind all that a pass lasts, what the other axes send included.
         forward = compute.forward.total + sum(sent("forward").values())
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
-        number = self._software.joined_tensors(tensors, root)
+        number = self._software.joined_tensors(tensors, self._joined, root)
         dp = self._dp.price(layout, dense, expert, forward, backward, tensors=number, root=root, reshard=reshard)
         split = self._hardware.split_overhead_seconds if layout.schedule in ALL_SPLIT else 0.0  # of each operation
         first, second = compute.backward_input, compute.backward_weight
@@ -333,11 +335,13 @@ class CostModel:
             backward_input=Seconds(first.total + split * first.operations, **sent("backward")) + dp.backward,
             backward_weight=Seconds(second.total + split * second.operations + accumulate),
             recompute_selective=Seconds(compute.selective.total, **sent("selective")),
-            recompute_full=Seconds(compute.forward.total, **sent("full")),
+            recompute_full=Seconds(compute.forward.total + compute.checkpoint.total, **sent("full")),
             gather=dp.gather,
             reduce=dp.reduce,
             optimizer=Seconds(
-                self._compute.optimizer_seconds(kept, tensors) + transfer_seconds(self._job, self._hardware, kept)
+                self._compute.optimizer_seconds(kept, tensors)
+                + self._compute.overflow_seconds(kept, number)
+                + transfer_seconds(self._job, self._hardware, kept)
             ),
         )
 

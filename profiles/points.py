@@ -58,6 +58,9 @@ EAGER_PASSES = {
     "cross_entropy_fused": (2, 2),  # read for maximum and sum; read and write the gradient in place
     "accumulate": (3, 0),  # gradient += new gradient
     "gradient_norm": (3, 0),  # read for the norm, read and write for the scaling
+    "overflow_sum": (2.5, 0),  # of 16-bit gradients: cast to fp32 (1.5), sum (1)
+    "zero": (1, 0),
+    "unscale": (2, 0),  # read, look for what is not finite, write
     "adamw": (7, 0),  # read weight, gradient and two moments, write three
     # Decay (2), both moments scaled and added to (2, 3, 2, 3), root, sum and quotient (2, 2, 2), step (4).
     "adamw_eager": (22, 0),
@@ -88,6 +91,14 @@ HOST_OPERATIONS = {
     "ring_step": (26, 36),
     "head_exchange": (25, 23),
 }
+# What Megatron-LM's tracker of random states does around a dropout (get, set, get, set), and what a recomputed layer
+# does for the states of CPU and GPU: two gets in the forward, two gets and four sets in the backward
+# (megatron/mpu/random.py: CudaRNGStatesTracker.fork, CheckpointFunction).
+FORK_OPERATIONS, CHECKPOINT_OPERATIONS = 4, 8
+# Its layers put four autograd functions beside the products (mpu/layers.py: copy_to, reduce_from) and call four kernels
+# by such functions (two norms, softmax, GELU with bias): what they take of the host, (forward, backward), in
+# operations, of which a launch is a part that functions do not have (benchmarks/host_operations.py).
+FUNCTION_OPERATIONS = (4, 2.5)
 
 
 @dataclass(frozen=True, kw_only=True)

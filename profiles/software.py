@@ -41,6 +41,8 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "elementwise": ("scalar", "vectorized"),
     "shards": ("of_tensors", "of_buckets"),
     "cp_shards": ("contiguous", "balanced"),
+    "overflow_check": ("tensor_by_tensor", "sums_read", "sums_read_clip_unscales", "one_kernel", "by_norm"),
+    "mpu_layers": None,
 }
 # Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
 _FALLBACK_FAMILY = "megatron"
@@ -72,6 +74,11 @@ class Software:
     `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes. `shards` of a
     distributed optimizer are cut out of each tensor, each with a collective of its own, or of the joined buckets.
     `cp_shards` of a sequence are one piece, of which the last attends to most, or two that together attend evenly.
+    `overflow_check`, how fp16's gradients are looked at before a step: one after the other cast to fp32, summed and
+    read by the host ("sums_read"; then unscaled, or while they are clipped), each norm too and no kernel for more than
+    a tensor but Adam's ("tensor_by_tensor"); by one kernel, which unscales them; or by the norm alone. `mpu_layers`:
+    Megatron-LM's own, autograd functions in Python on either side of the products; attention's dropout draws from a
+    random state of its own, which the host puts in place and takes back, and a recomputed layer has the states it had.
     """
 
     name: str
@@ -101,6 +108,8 @@ class Software:
     elementwise: str
     shards: str
     cp_shards: str
+    overflow_check: str
+    mpu_layers: bool
     reasons: dict[str, str]
 
     # What follows from the family: how PyTorch's own parts and Megatron's differ.
@@ -120,9 +129,12 @@ class Software:
         """Queries, keys and values, and the gate, have weights of their own; else they are one matrix."""
         return self.on_torch_pipeline
 
-    def joined_tensors(self, tensors: int, root: bool) -> int:
-        """Parameter tensors of a layer that has so many with all weights apart (`root`: of embedding or head)."""
-        return tensors if root or self.separate_projections else max(1, tensors - 3)
+    def joined_tensors(self, tensors: int, joined: int, root: bool) -> int:
+        """Parameter tensors of a layer that has so many with all weights apart, of which `joined` are parts of others.
+
+        `root`: those of embedding or head, where none are.
+        """
+        return tensors if root or self.separate_projections else max(1, tensors - joined)
 
     @property
     def adds_first_gradient(self) -> bool:

@@ -70,6 +70,12 @@ def test_what_trainers_are_known_for() -> None:
         assert known[name].tp_overlap == "none"
     for name in ("nemo-megatron-2022", "megatron-2023", "zero-bubble-megatron-2023"):
         assert known[name].tp_overlap == "input_gradient"
+    # Before Megatron-LM had torch's kernel over all gradients it read a number of each.
+    assert known["megatron-2019"].overflow_check == "tensor_by_tensor"
+    assert (known["megatron-2020"].overflow_check, known["megatron-2021"].overflow_check) == ("sums_read", "one_kernel")
+    assert {name for name, software in known.items() if not software.mpu_layers} == {
+        *("meshwright", "torchtitan-2024", "fsdp1-2023", "nanotron-2024")
+    }
     assert known["megatron-2021"].scatter_gather
     assert not known["meshwright"].dropout
     assert [name for name, software in known.items() if software.loss_in_pieces] == ["meshwright"]
