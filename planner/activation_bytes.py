@@ -135,8 +135,8 @@ class ActivationModel:
         width = routed * experts.ffn_hidden_size / layout.etp + tokens * experts.shared_width / layout.tp
         sorted_rows = (routed + outside * experts.top_k) * model.hidden_size  # sent to the experts, and come back
         scores = 2 * _FP32_BYTES * outside * experts.number
-        # Within etp each rank's rows come from all of it: on the way back they are there in the order of experts, and as
-        # they are sent.
+        # Within etp each rank's rows come from all of it: on the way back they are there in the order of experts, and
+        # as they are sent.
         sent_back = ((layout.ep > 1) + 1) * routed * model.hidden_size if layout.etp > 1 else 0.0
         return e * (kept * width + sorted_rows) + scores, e * (passing * width + sent_back)
 
