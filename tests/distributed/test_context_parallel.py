@@ -21,14 +21,14 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from runtime import attention_kernels
 from runtime.attention_kernels import Attended, attend, attend_backward
-from runtime.context_parallel import SequenceShard, inputs_and_targets
-from runtime.head_exchange import all_to_all_attention
+from runtime.context_parallel import SequenceShard, inputs_and_targets, self_attention
 from runtime.measure import OperationTimer
 from runtime.mesh import build_mesh
 from runtime.parallelize import build_chunks
 from runtime.pipeline import build_runner
 from runtime.ring_attention import ring_attention
 from runtime.step import sum_over_ranks
+from runtime.whole_attention import Reach
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_tokens, tokens_of
 from tests.plans import make_plan, tiny_gpt2, tiny_llama
@@ -41,7 +41,7 @@ SHAPES = {
     "narrow values": (4, 4, 8, 6),
     "wide values": (4, 4, 6, 8),
 }
-STYLES: dict[str, Callable[..., torch.Tensor]] = {"ring": ring_attention, "all-to-all": all_to_all_attention}
+STYLES = ("ring", "all-to-all")
 CPU = torch.device("cpu")
 
 
@@ -71,8 +71,8 @@ def differences() -> dict[tuple[str, str, torch.dtype, bool], list[float]]:
     float64 as they are, else by those of torch's own attention in that dtype."""
     group, found = dist.group.WORLD, {}
     assert group is not None
-    for (style, attention), causal in itertools.product(STYLES.items(), (True, False)):
-        shard = SequenceShard(group.rank(), group.size(), style)
+    for style, causal in itertools.product(STYLES, (True, False)):
+        shard = SequenceShard(group.rank(), group.size(), style, group)
         positions = [p for start, end in shard.spans(SEQUENCE // group.size()) for p in range(start, end)]
         for shape in SHAPES:
             if style == "all-to-all" and SHAPES[shape][1] % group.size():
@@ -82,7 +82,7 @@ def differences() -> dict[tuple[str, str, torch.dtype, bool], list[float]]:
                 by_torch = partial(plain, causal=causal)
                 expected = with_gradients(by_torch, *(tensor.double() for tensor in whole))
                 local = with_gradients(
-                    partial(attention, group=group, causal=causal), *(t[:, :, positions] for t in whole)
+                    partial(self_attention, shard=shard, reach=Reach(causal)), *(t[:, :, positions] for t in whole)
                 )
                 alone = with_gradients(by_torch, *whole)
                 found[style, shape, dtype, causal] = [
