@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from profiles.input_error import InputError
 from runtime.data import split_samples
 from runtime.data.blend import parse_blend
+from runtime.data.index_cache import cached_arrays
 from runtime.data.indexed_tokens import IndexedTokens, open_indexed_tokens
 from runtime.data.sample_order import Epochs, build_order, epochs_for
 from runtime.data.split_samples import DatasetSamples
@@ -184,3 +186,15 @@ def test_a_kept_index_that_is_damaged_is_named(folder: Path, tmp_path: Path) -> 
     with pytest.raises(InputError, match="an index kept from an earlier run cannot be read") as error:
         opened(tmp_path, ["a"], "80,20", 10)
     assert error.value.hint == "remove the folder: it is built anew"
+
+
+def test_what_a_killed_build_has_left_goes_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    left, fresh = tmp_path / ".partial-left", tmp_path / ".partial-fresh"
+    for partial in (left, fresh):
+        partial.mkdir()
+        (partial / "index.npy").write_bytes(b"half")
+    for path in (left, left / "index.npy"):
+        os.utime(path, (0, 0))
+    cached_arrays(tmp_path, {"of": "nothing"}, lambda: {"index": np.arange(3)})
+    assert not left.exists()
+    assert fresh.exists()

@@ -6,7 +6,9 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 from profiles.input_error import InputError
 
 _DESCRIPTION = "description.json"
+_PARTIAL = ".partial-"
+_LEFT_SECONDS = 3600.0  # after so long without a change nobody writes a partial folder any more
 
 
 def cached_arrays(
@@ -23,8 +27,8 @@ def cached_arrays(
     """What `build` returns, from FOLDER/HASH where `description` was built before.
 
     `description` must name all that the arrays depend on. Several processes may build the same at once: the first to
-    be ready is kept. A folder that cannot be written keeps nothing and is no error. Raises InputError where what was
-    kept cannot be read.
+    be ready is kept; what a build that was killed has left goes. A folder that cannot be written keeps nothing and
+    is no error. Raises InputError where what was kept cannot be read.
     """
     text = json.dumps(description, indent=1, sort_keys=True)
     kept = folder / hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -33,7 +37,8 @@ def cached_arrays(
     arrays = build()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        _clear_left(folder)
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=folder))
     except OSError:
         return arrays
     try:
@@ -49,6 +54,15 @@ def cached_arrays(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return _read(kept)
+
+
+def _clear_left(folder: Path) -> None:
+    """Remove partial folders that nobody has written to for long."""
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        with suppress(OSError):  # its writer has just given it its name
+            newest = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+            if time.time() - newest > _LEFT_SECONDS:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _read(kept: Path) -> dict[str, np.ndarray]:
