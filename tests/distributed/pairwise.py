@@ -12,7 +12,16 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
 from planner.rules import RuleContext, violations, why_no_recompute
-from tests.plans import make_plan, tiny_bert, tiny_gpt2, tiny_llama, tiny_megatron_bert
+from tests.plans import (
+    make_plan,
+    tiny_bert,
+    tiny_experts,
+    tiny_gpt2,
+    tiny_latent,
+    tiny_llama,
+    tiny_megatron_bert,
+    tiny_shared_experts,
+)
 
 JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 MODELS = {
@@ -20,8 +29,11 @@ MODELS = {
     "gpt2": tiny_gpt2(),
     "bert": tiny_bert(),
     "megatron-bert": tiny_megatron_bert(),
+    "experts": tiny_experts(),
+    "shared": tiny_shared_experts(),
+    "latent": tiny_latent(),
 }
-DECODERS, MASKED = ("llama", "gpt2"), ("bert", "megatron-bert")
+DECODERS, MASKED, EXPERTS = ("llama", "gpt2"), ("bert", "megatron-bert"), ("experts", "shared", "latent")
 MOST_RANKS = 8
 # Schedule and chunks a rank; the first is no pipeline.
 PIPELINES = (
@@ -38,6 +50,8 @@ PIPELINES = (
 )
 # Style and degree of context parallelism.
 CONTEXTS = (("none", 1), ("ring", 2), ("all-to-all", 2))
+# ep and etp.
+GRIDS = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2))
 FACTORS: dict[str, tuple[object, ...]] = {
     "model": (),  # those that are asked for
     "tp": (1, 2),
@@ -51,6 +65,14 @@ FACTORS: dict[str, tuple[object, ...]] = {
     "micro_batch": (1, 2),
     "recompute": ("none", "selective", "full", "mixed"),
     "cuts": ("even", "uneven"),
+    "grid": GRIDS[:1],
+}
+# For models with experts: every grid, and what has nothing to do with it in fewer ways.
+WITH_GRIDS: dict[str, tuple[object, ...]] = {
+    "pp": (1, 2),
+    "recompute": ("none", "selective", "full"),
+    "cuts": ("even",),
+    "grid": GRIDS,
 }
 
 
@@ -71,9 +93,10 @@ class Setting:
     def layout(self) -> Layout:
         """The layout, which need not be legal."""
         number = {name: int(str(self[name])) for name in ("tp", "pp", "dp", "zero", "micro_batch", "shard_groups")}
-        pipeline, context = self["pipeline"], self["context"]
+        pipeline, context, grid = self["pipeline"], self["context"], self["grid"]
         assert isinstance(pipeline, tuple)
         assert isinstance(context, tuple)
+        assert isinstance(grid, tuple)
         return Layout(
             tp=number["tp"],
             sequence_parallel=bool(self["sequence_parallel"]),
@@ -86,6 +109,8 @@ class Setting:
             dp_shard=max(1, number["dp"] // number["shard_groups"]) if number["zero"] else 1,
             zero=number["zero"],
             micro_batch=number["micro_batch"],
+            ep=grid[0],
+            etp=grid[1],
         )
 
     def plan(self) -> Plan:
@@ -111,7 +136,8 @@ class Setting:
 
 def settings(models: tuple[str, ...] = DECODERS) -> Iterator[Setting]:
     """All settings of these models, legal or not, that say nothing twice: what has no effect has its first value."""
-    for values in itertools.product(*(FACTORS | {"model": models}).values()):
+    factors = FACTORS | {"model": models} | (WITH_GRIDS if models == EXPERTS else {})
+    for values in itertools.product(*factors.values()):
         setting = Setting(values)
         piped = setting["pipeline"] != ("", 1)
         if piped != (setting["pp"] != 1) or (not piped and setting["cuts"] == "uneven"):

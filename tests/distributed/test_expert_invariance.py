@@ -10,6 +10,7 @@ from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
 from tests.distributed.layout_runs import require_the_layout_changes_nothing
+from tests.distributed.pairwise import EXPERTS, legal_settings, pairwise_settings
 from tests.plans import make_plan, tiny_experts, tiny_latent, tiny_shared_experts
 from tests.thinned import every
 
@@ -72,3 +73,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("model", "case"), every(6, CASES, first=1), ids=str)
 def test_loss_and_norm_do_not_depend_on_the_grid(model: str, case: dict[str, Any]) -> None:
     require_the_layout_changes_nothing(plan_of(model, **case))
+
+
+GENERATED = {str(setting): setting for setting in pairwise_settings(EXPERTS)}
+
+
+def test_every_pair_of_settings_that_is_trained_is_tried() -> None:
+    tried = {pair for setting in GENERATED.values() for pair in setting.pairs}
+    assert tried == {pair for setting in legal_settings(EXPERTS) for pair in setting.pairs}
+    assert len(GENERATED) >= 30
+
+
+@pytest.mark.parametrize("name", every(17, GENERATED, first=3))
+def test_loss_and_norm_do_not_depend_on_a_generated_layout(name: str) -> None:
+    require_the_layout_changes_nothing(GENERATED[name].plan())
