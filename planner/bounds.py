@@ -37,7 +37,7 @@ from .in_flight import least_of_any_chunks
 from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
 from .part_seconds import PartSeconds
-from .rank_limits import ROUNDING, NoLimit, RankLimits, rank_limits
+from .rank_limits import ROUNDING, Moment, NoLimit, RankLimits, rank_limits
 from .schedule import BLOCKING, SPLIT_BACKWARD
 from .simulation import blocked_sends, late_forwards
 
@@ -46,11 +46,12 @@ Around = tuple[list[float], list[float]]
 
 
 class LeastBytes(NamedTuple):
-    """Whatever the chunks: a layer of the commonest kind, and the states of embedding and head."""
+    """Whatever the chunks: a layer of the commonest kind, embedding and head, and each rank's phase of gradients."""
 
     layer: PartMemory
-    embedding: float
-    head: float
+    embedding: PartMemory
+    head: PartMemory
+    phases: tuple[str, ...]
 
 
 def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
@@ -102,10 +103,10 @@ def any_chunks_dealt(
     layout = fewest.layout
     flights = least_of_any_chunks(layout.schedule, layout.pp, tuple(chunks), fewest.microbatches)
     ends = [0.0] * layout.pp
-    ends[0] += sizes.embedding
-    ends[fewest.last_rank] += sizes.head
+    for rank, part in ((0, sizes.embedding), (fewest.last_rank, sizes.head)):
+        ends[rank] += part.totals.state + part.totals.gradients[sizes.phases[rank]]["none"]
     segment, slack = largest_segment(fewest), 1.0 + fewest.allocator_slack
-    held = [(slack * end, flight) for end, flight in zip(ends, flights, strict=True)]
+    held = [Moment(slack * end, flight, phase) for end, flight, phase in zip(ends, flights, sizes.phases, strict=True)]
     of_held = {
         one: RankLimits(fewest, segment, [one], limit_bytes * (1 + ROUNDING), modes, sizes.layer) for one in set(held)
     }

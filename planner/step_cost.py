@@ -22,7 +22,7 @@ from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
 from .data_parallel_cost import DataParallelModel
-from .in_flight import held_by_torch, in_flight
+from .in_flight import gradients_by_torch, in_flight, least_phases
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
@@ -68,7 +68,7 @@ class CostModel:
     def price(self, layout: Layout, reshard: Sequence[bool | None] = ()) -> LayoutCosts:
         """Every number of the layout. `reshard` is each stage's choice where stages have one, by default to free."""
         costs, memory, choose = self.price_seconds(layout), self._memory, layout.stages_choose
-        held = held_by_torch if self._software.on_torch_pipeline else in_flight
+        held = gradients_by_torch if self._software.on_fsdp else in_flight
         costs = replace(
             costs,
             segments=self._segments(layout, False if choose else None, choose or None),
@@ -122,11 +122,13 @@ class CostModel:
 
         With most chunks fewest weights are gathered at once (`memory_cost`).
         """
-        memory = self._memory
+        memory, layout = self._memory, of_most_chunks
+        pipeline = layout.pipeline(layout.microbatches(self._job.global_batch))
         return LeastBytes(
-            memory.block(of_most_chunks, kind, of_most_chunks.stages_choose or None),
-            memory.embedding(of_most_chunks).state.total,
-            memory.head(of_most_chunks).state.total,
+            memory.block(layout, kind, layout.stages_choose or None),
+            memory.embedding(layout),
+            memory.head(layout),
+            least_phases((gradients_by_torch if self._software.on_fsdp else in_flight)(pipeline)),
         )
 
     def _parts(self, layout: Layout, microbatches: int, reshard: bool | None) -> _Parts:
@@ -218,9 +220,14 @@ class CostModel:
                 continue
             layout = replace(group.base, schedule=schedule, virtual_stages=chunks)
             kinds = {segment.kind for segment in self._model.segments}
-            layers = {kind: memory.block(layout, kind, layout.stages_choose or None).state.total for kind in kinds}
-            total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
-            least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
+            layers = {kind: memory.block(layout, kind, layout.stages_choose or None) for kind in kinds}
+            parts = [(segment.count, layers[segment.kind]) for segment in self._model.segments]
+            parts += [(1, memory.embedding(layout)), (1, memory.head(layout))]
+            total = sum(number * part.state.total for number, part in parts)
+            if schedule != "gpipe" and (layout.pp > 1 or layout.microbatches(self._job.global_batch) > 1):
+                # Sums, or in a first backward activations that they are not more than.
+                total += sum(number * part.summed.total for number, part in parts)
+            least = min(least, total)
         return least
 
     # ---- compute ---------------------------------------------------------------------------------------
