@@ -37,7 +37,7 @@ from .in_flight import least_of_any_chunks
 from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
 from .part_seconds import PartSeconds
-from .rank_limits import ROUNDING, NoLimit, RankLimits, rank_limits
+from .rank_limits import ROUNDING, Moment, NoLimit, RankLimits, rank_limits
 from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
 
@@ -46,12 +46,14 @@ Around = tuple[list[float], list[float]]
 
 
 class LeastBytes(NamedTuple):
-    """Whatever the chunks: layers of the commonest segment, one of them, and the states of embedding and head."""
+    """Whatever the chunks: layers of the commonest segment, one of them, embedding and head, and each rank's phase of
+    gradients."""
 
     layers: int
     layer: PartMemory
-    embedding: float
-    head: float
+    embedding: PartMemory
+    head: PartMemory
+    phases: tuple[str, ...]
 
 
 def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:
@@ -89,20 +91,20 @@ def any_chunks_seconds(fewest: LayoutCosts, around: Around, most_chunks: int, mo
     return max(_poured(fewest, modes, *around), least) + fewest.step_seconds
 
 
-def held_by_ends(pipeline: Pipeline, chunks: Sequence[int], sizes: LeastBytes, slack: float) -> list[tuple[float, int]]:
-    """(bytes of its ends, microbatches that any layer has in flight) of each rank, the least with any of these numbers
-    of chunks; `slack` is what bytes are multiplied by."""
+def held_by_ends(pipeline: Pipeline, chunks: Sequence[int], sizes: LeastBytes, slack: float) -> list[Moment]:
+    """A moment of each rank, of the least bytes with any of these numbers of chunks; `slack` is what bytes are
+    multiplied by."""
     flights = least_of_any_chunks(pipeline.schedule, pipeline.ranks, tuple(chunks), pipeline.microbatches)
     ends = [0.0] * pipeline.ranks
-    ends[0] += slack * sizes.embedding
-    ends[pipeline.rank_of(pipeline.stages - 1)] += slack * sizes.head
-    return list(zip(ends, flights, strict=True))
+    for rank, part in ((0, sizes.embedding), (pipeline.rank_of(pipeline.stages - 1), sizes.head)):
+        ends[rank] += slack * (part.totals.state + part.totals.gradients[sizes.phases[rank]]["none"])
+    return [Moment(*one) for one in zip(ends, flights, sizes.phases, strict=True)]
 
 
 def any_chunks_dealt(
     fewest: LayoutCosts,
     around: Around,
-    held: Sequence[tuple[float, int]],
+    held: Sequence[Moment],
     size: PartMemory,
     limit_bytes: float,
     modes: Sequence[str],

@@ -60,7 +60,7 @@ def least_of_one_state(
     of_schedule = replace(group.base, schedule=schedule, virtual_stages=min(chunks))
     modes, limit = recompute_modes(of_schedule, question.rules), question.limit_bytes
     # Bytes first: they take a fraction of what seconds do, and rule out most groups where memory is short.
-    sizes, slack = prices.least_bytes(replace(of_schedule, virtual_stages=max(chunks))), prices.slack
+    sizes, slack = prices.least_bytes(of_schedule, chunks), prices.slack
     held = held_by_ends(of_schedule.pipeline(of_schedule.microbatches(question.job.global_batch)), chunks, sizes, slack)
     if layers_held(sizes.layer, held, limit, slack, modes) < sizes.layers:
         return None

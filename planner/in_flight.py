@@ -5,6 +5,13 @@ A microbatch is in flight on a stage from its forward to its backward. Where the
 most at I, and what W still needs at W. A rank with several chunks peaks for different sums of its chunks at
 different times, so its in-flight is a set of vectors, and its activation bytes are the largest of the sums
 Σ_c full[c]·held[c] + weight_only[c]·kept[c] over them.
+
+[Note: Gradients of a chunk]
+Gradients in fp32 appear during a chunk's first backward and go, but for a rank's shard, when the chunk's last one is
+over and they are reduced (torch 2.13, `_add_reduce_grad`). So at a moment a chunk has NO_GRADIENTS yet; or its FIRST
+backward is running, layer by layer from activations to gradients, with everything that it ever has in flight still
+there; or they are SUMMED; or REDUCED. Of the first two there is another, where torch's pipeline has gathered the chunk
+as a whole before its first layer needs it: AHEAD and FIRST_AHEAD.
 """
 
 from __future__ import annotations
@@ -19,13 +26,29 @@ from numpy.typing import NDArray
 from . import schedule_orders as orders
 from .schedule import FORWARDS_FIRST, IN_ROUNDS, SPLIT_BACKWARD, V_SHAPED, Pipeline, order_of
 
+NO_GRADIENTS, AHEAD, FIRST, FIRST_AHEAD, SUMMED, REDUCED = PHASES = (
+    "none",
+    "ahead",
+    "first",
+    "first-ahead",
+    "summed",
+    "reduced",
+)
+
 
 class InFlight(NamedTuple):
     """Microbatches in flight on a rank at one moment, per chunk from its first: `full` between the start of F and
-    the end of I or B, `weight_only` from then to the end of W."""
+    the end of I or B, `weight_only` from then to the end of W.
+
+    `gradients` has each chunk's phase ([Note: Gradients of a chunk]), all SUMMED where it is empty.
+    """
 
     full: tuple[int, ...]
     weight_only: tuple[int, ...]
+    gradients: tuple[str, ...] = ()
+
+    def phase(self, chunk: int) -> str:
+        return self.gradients[chunk] if self.gradients else SUMMED
 
 
 def in_flight(pipeline: Pipeline, part_of_full: bool = False) -> tuple[tuple[InFlight, ...], ...]:
@@ -49,6 +72,48 @@ def _held_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
         return (first, *others)
     whole = {(v.full[0] + v.weight_only[0], *v.full[1:], 0, *v.weight_only[1:]) for v in first}
     return (_largest(np.array(sorted(whole)), part_of_full=False), *others)
+
+
+# Stages of a rank that torch's pipeline has gathered at once (torch 2.13, `_add_unshard_reshard`).
+STAGES_GATHERED = 3
+
+
+def gradients_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+    """`held_by_torch` with what gradients each chunk has at each moment, where that is not the sums of all.
+
+    It is not where all forwards come first, and on the first rank of 1F1B when there are no more microbatches than
+    ranks. Interleaved and split schedules of so few count as having all sums.
+    """
+    held, chunks, count = held_by_torch(pipeline), pipeline.chunks, pipeline.microbatches
+    if pipeline.schedule in FORWARDS_FIRST:
+        return (_chunks_turned(chunks, count),) * pipeline.ranks
+    if pipeline.schedule == "1f1b":
+        all_first = (moment._replace(gradients=(FIRST,)) for ((moment),) in held)
+        few = [count <= pipeline.ranks - rank for rank in range(pipeline.ranks)]
+        return tuple((one,) if first else own for one, first, own in zip(all_first, few, held, strict=True))
+    return held
+
+
+def _chunks_turned(chunks: int, count: int) -> tuple[InFlight, ...]:
+    """The first backward of each chunk, from the last to the first, with `count` microbatches in flight in each chunk
+    not yet done. A chunk evicted in the forward passes is gathered again two chunks before its turn."""
+    evicted, moments = range(chunks - STAGES_GATHERED), []
+    for turned in reversed(range(chunks)):
+        full = tuple(count if chunk <= turned else 0 for chunk in range(chunks))
+        again = [chunk in evicted and chunk > turned - STAGES_GATHERED for chunk in range(turned + 1)]
+        before = tuple(AHEAD if ahead else NO_GRADIENTS for ahead in again[:-1])
+        phases = (*before, FIRST_AHEAD if again[-1] else FIRST, *(REDUCED,) * (chunks - 1 - turned))
+        moments.append(InFlight(full, (0,) * chunks, phases))
+    return tuple(moments)
+
+
+def least_phases(moments: tuple[tuple[InFlight, ...], ...]) -> tuple[str, ...]:
+    """Per rank, the phase of all its chunks at all moments; NO_GRADIENTS, of the fewest bytes, where they differ."""
+    found = []
+    for of_rank in moments:
+        phases = {moment.phase(chunk) for moment in of_rank for chunk in range(len(moment.full))}
+        found.append(phases.pop() if len(phases) == 1 else NO_GRADIENTS)
+    return tuple(found)
 
 
 def input_halves(pipeline: Pipeline, rank: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .in_flight import InFlight
+from .in_flight import SUMMED, InFlight
 from .layout import RECOMPUTE_MODES, Layout
 from .memory_bytes import MemoryBytes, PartMemory
 from .part_seconds import PartSeconds, Seconds
@@ -173,18 +173,23 @@ class LayoutCosts:
         """The rank of the last stage."""
         return self.pipeline.rank_of(self.layout.stages - 1)
 
+    def never_sums(self, rank: int) -> bool:
+        """Whether no gradients are summed on the rank at any of its in-flight moments."""
+        return all(SUMMED not in moment.gradients and moment.gradients for moment in self.in_flight[rank])
+
     def rank_memory(self, rank: int, counts: Sequence[StageCount]) -> MemoryBytes:
         """Itemised bytes of a rank at its peak: the worst of its in-flight vectors."""
         parts = self.rank_parts(rank, counts)
-        state, transient = self.fixed_memory[rank], 0.0
+        state, transient, never_summed = self.fixed_memory[rank], 0.0, self.never_sums(rank)
         for _, part, number, mode in parts:
-            state = state + part.state * number + MemoryBytes(gathered_weights=part.left_by(mode) * number)
-            transient = max(transient, part.transient_by(mode))
+            state = state + part.state * number
+            transient = max(transient, part.transient_by(mode, never_summed=never_summed))
         worst = MemoryBytes()
         for vector in self.in_flight[rank]:
             held = MemoryBytes()
             for chunk, part, number, mode in parts:
                 held = held + part.held_by(mode) * (number * vector.full[chunk])
+                held = held + part.gradients_by(vector.phase(chunk), mode) * number
                 if vector.weight_only[chunk]:
                     held = held + part.held_weight * (number * vector.weight_only[chunk])
             if held.total >= worst.total:
@@ -212,15 +217,16 @@ class LayoutCosts:
 
     def _moment_bytes(self, rank: int, parts: Sequence[_RankPart], moments: int | None = None) -> list[float]:
         fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
-        vectors = self.in_flight[rank][:moments]
+        vectors, never_summed = self.in_flight[rank][:moments], self.never_sums(rank)
         held = [0.0] * len(vectors)
         for chunk, part, number, mode in parts:
             totals = part.totals
-            kept += (totals.state + totals.left[mode]) * number
-            transient = max(transient, part.transient_by(mode))
+            kept += totals.state * number
+            transient = max(transient, part.transient_by(mode, never_summed=never_summed))
             each, weight = number * totals.held[mode], number * totals.held_weight
             for i, vector in enumerate(vectors):
                 held[i] += each * vector.full[chunk] + weight * vector.weight_only[chunk]
+                held[i] += number * totals.gradients[vector.phase(chunk)][mode]
         beside = fixed.context + fixed.communicators
         slack = 1.0 + self.allocator_slack
         return [beside + slack * (fixed.total - beside + kept + most + transient) for most in held]

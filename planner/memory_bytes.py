@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, PHASES, SUMMED
 from .layout import RECOMPUTE_MODES
 
 
@@ -52,20 +54,25 @@ class PartTotals:
     """A part's bytes without what they are for."""
 
     state: float
-    left: dict[str, float]
     held: dict[str, float]
     held_weight: float
+    gradients: dict[str, dict[str, float]]  # by phase, by mode
 
 
 @dataclass(frozen=True)
 class PartMemory:
     """What one part of the model (a layer, the embedding, the head) adds to its rank.
 
+    `state` is always there. `summed` and `reduced` are gradients in these phases ([Note: Gradients of a chunk]), and
+    `first`, by mode, is how much more they are, with weights that stay besides, than the activations whose place they
+    take. `ahead` is its weights where its chunk was gathered ahead and they are not in `state` anyway.
+
     `held` per in-flight microbatch without recomputation, `held_selective` and `held_recomputed` with it,
     `held_weight` between the two halves of a split backward. `left` (`left_selective`, `left_recomputed`) are gathered
-    weights that a backward leaves where its activations were, as far as they are more. `transient` is the most that its
-    backward needs at once beyond what is held, and with recomputation the activations that come back for one layer at a
-    time.
+    weights that a backward leaves where its activations were, as far as they are more, while gradients are summed.
+    `transient` is the most that its backward needs at once beyond what is held, and with recomputation the activations
+    that come back for one layer at a time; `transient_first`, by mode, is that of a rank whose gradients are never
+    summed while others are in flight, where it differs.
     """
 
     state: MemoryBytes = NO_BYTES
@@ -79,14 +86,21 @@ class PartMemory:
     left: float = 0.0
     left_selective: float = 0.0
     left_recomputed: float = 0.0
+    summed: MemoryBytes = NO_BYTES
+    reduced: MemoryBytes = NO_BYTES
+    first: Mapping[str, MemoryBytes] = field(default_factory=dict[str, MemoryBytes])
+    ahead: float = 0.0
+    transient_first: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @cached_property
     def totals(self) -> PartTotals:
         return PartTotals(
             state=self.state.total,
-            left={mode: self.left_by(mode) for mode in RECOMPUTE_MODES},
             held={mode: self.held_by(mode).total for mode in RECOMPUTE_MODES},
             held_weight=self.held_weight.total,
+            gradients={
+                phase: {mode: self.gradients_by(phase, mode).total for mode in RECOMPUTE_MODES} for phase in PHASES
+            },
         )
 
     def held_by(self, mode: str) -> MemoryBytes:
@@ -95,5 +109,22 @@ class PartMemory:
     def left_by(self, mode: str) -> float:
         return {"none": self.left, "selective": self.left_selective, "full": self.left_recomputed}[mode]
 
-    def transient_by(self, mode: str) -> float:
+    def gradients_by(self, phase: str, mode: str) -> MemoryBytes:
+        """What comes with gradients: themselves, and gathered weights that backwards leave."""
+        if phase == NO_GRADIENTS:
+            return NO_BYTES
+        if phase == AHEAD:
+            return MemoryBytes(gathered_weights=self.ahead)
+        if phase == FIRST:
+            return self.first.get(mode, NO_BYTES)
+        if phase == FIRST_AHEAD:
+            first = self.first.get(mode, NO_BYTES)
+            return replace(first, gathered_weights=max(first.gathered_weights, self.ahead))
+        if phase == SUMMED:
+            return self.summed + MemoryBytes(gathered_weights=self.left_by(mode))
+        return self.reduced
+
+    def transient_by(self, mode: str, *, never_summed: bool = False) -> float:
+        if never_summed and mode in self.transient_first:
+            return self.transient_first[mode]
         return {"none": self.transient, "selective": self.transient_selective, "full": self.transient_recomputed}[mode]

@@ -8,23 +8,23 @@ microbatch, and only the latter depends on the layers of the stage.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.software import Software
 
 from .activation_bytes import ActivationModel, KeptBytes
 from .head_memory import HeadMemory, reduces_each_microbatch
-from .in_flight import input_halves, most_outputs, shortest
+from .in_flight import STAGES_GATHERED, input_halves, most_outputs, shortest
 from .job import TrainingJob
-from .layout import Layout
+from .layout import RECOMPUTE_MODES, Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
 from .offload import passing_moments_bytes
 
 _FP32_BYTES = 4
 _ADAM_MOMENTS = 2
-# Chunks of a rank whose weights torch's pipeline has gathered at once (torch 2.13, `_add_unshard_reshard`).
-STAGES_GATHERED = 3
 
 
 class MemoryModel:
@@ -54,10 +54,9 @@ class MemoryModel:
         zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
         the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
         unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
-        `PipelineStage.backward_maybe_with_nosync`); where it `frees` them `block` says what is left. Unsharded sums are
-        freed group by group as they are reduced, when activations are gone, so their shards do not count besides.
-        Embedding and head (`root`) are FSDP2's root group, gathered from forward to backward. Gradients that only
-        appear as activations go are in `_late`.
+        `PipelineStage.backward_maybe_with_nosync`); where it `frees` them `block` says what is left. Embedding and head
+        (`root`) are FSDP2's root group, gathered from forward to backward. Gradients are in `_summed`, but those that
+        split backwards leave in the compute precision.
         """
         weights = _FP32_BYTES * parameters / shards
         optimizer = 0.0 if self._job.offload == "optimizer" else _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
@@ -66,11 +65,10 @@ class MemoryModel:
         gathered = self._element_bytes * parameters if stays else 0.0
         if not root:  # of even chunks; which of them has the root's cannot be said
             gathered *= min(1.0, STAGES_GATHERED / layout.virtual_stages)
-        late = self._gradients_come_late(layout) and not (root and layout.pp > 1)  # embeddings hold no activations
-        gradients = 0.0 if late else self._gradient_bytes(layout, parameters, shards)
+        gradients = 0.0
         if wrapped and self._halves_apart(layout):
             others = 1.0 - 1.0 / layout.virtual_stages
-            gradients += others * self._narrow_bytes * parameters
+            gradients = others * self._narrow_bytes * parameters
         return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
 
     def _wraps(self, layout: Layout) -> bool:
@@ -84,13 +82,19 @@ class MemoryModel:
     def _reduces_each_microbatch(self, layout: Layout) -> bool:
         return reduces_each_microbatch(layout, self._job)
 
-    def _gradients_come_late(self, layout: Layout) -> bool:
-        """Whether all that is ever in flight is so before the first backward, that is before the first gradient."""
+    def _summed(self, layout: Layout, dense: float, expert: float = 0.0) -> MemoryBytes:
+        """fp32 gradients of FSDP2 before they are reduced. Unsharded sums are freed group by group as they are, when
+        activations are gone, so their shards do not count besides."""
         if not self._software.on_fsdp:
-            return False
-        if layout.pp == 1:
-            return layout.microbatches(self._job.global_batch) == 1
-        return layout.forwards_first
+            return NO_BYTES  # among the state
+        gradients = self._gradient_bytes(layout, dense, layout.shards)
+        return MemoryBytes(gradients=gradients + self._gradient_bytes(layout, expert, layout.expert_shards))
+
+    def _reduced(self, layout: Layout, dense: float, expert: float = 0.0) -> MemoryBytes:
+        """This rank's shards of them, from the last backward of a chunk on."""
+        if not self._software.on_fsdp:
+            return NO_BYTES
+        return MemoryBytes(gradients=_FP32_BYTES * (dense / layout.shards + expert / layout.expert_shards))
 
     def _halves_apart(self, layout: Layout) -> bool:
         """Whether weights' halves of backwards leave gradients in the compute precision, which FSDP2 widens and adds to
@@ -103,17 +107,20 @@ class MemoryModel:
         """Bytes of a gradient that must be widened."""
         return self._element_bytes if self._element_bytes != _FP32_BYTES else 0
 
-    def _late(self, layout: Layout, parameters: float, activations: float, beside: float = 0.0) -> float:
-        """What a layer's gradients, and what comes `beside` them, add to each microbatch in flight, where they come
-        late.
+    def _first(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> MemoryBytes:
+        """What a layer's gradients, and gathered weights that its backward leaves, add in a chunk's first backward.
 
         With M in flight a layer holds M·A before its first backward and (M-1)·A + G after it; the layers change over
         one by one, so the most is (M-1)·A + max(A, G) a layer.
         """
-        if not self._gradients_come_late(layout):
-            return 0.0
-        gradients = self._gradient_bytes(layout, parameters, layout.shards) + beside
-        return max(0.0, gradients - activations) / layout.microbatches(self._job.global_batch)
+        if not self._software.on_fsdp:
+            return NO_BYTES
+        gradients = self._gradient_bytes(layout, parameters, layout.shards)
+        late = max(0.0, gradients - activations)
+        if not self._after_forwards(layout, reshard):
+            return MemoryBytes(gradients=late)
+        more = max(0.0, gradients + self._element_bytes * parameters - activations)
+        return MemoryBytes(gradients=late, gathered_weights=more - late)
 
     def _master_state(self, layout: Layout, parameters: float, shards: int) -> MemoryBytes:
         """Weights in the compute precision, a master copy and moments in fp32, as Megatron-LM keeps them.
@@ -142,17 +149,21 @@ class MemoryModel:
         """A layer, of a stage that has chosen so where stages choose ([Note: Resharding])."""
         kept = self._activations.layer(layout, kind)
         dense, expert = self.block_parameters(layout, kind)
-        frees = layout.stages_choose and reshard is not False
+        frees = self._frees(layout, reshard)
         state = self._state(layout, dense, frees=frees)
         if expert:
             state = state + self._state(layout, expert, expert=True, frees=frees)
         modes = (kept.none, kept.selective, kept.full)
         comes_back = (kept.none, kept.none + kept.unclaimed, kept.none)
-        passing = [
-            self._transient(layout, dense, expert, kept, held, whole, reshard)
-            for held, whole in zip(modes, comes_back, strict=True)
-        ]
-        held = [self._held(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
+        passing, passing_first = (
+            [
+                self._transient(layout, dense, expert, kept, held, whole, reshard, summed)
+                for held, whole in zip(modes, comes_back, strict=True)
+            ]
+            for summed in (True, False)
+        )
+        held = [MemoryBytes(activations=bytes_) for bytes_ in modes]
+        first = [self._first(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
         left = [self._left(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
         return PartMemory(
             state=state,
@@ -166,25 +177,30 @@ class MemoryModel:
             transient=passing[0],
             transient_selective=passing[1],
             transient_recomputed=passing[2],
+            summed=self._summed(layout, dense, expert),
+            reduced=self._reduced(layout, dense, expert),
+            first=dict(zip(RECOMPUTE_MODES, first, strict=True)),
+            ahead=self._element_bytes * (dense + expert) if frees and not layout.stages_choose else 0.0,
+            transient_first=dict(zip(RECOMPUTE_MODES, passing_first, strict=True)),
         )
 
-    def _held(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> MemoryBytes:
-        """What a layer adds for each microbatch in flight, gradients that come late among it, and gathered weights
-        that stay from then on."""
-        late = self._late(layout, parameters, activations)
-        if not self._after_forwards(layout, reshard):
-            return MemoryBytes(activations=activations, gradients=late)
-        gathered = self._late(layout, parameters, activations, self._element_bytes * parameters) - late
-        return MemoryBytes(activations=activations, gradients=late, gathered_weights=gathered)
+    def _frees(self, layout: Layout, reshard: bool | None) -> bool:
+        """Whether a layer's weights go after its forward, under a pipeline: where its stage has chosen so, and in
+        looped BFS. Interleaved schedules count as keeping them."""
+        return (layout.stages_choose and reshard is not False) or self._bfs_frees(layout)
+
+    def _bfs_frees(self, layout: Layout) -> bool:
+        return self._software.on_fsdp and layout.zero == 3 and layout.pp > 1 and layout.schedule == "looped-bfs"
 
     def _after_forwards(self, layout: Layout, reshard: bool | None) -> bool:
         """Whether layers free their weights after forwards and leave them after backwards."""
-        return self._software.on_fsdp and layout.stages_choose and reshard is None
+        chosen = layout.stages_choose and reshard is None
+        return self._software.on_fsdp and (chosen or self._bfs_frees(layout))
 
     def _left(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> float:
-        """Weights that backwards leave, where they do not come with late gradients: the layers of a stage change over
-        from activations to weights one by one, and the next forward changes them back."""
-        if not self._after_forwards(layout, reshard) or self._gradients_come_late(layout):
+        """Weights that backwards leave, where gradients are there already: the layers of a stage change over from
+        activations to weights one by one, and the next forward changes them back."""
+        if not self._after_forwards(layout, reshard):
             return 0.0
         return max(0.0, self._element_bytes * parameters - activations)
 
@@ -197,9 +213,10 @@ class MemoryModel:
         held: float,
         whole: float,
         reshard: bool | None,
+        summed: bool,
     ) -> float:
         """The most that a layer's backward has beyond what its stage holds, `held` of it by this layer, whose
-        activations are `whole` once what it recomputes has come back.
+        activations are `whole` once what it recomputes has come back. `summed`: gradients are there already.
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it; under a pipeline where nothing has
         been left of them, or activations are more than what has. Where each microbatch's gradients
@@ -212,11 +229,10 @@ class MemoryModel:
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
-        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or (layout.stages_choose and reshard is not False))
+        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or self._frees(layout, reshard))
         gathered = 2 * element * parameters if gathers else 0.0
         if self._after_forwards(layout, reshard):  # two layers' activations are not yet weights that were left
-            gradients = self._gradient_bytes(layout, parameters, layout.shards)
-            late = gradients if self._gradients_come_late(layout) else 0.0
+            late = 0.0 if summed else self._gradient_bytes(layout, parameters, layout.shards)
             gathered = min(gathered, 2 * max(0.0, held - late))
         start = kept.transient + gathered + whole - held
         if fsdp and self._halves_apart(layout):
@@ -228,7 +244,8 @@ class MemoryModel:
             end = kept.heads + gathered + element * parameters - held
             before = max(self._root_reduction(layout), reduced - held)
             return max(start, end) + before
-        share = max(1, self._model.layers // layout.pp)
+        # In looped BFS each chunk's are reduced before the next chunk's backwards begin.
+        share = max(1, self._model.layers // (layout.stages if layout.forwards_first else layout.pp))
         stayed = 0.0 if layout.stages_choose and reshard else element * parameters
         return max(start, reduced * (1 + 1 / layout.shards) - share * (stayed + held))
 
@@ -244,7 +261,8 @@ class MemoryModel:
         passing, held = max(self._table_gradient(layout), moments), NO_BYTES
         if self._model.embedding_norm:
             held = MemoryBytes(activations=self.boundary_bytes(layout))
-        return PartMemory(state, held, held, passing, passing, held, passing, held)
+        part = PartMemory(state, held, held, passing, passing, held, passing, held)
+        return self._with_gradients(layout, part, self.embedding_parameters(layout))
 
     def _table_gradient(self, layout: Layout) -> float:
         """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
@@ -257,7 +275,14 @@ class MemoryModel:
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
         passing = max(passing, passing_moments_bytes(self._job, self.head_parameters(layout) / layout.shards))
-        return PartMemory(state, held, held, passing, passing, held, passing, weight)
+        part = PartMemory(state, held, held, passing, passing, held, passing, weight)
+        return self._with_gradients(layout, part, self.head_parameters(layout))
+
+    def _with_gradients(self, layout: Layout, part: PartMemory, parameters: float) -> PartMemory:
+        """Those of an end, which take no activations' place; without a pipeline the head's own count says when."""
+        summed = self._summed(layout, parameters)
+        first = dict.fromkeys(RECOMPUTE_MODES, NO_BYTES if layout.pp == 1 else summed)
+        return replace(part, summed=summed, reduced=self._reduced(layout, parameters), first=first)
 
     def _root_reduction(self, layout: Layout) -> float:
         """What went into FSDP2's last reduction of the microbatch before, that of embedding and head, in fp32."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from .in_flight import least_in_flight
+from .in_flight import SUMMED, least_in_flight, least_phases
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
 
@@ -16,6 +17,14 @@ ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less
 def empty_counts(costs: LayoutCosts) -> list[StageCount]:
     """An assignment without any layer."""
     return [tuple(Blocks() for _ in costs.segments)] * costs.layout.stages
+
+
+class Moment(NamedTuple):
+    """Bytes of a rank's ends, and what any layer has at the same time: microbatches in flight, gradients' phase."""
+
+    used_bytes: float
+    flight: int
+    phase: str = SUMMED
 
 
 class NoLimit:
@@ -31,15 +40,14 @@ class NoLimit:
 class RankLimits:
     """What one rank allows: the least seconds that its layers must spend on recomputation to fit.
 
-    `moments` are (bytes of its ends, microbatches that any layer has in flight), of which each must fit. A layer has
-    the seconds of `segment` and its bytes, or those of `size`.
+    Each of the `moments` must fit. A layer has the seconds of `segment` and its bytes, or those of `size`.
     """
 
     def __init__(
         self,
         costs: LayoutCosts,
         segment: SegmentCosts,
-        moments: Sequence[tuple[float, int]],
+        moments: Sequence[Moment],
         limit_bytes: float,
         modes: Sequence[str],
         size: PartMemory | None = None,
@@ -47,11 +55,11 @@ class RankLimits:
         slack = 1.0 + costs.allocator_slack
         totals = (size or segment.memory).totals
         self._moments: list[tuple[float, list[tuple[float, float]]]] = []
-        for used, flight in moments:
+        for used, flight, phase in moments:
             options = sorted(
                 (
                     segment.seconds.recompute(mode).total,
-                    slack * (totals.state + flight * totals.held[mode]),
+                    slack * (totals.state + flight * totals.held[mode] + totals.gradients[phase][mode]),
                 )
                 for mode in modes
             )
@@ -98,33 +106,33 @@ def _least_recompute(layers: int, free: float, options: Sequence[tuple[float, fl
 
 
 def layers_held(
-    size: PartMemory, held: Sequence[tuple[float, int]], limit_bytes: float, slack: float, modes: Sequence[str]
+    size: PartMemory, held: Sequence[Moment], limit_bytes: float, slack: float, modes: Sequence[str]
 ) -> int:
     """Layers of this size that ranks have room for, in the smallest of their modes; -1 where ends alone are too much.
 
-    `held` has (bytes of its ends, microbatches that any layer has in flight) of each rank. Where this is less than
-    there are to place, `RankLimits` with these moments cannot place them either.
+    `held` has a moment of each rank. Where this is less than there are to place, `RankLimits` with these moments cannot
+    place them either.
     """
     totals, number = size.totals, 0
     limit = limit_bytes * (1 + ROUNDING)
-    least = min(totals.held[mode] for mode in modes)
-    for used, flight in held:
+    for used, flight, phase in held:
         if used > limit:
             return -1
-        each = slack * (totals.state + flight * least)
+        gradients = totals.gradients[phase]
+        each = slack * (totals.state + min(flight * totals.held[mode] + gradients[mode] for mode in modes))
         if each <= 0:
             return sys.maxsize
         number += int((limit - used) / each * (1 + ROUNDING))
     return number
 
 
-def _moments(costs: LayoutCosts, rank: int, least_flight: int) -> list[tuple[float, int]]:
-    """(bytes of a rank without layers, microbatches any layer has in flight), each pair of one moment."""
+def _moments(costs: LayoutCosts, rank: int, least_flight: int, phase: str) -> list[Moment]:
+    """Those of a rank that matter; `phase` is the one of its chunks at all of them."""
     used = costs.end_moment_bytes(rank)
     if len(used) == 1:
-        return [(used[0], least_flight)]
+        return [Moment(used[0], least_flight, phase)]
     flights = [min(vector.full) for vector in costs.in_flight[rank]]
-    found = set(zip(used, flights, strict=True))
+    found = {Moment(bytes_, flight, phase) for bytes_, flight in zip(used, flights, strict=True)}
     return [one for one in found if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)]
 
 
@@ -137,13 +145,15 @@ def rank_limits(
         return [NoLimit(segment, modes)] * pp
     # A sum that rounds to a hair above the limit fits, here as in `fits`.
     limit, flights = limit_bytes * (1 + ROUNDING), least_in_flight(costs.pipeline)
+    phases = least_phases(costs.in_flight)
     ends = {
-        rank: RankLimits(costs, segment, _moments(costs, rank, flights[rank]), limit, modes)
+        rank: RankLimits(costs, segment, _moments(costs, rank, flights[rank], phases[rank]), limit, modes)
         for rank in {0, costs.last_rank, pp - 1}
     }
     if pp <= 2:
         return [ends[rank] for rank in range(pp)]
     # The ranks between the first and the last hold the same besides their layers.
     used = max(costs.end_moment_bytes(1))
-    between = {n: RankLimits(costs, segment, [(used, n)], limit, modes) for n in set(flights[1:-1])}
-    return [ends.get(rank) or between[flights[rank]] for rank in range(pp)]
+    held = list(zip(flights, phases, strict=True))
+    between = {one: RankLimits(costs, segment, [Moment(used, *one)], limit, modes) for one in set(held[1:-1])}
+    return [ends.get(rank) or between[held[rank]] for rank in range(pp)]

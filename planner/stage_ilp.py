@@ -20,7 +20,7 @@ Subject to
                z[k,s] rises with s
   (choice)     Σ_c x[s,c] = 1,  Σ_{k,r} n[s,k,r,c] <= L·x[s,c];  some stage frees  one_choice_a_stage
   (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use         transient_in_use
-  (memory)     fixed_q + y[q] + Σ n[s,k,r]·(state + v_s·held_r + ...) <= limit, every v   fits_memory
+  (memory)     fixed_q + y[q] + Σ n[s,k,r]·(state + v_s·held_r + gradients_v + ...) <= limit, every v   fits_memory
   (durations)  f_s, i_s, w_s, g_s, d_s linear in n; their sums over s         durations
   (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + sends·c, P      longer_than_path
                  F, I, W, G, D how often P passes them, c one send
@@ -200,13 +200,16 @@ class Program:
         y = {}
         for q in range(self.costs.layout.pp):
             # Of its ends alone: what passes whatever a rank holds is among its fixed bytes.
+            never_summed = self.costs.never_sums(q)
             least = self.costs.rank_memory(q, nothing).transient - self.costs.fixed_memory[q].transient
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
-                each = [segment.memory.transient_by(way[0]) for _, way, segment in self._layers()]
+                each = [
+                    segment.memory.transient_by(way[0], never_summed=never_summed) for _, way, segment in self._layers()
+                ]
                 least = max(least, min(each))
             y[q] = self.problem.add_variable(f"y_{q}", slack * least / self.limit_bytes)
             for k, way, segment in self._layers():
-                transient = segment.memory.transient_by(way[0])
+                transient = segment.memory.transient_by(way[0], never_summed=never_summed)
                 if transient <= least:
                     continue
                 name = "_".join((str(q), str(k), *_name(way)))
@@ -228,14 +231,16 @@ class Program:
             kept += slack * sum(part.state.total for _, part, _, _ in ends)
             for number, vector in enumerate(costs.in_flight[q]):
                 held = sum(
-                    part.held.total * vector.full[c] + part.held_weight.total * vector.weight_only[c]
+                    part.held.total * vector.full[c]
+                    + part.held_weight.total * vector.weight_only[c]
+                    + part.totals.gradients[vector.phase(c)]["none"]
                     for c, part, _, _ in ends
                 )
                 terms: dict[pulp.LpVariable, float] = {}
                 for c, s in enumerate(costs.layout.stages_of(q)):
                     for k, way, segment in self._layers():
                         memory, mode = segment.memory, way[0]
-                        each = memory.state.total + memory.left_by(mode)
+                        each = memory.state.total + memory.totals.gradients[vector.phase(c)][mode]
                         each += memory.held_by(mode).total * vector.full[c]
                         each += memory.held_weight.total * vector.weight_only[c]
                         terms[self.n[s, k, way]] = slack * each / self.limit_bytes

@@ -22,7 +22,7 @@ from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
 from .data_parallel_cost import DataParallelModel
-from .in_flight import held_by_torch, in_flight
+from .in_flight import InFlight, gradients_by_torch, in_flight, least_phases
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
@@ -31,7 +31,7 @@ from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .offload import transfer_seconds
 from .part_seconds import PartSeconds, Seconds, least_of
-from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD
+from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 from .space import LayoutGroup
 from .traced_cost import traced_parts
 
@@ -70,14 +70,13 @@ class CostModel:
     def price(self, layout: Layout, reshard: Sequence[bool | None] = ()) -> LayoutCosts:
         """Every number of the layout. `reshard` is each stage's choice where stages have one, by default to free."""
         costs, memory, choose = self.price_seconds(layout), self._memory, layout.stages_choose
-        held = held_by_torch if self._software.on_torch_pipeline else in_flight
         costs = replace(
             costs,
             segments=self._with_bytes(layout, self._least_layers(layout), choose or None),
             embedding_memory=memory.embedding(layout),
             head_memory=memory.head(layout),
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
-            in_flight=held(costs.pipeline),
+            in_flight=self._held(costs.pipeline),
         )
         if not choose:
             return costs
@@ -135,23 +134,23 @@ class CostModel:
             receives_early=software.posts_receives_early and self._hardware.backend == "gloo",
         )
 
+    def _held(self, pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+        return (gradients_by_torch if self._software.on_fsdp else in_flight)(pipeline)
+
     @property
     def slack(self) -> float:
         """Bytes of tensors are multiplied by this for what the allocator loses."""
         return 1.0 + self._hardware.allocator_slack
 
-    def least_bytes(self, of_most_chunks: Layout) -> LeastBytes:
-        """What no layer of the commonest kind and neither end holds less than in a layout with these or fewer chunks.
-
-        With most chunks fewest weights are gathered at once (`memory_cost`).
-        """
+    def least_bytes(self, layout: Layout, chunks: Sequence[int]) -> LeastBytes:
+        """What no layer of the commonest kind and neither end holds less than with one of these numbers of chunks: with
+        more fewer weights are gathered at once, but split backwards have more gradients besides (`memory_cost`)."""
         memory, commonest = self._memory, max(self._model.segments, key=lambda segment: segment.count)
-        return LeastBytes(
-            commonest.count,
-            memory.block(of_most_chunks, commonest.kind, of_most_chunks.stages_choose or None),
-            memory.embedding(of_most_chunks).state.total,
-            memory.head(of_most_chunks).state.total,
-        )
+        few, most = (replace(layout, virtual_stages=number) for number in (min(chunks), max(chunks)))
+        layers = [memory.block(one, commonest.kind, one.stages_choose or None) for one in (few, most)]
+        held = self._held(most.pipeline(most.microbatches(self._job.global_batch)))
+        least = min(layers, key=lambda layer: layer.totals.state)
+        return LeastBytes(commonest.count, least, memory.embedding(few), memory.head(few), least_phases(held))
 
     def parts_like(self, layout: Layout) -> str:
         """A schedule whose layers, embedding and head take as long as under this layout's."""
@@ -234,8 +233,8 @@ class CostModel:
         """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
         assignment holds less on all its ranks together."""
         memory, least = self._memory, float("inf")
-        # Gradients come late where all forwards are first, more chunks have fewer weights gathered at once, and split
-        # backwards have gradients besides (`memory_cost`).
+        # Gradients come late where all forwards are first, and more chunks have fewer weights gathered at once; those
+        # that split backwards have besides are left out (`memory_cost`).
         most = {"gpipe": 0, "1f1b": 0}
         for schedule, chunks in group.pipelines:
             like = "gpipe" if schedule in FORWARDS_FIRST else "1f1b"
@@ -244,10 +243,14 @@ class CostModel:
             if not chunks:
                 continue
             layout = replace(group.base, schedule=schedule, virtual_stages=chunks)
-            kinds = {segment.kind for segment in self._model.segments}
-            layers = {kind: memory.block(layout, kind, layout.stages_choose or None).state.total for kind in kinds}
-            total = sum(segment.count * layers[segment.kind] for segment in self._model.segments)
-            least = min(least, total + memory.embedding(layout).state.total + memory.head(layout).state.total)
+            choice = layout.stages_choose or None
+            parts = [(segment.count, memory.block(layout, segment.kind, choice)) for segment in self._model.segments]
+            parts += [(1, memory.embedding(layout)), (1, memory.head(layout))]
+            total = sum(number * part.state.total for number, part in parts)
+            if schedule != "gpipe" and (layout.pp > 1 or layout.microbatches(self._job.global_batch) > 1):
+                # Sums, or in a first backward activations that they are not more than.
+                total += sum(number * part.summed.total for number, part in parts)
+            least = min(least, total)
         return least
 
     # ---- compute ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
 from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
-from planner.rank_limits import RankLimits
+from planner.rank_limits import Moment, RankLimits
 from planner.rules import recompute_modes
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import candidates, fastest, priced
@@ -176,14 +176,14 @@ def test_a_limit_met_exactly_is_met_with_recomputation_pinned() -> None:
 )
 def test_the_fewest_recomputed_blocks_that_fit(limit: float, modes: tuple[str, ...], least: list[int | None]) -> None:
     costs = one_block_stage(5.0, 35.0, 5.0)
-    limits = RankLimits(costs, costs.segments[0], [(0.0, 1)], limit, modes)
+    limits = RankLimits(costs, costs.segments[0], [Moment(0.0, 1)], limit, modes)
     assert [limits.least_recompute(blocks) for blocks in (0, 1, 2, 4)] == least
 
 
 def test_the_ends_of_a_rank_and_its_layers_are_most_at_different_moments() -> None:
     """ZB1P, 2 ranks of 3 chunks: rank 0 peaks for its embedding at (4, 2, 0) in flight, where chunk 2 holds nothing."""
     costs = one_block_stage(0.0, 1.0, 1.0)
-    limits = RankLimits(costs, costs.segments[0], [(4.0, 0), (2.0, 2)], 6.0, KEPT)
+    limits = RankLimits(costs, costs.segments[0], [Moment(4.0, 0), Moment(2.0, 2)], 6.0, KEPT)
     assert limits.least_recompute(2) == 0.0  # 4 and 2 + 2·2
     assert limits.least_recompute(3) is None  # 2 + 3·2
 

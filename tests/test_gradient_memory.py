@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from planner.layout import Layout
+from planner.in_flight import (
+    AHEAD,
+    FIRST,
+    FIRST_AHEAD,
+    NO_GRADIENTS,
+    REDUCED,
+    SUMMED,
+    gradients_by_torch,
+    least_phases,
+)
+from planner.layout import RECOMPUTE_MODES, Layout
 from profiles.model import ModelSpec
 from tests.plans import tiny_gpt2, tiny_llama
 from tests.test_memory_cost import memory, parameters_of, sharded
@@ -19,11 +29,38 @@ def test_gradients_that_come_as_activations_go_count_for_what_they_exceed() -> N
     for layout, number in ((Layout(micro_batch=8), 1), (Layout(pp=2, schedule="gpipe"), 8)):
         block = memory().block(layout)
         assert block.state.gradients == 0
-        for held in (block.held, block.held_recomputed):
-            most = (number - 1) * held.activations + max(held.activations, 4 * parameters)
-            assert number * held.total == pytest.approx(most)
-    assert memory().block(Layout(micro_batch=4)).state.gradients == 4 * parameters
-    assert memory().block(Layout(pp=2)).state.gradients == 4 * parameters
+        for mode in RECOMPUTE_MODES:
+            held = block.held_by(mode).total
+            most = (number - 1) * held + max(held, 4 * parameters)
+            assert number * held + block.gradients_by(FIRST, mode).total == pytest.approx(most)
+    for layout in (Layout(micro_batch=4), Layout(pp=2)):
+        assert memory().block(layout).gradients_by(SUMMED, "none").gradients == 4 * parameters
+
+
+def test_of_looped_bfs_one_chunk_at_a_time_has_all_its_gradients() -> None:
+    """zero 3: four chunks turn one after the other; the first, evicted meanwhile, is gathered ahead of its turn."""
+    layout = replace(sharded(3, pp=2), schedule="looped-bfs", virtual_stages=4)
+    moments = gradients_by_torch(layout.pipeline(8))[1]
+    assert [(moment.full, moment.gradients) for moment in moments] == [
+        ((8, 8, 8, 8), (NO_GRADIENTS, NO_GRADIENTS, NO_GRADIENTS, FIRST)),
+        ((8, 8, 8, 0), (AHEAD, NO_GRADIENTS, FIRST, REDUCED)),
+        ((8, 8, 0, 0), (AHEAD, FIRST, REDUCED, REDUCED)),
+        ((8, 0, 0, 0), (FIRST_AHEAD, REDUCED, REDUCED, REDUCED)),
+    ]
+    model = memory(precision="bf16")
+    block, parameters = model.block(layout), parameters_of(model, "block", layout)
+    assert block.gradients_by(NO_GRADIENTS, "none").total == block.state.gathered_weights == 0
+    assert block.gradients_by(AHEAD, "none").gathered_weights == 2 * parameters
+    assert block.gradients_by(FIRST_AHEAD, "full").gathered_weights == 2 * parameters
+    assert block.gradients_by(FIRST, "full").total == (4 + 2) * parameters - block.held_recomputed.total
+    assert block.gradients_by(REDUCED, "none").total == parameters
+
+
+def test_the_first_rank_of_1f1b_with_as_many_microbatches_as_ranks_sums_nothing() -> None:
+    """All its forwards come before its first backward; a microbatch more and the first sums are there with it full."""
+    for count, phases in ((4, (FIRST, SUMMED, SUMMED, SUMMED)), (5, (SUMMED,) * 4)):
+        assert least_phases(gradients_by_torch(Layout(pp=4).pipeline(count))) == phases
+    assert least_phases(gradients_by_torch(Layout().pipeline(1))) == (FIRST,)
 
 
 def test_what_went_into_the_last_reduction_outlives_it() -> None:

@@ -164,6 +164,20 @@ CASES |= {
     "megatron-bert fp32 tp2 sp": _case(MEGATRON_BERT, "fp32", tp=2, sequence_parallel=True, micro_batch=4),
     "megatron-bert fp32 pp2 1f1b, last": _case(MEGATRON_BERT, "fp32", pp=2, at=1),
     "llama bf16 tp2, two pieces": _case(LLAMA, "bf16", tp=2, micro_batch=16, batch=32),
+    "wide bf16 pp4 dp2 zero3 1f1b, first, four microbatches": _case(WIDE, "bf16", pp=4, dp=2, zero=3),
+    "llama bf16 pp2 dp2 zero3 1f1b, first, freed, two microbatches": _case(
+        LLAMA_8, "bf16", pp=2, dp=2, zero=3, reshard=True, batch=8
+    ),
+    "wide bf16 pp4 dp2 zero3 1f1b, last, four microbatches": _case(WIDE, "bf16", pp=4, dp=2, zero=3, at=3),
+    "wide bf16 pp2·v4 dp2 tp2 sp zero3 looped-bfs, first": _case(
+        WIDE, "bf16", pp=2, dp=2, tp=2, sequence_parallel=True, zero=3, virtual_stages=4, schedule="looped-bfs"
+    ),
+    "wide bf16 pp2·v2 dp2 zero3 looped-bfs, last, recompute": _case(
+        WIDE, "bf16", pp=2, dp=2, zero=3, virtual_stages=2, schedule="looped-bfs", at=1, recompute=2
+    ),
+    "wide bf16 pp2·v4 dp2 zero3 looped-bfs, last": _case(
+        WIDE, "bf16", pp=2, dp=2, zero=3, virtual_stages=4, schedule="looped-bfs", at=1, batch=32
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound
 from planner.errors import InfeasibleError
-from planner.group_bounds import least_of_any_schedule, least_of_one_state, one_state_each
+from planner.group_bounds import least_of_any_schedule, least_of_one_state, one_state_each, states_too_large
 from planner.layout import RECOMPUTE_MODES
 from planner.question import Question
 from planner.search import search
@@ -118,6 +118,10 @@ def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> N
                 assert fastest_of_one is None, one
             elif fastest_of_one is not None:
                 assert bound <= fastest_of_one.step_seconds * (1 + 1e-12), one
+            # With room for no more than its smallest assignment, the group is not said to be too large.
+            least = min(candidate.peak_bytes for layout in one for candidate in tried[layout])
+            assert not states_too_large(prices, one, with_limit(question, least)), one
+            assert least_of_one_state(prices, one, with_limit(question, least)) is not None, one
     bounds = {}
     for layout, of_layout in tried.items():
         costs, best = prices.price(layout), fastest(of_layout, limit)

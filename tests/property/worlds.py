@@ -8,8 +8,8 @@ from functools import cache
 
 from hypothesis import strategies as st
 
-from planner.in_flight import in_flight
-from planner.layout import SCHEDULES, Layout
+from planner.in_flight import gradients_by_torch, in_flight
+from planner.layout import RECOMPUTE_MODES, SCHEDULES, Layout
 from planner.layout_costs import LayoutCosts, SegmentCosts
 from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
@@ -209,11 +209,17 @@ _sizes = st.floats(0.0, 100.0).map(lambda value: round(value, 1))
 
 @st.composite
 def part_memories(draw: st.DrawFn) -> PartMemory:
-    """Recomputing holds no more and needs no less at once, as `memory_cost` has it."""
+    """Recomputing holds no more and needs no less at once, and gradients and weights take activations' place, as
+    `memory_cost` has it."""
     held, transient = draw(_sizes), draw(_sizes)
     shares = [draw(st.floats(0, 1)) for _ in range(3)]
     selective, full, weight = (round(held * share, 1) for share in (max(shares[:2]), min(shares[:2]), shares[2]))
     more = sorted((draw(_sizes), draw(_sizes)))
+    by_mode = dict(zip(RECOMPUTE_MODES, (held, selective, full), strict=True))
+    gradients, gathered = draw(_sizes), draw(_sizes)
+    left = {mode: max(0.0, gathered - kept) for mode, kept in by_mode.items()}
+    first = {mode: MemoryBytes(gradients=max(0.0, gradients + gathered - kept)) for mode, kept in by_mode.items()}
+    passing = sorted(draw(_sizes) for _ in RECOMPUTE_MODES)
     return PartMemory(
         MemoryBytes(weights=draw(_sizes)),
         MemoryBytes(activations=held),
@@ -223,6 +229,12 @@ def part_memories(draw: st.DrawFn) -> PartMemory:
         MemoryBytes(activations=selective),
         transient + more[0],
         MemoryBytes(activations=weight),
+        *left.values(),
+        summed=MemoryBytes(gradients=gradients),
+        reduced=MemoryBytes(gradients=gradients * draw(st.floats(0, 1))),
+        first=first,
+        ahead=gathered,
+        transient_first={"none": passing[0], "selective": passing[1], "full": passing[2]},
     )
 
 
@@ -256,7 +268,7 @@ def layout_costs(draw: st.DrawFn, schedules: Sequence[str] = ("gpipe", "1f1b"), 
         embedding_memory=draw(part_memories()),
         head_memory=draw(part_memories()),
         fixed_memory=(MemoryBytes(context=draw(_sizes)),) * ranks,
-        in_flight=in_flight(pipeline),
+        in_flight=draw(st.sampled_from((in_flight, gradients_by_torch)))(pipeline),
         allocator_slack=draw(st.sampled_from((0.0, 0.1))),
         receives_early=draw(st.booleans()),
     )
