@@ -241,20 +241,15 @@ links   network carries the most exposed seconds: 364 µs, 4.7% of the step (pp 
 bubble  3.25 ms, 41.7% of the step
 
 the best otherwise, and why it loses
-if                                                 step  slower by  layout                         because of
-tp ≠ 1, pp ≠ 2, schedule ≠ gpipe, no recompute  7.89 ms      1.09%  tp2·sp dp2 zero3 mb4           +2.61 ms compute,
-                                                                                                   +1.05 ms dp exposed,
-                                                                                                   +518 µs tp, −3.25 ms
-                                                                                                   bubble
-zero ≠ 3                                         8.2 ms      5.07%  pp2 dp2 zero1 mb4 gpipe        +417 µs recompute,
-                                                                                                   −21.6 µs dp exposed
-dp ≠ 2, micro_batch ≠ 4                         8.75 ms     12.20%  tp2·sp pp2 mb8 looped-bfs      +681 µs compute, +423
-                                                                                                   µs bubble, +411 µs
-                                                                                                   tp, −417 µs recompute
-cp ≠ 1                                          21.9 ms    180.86%  cp2·ring pp2·v2 zero1 mb1 zbv  +17.4 ms compute,
-                                                                                                   +524 µs cp, −3.25 ms
-                                                                                                   bubble, −473 µs
-                                                                                                   recompute
+if                               step  slower by  layout                         because of
+schedule ≠ gpipe              7.82 ms      0.28%  pp2 dp2 zero3 mb4 looped-bfs   +21.6 µs bubble
+tp ≠ 1, pp ≠ 2, no recompute  7.89 ms      1.09%  tp2·sp dp2 zero3 mb4           +2.61 ms compute, +1.05 ms dp exposed,
+                                                                                 +518 µs tp, −3.25 ms bubble
+zero ≠ 3                       8.2 ms      5.07%  pp2 dp2 zero1 mb4 gpipe        +417 µs recompute, −21.6 µs dp exposed
+dp ≠ 2, micro_batch ≠ 4       8.75 ms     12.20%  tp2·sp pp2 mb8 looped-bfs      +681 µs compute, +423 µs bubble, +411
+                                                                                 µs tp, −417 µs recompute
+cp ≠ 1                        21.9 ms    180.86%  cp2·ring pp2·v2 zero1 mb1 zbv  +17.4 ms compute, +524 µs cp, −3.25 ms
+                                                                                 bubble, −473 µs recompute
 
 what would help, solved anew
 change                     step  more tokens/s  layout then
