@@ -69,8 +69,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-# Every sixth of them in `make test`, since each takes seconds; all in `make test-full`.
-@pytest.mark.parametrize(("model", "case"), every(6, CASES, first=1), ids=str)
+# Every twelfth of them in `make test`, since each takes seconds; all in `make test-full`.
+@pytest.mark.parametrize(("model", "case"), every(12, CASES, first=7), ids=str)
 def test_loss_and_norm_do_not_depend_on_the_grid(model: str, case: dict[str, Any]) -> None:
     require_the_layout_changes_nothing(plan_of(model, **case))
 
