@@ -111,6 +111,9 @@ def least_phases(moments: tuple[tuple[InFlight, ...], ...]) -> tuple[str, ...]:
     """Per rank, the phase of all its chunks at all moments; NO_GRADIENTS, of the fewest bytes, where they differ."""
     found = []
     for of_rank in moments:
+        if not of_rank[0].gradients:  # then none of the rank's has phases of its own
+            found.append(SUMMED)
+            continue
         phases = {moment.phase(chunk) for moment in of_rank for chunk in range(len(moment.full))}
         found.append(phases.pop() if len(phases) == 1 else NO_GRADIENTS)
     return tuple(found)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, PHASES, SUMMED
+from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, SUMMED
 from .layout import RECOMPUTE_MODES
 
 
@@ -47,6 +47,18 @@ class MemoryBytes:
 
 
 NO_BYTES = MemoryBytes()
+
+
+class _GradientBytes(dict[str, dict[str, float]]):
+    """Bytes of gradients by phase and by mode, each phase summed up when it is first asked for: most never are."""
+
+    def __init__(self, part: PartMemory) -> None:
+        super().__init__()
+        self._part = part
+
+    def __missing__(self, phase: str) -> dict[str, float]:
+        found = self[phase] = {mode: self._part.gradients_by(phase, mode).total for mode in RECOMPUTE_MODES}
+        return found
 
 
 @dataclass(frozen=True)
@@ -98,9 +110,7 @@ class PartMemory:
             state=self.state.total,
             held={mode: self.held_by(mode).total for mode in RECOMPUTE_MODES},
             held_weight=self.held_weight.total,
-            gradients={
-                phase: {mode: self.gradients_by(phase, mode).total for mode in RECOMPUTE_MODES} for phase in PHASES
-            },
+            gradients=_GradientBytes(self),
         )
 
     def held_by(self, mode: str) -> MemoryBytes:
