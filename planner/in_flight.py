@@ -94,6 +94,7 @@ def gradients_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
     return held
 
 
+@lru_cache(maxsize=4096)
 def _chunks_turned(chunks: int, count: int) -> tuple[InFlight, ...]:
     """The first backward of each chunk, from the last to the first, with `count` microbatches in flight in each chunk
     not yet done. A chunk evicted in the forward passes is gathered again two chunks before its turn."""
@@ -109,14 +110,16 @@ def _chunks_turned(chunks: int, count: int) -> tuple[InFlight, ...]:
 
 def least_phases(moments: tuple[tuple[InFlight, ...], ...]) -> tuple[str, ...]:
     """Per rank, the phase of all its chunks at all moments; NO_GRADIENTS, of the fewest bytes, where they differ."""
-    found = []
-    for of_rank in moments:
-        if not of_rank[0].gradients:  # then none of the rank's has phases of its own
-            found.append(SUMMED)
-            continue
-        phases = {moment.phase(chunk) for moment in of_rank for chunk in range(len(moment.full))}
-        found.append(phases.pop() if len(phases) == 1 else NO_GRADIENTS)
-    return tuple(found)
+    return tuple(_one_phase(of_rank) for of_rank in moments)
+
+
+def _one_phase(moments: tuple[InFlight, ...]) -> str:
+    """Of a rank, whose moments all have phases or none does."""
+    if not moments[0].gradients:
+        return SUMMED
+    first = moments[0].gradients[0]
+    alike = all(phase == first for moment in moments for phase in moment.gradients)
+    return first if alike else NO_GRADIENTS
 
 
 def input_halves(pipeline: Pipeline, rank: int) -> tuple[int, ...]:
