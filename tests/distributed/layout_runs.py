@@ -46,6 +46,17 @@ class Trajectory:
     clipped_norms: list[float]
 
 
+def plan_of(model: ModelSpec, recompute: Any = None, selective: Any = None, **layout: Any) -> Plan:
+    """A plan of 8 sequences a step: weights cut over all of dp where zero says so, two sequences a microbatch where
+    that leaves enough of them."""
+    if layout.get("zero"):
+        layout.setdefault("dp_shard", layout.get("dp", 1))
+    if layout.get("dp", 1) < 4 and layout.get("schedule") != "dualpipev":
+        layout.setdefault("micro_batch", 2)
+    job = TrainingJob(global_batch=8, sequence=16, precision="fp32")
+    return make_plan(model, Layout(**layout), job, None, recompute, selective)
+
+
 def tokens_of(plan: Plan, step: int) -> torch.Tensor:
     """[global_batch, sequence + 1] random ids; the same whatever the layout.
 

@@ -213,15 +213,18 @@ def parts_of(plan_and_rank: tuple[Plan, int], **options: Any) -> dict[str, int]:
     return parts | {"forwards": len(told)}
 
 
+def predicted_parts(plan: Plan, pipeline_rank: int) -> dict[str, float]:
+    """Bytes of a rank's tensors by part, as the planner has them."""
+    hardware = small_hardware(backend="gloo", halves=("bf16", "fp16", "fp8"))
+    prices = CostModel(plan.model, plan.cluster, hardware, plan.job)
+    costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
+    items = costs.rank_memory(pipeline_rank, counts_of(plan.model, plan.stages)).items()
+    return {part: size for part, size in items.items() if part not in _NO_TENSORS}
+
+
 def compare(case: MemoryCase, *, fake: bool = True) -> Compared:
     """Predict and run a case in this process, which must run no other."""
-    plan = plan_of(case)
-    hardware = small_hardware(backend="gloo", halves=("bf16", "fp16", "fp8"))
-    prices = CostModel(case.model, plan.cluster, hardware, plan.job)
-    costs = prices.price(case.layout, [stage.reshard for stage in plan.stages])
-    items = costs.rank_memory(case.pipeline_rank, counts_of(plan.model, plan.stages)).items()
-    predicted = {part: size for part, size in items.items() if part not in _NO_TENSORS}
-    return Compared(predicted, run(case, fake=fake).parts)
+    return Compared(predicted_parts(plan_of(case), case.pipeline_rank), run(case, fake=fake).parts)
 
 
 def _quiet() -> None:

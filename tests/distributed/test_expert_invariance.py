@@ -6,24 +6,12 @@ from typing import Any
 
 import pytest
 
-from planner.job import TrainingJob
-from planner.layout import Layout
-from planner.plan import Plan
-from tests.distributed.layout_runs import require_the_layout_changes_nothing
+from tests.distributed.layout_runs import plan_of, require_the_layout_changes_nothing
 from tests.distributed.pairwise import EXPERTS, legal_settings, pairwise_settings
-from tests.plans import make_plan, tiny_experts, tiny_latent, tiny_shared_experts
+from tests.plans import tiny_experts, tiny_latent, tiny_shared_experts
 from tests.thinned import every
 
-JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 MODELS = {model.name: model for model in (tiny_experts(), tiny_shared_experts(), tiny_latent())}
-
-
-def plan_of(model: str, recompute: Any = None, selective: Any = None, **layout: Any) -> Plan:
-    if layout.get("zero"):
-        layout.setdefault("dp_shard", layout.get("dp", 1))
-    if layout.get("dp", 1) < 4 and layout.get("schedule") != "dualpipev":
-        layout.setdefault("micro_batch", 2)
-    return make_plan(MODELS[model], Layout(**layout), JOB, None, recompute, selective)
 
 
 SP = {"tp": 2, "sequence_parallel": True}
@@ -72,7 +60,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 # Every twelfth of them in `make test`, since each takes seconds; all in `make test-full`.
 @pytest.mark.parametrize(("model", "case"), every(12, CASES, first=7), ids=str)
 def test_loss_and_norm_do_not_depend_on_the_grid(model: str, case: dict[str, Any]) -> None:
-    require_the_layout_changes_nothing(plan_of(model, **case))
+    require_the_layout_changes_nothing(plan_of(MODELS[model], **case))
 
 
 GENERATED = {str(setting): setting for setting in pairwise_settings(EXPERTS)}

@@ -11,18 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from planner.assignment import counts_of
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
-from planner.step_cost import CostModel
 from profiles.experts_spec import Experts
 from runtime.dry_run import quiet_metadata
 from runtime.live_bytes import LiveBytes
 from runtime.step import build_state, training_step
 from tests.distributed.harness import run_ranks
 from tests.distributed.layout_runs import own_samples, tokens_of
-from tests.oracles.small_world import small_hardware
+from tests.distributed.memory_cases import predicted_parts
 from tests.plans import make_plan, tiny_experts
 from tests.thinned import every
 
@@ -67,9 +65,7 @@ def held(plan: Plan, chosen: tuple[int, ...]) -> int:
 
 def predicted(plan: Plan) -> float:
     """Bytes of the tensors of pipeline rank 0."""
-    costs = CostModel(plan.model, plan.cluster, small_hardware(backend="gloo"), plan.job).price(plan.layout)
-    parts = costs.rank_memory(0, counts_of(plan.model, plan.stages)).items()
-    return sum(size for part, size in parts.items() if part not in ("context", "communicators", "allocator_slack"))
+    return sum(predicted_parts(plan, 0).values())
 
 
 CASES: list[tuple[float, dict[str, Any]]] = [

@@ -6,27 +6,15 @@ from typing import Any
 
 import pytest
 
-from planner.job import TrainingJob
-from planner.layout import Layout
-from planner.plan import Plan
 from profiles.attention_spec import SlidingWindow
-from tests.distributed.layout_runs import require_the_layout_changes_nothing
-from tests.plans import make_plan, tiny_gpt_oss, tiny_llama
+from tests.distributed.layout_runs import plan_of, require_the_layout_changes_nothing
+from tests.plans import tiny_gpt_oss, tiny_llama
 from tests.thinned import every
 
-JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 MODELS = {
     "gpt-oss": tiny_gpt_oss(heads=8, kv_heads=4),  # more than the hidden size, as there
     "mistral": tiny_llama(name="tiny-mistral", family="mistral", sliding_window=SlidingWindow(length=6)),
 }
-
-
-def plan_of(model: str, recompute: Any = None, selective: Any = None, **layout: Any) -> Plan:
-    if layout.get("zero"):
-        layout.setdefault("dp_shard", layout.get("dp", 1))
-    if layout.get("dp", 1) < 4 and layout.get("schedule") != "dualpipev":
-        layout.setdefault("micro_batch", 2)
-    return make_plan(MODELS[model], Layout(**layout), JOB, None, recompute, selective)
 
 
 SP = {"tp": 2, "sequence_parallel": True}
@@ -56,4 +44,4 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 # Two of them in `make test`, since each takes seconds; all in `make test-full`.
 @pytest.mark.parametrize(("model", "case"), every(len(CASES), CASES), ids=str)
 def test_loss_and_norm_do_not_depend_on_the_layout(model: str, case: dict[str, Any]) -> None:
-    require_the_layout_changes_nothing(plan_of(model, **case))
+    require_the_layout_changes_nothing(plan_of(MODELS[model], **case))
