@@ -1,4 +1,4 @@
-"""Bytes on one rank: state by precision and zero level, activations by recompute mode, buffers, reserve.
+"""Bytes on one rank: state (`state_bytes`), activations by recompute mode, buffers, reserve.
 
 [Note: In-flight activations]
 A stage holds the activations of every microbatch whose forward is done and whose backward is not. How many
@@ -15,16 +15,16 @@ from profiles.model import ModelSpec
 from profiles.software import Software
 
 from .activation_bytes import ActivationModel, KeptBytes
-from .head_memory import HeadMemory, reduces_each_microbatch
-from .in_flight import STAGES_GATHERED, input_halves, most_outputs, shortest
+from .head_memory import HeadMemory
+from .in_flight import input_halves, most_outputs, shortest
 from .job import TrainingJob
 from .layout import RECOMPUTE_MODES, Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
 from .offload import passing_moments_bytes
+from .state_bytes import StateBytes
 
 _FP32_BYTES = 4
-_ADAM_MOMENTS = 2
 
 
 class MemoryModel:
@@ -35,136 +35,44 @@ class MemoryModel:
         composite = model.norm == "rmsnorm" and hardware.backend == "gloo"
         self._activations = ActivationModel(model, job, software, composite)
         self._element_bytes = self._activations.element_bytes
+        self._states = StateBytes(model, self._element_bytes, job, software)
         self._head = HeadMemory(model, job, software, self._activations)
-
-    # ---- state -----------------------------------------------------------------------------------------
-
-    def _state(
-        self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False, frees: bool = False
-    ) -> MemoryBytes:
-        """Weights, gradients and AdamW moments of `parameters` (already cut by tp or by ep and etp)."""
-        shards = layout.expert_shards if expert else layout.shards
-        if self._software.on_fsdp:
-            return self._fsdp2_state(layout, parameters, shards, root, frees)
-        return self._master_state(layout, parameters, shards)
-
-    def _fsdp2_state(self, layout: Layout, parameters: float, shards: int, root: bool, frees: bool) -> MemoryBytes:
-        """fp32 shards, as FSDP2 keeps them.
-
-        zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
-        the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
-        unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
-        `PipelineStage.backward_maybe_with_nosync`); where it `frees` them `block` says what is left. Embedding and head
-        (`root`) are FSDP2's root group, gathered from forward to backward. Gradients are in `_summed`, but those that
-        split backwards leave in the compute precision.
-        """
-        weights = _FP32_BYTES * parameters / shards
-        optimizer = 0.0 if self._job.offload == "optimizer" else _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
-        wrapped = self._wraps(layout)
-        stays = wrapped and (layout.zero < 3 or (layout.pp > 1 and not frees) or root)
-        gathered = self._element_bytes * parameters if stays else 0.0
-        if not root:  # of even chunks; which of them has the root's cannot be said
-            gathered *= min(1.0, STAGES_GATHERED / layout.virtual_stages)
-        gradients = 0.0
-        if wrapped and self._halves_apart(layout):
-            others = 1.0 - 1.0 / layout.virtual_stages
-            gradients = others * self._narrow_bytes * parameters
-        return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
-
-    def _wraps(self, layout: Layout) -> bool:
-        """Whether FSDP2 keeps the weights, be it for their precision alone."""
-        return layout.replicates(experts=self._model.experts is not None) or self._job.precision != "fp32"
-
-    def _gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
-        """fp32 gradients at the end of the backward passes: sharded where each microbatch's are reduced."""
-        return _FP32_BYTES * parameters / (shards if self._reduces_each_microbatch(layout) else 1)
-
-    def _reduces_each_microbatch(self, layout: Layout) -> bool:
-        return reduces_each_microbatch(layout, self._job)
-
-    def _summed(self, layout: Layout, dense: float, expert: float = 0.0) -> MemoryBytes:
-        """fp32 gradients of FSDP2 before they are reduced. Unsharded sums are freed group by group as they are, when
-        activations are gone, so their shards do not count besides."""
-        if not self._software.on_fsdp:
-            return NO_BYTES  # among the state
-        gradients = self._gradient_bytes(layout, dense, layout.shards)
-        return MemoryBytes(gradients=gradients + self._gradient_bytes(layout, expert, layout.expert_shards))
-
-    def _reduced(self, layout: Layout, dense: float, expert: float = 0.0) -> MemoryBytes:
-        """This rank's shards of them, from the last backward of a chunk on."""
-        if not self._software.on_fsdp:
-            return NO_BYTES
-        return MemoryBytes(gradients=_FP32_BYTES * (dense / layout.shards + expert / layout.expert_shards))
-
-    def _halves_apart(self, layout: Layout) -> bool:
-        """Whether weights' halves of backwards leave gradients in the compute precision, which FSDP2 widens and adds to
-        its sums at the end of the layer's next input's half. By then those of the rank's other chunks have had theirs.
-        DualPipeV splits backwards at its ends only."""
-        return layout.splits_backward and layout.schedule != "dualpipev"
-
-    @property
-    def _narrow_bytes(self) -> int:
-        """Bytes of a gradient that must be widened."""
-        return self._element_bytes if self._element_bytes != _FP32_BYTES else 0
-
-    def _first(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> MemoryBytes:
-        """What a layer's gradients, and gathered weights that its backward leaves, add in a chunk's first backward.
-
-        With M in flight a layer holds M·A before its first backward and (M-1)·A + G after it; the layers change over
-        one by one, so the most is (M-1)·A + max(A, G) a layer.
-        """
-        if not self._software.on_fsdp:
-            return NO_BYTES
-        gradients = self._gradient_bytes(layout, parameters, layout.shards)
-        late = max(0.0, gradients - activations)
-        if not self._after_forwards(layout, reshard):
-            return MemoryBytes(gradients=late)
-        more = max(0.0, gradients + self._element_bytes * parameters - activations)
-        return MemoryBytes(gradients=late, gathered_weights=more - late)
-
-    def _master_state(self, layout: Layout, parameters: float, shards: int) -> MemoryBytes:
-        """Weights in the compute precision, a master copy and moments in fp32, as Megatron-LM keeps them.
-
-        With fp32 gradients 18 bytes a parameter in 16 bits, 6 + 12/d under the distributed optimizer over d ranks.
-        Gradients kept in 16 bits: 16, and 4 + 12/d; the fp32 copy of them that the update takes is made when the
-        activations are gone and freed before they return, so it is not there at the peak. All in fp32: 16, and 8 + 8/d.
-        """
-        compute = self._element_bytes
-        cut = [1.0 / shards if layout.zero >= level else 1.0 for level in (1, 2, 3)]  # optimizer, gradients, weights
-        if compute == _FP32_BYTES:
-            kept, copies = _FP32_BYTES, _ADAM_MOMENTS * _FP32_BYTES
-        elif self._software.gradients == "fp32" and self._job.precision != "fp16":
-            kept, copies = _FP32_BYTES, (1 + _ADAM_MOMENTS) * _FP32_BYTES
-        else:
-            kept, copies = compute, (1 + _ADAM_MOMENTS) * _FP32_BYTES
-        return MemoryBytes(
-            weights=compute * parameters * cut[2],
-            gradients=kept * parameters * cut[1],
-            optimizer=copies * parameters * cut[0],
-        )
 
     # ---- activations -----------------------------------------------------------------------------------
 
     def block(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
         """A layer, of a stage that has chosen so where stages choose ([Note: Resharding])."""
-        kept = self._activations.layer(layout, kind)
-        dense, expert = self.block_parameters(layout, kind)
-        frees = self._frees(layout, reshard)
-        state = self._state(layout, dense, frees=frees)
-        if expert:
-            state = state + self._state(layout, expert, expert=True, frees=frees)
-        modes = (kept.none, kept.selective, kept.full)
-        comes_back = (kept.none, kept.none + kept.unclaimed, kept.none)
-        passing, passing_first = (
-            [
-                self._transient(layout, dense, expert, kept, held, whole, reshard, summed)
-                for held, whole in zip(modes, comes_back, strict=True)
-            ]
-            for summed in (True, False)
+        kept, (dense, expert) = self._activations.layer(layout, kind), self.block_parameters(layout, kind)
+        held = {"none": kept.none, "selective": kept.selective, "full": kept.full}
+        whole = {"none": kept.none, "selective": kept.none + kept.unclaimed, "full": kept.none}
+
+        def passing(summed: bool) -> dict[str, float]:
+            return {
+                mode: self._transient(layout, dense, expert, kept, held[mode], whole[mode], reshard, summed)
+                for mode in RECOMPUTE_MODES
+            }
+
+        most = passing(summed=True)
+        return replace(
+            self.block_standing(layout, kind, reshard),
+            transient=most["none"],
+            transient_selective=most["selective"],
+            transient_recomputed=most["full"],
+            transient_first=passing(summed=False) if self._states.after_forwards(layout, reshard) else {},
         )
+
+    def block_standing(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
+        """The same without what passes in a backward, which is most of the work."""
+        kept, states = self._activations.layer(layout, kind), self._states
+        dense, expert = self.block_parameters(layout, kind)
+        frees = states.frees(layout, reshard)
+        state = states.of(layout, dense, frees=frees)
+        if expert:
+            state = state + states.of(layout, expert, expert=True, frees=frees)
+        modes = (kept.none, kept.selective, kept.full)
         held = [MemoryBytes(activations=bytes_) for bytes_ in modes]
-        first = [self._first(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
-        left = [self._left(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
+        first = [states.first(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
+        left = [states.left(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
         return PartMemory(
             state=state,
             held=held[0],
@@ -174,35 +82,11 @@ class MemoryModel:
             left=left[0],
             left_selective=left[1],
             left_recomputed=left[2],
-            transient=passing[0],
-            transient_selective=passing[1],
-            transient_recomputed=passing[2],
-            summed=self._summed(layout, dense, expert),
-            reduced=self._reduced(layout, dense, expert),
+            summed=states.summed(layout, dense, expert),
+            reduced=states.reduced(layout, dense, expert),
             first=dict(zip(RECOMPUTE_MODES, first, strict=True)),
             ahead=self._element_bytes * (dense + expert) if frees and not layout.stages_choose else 0.0,
-            transient_first=dict(zip(RECOMPUTE_MODES, passing_first, strict=True)),
         )
-
-    def _frees(self, layout: Layout, reshard: bool | None) -> bool:
-        """Whether a layer's weights go after its forward, under a pipeline: where its stage has chosen so, and in
-        looped BFS. Interleaved schedules count as keeping them."""
-        return (layout.stages_choose and reshard is not False) or self._bfs_frees(layout)
-
-    def _bfs_frees(self, layout: Layout) -> bool:
-        return self._software.on_fsdp and layout.zero == 3 and layout.pp > 1 and layout.schedule == "looped-bfs"
-
-    def _after_forwards(self, layout: Layout, reshard: bool | None) -> bool:
-        """Whether layers free their weights after forwards and leave them after backwards."""
-        chosen = layout.stages_choose and reshard is None
-        return self._software.on_fsdp and (chosen or self._bfs_frees(layout))
-
-    def _left(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> float:
-        """Weights that backwards leave, where gradients are there already: the layers of a stage change over from
-        activations to weights one by one, and the next forward changes them back."""
-        if not self._after_forwards(layout, reshard):
-            return 0.0
-        return max(0.0, self._element_bytes * parameters - activations)
 
     def _transient(
         self,
@@ -229,18 +113,18 @@ class MemoryModel:
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
-        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or self._frees(layout, reshard))
+        gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or self._states.frees(layout, reshard))
         gathered = 2 * element * parameters if gathers else 0.0
-        if self._after_forwards(layout, reshard):  # two layers' activations are not yet weights that were left
-            late = 0.0 if summed else self._gradient_bytes(layout, parameters, layout.shards)
+        if self._states.after_forwards(layout, reshard):  # two layers' activations are not yet weights that were left
+            late = 0.0 if summed else self._states.gradient_bytes(layout, parameters, layout.shards)
             gathered = min(gathered, 2 * max(0.0, held - late))
         start = kept.transient + gathered + whole - held
-        if fsdp and self._halves_apart(layout):
-            start += self._narrow_bytes * parameters - self._left_between(kept)
-        if not fsdp or not self._wraps(layout):
+        if fsdp and self._states.halves_apart(layout):
+            start += self._states.narrow_bytes * parameters - self._left_between(kept)
+        if not fsdp or not self._states.wraps(layout):
             return start
         reduced = _FP32_BYTES * parameters
-        if self._reduces_each_microbatch(layout):
+        if self._states.reduces_each_microbatch(layout):
             end = kept.heads + gathered + element * parameters - held
             before = max(self._root_reduction(layout), reduced - held)
             return max(start, end) + before
@@ -256,13 +140,12 @@ class MemoryModel:
 
     def embedding(self, layout: Layout) -> PartMemory:
         """A norm behind it keeps its input, as one of a layer does."""
-        state = self._state(layout, self.embedding_parameters(layout), root=True)
-        moments = passing_moments_bytes(self._job, self.embedding_parameters(layout) / layout.shards)
+        parameters = self.embedding_parameters(layout)
+        moments = passing_moments_bytes(self._job, parameters / layout.shards)
         passing, held = max(self._table_gradient(layout), moments), NO_BYTES
         if self._model.embedding_norm:
             held = MemoryBytes(activations=self.boundary_bytes(layout))
-        part = PartMemory(state, held, held, passing, passing, held, passing, held)
-        return self._with_gradients(layout, part, self.embedding_parameters(layout))
+        return self._end(layout, parameters, held, held, passing)
 
     def _table_gradient(self, layout: Layout) -> float:
         """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
@@ -271,24 +154,36 @@ class MemoryModel:
 
     def head(self, layout: Layout) -> PartMemory:
         """Last norm, product and loss (`HeadMemory`)."""
-        state = self._state(layout, self.head_parameters(layout), root=True)
+        parameters = self.head_parameters(layout)
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
-        passing = max(passing, passing_moments_bytes(self._job, self.head_parameters(layout) / layout.shards))
-        part = PartMemory(state, held, held, passing, passing, held, passing, weight)
-        return self._with_gradients(layout, part, self.head_parameters(layout))
+        passing = max(passing, passing_moments_bytes(self._job, parameters / layout.shards))
+        return self._end(layout, parameters, held, weight, passing)
 
-    def _with_gradients(self, layout: Layout, part: PartMemory, parameters: float) -> PartMemory:
-        """Those of an end, which take no activations' place; without a pipeline the head's own count says when."""
-        summed = self._summed(layout, parameters)
-        first = dict.fromkeys(RECOMPUTE_MODES, NO_BYTES if layout.pp == 1 else summed)
-        return replace(part, summed=summed, reduced=self._reduced(layout, parameters), first=first)
+    def _end(
+        self, layout: Layout, parameters: float, held: MemoryBytes, held_weight: MemoryBytes, passing: float
+    ) -> PartMemory:
+        """Its gradients take no activations' place; without a pipeline the head's own count says when."""
+        summed = self._states.summed(layout, parameters)
+        return PartMemory(
+            state=self._states.of(layout, parameters, root=True),
+            held=held,
+            held_selective=held,
+            held_recomputed=held,
+            held_weight=held_weight,
+            transient=passing,
+            transient_selective=passing,
+            transient_recomputed=passing,
+            summed=summed,
+            reduced=self._states.reduced(layout, parameters),
+            first=dict.fromkeys(RECOMPUTE_MODES, NO_BYTES if layout.pp == 1 else summed),
+        )
 
     def _root_reduction(self, layout: Layout) -> float:
         """What went into FSDP2's last reduction of the microbatch before, that of embedding and head, in fp32."""
         if not self._software.on_fsdp or layout.microbatches(self._job.global_batch) == 1:
             return 0.0
-        if not self._reduces_each_microbatch(layout):
+        if not self._states.reduces_each_microbatch(layout):
             return 0.0
         return _FP32_BYTES * (self.embedding_parameters(layout) + self.head_parameters(layout))
 
@@ -333,12 +228,12 @@ class MemoryModel:
     def _first_stage_passing(self, layout: Layout) -> float:
         """The first stage has no input's half: what `_left_between` takes off its layers' backward passes there, as far
         as the table's gradient does not pass anyway."""
-        if not (self._software.on_torch_pipeline and self._halves_apart(layout)):
+        if not (self._software.on_torch_pipeline and self._states.halves_apart(layout)):
             return 0.0
         most, table = 0.0, self._table_gradient(layout)
         for kind in {segment.kind for segment in self._model.segments}:
             kept, parameters = self._activations.layer(layout, kind), sum(self.block_parameters(layout, kind))
-            whole = kept.transient + self._narrow_bytes * parameters
+            whole = kept.transient + self._states.narrow_bytes * parameters
             most = max(most, min(self._left_between(kept), whole - table))
         return most
 

@@ -146,8 +146,9 @@ class CostModel:
         """What no layer of the commonest kind and neither end holds less than with one of these numbers of chunks: with
         more fewer weights are gathered at once, but split backwards have more gradients besides (`memory_cost`)."""
         memory, commonest = self._memory, max(self._model.segments, key=lambda segment: segment.count)
-        few, most = (replace(layout, virtual_stages=number) for number in (min(chunks), max(chunks)))
-        layers = [memory.block(one, commonest.kind, one.stages_choose or None) for one in (few, most)]
+        few, *more = (replace(layout, virtual_stages=number) for number in sorted({min(chunks), max(chunks)}))
+        most = more[0] if more else few
+        layers = [memory.block_standing(one, commonest.kind, one.stages_choose or None) for one in (few, *more)]
         held = self._held(most.pipeline(most.microbatches(self._job.global_batch)))
         least = min(layers, key=lambda layer: layer.totals.state)
         return LeastBytes(commonest.count, least, memory.embedding(few), memory.head(few), least_phases(held))
@@ -244,7 +245,8 @@ class CostModel:
                 continue
             layout = replace(group.base, schedule=schedule, virtual_stages=chunks)
             choice = layout.stages_choose or None
-            parts = [(segment.count, memory.block(layout, segment.kind, choice)) for segment in self._model.segments]
+            kinds = self._model.segments
+            parts = [(each.count, memory.block_standing(layout, each.kind, choice)) for each in kinds]
             parts += [(1, memory.embedding(layout)), (1, memory.head(layout))]
             total = sum(number * part.state.total for number, part in parts)
             if schedule != "gpipe" and (layout.pp > 1 or layout.microbatches(self._job.global_batch) > 1):

@@ -1,0 +1,146 @@
+"""Bytes of weights, gradients and optimizer on one rank, by precision and zero level, and when they are there."""
+
+from __future__ import annotations
+
+from profiles.model import ModelSpec
+from profiles.software import Software
+
+from .head_memory import reduces_each_microbatch
+from .in_flight import STAGES_GATHERED
+from .job import TrainingJob
+from .layout import Layout
+from .memory_bytes import NO_BYTES, MemoryBytes
+
+_FP32_BYTES = 4
+_ADAM_MOMENTS = 2
+
+
+class StateBytes:
+    """Prices the state of parameters of a layer or an end, as one trainer keeps it."""
+
+    def __init__(self, model: ModelSpec, element_bytes: int, job: TrainingJob, software: Software) -> None:
+        self._model, self._element_bytes, self._job, self._software = model, element_bytes, job, software
+
+    def of(
+        self, layout: Layout, parameters: float, *, root: bool = False, expert: bool = False, frees: bool = False
+    ) -> MemoryBytes:
+        """Weights, gradients and AdamW moments of `parameters` (already cut by tp or by ep and etp)."""
+        shards = layout.expert_shards if expert else layout.shards
+        if self._software.on_fsdp:
+            return self._fsdp2_state(layout, parameters, shards, root, frees)
+        return self._master_state(layout, parameters, shards)
+
+    def _fsdp2_state(self, layout: Layout, parameters: float, shards: int, root: bool, frees: bool) -> MemoryBytes:
+        """fp32 shards, as FSDP2 keeps them.
+
+        zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
+        the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
+        unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
+        `PipelineStage.backward_maybe_with_nosync`); where it `frees` them `left` says what is left. Embedding and head
+        (`root`) are FSDP2's root group, gathered from forward to backward. Gradients are in `summed`, but those that
+        split backwards leave in the compute precision.
+        """
+        weights = _FP32_BYTES * parameters / shards
+        optimizer = 0.0 if self._job.offload == "optimizer" else _ADAM_MOMENTS * _FP32_BYTES * parameters / shards
+        wrapped = self.wraps(layout)
+        stays = wrapped and (layout.zero < 3 or (layout.pp > 1 and not frees) or root)
+        gathered = self._element_bytes * parameters if stays else 0.0
+        if not root:  # of even chunks; which of them has the root's cannot be said
+            gathered *= min(1.0, STAGES_GATHERED / layout.virtual_stages)
+        gradients = 0.0
+        if wrapped and self.halves_apart(layout):
+            others = 1.0 - 1.0 / layout.virtual_stages
+            gradients = others * self.narrow_bytes * parameters
+        return MemoryBytes(weights=weights, gradients=gradients, optimizer=optimizer, gathered_weights=gathered)
+
+    def wraps(self, layout: Layout) -> bool:
+        """Whether FSDP2 keeps the weights, be it for their precision alone."""
+        return layout.replicates(experts=self._model.experts is not None) or self._job.precision != "fp32"
+
+    def gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
+        """fp32 gradients at the end of the backward passes: sharded where each microbatch's are reduced."""
+        return _FP32_BYTES * parameters / (shards if self.reduces_each_microbatch(layout) else 1)
+
+    def reduces_each_microbatch(self, layout: Layout) -> bool:
+        return reduces_each_microbatch(layout, self._job)
+
+    def summed(self, layout: Layout, dense: float, expert: float = 0.0) -> MemoryBytes:
+        """fp32 gradients of FSDP2 before they are reduced. Unsharded sums are freed group by group as they are, when
+        activations are gone, so their shards do not count besides."""
+        if not self._software.on_fsdp:
+            return NO_BYTES  # among the state
+        gradients = self.gradient_bytes(layout, dense, layout.shards)
+        return MemoryBytes(gradients=gradients + self.gradient_bytes(layout, expert, layout.expert_shards))
+
+    def reduced(self, layout: Layout, dense: float, expert: float = 0.0) -> MemoryBytes:
+        """This rank's shards of them, from the last backward of a chunk on."""
+        if not self._software.on_fsdp:
+            return NO_BYTES
+        return MemoryBytes(gradients=_FP32_BYTES * (dense / layout.shards + expert / layout.expert_shards))
+
+    def halves_apart(self, layout: Layout) -> bool:
+        """Whether weights' halves of backwards leave gradients in the compute precision, which FSDP2 widens and adds to
+        its sums at the end of the layer's next input's half. By then those of the rank's other chunks have had theirs.
+        DualPipeV splits backwards at its ends only."""
+        return layout.splits_backward and layout.schedule != "dualpipev"
+
+    @property
+    def narrow_bytes(self) -> int:
+        """Bytes of a gradient that must be widened."""
+        return self._element_bytes if self._element_bytes != _FP32_BYTES else 0
+
+    def first(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> MemoryBytes:
+        """What a layer's gradients, and gathered weights that its backward leaves, add in a chunk's first backward.
+
+        With M in flight a layer holds M·A before its first backward and (M-1)·A + G after it; the layers change over
+        one by one, so the most is (M-1)·A + max(A, G) a layer.
+        """
+        if not self._software.on_fsdp:
+            return NO_BYTES
+        gradients = self.gradient_bytes(layout, parameters, layout.shards)
+        late = max(0.0, gradients - activations)
+        if not self.after_forwards(layout, reshard):
+            return MemoryBytes(gradients=late)
+        more = max(0.0, gradients + self._element_bytes * parameters - activations)
+        return MemoryBytes(gradients=late, gathered_weights=more - late)
+
+    def _master_state(self, layout: Layout, parameters: float, shards: int) -> MemoryBytes:
+        """Weights in the compute precision, a master copy and moments in fp32, as Megatron-LM keeps them.
+
+        With fp32 gradients 18 bytes a parameter in 16 bits, 6 + 12/d under the distributed optimizer over d ranks.
+        Gradients kept in 16 bits: 16, and 4 + 12/d; the fp32 copy of them that the update takes is made when the
+        activations are gone and freed before they return, so it is not there at the peak. All in fp32: 16, and 8 + 8/d.
+        """
+        compute = self._element_bytes
+        cut = [1.0 / shards if layout.zero >= level else 1.0 for level in (1, 2, 3)]  # optimizer, gradients, weights
+        if compute == _FP32_BYTES:
+            kept, copies = _FP32_BYTES, _ADAM_MOMENTS * _FP32_BYTES
+        elif self._software.gradients == "fp32" and self._job.precision != "fp16":
+            kept, copies = _FP32_BYTES, (1 + _ADAM_MOMENTS) * _FP32_BYTES
+        else:
+            kept, copies = compute, (1 + _ADAM_MOMENTS) * _FP32_BYTES
+        return MemoryBytes(
+            weights=compute * parameters * cut[2],
+            gradients=kept * parameters * cut[1],
+            optimizer=copies * parameters * cut[0],
+        )
+
+    def frees(self, layout: Layout, reshard: bool | None) -> bool:
+        """Whether a layer's weights go after its forward, under a pipeline: where its stage has chosen so, and in
+        looped BFS. Interleaved schedules count as keeping them."""
+        return (layout.stages_choose and reshard is not False) or self._bfs_frees(layout)
+
+    def _bfs_frees(self, layout: Layout) -> bool:
+        return self._software.on_fsdp and layout.zero == 3 and layout.pp > 1 and layout.schedule == "looped-bfs"
+
+    def after_forwards(self, layout: Layout, reshard: bool | None) -> bool:
+        """Whether layers free their weights after forwards and leave them after backwards."""
+        chosen = layout.stages_choose and reshard is None
+        return self._software.on_fsdp and (chosen or self._bfs_frees(layout))
+
+    def left(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> float:
+        """Weights that backwards leave, where gradients are there already: the layers of a stage change over from
+        activations to weights one by one, and the next forward changes them back."""
+        if not self.after_forwards(layout, reshard):
+            return 0.0
+        return max(0.0, self._element_bytes * parameters - activations)
