@@ -41,7 +41,7 @@ from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
 from .rank_watch import RankWatch, Voice, die_with_launcher, die_with_parent
 from .target import check_target
-from .trackers import check_installed
+from .trackers import check_installed, check_reachable
 from .trainer import Record, TrainOptions, open_data, run
 
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
@@ -73,10 +73,11 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
         _join(plan, options, on_progress)
         return
     _check(plan, options)
-    _prepare(plan, options)
     logs = options.run_dir / run_folder.LOGS_FOLDER
-    with _tail(options.run_dir / METRICS_FILE, on_progress), sigterm_is_a_wish(logs):
-        why_left = start_ranks(plan, options, run, ending_signals="SIGINT,SIGHUP,SIGQUIT")
+    with run_folder.alone_in(options.run_dir):
+        _prepare(plan, options)
+        with _tail(options.run_dir / METRICS_FILE, on_progress), sigterm_is_a_wish(logs):
+            why_left = start_ranks(plan, options, run, ending_signals="SIGINT,SIGHUP,SIGQUIT")
     _raise_if_left(why_left, options)
 
 
@@ -139,6 +140,7 @@ def _check(plan: Plan, options: TrainOptions) -> None:
     choose_compilation(plan, options.compile, device_type)
     check_offload(plan, device_type)
     open_data(plan, options)
+    check_reachable(options.watching.wandb, options.watching.mlflow)
     devices, wanted = torch.cuda.device_count(), plan.layout.world_size
     if torch.cuda.is_available() and devices < wanted:
         raise InputError(
@@ -190,16 +192,18 @@ def start_ranks(
 
 def _start_fork_server() -> None:
     """Where SIGTERM is ignored, which a batch system sends to every process: the ranks would die with their parent.
+    SIGINT too: Ctrl-C reaches it while it imports, and this process alone tells of it.
 
     What is ignored stays so in new programs, and in the ranks until they know what to do about it.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], Any], voice: Voice) -> Any:
