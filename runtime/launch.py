@@ -178,7 +178,7 @@ def start_ranks(
     )
     multiprocessing.set_forkserver_preload(_PRELOAD)
     with _one_thread_a_rank(), _torch_silent(), _stops_ranks(), _signals_as_before(), RankWatch() as watch:
-        _start_fork_server()
+        _start_fork_server(options.run_dir / run_folder.LOGS_FOLDER / run_folder.FORK_SERVER_LOG)
         try:
             return elastic_launch(config, _rank_main)(plan, options, body, watch.voice)[0]
         except SignalException as error:
@@ -190,20 +190,34 @@ def start_ranks(
             raise why(rank, failure.exitcode, plan.layout, logs, watch, options.timeout_seconds) from None
 
 
-def _start_fork_server() -> None:
+def _start_fork_server(log: Path) -> None:
     """Where SIGTERM is ignored, which a batch system sends to every process: the ranks would die with their parent.
-    SIGINT too: Ctrl-C reaches it while it imports, and this process alone tells of it.
+    What it and ranks that are not told their log yet say goes to `log`: Ctrl-C reaches them in the middle of an import.
 
     What is ignored stays so in new programs, and in the ranks until they know what to do about it.
     """
     if threading.current_thread() is not threading.main_thread():  # which alone may handle signals
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        forkserver.ensure_running()
+        with _standard_error_into(log):
+            forkserver.ensure_running()
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _standard_error_into(path: Path) -> Iterator[None]:
+    """For processes started inside."""
+    own = os.dup(2)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 2)
+        os.close(file)
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], Any], voice: Voice) -> Any:

@@ -25,7 +25,8 @@ from .leaving import REQUEST_FILE
 from .metrics import METRICS_FILE
 
 LOGS_FOLDER = "logs"
-_OF_RANKS = ("rank_*.log", "rank_*.at", f"{PREFIX}*", REQUEST_FILE)  # what a start leaves in its logs
+FORK_SERVER_LOG = "fork_server.log"
+_OF_RANKS = ("rank_*.log", "rank_*.at", f"{PREFIX}*", REQUEST_FILE, FORK_SERVER_LOG)  # what a start leaves in its logs
 _LOCK_FILE = ".lock"
 
 

@@ -33,6 +33,10 @@ def small_plan() -> Plan:
     return make_plan(tiny_llama(), Layout(dp=2), TrainingJob(global_batch=8, sequence=16, precision="fp32"))
 
 
+def never(*_: Any, **__: Any) -> NoReturn:
+    raise AssertionError("long work was begun")
+
+
 def refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *command: str, says: tuple[str, ...]
 ) -> None:
@@ -142,6 +146,21 @@ def test_text_that_may_not_be_read_is_refused_and_not_left_out(tmp_path: Path, m
             load_corpus(tmp_path / "data", sequence=8)
 
 
+@pytest.mark.parametrize("place", ["file/x.yaml", "folder", "loop/x.yaml"])
+def test_where_nothing_can_be_written_nothing_is_measured_or_planned(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.setattr("profiles.probes.profiler.profile_machine", never)
+    monkeypatch.setattr("planner.planning.search", never)
+    for command in (["profile", "--quick"], ["plan", "--model", "demo", "--cluster", "dgx-h100:1", *SHAPE]):
+        refused(capsys, monkeypatch, *command, "-o", str(tmp_path / place), says=("cannot be written",))
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "loop"]
+    assert os.listdir(tmp_path / "folder") == []
+
+
 # ---- run folders -----------------------------------------------------------------------------------------------
 
 
@@ -158,7 +177,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 def test_a_start_clears_what_ranks_have_left_and_nothing_else(tmp_path: Path) -> None:
     logs = tmp_path / LOGS_FOLDER
     logs.mkdir()
-    left = ("rank_0.log", "rank_11.log", "rank_0.at", "nccl_flight_recorder_rank_0", "leave")
+    left = ("rank_0.log", "rank_11.log", "rank_0.at", "nccl_flight_recorder_rank_0", "leave", "fork_server.log")
     for name in (*left, "mine.txt", "rank.py"):
         (logs / name).write_text(name)
     prepare(tmp_path, small_plan(), steps=1, resume=False)
@@ -166,10 +185,6 @@ def test_a_start_clears_what_ranks_have_left_and_nothing_else(tmp_path: Path) ->
 
 
 # ---- before long work ------------------------------------------------------------------------------------------
-
-
-def never(*_: Any, **__: Any) -> NoReturn:
-    raise AssertionError("long work was begun")
 
 
 MEGATRON = [
