@@ -133,7 +133,7 @@ class ManyGemmPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class GemmModel:
-    """A GEMM by tiles and waves where nothing was measured: `units` multiprocessors of `achievable_flops_per_second`, all of them together."""
+    """A GEMM by tiles and waves where nothing was measured: `achievable_flops_per_second` of `units` multiprocessors."""
 
     dtype: str
     achievable_flops_per_second: float
