@@ -48,6 +48,7 @@ def _explain(error: Exception) -> int:
         say_interrupted(error.__cause__ or error.__context__)
         return 130
     if isinstance(error, OSError) and error.errno in _REFUSALS:
+        as_json = as_json and error.filename is not None  # else it is standard output itself
         error = _refused(error)
     if hasattr(error, "show") and hasattr(error, "format_message"):
         error = _usage_error(error)
