@@ -291,6 +291,7 @@ def train(
     from planner.planning import PlanAnswer, plan_to_train
     from profiles.catalogue import resolve_hardware_path
     from profiles.hardware import load_hardware
+    from runtime.early_checks import check_early
     from runtime.experts import Balance
     from runtime.hf_weights import model_to_start_from
     from runtime.run_folder import default_run_dir
@@ -301,6 +302,13 @@ def train(
         plan_file, resume = elastic_plan(plan_file, run_dir)
     model = model_to_start_from(weights, plan_file, model, resume=resume)
     plans = plan_file is None and not resume
+    scaling = loss_scaling(loss_scale, initial_loss_scale, min_loss_scale, loss_scale_window, hysteresis)
+    wishes = training_options(
+        lr_schedule, cooldown, weight_decay, betas, spike_guard, log_every, wandb, mlflow, profile_steps
+    )
+    read = data_options(data, split, tokenizer, data_cache)
+    if plans:
+        check_early(run_dir, read, wishes["watching"], wishes["schedule"], steps=steps, warmup=warmup)
     asked = described(model, sequence) if model is not None and plans else model
     lengths = data_document_length(data, sequence) if plans and reset_attention else None
     found = plan_to_train(plan_file, asked, run_dir, resume, global_batch, sequence, command_line(), lengths)
@@ -319,14 +327,7 @@ def train(
         warmup_steps=warmup,
         clip_norm=clip or None,
         seed=seed,
-        data=packed_options(
-            data_options(data, split, tokenizer, data_cache),
-            chosen,
-            reset_positions,
-            reset_attention,
-            eod_mask_loss,
-            eod,
-        ),
+        data=packed_options(read, chosen, reset_positions, reset_attention, eod_mask_loss, eod),
         validation_every=validation_every,
         checkpoint_every=checkpoint_every,
         checkpoint_minutes=checkpoint_minutes,
@@ -341,10 +342,8 @@ def train(
         compile=compiled,
         balance=Balance(balance_loss, bias_rate, balance_over),
         weights=weights,
-        scaling=loss_scaling(loss_scale, initial_loss_scale, min_loss_scale, loss_scale_window, hysteresis),
-        **training_options(
-            lr_schedule, cooldown, weight_decay, betas, spike_guard, log_every, wandb, mlflow, profile_steps
-        ),
+        scaling=scaling,
+        **wishes,
     )
     launch_and_report(chosen, options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,14 @@ from cli_parts import print_json, print_report
 if TYPE_CHECKING:
     from planner.errors import NoPlanError
     from profiles.input_error import InputError
+
+
+# What depends on the machine and its permissions alone; any other OSError is a bug of ours.
+_REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ESTALE),
+}
+_LONG_NAME = 200  # of a path, in an error
 
 
 def exit_code_of(app: typer.Typer) -> int:
@@ -38,6 +47,9 @@ def _explain(error: Exception) -> int:
     if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
         say_interrupted(error.__cause__ or error.__context__)
         return 130
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        as_json = as_json and error.filename is not None  # else it is standard output itself
+        error = _refused(error)
     if hasattr(error, "show") and hasattr(error, "format_message"):
         error = _usage_error(error)
     if isinstance(error, InputError):
@@ -61,6 +73,21 @@ def _explain(error: Exception) -> int:
         sys.stderr.write(f"{error}\n")
         return getattr(error, "exit_code", 1)
     raise error
+
+
+def _refused(error: OSError) -> InputError:
+    """What the operating system does not do with a path that a person named, or with what is printed."""
+    from profiles.input_error import InputError
+
+    name = str(error.filename or "standard output")
+    name = name if len(name) <= _LONG_NAME else f"{name[:_LONG_NAME]}…"
+    return InputError(
+        "the operating system refuses",
+        where=name,
+        expected="a path that may be used as the command needs it, on a disk with room",
+        got=error.strerror or str(error),
+        hint="look at its length, at who may read and write it, and at what is free",
+    )
 
 
 def _usage_error(error: Any) -> InputError:

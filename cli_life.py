@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli_parts import Devices, Json, amount, print_json, print_report
+from cli_parts import Devices, Json, amount, folder, print_json, print_report
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -35,7 +35,14 @@ def _remember(context: typer.Context, parameter: typer.CallbackParam, value: Any
 
 RunDir = Annotated[
     Path | None,
-    typer.Option("--run-dir", help="Run folder; default runs/DATE-TIME.", callback=_remember, is_eager=True),
+    typer.Option(
+        "--run-dir",
+        parser=folder("--run-dir"),
+        metavar="PATH",
+        help="Run folder; default runs/DATE-TIME.",
+        callback=_remember,
+        is_eager=True,
+    ),
 ]
 Resume = Annotated[
     bool,

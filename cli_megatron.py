@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from planner.megatron_order import MegatronOrder, RunWishes
     from planner.plan import Plan
     from profiles.input_error import InputError
+    from runtime.data.data_options import DataOptions
+    from runtime.learning_rate import RateSchedule
     from runtime.trainer import TrainOptions
+    from runtime.watching import Watching
 
 # Option of `train` -> the flag that says the same on a command line of Megatron-LM's.
 _THEIR_NAMES = {
@@ -51,6 +54,8 @@ def megatron(
     order = read_command(context.args, _vocabulary_of)
     if not plan_only:
         _check_training(order, joined=joins(), plan_file=plan_file, target=target, as_json=as_json)
+        if plan_file is None:
+            _check_early(order.run)
     if plan_file is not None:
         _say(order.remarks)
         plan = _plan_of(plan_file, order)
@@ -147,6 +152,35 @@ def _check_training(order: MegatronOrder, *, joined: bool, plan_file: Path | Non
         )
 
 
+def _check_early(run: RunWishes) -> None:
+    """What would be found wrong only after planning."""
+    from runtime.early_checks import check_early
+
+    folder = Path(run.save) if run.save is not None and run.load is None else None
+    with _by_their_names():
+        check_early(
+            folder, _data_of(run), _watching_of(run), _schedule_of(run), steps=run.steps or 0, warmup=run.warmup_steps
+        )
+
+
+def _data_of(run: RunWishes) -> DataOptions:
+    return data_options(list(run.paths), run.split, run.tokenizer, Path(run.cache) if run.cache else None)
+
+
+def _watching_of(run: RunWishes) -> Watching:
+    from runtime.watching import Watching
+
+    return Watching(log_every=run.log_every, wandb=run.wandb, profile_steps=run.profile_steps)
+
+
+def _schedule_of(run: RunWishes) -> RateSchedule:
+    from runtime.learning_rate import RateSchedule
+
+    return RateSchedule(
+        shape=run.shape, decay_steps=run.decay_steps, cooldown=run.cooldown, cooldown_steps=run.cooldown_steps
+    )
+
+
 def _wrong(what: str, where: str, expected: str) -> InputError:
     from profiles.input_error import InputError
 
@@ -182,11 +216,9 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
     from profiles.hardware import load_hardware
     from runtime.checkpoint_folder import complete_steps
     from runtime.experts import Balance
-    from runtime.learning_rate import RateSchedule
     from runtime.optimizer import Adam
     from runtime.run_folder import default_run_dir
     from runtime.trainer import TrainOptions
-    from runtime.watching import Watching
 
     run = order.run
     assert run.steps is not None
@@ -199,9 +231,7 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
         learning_rate=run.learning_rate,
         min_learning_rate=run.min_learning_rate,
         warmup_steps=run.warmup_steps,
-        schedule=RateSchedule(
-            shape=run.shape, decay_steps=run.decay_steps, cooldown=run.cooldown, cooldown_steps=run.cooldown_steps
-        ),
+        schedule=_schedule_of(run),
         weight_decay=run.weight_decay,
         adam=Adam(betas=run.betas, epsilon=run.epsilon),
         clip_norm=run.clip_norm,
@@ -210,7 +240,7 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
         ),
         seed=run.seed,
         data=packed_options(
-            data_options(list(run.paths), run.split, run.tokenizer, Path(run.cache) if run.cache else None),
+            _data_of(run),
             plan,
             run.packing.reset_positions,
             run.packing.reset_attention,
@@ -228,7 +258,7 @@ def _options(order: MegatronOrder, plan: Plan) -> TrainOptions:
         timeout_seconds=run.timeout_seconds,
         peak_flops_per_second=hardware.peak_flops_per_second[plan.job.precision],
         balance=Balance(run.balance_loss, run.bias_rate),
-        watching=Watching(log_every=run.log_every, wandb=run.wandb, profile_steps=run.profile_steps),
+        watching=_watching_of(run),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,17 +14,18 @@ import typer
 if TYPE_CHECKING:
     from profiles.model import ModelSpec
 
+_MOST = 10**9  # of a whole number: sequences, tokens of one, devices
 A_YEAR = 365 * 86_400.0  # seconds: what torch's timers surely hold
 
 
 def count(flag: str) -> Callable[[str], int]:
-    """A parser of whole numbers from 1 on whose error says what it got."""
+    """A parser of whole numbers from 1 to a billion whose error says what it got."""
 
     def parse(text: str) -> int:
         from profiles.input_error import InputError
 
-        if not text.isdecimal() or int(text) < 1:
-            expected, hint = "a whole number >= 1", f"for example {flag} 8"
+        if not re.fullmatch(r"0*\d{1,10}", text) or not 1 <= int(text) <= _MOST:
+            expected, hint = f"a whole number from 1 to {_MOST:,}", f"for example {flag} 8"
             raise InputError(f"{flag} cannot be {text!r}", where=flag, expected=expected, got=text, hint=hint)
         return int(text)
 
@@ -44,6 +47,20 @@ def amount(flag: str, least: float, most: float = sys.float_info.max) -> Callabl
             hint = f"for example {flag} {least + 1.5:g}"
             raise InputError(f"{flag} cannot be {text!r}", where=flag, expected=expected, got=text, hint=hint)
         return value
+
+    return parse
+
+
+def folder(flag: str) -> Callable[[str], Path]:
+    """A parser of paths that refuses nothing at all, which Path takes for the folder one is in."""
+
+    def parse(text: str) -> Path:
+        from profiles.input_error import InputError
+
+        if not text.strip():
+            hint = "is a variable of the shell empty? The folder you are in is ."
+            raise InputError(f"{flag} names nothing", where=flag, expected="a folder", got=repr(text), hint=hint)
+        return Path(text)
 
     return parse
 

@@ -104,7 +104,9 @@ def launch_and_report(plan: Plan, options: TrainOptions) -> None:
         with step_progress(options.steps, plan.job.tokens) as on_progress:
             train(plan, options, on_progress)
     except KeyboardInterrupt as error:
-        print_report(f"{error or 'interrupted'}; the ranks have ended, and {folder} holds what was done", error=True)
+        print_report(
+            f"{str(error) or 'interrupted'}; the ranks have ended, and {folder} holds what was done", error=True
+        )
         raise typer.Exit(getattr(error, "exit_code", 130)) from None
     record = folder / RECORD_FILE
     if not record.exists() or not slurm.is_first():

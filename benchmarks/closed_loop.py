@@ -27,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # before this folder, where `runtime` is a benchmark
 
+from profile_medians import merge_profiles
 from scores import show, show_parts
 from side_by_side import Case, ranks_of_this_machine, read_cases, save_plans
 
@@ -41,7 +42,6 @@ from profiles.catalogue import resolve_model
 from profiles.cluster import ClusterSpec, load_cluster_file, save_cluster
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware
 from profiles.link_fit import with_collectives
-from profiles.merge import merge_profiles
 from profiles.probes.profiler import LEVELS, ProfileOptions, profile_machine
 
 Profile = tuple[HardwareProfile, ClusterSpec]

@@ -10,32 +10,25 @@ them, in operations of which a launch is LAUNCH_SHARE.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.operations import Operations
 
 HIDDEN, HEADS, SEQUENCE, BATCH = 64, 4, 16, 2
 CPU_DROPOUT = 5  # empty_like, bernoulli_, div_, and the product; the mode sees one more view
 ROUNDS, REPEATS = 40, 10
 LAUNCH_SHARE = 5 / 12  # launch_seconds over host_operation_seconds of the catalogue
 CHAIN = 20
-
-
-class Operations(TorchDispatchMode):
-    """Counts what reaches the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Layer(nn.Module):

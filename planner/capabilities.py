@@ -30,7 +30,6 @@ class Capabilities:
     windows_of_whole_sequences: bool = False  # no window and no sinks around a ring, both ways or on a latent
     vocabulary_padding: bool = False
     fp8_whole: bool = False  # fp8 in dense blocks that nothing cuts over tp, and in whole backwards, alone
-    stages_without_layers: bool = True
 
 
 # One row a target. What the runtime here cannot train yet joins its row when it can.

@@ -18,6 +18,7 @@ OFFLOADS = ("none", "optimizer")
 # What a user may pin (any key of a layout) or ban (what has a plain value to stay at: 1, 0, off, none).
 PINNABLE = (*LAYOUT_KEYS, "recompute")
 BANNABLE = tuple(key for key in PINNABLE if key not in ("micro_batch", "schedule"))
+MOST_SEQUENCES = 10**9  # of a batch; whose divisors are looked at one by one
 BANNED_VALUES = {"sequence_parallel": False, "zero": 0, "cp_style": "none", "recompute": "none"}  # of the others 1
 
 
@@ -91,7 +92,7 @@ class TrainingJob:
             if unknown := [name for name in found if name not in known]:
                 raise reader.fail(key, "keys of " + ", ".join(known), unknown[0])
         job = cls(
-            global_batch=reader.integer("global_batch", minimum=1),
+            global_batch=reader.integer("global_batch", minimum=1, maximum=MOST_SEQUENCES),
             sequence=reader.integer("sequence", minimum=1),
             precision=reader.text("precision", choices=PRECISIONS),
             optimizer=reader.text("optimizer", choices=OPTIMIZERS, default="adamw"),

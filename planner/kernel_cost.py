@@ -1,7 +1,7 @@
 """Seconds of single kernels: a linear, a bias, whatever is bound by memory, each from its shape.
 
 Which of them a trainer launches, and in which form (fused or eager norms, activations and residuals), are facts of the
-software ([Note: Facts of a trainer] in profiles/software.py); how long each takes, of the hardware.
+software (`FACTS` in profiles/software.py); how long each takes, of the hardware.
 """
 
 from __future__ import annotations

@@ -79,6 +79,19 @@ def parse_pin(text: str, flag: str) -> tuple[str, Any]:
     return key, tuple(parse_setting(f"{key}={each.strip()}", flag, PINNABLE)[1] for each in value.split("|"))
 
 
+def check_pin(key: str, pin: Any, where: str) -> None:
+    """Raise InputError where a file holds a pin that no person could type: another type, or no value of this key."""
+    typed = parse_pin(f"{key}={pin_text(pin)}", where)[1]
+    if typed != pin or type(typed) is not type(pin):
+        raise InputError(
+            f"{key} cannot be pinned to {pin!r}",
+            where=where,
+            expected=f"as --pin takes it: {typed!r}",
+            got=repr(pin),
+            hint="put back what was edited, or plan anew: cli.py plan … -o FILE",
+        )
+
+
 def parse_pins(pins: Sequence[str], bans: Sequence[str], flag: str = "--pin") -> tuple[dict[str, Any], tuple[str, ...]]:
     """`--pin` and `--ban` values; the same key twice, or pinned and banned, is a contradiction."""
     found: dict[str, Any] = {}

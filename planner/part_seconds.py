@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CAUSES = ("compute", "tp", "cp", "ep", "dp", "pp")
 # Per microbatch the first five, per step the others.
 PHASES = (
     "forward",

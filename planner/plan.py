@@ -14,6 +14,7 @@ from profiles.traced_model import read_model
 from .capabilities import CAPABILITIES
 from .job import TrainingJob
 from .layout import RECOMPUTE_MODES, Layout
+from .parse import check_pin
 from .recompute_spans import Span, plain_spans, read_spans
 from .rules import RuleContext, violations, why_no_recompute, why_no_reshard
 
@@ -253,6 +254,8 @@ class Plan:
             alternatives=tuple(Alternative.from_dict(child) for child in reader.children("alternatives", default=[])),
         )
         reader.finish()
+        for key, pin in plan.job.pins.items():
+            check_pin(key, pin, f"{reader.source}: job.pins.{key}")
         reasons = violations(plan.layout, RuleContext(plan.model, plan.job, plan.cluster.devices))
         if reasons:
             raise reader.refuse("layout", "a layout that is legal for this model, job and cluster", reasons)

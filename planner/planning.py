@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from profiles.catalogue import resolve_model
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
+from profiles.store import require_writable
 from profiles.traced_model import TracedModel, names_a_factory
 
 from .answer import answer
@@ -46,6 +47,8 @@ def make(
     """The fastest plan, written to `output` if there is one; or with `pareto` a front of plans."""
     if pareto is not None:
         return _front(question, pareto, time_limit_seconds, output, allow_idle)
+    if output is not None:
+        require_writable(output)
     if allow_idle:
         from .pareto import plan_with_idle
 

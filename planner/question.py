@@ -17,6 +17,8 @@ from .parse import parse_bytes, parse_pins
 from .plan import Plan
 from .rules import RuleContext
 
+MOST_LAYERS = 1000  # what bounds look up grows with the layers' square; the catalogue's deepest has 128
+
 
 @dataclass(frozen=True)
 class Question:
@@ -85,6 +87,7 @@ def ask(
         document_length=document_length,
     )
     known = resolve_model(model) if isinstance(model, str) else model
+    _check_depth(known, "--model")
     if document_length is not None and not keeps_documents_apart(known):
         raise InputError(
             "documents are kept apart in causal attention of our own alone",
@@ -97,8 +100,20 @@ def ask(
 
 def question_of(plan: Plan) -> Question:
     """The question that the plan answers, with the hardware profile as it is today."""
+    _check_depth(plan.model, "the plan: model.layers")
     hardware = load_hardware(resolve_hardware_path(plan.cluster.hardware))
     return Question(plan.model, plan.cluster, hardware, plan.job)
+
+
+def _check_depth(model: ModelSpec, where: str) -> None:
+    if model.layers > MOST_LAYERS:
+        raise InputError(
+            f"{model.name} is too deep to be planned",
+            where=where,
+            expected=f"at most {MOST_LAYERS:,} layers",
+            got=f"{model.layers:,}",
+            hint="is it the number of layers?",
+        )
 
 
 def _one_of(flag: str, value: str, choices: tuple[str, ...]) -> None:

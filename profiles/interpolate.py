@@ -69,8 +69,8 @@ def tiled_flops(m: int, n: int, k: int, units: int, count: int = 1) -> float:
 
 
 # What a tile costs beyond its inner products (filling the pipeline, writing the result), in times of writing the
-# result through the device's memory: fitted to the published efficiency of 183 GEMMs on an A100 PCIe by size
-# (benchmarks/gemm_model_fit.py); on other devices it is carried over.
+# result through the device's memory: fitted to the published efficiency of 183 GEMMs on an A100 PCIe by size, by a
+# script that is not kept here; on other devices it is carried over.
 TILE_WRITES = 2.7
 
 

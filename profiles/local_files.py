@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class ProfileFiles:
         """Those of `local`, or OUTPUT and, beside it, OUTPUT with .cluster before its suffix."""
         if output is None:
             return cls(local_hardware_path(), local_cluster_path(), LOCAL)
-        return cls(output, output.with_suffix(f".cluster{output.suffix or '.yaml'}"), str(output.resolve()))
+        return cls(output, output.with_suffix(f".cluster{output.suffix or '.yaml'}"), os.path.realpath(output))
 
     def write(self, hardware: HardwareProfile, cluster: ClusterSpec) -> None:
         """Each file whole or not at all."""

@@ -133,7 +133,8 @@ class ManyGemmPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class GemmModel:
-    """A GEMM by tiles and waves where nothing was measured: `units` multiprocessors of `achievable` FLOP/s."""
+    """A GEMM by tiles and waves where nothing was measured: `units` multiprocessors, `achievable_flops_per_second`
+    together."""
 
     dtype: str
     achievable_flops_per_second: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import yaml
 from .input_error import InputError
 
 _REQUIRED: Any = object()
+MOST = 10**15  # of a whole number: above every size of a model or machine, and products of several stay finite
 _MOST_DEPTH = 1000  # levels of nesting; our own files have five
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -108,13 +110,15 @@ class Reader:
             )
         return default
 
-    def integer(self, key: str, *, minimum: int = 0, default: Any = _REQUIRED) -> int:
+    def integer(self, key: str, *, minimum: int = 0, maximum: int = MOST, default: Any = _REQUIRED) -> int:
         expected = f"a whole number >= {minimum}"
         value = self._take(key, default, expected)
         if value is default and default is not _REQUIRED:
             return value
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self._error(key, expected, value)
+        if value > maximum:
+            raise self._told(key, f"a whole number from {minimum} to {maximum:,}", f"one of {value.bit_length()} bits")
         return value
 
     def number(
@@ -336,14 +340,35 @@ def write_atomically(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise InputError(f"{path} cannot be written", where=str(path), got=str(error)) from error
+        raise _unwritable(path, error) from error
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise InputError(f"{path} cannot be written", where=str(path), got=str(error)) from error
+        raise _unwritable(path, error) from error
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def require_writable(path: Path) -> None:
+    """Raise, before long work, the InputError that `write_atomically` would after it; makes the folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path} cannot be written",
+        where=str(path),
+        expected="a file in a folder that may be written to, on a disk with room",
+        got=str(error),
+        hint="name another place",
+    )

@@ -41,7 +41,7 @@ from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
 from .rank_watch import RankWatch, Voice, die_with_launcher, die_with_parent
 from .target import check_target
-from .trackers import check_installed
+from .trackers import check_installed, check_reachable
 from .trainer import Record, TrainOptions, open_data, run
 
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
@@ -73,10 +73,11 @@ def train(plan: Plan, options: TrainOptions, on_progress: Callable[[Record], Non
         _join(plan, options, on_progress)
         return
     _check(plan, options)
-    _prepare(plan, options)
     logs = options.run_dir / run_folder.LOGS_FOLDER
-    with _tail(options.run_dir / METRICS_FILE, on_progress), sigterm_is_a_wish(logs):
-        why_left = start_ranks(plan, options, run, ending_signals="SIGINT,SIGHUP,SIGQUIT")
+    with run_folder.alone_in(options.run_dir):
+        _prepare(plan, options)
+        with _tail(options.run_dir / METRICS_FILE, on_progress), sigterm_is_a_wish(logs):
+            why_left = start_ranks(plan, options, run, ending_signals="SIGINT,SIGHUP,SIGQUIT")
     _raise_if_left(why_left, options)
 
 
@@ -139,6 +140,7 @@ def _check(plan: Plan, options: TrainOptions) -> None:
     choose_compilation(plan, options.compile, device_type)
     check_offload(plan, device_type)
     open_data(plan, options)
+    check_reachable(options.watching.wandb, options.watching.mlflow)
     devices, wanted = torch.cuda.device_count(), plan.layout.world_size
     if torch.cuda.is_available() and devices < wanted:
         raise InputError(
@@ -176,7 +178,7 @@ def start_ranks(
     )
     multiprocessing.set_forkserver_preload(_PRELOAD)
     with _one_thread_a_rank(), _torch_silent(), _stops_ranks(), _signals_as_before(), RankWatch() as watch:
-        _start_fork_server()
+        _start_fork_server(options.run_dir / run_folder.LOGS_FOLDER / run_folder.FORK_SERVER_LOG)
         try:
             return elastic_launch(config, _rank_main)(plan, options, body, watch.voice)[0]
         except SignalException as error:
@@ -188,8 +190,9 @@ def start_ranks(
             raise why(rank, failure.exitcode, plan.layout, logs, watch, options.timeout_seconds) from None
 
 
-def _start_fork_server() -> None:
+def _start_fork_server(log: Path) -> None:
     """Where SIGTERM is ignored, which a batch system sends to every process: the ranks would die with their parent.
+    What it and ranks that are not told their log yet say goes to `log`: Ctrl-C reaches them in the middle of an import.
 
     What is ignored stays so in new programs, and in the ranks until they know what to do about it.
     """
@@ -197,9 +200,24 @@ def _start_fork_server() -> None:
         return
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        forkserver.ensure_running()
+        with _standard_error_into(log):
+            forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _standard_error_into(path: Path) -> Iterator[None]:
+    """For processes started inside."""
+    own = os.dup(2)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 2)
+        os.close(file)
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def _rank_main(plan: Plan, options: TrainOptions, body: Callable[[Plan, TrainOptions], Any], voice: Voice) -> Any:

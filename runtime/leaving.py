@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from . import stacks
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits(3): try again later
-_REQUEST_FILE = "leave"  # in a run's logs: that the launcher was asked
+REQUEST_FILE = "leave"  # in a run's logs: that the launcher was asked
 _STEPS_LOOKED_AT = 20  # for how long a step may take; the first, which may compile, is soon forgotten
 
 
@@ -42,7 +42,7 @@ class Leaving:
     """
 
     def __init__(self, logs: Path, rank: int, time_limit_seconds: float | None) -> None:
-        self._file = logs / _REQUEST_FILE if rank == 0 else None
+        self._file = logs / REQUEST_FILE if rank == 0 else None
         self._limit_seconds = time_limit_seconds if rank == 0 else None
         self._start = time.monotonic()
         self._step_seconds: deque[float] = deque(maxlen=_STEPS_LOOKED_AT)
@@ -90,7 +90,7 @@ def sigterm_is_a_wish(logs: Path) -> Iterator[None]:
     def ask(*_: Any) -> None:
         signal.signal(signal.SIGTERM, end)
         try:
-            (logs / _REQUEST_FILE).touch()
+            (logs / REQUEST_FILE).touch()
         except OSError:  # a full disk, which will not take a checkpoint either
             end()
 

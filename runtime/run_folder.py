@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,14 @@ from profiles.store import write_atomically
 from .checkpoint_folder import STATE_FILE, RunState, complete_steps, latest, remove_unfinished, step_of
 from .checkpoint_index import SafeReader
 from .disk import check_room, unwritable_is_input_error
+from .flight_recorder import PREFIX
+from .leaving import REQUEST_FILE
 from .metrics import METRICS_FILE
 
 LOGS_FOLDER = "logs"
+FORK_SERVER_LOG = "fork_server.log"
+_OF_RANKS = ("rank_*.log", "rank_*.at", f"{PREFIX}*", REQUEST_FILE, FORK_SERVER_LOG)  # what a start leaves in its logs
+_LOCK_FILE = ".lock"
 
 
 def default_run_dir() -> Path:
@@ -63,8 +70,7 @@ def prepare(run_dir: Path, plan: Plan, *, steps: int, resume: bool, dtype: torch
     check_room(run_dir, plan.model, dtype)
     with unwritable_is_input_error(run_dir):
         put_plan(run_dir, plan, done) if resume else save(plan, run_dir / PLAN_FILE)
-        shutil.rmtree(run_dir / LOGS_FOLDER, ignore_errors=True)
-        (run_dir / LOGS_FOLDER).mkdir()
+        _clear_logs(run_dir / LOGS_FOLDER)
         (run_dir / RECORD_FILE).unlink(missing_ok=True)
         metrics = run_dir / METRICS_FILE
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
@@ -75,6 +81,12 @@ def _done(run_dir: Path, resume: bool) -> int:
     """Steps that are done when training begins."""
     if resume:
         return step_of(latest(run_dir))
+    refuse_another_run(run_dir)
+    return 0
+
+
+def refuse_another_run(run_dir: Path) -> None:
+    """Raise InputError where a run from the start would mix its checkpoints with those that are there."""
     steps = complete_steps(run_dir)
     if steps:
         raise InputError(
@@ -84,7 +96,39 @@ def _done(run_dir: Path, resume: bool) -> int:
             got=f"checkpoints up to step {max(steps)}",
             hint="--resume to go on with it, or another --run-dir",
         )
-    return 0
+
+
+def _clear_logs(logs: Path) -> None:
+    """Make the folder, and take what ranks of an earlier start have left there; what else a person has in it stays."""
+    logs.mkdir(exist_ok=True)
+    for pattern in _OF_RANKS:
+        for file in logs.glob(pattern):
+            file.unlink()
+
+
+@contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """While this process trains into the folder no other on this machine does, nor where a shared disk has locks.
+
+    Raises InputError if one does. The kernel lets go of the lock however the process ends.
+    """
+    with unwritable_is_input_error(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / _LOCK_FILE).open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another run is writing into {run_dir}",
+                where="--run-dir",
+                expected="a folder that no process trains into",
+                got=f"{run_dir / _LOCK_FILE} is held",
+                hint="wait for it to end, or another --run-dir",
+            ) from None
+        except OSError:  # a disk without locks
+            pass
+        yield
 
 
 def _check_same_run(state: RunState, plan: Plan, checkpoint: Path) -> None:

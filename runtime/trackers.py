@@ -8,7 +8,8 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ EXPERIMENT = "meshwright"  # of MLflow
 # ranks would give up waiting for this one.
 _MLFLOW_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 _WANDB_PATIENCE_SECONDS = 60.0
+_LOOK_SECONDS = 10  # for W&B to answer before any rank starts
 
 
 class Tracker(Protocol):
@@ -42,6 +44,36 @@ def check_installed(wandb: str | None, mlflow: str | None) -> None:
                 got=f"no module named {name}",
                 hint=f"pip install 'meshwright[{name}]'",
             )
+
+
+def check_reachable(wandb: str | None, mlflow: str | None) -> None:
+    """Raise InputError where a tracker that is asked for does not answer, or does not know who asks.
+
+    Nothing is made there. W&B is not asked where WANDB_MODE keeps it from its server.
+    """
+    check_installed(wandb, mlflow)
+    if wandb is not None and os.environ.get("WANDB_MODE", "online") in ("online", "run"):
+        with _unreachable_is_input_error("wandb", wandb):
+            from wandb import Api
+
+            _ = Api(timeout=_LOOK_SECONDS).viewer
+    if mlflow is not None:
+        with _unreachable_is_input_error("mlflow", mlflow):
+            _mlflow_client(mlflow).get_experiment_by_name(EXPERIMENT)
+
+
+@contextmanager
+def _unreachable_is_input_error(name: str, wanted: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # theirs are of many kinds
+        raise InputError(
+            f"{name} cannot be reached",
+            where=f"--{name} {wanted}",
+            expected="a tracker that takes this run",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            hint="WANDB_MODE=offline keeps the run in its folder, for `wandb sync`" if name == "wandb" else "",
+        ) from None
 
 
 class Trackers:
@@ -68,16 +100,8 @@ class Trackers:
             write_atomically(path, json.dumps(ids) + "\n")
 
     def _open(self, name: str, wanted: str, make: Callable[[], Any]) -> Any:
-        try:
+        with _unreachable_is_input_error(name, wanted):
             self._trackers[name] = made = make()
-        except Exception as error:  # theirs are of many kinds
-            raise InputError(
-                f"{name} cannot be reached",
-                where=f"--{name} {wanted}",
-                expected="a tracker that takes this run",
-                got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                hint="WANDB_MODE=offline keeps the run in its folder, for `wandb sync`" if name == "wandb" else "",
-            ) from None
         return made
 
     def write(self, record: dict[str, Any]) -> None:
@@ -120,14 +144,19 @@ class _Wandb:
         self._run.finish(exit_code=1 if failed else 0)
 
 
+def _mlflow_client(uri: str) -> Any:
+    for name, value in _MLFLOW_PATIENCE.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
 class _Mlflow:
     def __init__(self, uri: str, run_dir: Path, settings: dict[str, Any], run_id: str | None) -> None:
-        for name, value in _MLFLOW_PATIENCE.items():
-            os.environ.setdefault(name, value)
         from mlflow.entities import Param, RunStatus
-        from mlflow.tracking import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = _mlflow_client(uri)
         if run_id is None:
             known = self._client.get_experiment_by_name(EXPERIMENT)
             experiment = known.experiment_id if known is not None else self._client.create_experiment(EXPERIMENT)

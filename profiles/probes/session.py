@@ -14,6 +14,7 @@ from ..cluster import ClusterSpec
 from ..hardware import HardwareProfile, load_hardware
 from ..input_error import InputError
 from ..local_files import ProfileFiles
+from ..store import require_writable
 from . import profiler
 from .findings import Findings
 
@@ -43,6 +44,9 @@ def measure(
     def keep(findings: Findings) -> None:
         files.write(findings.hardware(), findings.cluster(files.name))
 
+    if profiler.is_first():
+        require_writable(files.hardware)
+        require_writable(files.cluster)
     earlier = _earlier(files, nproc) if resume else None
     options = profiler.ProfileOptions(
         ranks=nproc or (earlier.provenance["ranks"] if earlier else profiler.default_ranks()),

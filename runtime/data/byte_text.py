@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,6 +97,42 @@ def load_corpus(path: Path | None, sequence: int) -> Corpus:
     return corpus
 
 
+def text_files(path: Path) -> list[Path]:
+    """The file at `path`, or all files of the folder there and of those in it, in order of their names.
+
+    Raises InputError where there is neither, or any of them may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    try:
+        if not path.is_dir():
+            found = [path]
+            path.stat()
+        else:
+            inside = (Path(folder, name) for folder, _, names in os.walk(path, onerror=refuse) for name in names)
+            found = sorted(file for file in inside if file.is_file())
+    except OSError as error:
+        raise _unreadable(path, error.filename, error.strerror or str(error)) from None
+    for file in found:
+        if not file.is_file():
+            raise _unreadable(path, file, "neither a file nor a folder")
+        if not os.access(file, os.R_OK):
+            raise _unreadable(path, file, os.strerror(errno.EACCES))
+    return found
+
+
+def _unreadable(path: Path, which: object, reason: str) -> InputError:
+    return InputError(
+        f"{path} cannot be read",
+        where=f"--data {path}",
+        expected="a text file or a folder of them, all of which may be read",
+        got=reason if str(which) == str(path) else f"{which}: {reason}",
+        hint="look at the path, and at who may read it",
+    )
+
+
 def sample_starts(tokens: int, *, seed: int, stream: int, step: int, samples: int, sequence: int) -> np.ndarray:
     """Where the samples of a step begin: random places, a pure function of the arguments."""
     generator = np.random.default_rng([seed, stream, step])
@@ -132,15 +170,9 @@ def _documents(path: Path | None) -> Iterable[bytes]:
     if path is None:
         return _standard_library()
     try:
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-        documents = [file.read_bytes() for file in files]
+        documents = [file.read_bytes() for file in text_files(path)]
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read",
-            where=f"--data {path}",
-            expected="a text file or a folder of them",
-            got=error.strerror or str(error),
-        ) from None
+        raise _unreadable(path, error.filename, error.strerror or str(error)) from None
     text = [document for document in documents if document and _DOCUMENT_END not in document]
     if not text:
         raise InputError(

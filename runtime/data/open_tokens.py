@@ -12,7 +12,7 @@ from profiles.traced_model import TracedModel, keeps_documents_apart
 
 from ..foreign.example_source import open_examples
 from .blend import parse_blend
-from .byte_text import DOCUMENT_END, VOCABULARY, ByteText, load_corpus
+from .byte_text import DOCUMENT_END, VOCABULARY, ByteText, load_corpus, text_files
 from .data_options import DEFAULT_SPLIT, DataOptions
 from .indexed_dataset import index_path, open_indexed, tokens_path
 from .indexed_tokens import open_indexed_tokens
@@ -91,12 +91,31 @@ def document_lengths(paths: tuple[str, ...], sequence: int) -> list[tuple[float,
     return found
 
 
+def require_readable(paths: tuple[str, ...]) -> None:
+    """Raise InputError where nothing that can be read lies at `paths`, as far as can be told without reading it all."""
+    entries = _entries(paths)
+    if _are_text(entries):
+        if entries:
+            text_files(Path(entries[0]))
+        return
+    for prefix in parse_blend([_prefix(entry) for entry in entries]).prefixes:
+        open_indexed(prefix)
+
+
 def _are_text(entries: list[str]) -> bool:
     return len(entries) < 2 and not (entries and _is_indexed(entries[0]))
 
 
 def _entries(paths: tuple[str, ...]) -> list[str]:
     """Weights and paths one by one; blanks part them but in the name of something that exists."""
+    if not all(path.strip() for path in paths):
+        raise InputError(
+            "--data names nothing",
+            where="--data",
+            expected="a file, a folder or the prefix of a dataset",
+            got="''",
+            hint="is a variable of the shell empty?",
+        )
     return [entry for path in paths for entry in ([path] if Path(path).exists() or _is_indexed(path) else path.split())]
 
 

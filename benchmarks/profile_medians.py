@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from .hardware import POINT_LISTS, HardwareProfile
+from profiles.hardware import POINT_LISTS, HardwareProfile
 
 
 def merge_profiles(profiles: Sequence[HardwareProfile]) -> HardwareProfile:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from profiles.merge import merge_profiles
+from benchmarks.profile_medians import merge_profiles
 from profiles.points import ContentionPoint, GemmPoint, WaitPoint
 from tests.oracles.small_world import small_hardware
 
