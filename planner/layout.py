@@ -64,8 +64,17 @@ class Layout:
         return max(1, self.edp * self.dp_shard // self.dp) if self.zero else 1
 
     def replicates(self, *, experts: bool) -> bool:
-        """Whether several ranks have gradients of the same weights; then our runtime gives all of a rank's to FSDP2."""
+        """Whether several ranks have gradients of the same weights."""
         return self.dp * self.cp > 1 or (experts and self.edp > 1)
+
+    def on_fsdp(self, precision: str, *, experts: bool) -> bool:
+        """Whether our runtime gives a rank's weights to FSDP2: where they are cut, or widened for `precision`."""
+        return precision != "fp32" or (self.zero > 0 and self.replicates(experts=experts))
+
+    def sums_alone(self, precision: str, *, experts: bool) -> bool:
+        """Whether our runtime sums gradients of the same weights without FSDP2 ([Note: Gradient sum] in
+        runtime/replicas.py)."""
+        return self.replicates(experts=experts) and not self.on_fsdp(precision, experts=experts)
 
     @property
     def stages(self) -> int:
