@@ -14,6 +14,9 @@ CP_STYLES = ("none", "ring", "all-to-all")
 RECOMPUTE_MODES = ("none", "selective", "full")
 # Tokens whose logits our own runtime holds at once; fewer make the head's GEMM slower, more cost memory.
 LOSS_TOKENS = 1024
+# Gradients that our own runtime sums at once, at most ([Note: Gradient sum] in runtime/replicas.py): as many as torch's
+# DistributedDataParallel unless told otherwise. The last of them hide behind nothing, but each message wakes threads.
+MESSAGE_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
