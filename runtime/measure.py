@@ -24,7 +24,7 @@ WARM_UP_STEPS = 2  # first steps allocate and fill torch's caches of sharding ru
 LONG_RUN_STEPS = 8  # from here on steps 4 to 6 are watched; a shorter run watches its last step
 _WATCHED_STEPS = (4, 5, 6)
 WATCH_EVERY = 100  # besides, so that a rank that becomes slow later is seen
-_SPANS = {"FSDP::": "dp", REPLICAS: "dp", WAIT: "cp"}  # how the names of spans that are booked whole begin, and on which axis
+_SPANS = {"FSDP::": "dp", REPLICAS: "dp", WAIT: "cp"}  # how names of spans booked whole begin, and their axis
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_grouped_mm"}
 
 

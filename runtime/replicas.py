@@ -87,10 +87,10 @@ class _Message:
             self.works = [self._sum(self.flat), self._sum(self.counts)]
         else:
             self.flat = self._pack(local.new_empty(self.elements + number))
-            self.counts = self.flat[self.elements :]
-            self.counts.fill_(1.0)
+            counts = self.counts = self.flat[self.elements :]
+            counts.fill_(1.0)
             for which in (which for which in range(number) if not there[which]):
-                self.counts[which] = 0.0
+                counts[which] = 0.0
             self.works = [self._sum(self.flat)]
 
     def _sum(self, flat: torch.Tensor) -> dist.Work:
