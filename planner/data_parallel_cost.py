@@ -47,11 +47,11 @@ class DataParallelModel:
         expert: float,
         forward: float,
         backward: float,
+        tensors: int,
+        whole: float,
         *,
-        tensors: int = 1,
         root: bool = False,
         reshard: bool | None = None,
-        whole: float = 0.0,
     ) -> DataParallel:
         """What a part of so many parameters in `tensors` adds, with so many seconds of compute to hide behind.
 
@@ -64,7 +64,7 @@ class DataParallelModel:
         behind nothing.
         """
         if self.sums_alone(layout):
-            return self._alone(layout, dense, expert, backward, whole or dense + expert)
+            return self._alone(layout, dense, expert, backward, whole)
         gathered, reduced = self._collectives(layout, dense, expert, tensors)
         if gathered == reduced == 0.0:
             return DataParallel()

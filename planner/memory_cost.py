@@ -288,6 +288,11 @@ class MemoryModel:
         )
         return total, own * experts.number / layout.ep
 
+    def even_share(self, layout: Layout) -> float:
+        """A rank's share of all parameters if its pipeline held as many on each rank."""
+        blocks = sum(s.count * sum(self.block_parameters(layout, s.kind)) for s in self._model.segments)
+        return (blocks + self.embedding_parameters(layout) + self.head_parameters(layout)) / layout.pp
+
     def embedding_parameters(self, layout: Layout) -> float:
         model = self._model
         rows = -(-model.vocab_size // layout.tp) + model.token_types

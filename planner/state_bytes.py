@@ -34,8 +34,8 @@ class StateBytes:
         """fp32 shards, as FSDP2 keeps them.
 
         zero 0 keeps all, and torch's `replicate`, where it is used, a second copy of the weights in the compute
-        precision during the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
-        unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
+        precision during the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves
+        gathered weights and unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
         `PipelineStage.backward_maybe_with_nosync`); where it `frees` them `left` says what is left. Embedding and head
         (`root`) are FSDP2's root group, gathered from forward to backward. Gradients are in `summed`, but those that
         split backwards leave in the compute precision.

@@ -332,10 +332,8 @@ class CostModel:
         forward = compute.forward.total + sum(sent("forward").values())
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
         number = self._software.joined_tensors(tensors, self._joined, root)
-        whole = self._chunk_parameters(layout) if self._dp.sums_alone(layout) else 0.0
-        dp = self._dp.price(
-            layout, dense, expert, forward, backward, tensors=number, root=root, reshard=reshard, whole=whole
-        )
+        whole = self._memory.even_share(layout) if self._dp.sums_alone(layout) else dense + expert
+        dp = self._dp.price(layout, dense, expert, forward, backward, number, whole, root=root, reshard=reshard)
         split = self._hardware.split_overhead_seconds if layout.schedule in ALL_SPLIT else 0.0  # of each operation
         first, second = compute.backward_input, compute.backward_weight
         return PartSeconds(
@@ -352,12 +350,6 @@ class CostModel:
                 + transfer_seconds(self._job, self._hardware, kept)
             ),
         )
-
-    def _chunk_parameters(self, layout: Layout) -> float:
-        """A rank's even share of all parameters."""
-        memory = self._memory
-        blocks = sum(s.count * sum(memory.block_parameters(layout, s.kind)) for s in self._model.segments)
-        return (blocks + memory.embedding_parameters(layout) + memory.head_parameters(layout)) / layout.pp
 
     # ---- the pipeline and the step -----------------------------------------------------------------------
 
