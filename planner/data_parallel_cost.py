@@ -47,8 +47,8 @@ class DataParallelModel:
         expert: float,
         forward: float,
         backward: float,
-        tensors: int,
-        whole: float,
+        tensors: int = 1,
+        whole: float = 0.0,
         *,
         root: bool = False,
         reshard: bool | None = None,
@@ -64,7 +64,7 @@ class DataParallelModel:
         behind nothing.
         """
         if self.sums_alone(layout):
-            return self._alone(layout, dense, expert, backward, whole)
+            return self._alone(layout, dense, expert, backward, max(whole, dense + expert))
         gathered, reduced = self._collectives(layout, dense, expert, tensors)
         if gathered == reduced == 0.0:
             return DataParallel()
