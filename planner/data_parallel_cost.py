@@ -14,7 +14,7 @@ from profiles.software import Software
 
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeModel
-from .layout import Layout
+from .layout import MESSAGE_BYTES, Layout
 from .part_seconds import NOTHING, Seconds
 
 
@@ -35,6 +35,7 @@ class DataParallelModel:
         self, hardware: HardwareProfile, comm: CommModel, compute: ComputeModel, precision: str, software: Software
     ) -> None:
         self._hardware, self._comm, self._compute, self._software = hardware, comm, compute, software
+        self._precision = precision
         self._weight_bytes = DTYPE_BYTES["bf16" if precision == "fp8" else precision]
         wide = software.on_fsdp or (software.gradients == "fp32" and precision != "fp16")
         self._gradient_bytes = 4 if wide else self._weight_bytes
@@ -46,8 +47,9 @@ class DataParallelModel:
         expert: float,
         forward: float,
         backward: float,
-        *,
         tensors: int = 1,
+        whole: float = 0.0,
+        *,
         root: bool = False,
         reshard: bool | None = None,
     ) -> DataParallel:
@@ -57,8 +59,12 @@ class DataParallelModel:
         nothing, and zero 3 keeps them gathered from forward to backward. torch's pipeline reduces once, after the
         last action, behind nothing; under zero 3 it gathers layers again for each backward, unless stages say
         otherwise (`reshard`, [Note: Resharding]). Where a microbatch neither gathers nor reduces, FSDP2's Python
-        around the part is left; what was measured of its collectives has it in it.
+        around the part is left; what was measured of its collectives has it in it. Where gradients are summed without
+        it ([Note: Gradient sum]), a part has its share of a message; of `whole` parameters the last message's hide
+        behind nothing.
         """
+        if self.sums_alone(layout):
+            return self._alone(layout, dense, expert, backward, max(whole, dense + expert))
         gathered, reduced = self._collectives(layout, dense, expert, tensors)
         if gathered == reduced == 0.0:
             return DataParallel()
@@ -84,6 +90,21 @@ class DataParallelModel:
         if zero == 2:
             return DataParallel(forward=around, gather=first, backward=last)
         return DataParallel(forward=first, backward=last if torch_root else last + again)
+
+    def sums_alone(self, layout: Layout) -> bool:
+        return self._software.sums_alone and layout.sums_alone(self._precision, experts=True)
+
+    def _alone(self, layout: Layout, dense: float, expert: float, backward: float, whole: float) -> DataParallel:
+        message, reduced = min(float(MESSAGE_BYTES), 4 * whole), 0.0
+        groups = ((dense, layout.dp * layout.cp, layout.tp), (expert, layout.edp, layout.ep * layout.etp))
+        for parameters, ranks, stride in groups:
+            if parameters and ranks > 1:
+                each = self._comm.collective_seconds("all_reduce", Group(ranks, stride), message)
+                reduced += each * 4 * parameters / message + self._compute.copy_seconds(parameters)
+        reduced *= self._hardware.correction("dp")
+        hidden = 0.0 if layout.pp > 1 else 1.0 - message / (4 * whole)
+        exposed = self._hardware.exposed_seconds(reduced, backward)
+        return DataParallel(reduce=Seconds(dp=hidden * exposed + (1.0 - hidden) * reduced))
 
     def _collectives(self, layout: Layout, dense: float, expert: float, tensors: int) -> tuple[float, float]:
         number = tensors if self._software.shards == "of_tensors" and layout.zero else 1

@@ -14,6 +14,9 @@ CP_STYLES = ("none", "ring", "all-to-all")
 RECOMPUTE_MODES = ("none", "selective", "full")
 # Tokens whose logits our own runtime holds at once; fewer make the head's GEMM slower, more cost memory.
 LOSS_TOKENS = 1024
+# Gradients that our own runtime sums at once, at most ([Note: Gradient sum] in runtime/replicas.py): as many as torch's
+# DistributedDataParallel unless told otherwise. The last of them hide behind nothing, but each message wakes threads.
+MESSAGE_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +67,17 @@ class Layout:
         return max(1, self.edp * self.dp_shard // self.dp) if self.zero else 1
 
     def replicates(self, *, experts: bool) -> bool:
-        """Whether several ranks have gradients of the same weights; then our runtime gives all of a rank's to FSDP2."""
+        """Whether several ranks have gradients of the same weights."""
         return self.dp * self.cp > 1 or (experts and self.edp > 1)
+
+    def on_fsdp(self, precision: str, *, experts: bool) -> bool:
+        """Whether our runtime gives a rank's weights to FSDP2: where they are cut, or widened for `precision`."""
+        return precision != "fp32" or (self.zero > 0 and self.replicates(experts=experts))
+
+    def sums_alone(self, precision: str, *, experts: bool) -> bool:
+        """Whether our runtime sums gradients of the same weights without FSDP2 ([Note: Gradient sum] in
+        runtime/replicas.py)."""
+        return self.replicates(experts=experts) and not self.on_fsdp(precision, experts=experts)
 
     @property
     def stages(self) -> int:

@@ -18,7 +18,7 @@ from .activation_bytes import ActivationModel, KeptBytes
 from .head_memory import HeadMemory
 from .in_flight import input_halves, most_outputs, shortest
 from .job import TrainingJob
-from .layout import RECOMPUTE_MODES, Layout
+from .layout import MESSAGE_BYTES, RECOMPUTE_MODES, Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
 from .offload import passing_moments_bytes
@@ -121,6 +121,8 @@ class MemoryModel:
         start = kept.transient + gathered + whole - held
         if fsdp and self._states.halves_apart(layout):
             start += self._states.narrow_bytes * parameters - self._left_between(kept)
+        if self._states.sums_alone(layout):
+            return max(start, self._message(layout, parameters, held))
         if not fsdp or not self._states.wraps(layout):
             return start
         reduced = _FP32_BYTES * parameters
@@ -132,6 +134,19 @@ class MemoryModel:
         share = max(1, self._model.layers // (layout.stages if layout.forwards_first else layout.pp))
         stayed = 0.0 if layout.stages_choose and reshard else element * parameters
         return max(start, reduced * (1 + 1 / layout.shards) - share * (stayed + held))
+
+    def _message(self, layout: Layout, parameters: float, held: float) -> float:
+        """What the first message of [Note: Gradient sum] has beyond its layers' activations, which are gone when it is
+        packed; under a pipeline those of all layers are. With one microbatch a layer counts as the more of the two."""
+        gradients, layers = _FP32_BYTES * parameters, max(1, self._model.layers // layout.pp)
+        packed = min(float(layers), MESSAGE_BYTES / gradients)
+        if layout.pp > 1:
+            return packed * gradients - layers * held
+        each = gradients - held
+        if self._states.reduces_each_microbatch(layout):
+            each = min(2 * gradients - held, gradients)
+        ends = _FP32_BYTES * (self.embedding_parameters(layout) + self.head_parameters(layout))
+        return packed * each + (min(ends, MESSAGE_BYTES - packed * gradients) if packed == layers else 0.0)
 
     def _left_between(self, kept: KeptBytes) -> float:
         """Of a layer's passing gradients those that a split backward leaves between its halves: there they are held,
@@ -272,6 +287,11 @@ class MemoryModel:
             outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp)
         )
         return total, own * experts.number / layout.ep
+
+    def even_share(self, layout: Layout) -> float:
+        """A rank's share of all parameters if its pipeline held as many on each rank."""
+        blocks = sum(s.count * sum(self.block_parameters(layout, s.kind)) for s in self._model.segments)
+        return (blocks + self.embedding_parameters(layout) + self.head_parameters(layout)) / layout.pp
 
     def embedding_parameters(self, layout: Layout) -> float:
         model = self._model

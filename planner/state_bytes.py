@@ -33,9 +33,9 @@ class StateBytes:
     def _fsdp2_state(self, layout: Layout, parameters: float, shards: int, root: bool, frees: bool) -> MemoryBytes:
         """fp32 shards, as FSDP2 keeps them.
 
-        zero 0 keeps all, and torch's `replicate` a second copy of the weights in the compute precision during
-        the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves gathered weights and
-        unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
+        zero 0 keeps all, and torch's `replicate`, where it is used, a second copy of the weights in the compute
+        precision during the step. Shards are gathered a block at a time. Under a pipeline, torch's stage leaves
+        gathered weights and unsharded gradients in place from the first backward on, whatever the level (torch 2.13,
         `PipelineStage.backward_maybe_with_nosync`); where it `frees` them `left` says what is left. Embedding and head
         (`root`) are FSDP2's root group, gathered from forward to backward. Gradients are in `summed`, but those that
         split backwards leave in the compute precision.
@@ -55,7 +55,15 @@ class StateBytes:
 
     def wraps(self, layout: Layout) -> bool:
         """Whether FSDP2 keeps the weights, be it for their precision alone."""
-        return layout.replicates(experts=self._model.experts is not None) or self._job.precision != "fp32"
+        experts, precision = self._model.experts is not None, self._job.precision
+        if layout.sums_alone(precision, experts=experts):
+            return not self._software.sums_alone
+        return layout.on_fsdp(precision, experts=experts)
+
+    def sums_alone(self, layout: Layout) -> bool:
+        """Whether gradients are summed over the ranks that have the same weights without FSDP2."""
+        alone = layout.sums_alone(self._job.precision, experts=self._model.experts is not None)
+        return alone and self._software.sums_alone
 
     def gradient_bytes(self, layout: Layout, parameters: float, shards: int) -> float:
         """fp32 gradients at the end of the backward passes: sharded where each microbatch's are reduced."""

@@ -157,6 +157,11 @@ class Software:
         return self.family == "meshwright"
 
     @property
+    def sums_alone(self) -> bool:
+        """Weights that are neither cut nor widened stay out of FSDP2 ([Note: Gradient sum] in runtime/replicas.py)."""
+        return self.family == "meshwright"
+
+    @property
     def own_context_parallelism(self) -> bool:
         """cp as in runtime/context_parallel.py, of which it is known what it does besides attending and sending."""
         return self.family == "meshwright"

@@ -75,7 +75,8 @@ def _by_copies(chunks: Sequence[Chunk], left_out: Container[int]) -> Iterable[tu
     for chunk in chunks:
         for parameter in chunk.parameters():
             if parameter.grad is not None and id(parameter) not in left_out:
-                copies = _copies(parameter.grad, chunk.plain_copies)
+                replicas = chunk.replicas.get(id(parameter), 1)
+                copies = _copies(parameter.grad, chunk.plain_copies) * replicas
                 groups.setdefault(copies, []).append(_local(parameter.grad))
     return groups.items()
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from planner.plan import Plan
 from profiles.input_error import InputError
 
-from .local_parameters import local_part
+from .local_parameters import local_part, with_local
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -41,7 +40,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32, device=local.device)
             for moment in _MOMENTS:
                 host = torch.zeros(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-                self.state[parameter][moment] = _with_local(parameter, host)
+                self.state[parameter][moment] = with_local(parameter, host)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -58,17 +57,9 @@ class OffloadedAdamW(torch.optim.AdamW):
         state, device = self.state[parameter], local_part(parameter).device
         hosts = {moment: state[moment] for moment in _MOMENTS}
         for moment, host in hosts.items():
-            state[moment] = _with_local(parameter, local_part(host).to(device, non_blocking=True))
+            state[moment] = with_local(parameter, local_part(host).to(device, non_blocking=True))
         self.param_groups = [group | {"params": [parameter]}]
         super().step()
         for moment, host in hosts.items():
             local_part(host).copy_(local_part(state[moment]), non_blocking=True)
             state[moment] = host
-
-
-def _with_local(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """`local` as this rank's part of a tensor that is cut as `like`, wherever it lies.
-
-    DTensor.from_local would move it to the device of the mesh.
-    """
-    return DTensor(local, like._spec, requires_grad=False) if isinstance(like, DTensor) else local

@@ -15,6 +15,14 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def with_local(like: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """`local` as this rank's part of a tensor that is cut as `like`, wherever it lies.
+
+    DTensor.from_local would move it to the device of the mesh.
+    """
+    return DTensor(local, like._spec, requires_grad=False) if isinstance(like, DTensor) else local
+
+
 class LocalParameters(nn.Module):
     """A module that computes with what this tp rank holds of its parameters, as plain tensors.
 

@@ -17,21 +17,22 @@ from planner.record import KERNELS, PARTS
 
 from .clock import Clock
 from .mesh import AXES, RankMesh
+from .replicas import SPAN as REPLICAS
 from .ring_attention import WAIT, seen_through
 
 WARM_UP_STEPS = 2  # first steps allocate and fill torch's caches of sharding rules
 LONG_RUN_STEPS = 8  # from here on steps 4 to 6 are watched; a shorter run watches its last step
 _WATCHED_STEPS = (4, 5, 6)
 WATCH_EVERY = 100  # besides, so that a rank that becomes slow later is seen
-_SPANS = {"FSDP::": "dp", WAIT: "cp"}  # how the names of spans that are booked whole begin, and on which axis
+_SPANS = {"FSDP::": "dp", REPLICAS: "dp", WAIT: "cp"}  # how names of spans booked whole begin, and their axis
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "_grouped_mm"}
 
 
 class OperationTimer(TorchDispatchMode):
     """Times each collective on its own, from issue to end, and books it on the mesh axis of its group; and each
     kernel, booked as gemm, attention or memory (all others). All that FSDP2 does is dp's: its packing and its Python
-    with its collectives, as the profiler measures them. It marks what it does for torch's profiler, and so does the
-    ring where it waits for a message, which is what cp's costs.
+    with its collectives, as the profiler measures them. It marks what it does for torch's profiler, and so do our own
+    sum of gradients, dp's too, and the ring where it waits for a message, which is what cp's costs.
 
     To wait for each collective takes away overlap, so steps under this mode are not counted as step time. Sends
     and receives are let through: to wait for one before its partner is posted would deadlock.

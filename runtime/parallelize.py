@@ -34,7 +34,7 @@ from .latent_attention import LatentAttention
 from .local_parameters import local_part
 from .loss import LossWay
 from .mesh import RankMesh
-from .mixed_precision import HALVES, fsdp_policy
+from .mixed_precision import fsdp_policy
 from .parameters import clear_buffers, initialise
 from .ring_attention import RING
 from .tensor_parallel import apply_tensor_parallel
@@ -122,7 +122,7 @@ def parallelize(chunk: Chunk, plan: Plan, stage: Stage, mesh: RankMesh, compilat
     apply_recompute(chunk, stage)
     if compilation is not None:
         compile_chunk(chunk, stage, compilation, mesh.axis("tp") if layout.tp > 1 else None)
-    if layout.replicates(experts=mesh.expert_mesh is not None) or plan.job.precision in HALVES:
+    if layout.on_fsdp(plan.job.precision, experts=mesh.expert_mesh is not None):
         frees = layout.zero == 3 and stage.reshard is not False
         apply_data_parallel(chunk, mesh, zero=layout.zero, frees=frees, precision=plan.job.precision)
 
@@ -194,7 +194,8 @@ def _keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -
 
 
 def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, frees: bool, precision: str) -> None:
-    """Shard (zero 1 to 3) or replicate (zero 0) block by block over the dp axis, then what is left at the root.
+    """Shard (zero 1 to 3) or replicate (zero 0) block by block over the dp axis, then what is left at the root; what
+    need not be widened is replicated without FSDP2 ([Note: Gradient sum] in replicas.py).
 
     A mesh of two dimensions, (replicate, shard), is HSDP. Experts go before their block, over the ranks that hold the
     same ones. Root last: torch's pipeline looks only at the stage's top module. Embedding and head stay in the root,

@@ -22,6 +22,7 @@ from .clock import Clock
 from .early_receives import BACKWARD, FORWARD, EarlyReceives
 from .mesh import RankMesh
 from .packed_rows import NO_DOCUMENTS, Documents
+from .replicas import Replicas
 from .transformer import Chunk
 
 # Our names of the schedules -> torch's.
@@ -64,17 +65,21 @@ def build_runner(
     plan: Plan, chunks: Sequence[Chunk], mesh: RankMesh, device: torch.device, dtype: torch.dtype
 ) -> StepRunner:
     """The runner of this rank. `dtype` is that of the activations that cross stage boundaries."""
-    if plan.layout.pp > 1:
-        return PipelineRunner(plan, chunks, mesh, device, dtype)
-    return AccumulationRunner(plan, chunks[0], device)
+    pipelined, experts = plan.layout.pp > 1, mesh.expert_mesh is not None
+    alone = plan.layout.sums_alone(plan.job.precision, experts=experts)
+    replicas = Replicas(chunks, mesh, overlap=not pipelined) if alone else None
+    if pipelined:
+        return PipelineRunner(plan, chunks, mesh, device, dtype, replicas)
+    return AccumulationRunner(plan, chunks[0], device, replicas)
 
 
 class AccumulationRunner:
     """pp = 1: forward and backward of one microbatch after the other."""
 
-    def __init__(self, plan: Plan, chunk: Chunk, device: torch.device) -> None:
+    def __init__(self, plan: Plan, chunk: Chunk, device: torch.device, replicas: Replicas | None) -> None:
         self.clock = Clock(device)
         self.chunk = chunk
+        self.replicas = replicas
         # Found once: torch's setters would walk all modules, twice a microbatch.
         self.sharded = [module for module in chunk.modules() if isinstance(module, FSDPModule)]
         self.microbatches = plan.microbatches
@@ -83,12 +88,17 @@ class AccumulationRunner:
     def step(self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS) -> torch.Tensor:
         start, losses = self.clock.point(), []
         for index, (ids, wanted, of) in enumerate(self._microbatches(inputs, targets, documents)):
-            self._set_sync(last=index == self.microbatches - 1)
+            last = index == self.microbatches - 1
+            self._set_sync(last=last)
             forward = self.clock.point()
             loss = self.chunk(ids, wanted, **of.named())
             self.clock.add("forward", forward, f"0F{index}")
             backward = self.clock.point()
+            if last and self.replicas is not None:
+                self.replicas.begin()
             loss.backward()
+            if last and self.replicas is not None:
+                self.replicas.finish()
             self.clock.add("backward", backward, f"0B{index}")
             losses.append(loss.detach())
         self.clock.add("schedule", start)
@@ -207,10 +217,16 @@ class PipelineRunner:
     """pp > 1: one chunk a rank or several, under a schedule of torch's."""
 
     def __init__(
-        self, plan: Plan, chunks: Sequence[Chunk], mesh: RankMesh, device: torch.device, dtype: torch.dtype
+        self,
+        plan: Plan,
+        chunks: Sequence[Chunk],
+        mesh: RankMesh,
+        device: torch.device,
+        dtype: torch.dtype,
+        replicas: Replicas | None,
     ) -> None:
         self.clock = Clock(device)
-        self.chunks = chunks
+        self.chunks, self.replicas = chunks, replicas
         self.early: EarlyReceives | None = None
         layout = plan.layout
         places = layout.stages_of(mesh.coordinate.pp)
@@ -246,6 +262,10 @@ class PipelineRunner:
     def step(self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS) -> torch.Tensor:
         start = self.clock.point()
         total = self._run(self.schedule.step, inputs, targets, documents)
+        if self.replicas is not None:
+            reduce = self.clock.point()
+            self.replicas.finish()
+            self.clock.add("reduce", reduce, f"{self.stages[0].stage_index}R")
         self.clock.add("schedule", start)
         return total
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -225,6 +228,7 @@ class Chunk(nn.Module):
 
     reads_source = False  # whether stages past the first are given the step's inputs besides
     plain_copies = 1  # tp ranks that hold alike a parameter that is no DTensor over tp
+    replicas: Mapping[int, int] = MappingProxyType({})  # by a parameter's id: ranks with its whole gradient, if several
 
     def __init__(self, model: ModelSpec, stage: Stage) -> None:
         super().__init__()

@@ -33,11 +33,13 @@ def test_what_each_zero_level_gathers_and_reduces_and_when(pp: int) -> None:
     question = small_question(devices=2 * pp)
     comm, model = CommModel(question.cluster, question.hardware), question.model
     parts = {"block": model.block_parameters, "embedding": model.embedding_parameters, "head": model.head_parameters}
+    whole = (model.layers * model.block_parameters + model.embedding_parameters + model.head_parameters) / pp
     for part, parameters in parts.items():
         group, copy = Group(2, 1), 2 * 4 * parameters / 1e10
         gather = pytest.approx(comm.collective_seconds("all_gather", group, 4.0 * parameters) + copy)
         scatter = pytest.approx(comm.collective_seconds("reduce_scatter", group, 4.0 * parameters) + copy)
-        reduce = pytest.approx(comm.collective_seconds("all_reduce", group, 4.0 * parameters) + copy)
+        # All gradients are one message.
+        reduce = pytest.approx(comm.collective_seconds("all_reduce", group, 4.0 * whole) * parameters / whole + copy)
         assert dp_seconds(0, pp, part) == {"reduce": reduce}
         assert dp_seconds(1, pp, part) == {"gather": gather, "reduce": scatter}
         if pp == 2:
@@ -57,14 +59,14 @@ def test_what_each_zero_level_gathers_and_reduces_and_when(pp: int) -> None:
 def test_what_shows_of_communication_is_what_compute_beside_it_leaves_over() -> None:
     brief = {"flops": 1e14, "launch_seconds": 0.0, "memory_bandwidth_bytes_per_second": 1e12}
     slowed = {"overlap_compute_slowdown": 1.25, "overlap_communication_slowdown": 1.5}
-    alone = block_of(price(Layout(dp=2), small_question(devices=2, hardware=small_hardware(**NOTHING_HIDDEN, **brief))))
+    alone = block_of(price(SHARDED[1], small_question(devices=2, hardware=small_hardware(**NOTHING_HIDDEN, **brief))))
     reduced, backward = alone.reduce.dp, alone.backward.total
     assert reduced > 2 * backward > 0  # the reduction outlasts the kernels
     # Both at full pace: the kernels' seconds are gone. At 1.25 and 1.5 they last 1.25 of them, in which the
     # reduction gets 1.25 / 1.5 as far; the rest of it comes after.
-    shown = dp_seconds(0, **EVERYTHING_HIDDEN, **brief)["reduce"]
+    shown = dp_seconds(1, **EVERYTHING_HIDDEN, **brief)["reduce"]
     assert shown == pytest.approx(reduced - backward, rel=1e-12)
-    shown = dp_seconds(0, **slowed, **brief)["reduce"]
+    shown = dp_seconds(1, **slowed, **brief)["reduce"]
     assert shown == pytest.approx((1.25 - 1) * backward + reduced - 1.25 / 1.5 * backward, rel=1e-12)
     # A gather hides behind a forward; in zero 3's backward another gather and the reduction behind the backward.
     whole, shown_of_zero3 = (
@@ -75,9 +77,9 @@ def test_what_shows_of_communication_is_what_compute_beside_it_leaves_over() -> 
     assert whole.backward.dp - shown_of_zero3.backward.dp == pytest.approx(2 * whole.backward.compute, rel=1e-9)
     # Behind kernels that take long enough nothing shows at full pace; at a slower one, what they lose meanwhile.
     endless = {"flops": 1e7}
-    assert dp_seconds(0, **EVERYTHING_HIDDEN, **endless) == {}
-    whole_reduce = dp_seconds(0, **NOTHING_HIDDEN, **endless)["reduce"]
-    assert dp_seconds(0, **slowed, **endless)["reduce"] == pytest.approx(whole_reduce * 1.5 * (1 - 1 / 1.25), rel=1e-12)
+    assert dp_seconds(1, **EVERYTHING_HIDDEN, **endless).get("reduce", 0.0) == 0.0
+    whole_reduce = dp_seconds(1, **NOTHING_HIDDEN, **endless)["reduce"]
+    assert dp_seconds(1, **slowed, **endless)["reduce"] == pytest.approx(whole_reduce * 1.5 * (1 - 1 / 1.25), rel=1e-12)
 
 
 def test_what_nothing_runs_beside_shows_whole() -> None:
@@ -127,7 +129,7 @@ def test_a_reduction_hides_behind_what_tp_sends_in_the_same_pass() -> None:
         question = small_question(
             devices=4, hardware=small_hardware(**fast, corrections={"tp": tp_factor, "dp": 100.0})
         )
-        return block_of(price(Layout(tp=2, dp=2), question)).reduce.dp
+        return block_of(price(Layout(tp=2, dp=2, zero=1, dp_shard=2), question)).reduce.dp
 
     sent = block_of(price(Layout(tp=2, dp=2), small_question(devices=4, hardware=small_hardware(**fast)))).backward.tp
     assert shown(1.0) - shown(1.1) == pytest.approx(0.1 * sent)

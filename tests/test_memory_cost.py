@@ -51,7 +51,7 @@ def sharded(zero: int, dp: int = 4, pp: int = 1) -> Layout:
 # fp32 and cut by zero >= 1; the gathered copy, which `replicate` (zero 0) keeps too, is in the compute precision.
 # Unsharded gradients of zero 1 go as their shards come, and both are there after the activations.
 STATE = {
-    ("fp32", 0, 1): (4, 4, 4, 8),
+    ("fp32", 0, 1): (4, 0, 4, 8),
     ("fp32", 1, 1): (1, 4, 4, 2),
     ("fp32", 2, 1): (1, 4, 1, 2),
     ("fp32", 3, 1): (1, 0, 1, 2),
@@ -60,7 +60,7 @@ STATE = {
     ("bf16", 2, 1): (1, 2, 1, 2),
     ("bf16", 3, 1): (1, 0, 1, 2),
     # A pipeline reduces once; of weights that stages free, what backwards leave is among the bytes of activations.
-    ("fp32", 0, 2): (4, 4, 4, 8),
+    ("fp32", 0, 2): (4, 0, 4, 8),
     ("fp32", 1, 2): (1, 4, 4, 2),
     ("fp32", 3, 2): (1, 0, 4, 2),
     ("bf16", 1, 2): (1, 2, 4, 2),

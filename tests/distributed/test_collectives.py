@@ -99,13 +99,13 @@ BLOCKS = GROUPS - 1
 @pytest.mark.parametrize(
     ("layout", "expected"),
     [
-        ({"dp": 2, "zero": 0}, {REDUCE: GROUPS}),
+        ({"dp": 2, "zero": 0}, {REDUCE: 1}),
         ({"dp": 2, "zero": 1}, {GATHER: GROUPS, SCATTER: GROUPS}),
         ({"dp": 2, "zero": 2}, {GATHER: GROUPS, SCATTER: M * GROUPS}),
         # The blocks for forward and again for backward, the root once for both.
         ({"dp": 2, "zero": 3}, {GATHER: M * (2 * BLOCKS + 1), SCATTER: M * GROUPS}),
         # Half of the blocks on each stage.
-        ({"dp": 2, "pp": 2, "zero": 0}, {REDUCE: BLOCKS // 2 + 1}),
+        ({"dp": 2, "pp": 2, "zero": 0}, {REDUCE: 1}),
         ({"dp": 2, "pp": 2, "zero": 1}, {GATHER: BLOCKS // 2 + 1, SCATTER: BLOCKS // 2 + 1}),
         # Stages that keep theirs, and those that free them after forward and backward.
         ({"dp": 2, "pp": 2, "zero": 3, "reshard": False}, {GATHER: BLOCKS // 2 + 1, SCATTER: BLOCKS // 2 + 1}),
