@@ -160,8 +160,18 @@ class MemoryModel:
         passing = max(passing, passing_moments_bytes(self._job, parameters / layout.shards))
         return self._end(layout, parameters, held, weight, passing)
 
+    def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
+        """Embedding and head without what they hold of microbatches and what passes."""
+        embedding, head = self.embedding_parameters(layout), self.head_parameters(layout)
+        return self._end(layout, embedding), self._end(layout, head)
+
     def _end(
-        self, layout: Layout, parameters: float, held: MemoryBytes, held_weight: MemoryBytes, passing: float
+        self,
+        layout: Layout,
+        parameters: float,
+        held: MemoryBytes = NO_BYTES,
+        held_weight: MemoryBytes = NO_BYTES,
+        passing: float = 0.0,
     ) -> PartMemory:
         """Its gradients take no activations' place; without a pipeline the head's own count says when."""
         summed = self._states.summed(layout, parameters)

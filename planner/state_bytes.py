@@ -100,7 +100,7 @@ class StateBytes:
         gradients = self.gradient_bytes(layout, parameters, layout.shards)
         late = max(0.0, gradients - activations)
         if not self.after_forwards(layout, reshard):
-            return MemoryBytes(gradients=late)
+            return MemoryBytes(gradients=late) if late else NO_BYTES
         more = max(0.0, gradients + self._element_bytes * parameters - activations)
         return MemoryBytes(gradients=late, gathered_weights=more - late)
 
