@@ -125,6 +125,14 @@ class StateBytes:
             optimizer=copies * parameters * cut[0],
         )
 
+    def schedule_like(self, layout: Layout) -> str:
+        """A schedule under which a layer's state and gradients are the same."""
+        if self.halves_apart(layout):
+            return "zb1p"
+        if layout.stages_choose:
+            return "1f1b"
+        return "looped-bfs" if self._bfs_frees(layout) else "interleaved-1f1b"
+
     def frees(self, layout: Layout, reshard: bool | None) -> bool:
         """Whether a layer's weights go after its forward, under a pipeline: where its stage has chosen so, and in
         looped BFS. Interleaved schedules count as keeping them."""

@@ -282,11 +282,9 @@ class CostModel:
         return self._software.loss_in_pieces and layout.logits_again(layout.microbatches(self._job.global_batch))
 
     def _part_compute(self, layout: Layout, pace: float) -> dict[str, ComputeCost]:
-        """Of layers by kind, embedding and head, at this pace."""
         key = (
             *(layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
-            *(layout.ep, layout.etp),
-            self._logits_again(layout),
+            *(layout.ep, layout.etp, self._logits_again(layout)),
         )
         if key not in self._compute_cache:
             costs = {segment.kind: self._compute.block(layout, segment.kind) for segment in self._model.segments}
