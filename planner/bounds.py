@@ -205,8 +205,8 @@ def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     """Of GPipe and 1F1B with layers of one kind."""
     stages, count, layer = costs.layout.pp, costs.microbatches, segment.seconds
     ends = costs.stage_ends
-    forward, backward = layer.forward.total, layer.backward.total
-    whole = sum(e.forward.total + e.backward.total for e in ends) + segment.layers * (forward + backward)
+    forward, backward = layer.forward.total, layer.backward_total
+    whole = sum(e.forward.total + e.backward_total for e in ends) + segment.layers * (forward + backward)
     gathers = sum(e.gather.total for e in ends) + segment.layers * layer.gather.total
     schedule, send = costs.layout.schedule, costs.send_seconds
     late = [late_forwards(schedule, s, stages, count) for s in range(stages)]
@@ -216,7 +216,7 @@ def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     def cost(stage: int, layers: int, again: float) -> float:
         end = ends[stage]
         f = end.forward.total + layers * forward
-        b = end.backward.total + layers * backward
+        b = end.backward_total + layers * backward
         update = end.optimizer.total + layers * layer.optimizer.total
         gather = end.gather.total + layers * layer.gather.total
         trip = whole + (gathers if schedule == "1f1b" else gather)
@@ -235,22 +235,22 @@ def _around(
     """Of any schedule: what passes before and after a rank's own work, or before and after its backwards."""
     layout, count, layer = costs.layout, costs.microbatches, segment.seconds
     first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
-    plain = layout.virtual_stages * count * (bare.forward.total + bare.backward.total)
+    plain = layout.virtual_stages * count * (bare.forward.total + bare.backward_total)
     own, reduce, update = [plain] * layout.pp, [0.0] * layout.pp, [0.0] * layout.pp
     for end, rank in ((first, 0), (last, costs.last_rank)):
-        own[rank] += count * (end.forward.total + end.backward.total - bare.forward.total - bare.backward.total)
+        own[rank] += count * (end.forward.total + end.backward_total - bare.forward.total - bare.backward_total)
         own[rank] += end.gather.total
         reduce[rank] += end.reduce.total
         update[rank] += end.optimizer.total
     if layout.stages == 1:  # one stage is both ends, and its seconds hold both
         own, reduce, update = [plain + (own[0] - plain) / 2], [reduce[0] / 2], [update[0] / 2]
-    each = count * (layer.forward.total + layer.backward.total) + layer.gather.total
+    each = count * (layer.forward.total + layer.backward_total) + layer.gather.total
     reduce_each, update_each = layer.reduce.total, layer.optimizer.total
 
-    before, backward_each = _to_first_backwards(costs, split), count * layer.backward.total
-    backward = [layout.virtual_stages * count * bare.backward.total] * layout.pp
+    before, backward_each = _to_first_backwards(costs, split), count * layer.backward_total
+    backward = [layout.virtual_stages * count * bare.backward_total] * layout.pp
     for end, rank in ((costs.embedding, 0), (costs.head, costs.last_rank)):
-        backward[rank] += count * end.backward.total
+        backward[rank] += count * end.backward_total
 
     def cost(rank: int, layers: int, again: float) -> float:
         after = max(tails[rank], reduce[rank] + layers * reduce_each) + update[rank] + layers * update_each
@@ -275,7 +275,7 @@ def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:
         forward += segment.layers * (segment.seconds.forward.total + segment.seconds.gather.total)
 
     def back(part: PartSeconds) -> float:
-        return part.backward_input.total if split else part.backward.total
+        return part.backward_input.total if split else part.backward_total
 
     each = min(back(segment.seconds) for segment in costs.segments) + back(bare)
     pipeline, last = costs.pipeline, back(costs.head)
@@ -289,26 +289,26 @@ def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:
 def heads_and_tails(costs: LayoutCosts) -> Around:
     """What passes before and after rank r works: the forwards down to its first stage, the backwards up from it."""
     each = min(s.seconds.forward.total for s in costs.segments) + costs.microbatch.forward.total
-    back = min(s.seconds.backward.total for s in costs.segments) + costs.microbatch.backward.total
+    back = min(s.seconds.backward_total for s in costs.segments) + costs.microbatch.backward_total
     first, send = costs.stage_ends[0], costs.send_seconds
     ranks = range(1, costs.layout.pp)
     ahead = first.forward.total
     heads = [0.0] + [ahead + (rank - 1) * each + rank * send for rank in ranks]
     if costs.layout.schedule in SPLIT_BACKWARD:
         return heads, [0.0] * len(heads)
-    first_back = first.backward.total
+    first_back = first.backward_total
     return heads, [0.0] + [first_back + (rank - 1) * back + rank * send for rank in ranks]
 
 
 def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:
     layout, count = costs.layout, costs.microbatches
-    bare = costs.microbatch.forward.total + costs.microbatch.backward.total
+    bare = costs.microbatch.forward.total + costs.microbatch.backward_total
     each, reduce, update, work = layout.stages * bare, 0.0, 0.0, 0.0
     again = [min(segment.seconds.recompute(mode).total for mode in modes) for segment in costs.segments]
     parts = [(costs.embedding, 1, 0.0), (costs.head, 1, 0.0)]
     parts += [(s.seconds, s.layers, more) for s, more in zip(costs.segments, again, strict=True)]
     for seconds, number, more in parts:
-        each += number * (seconds.forward.total + seconds.backward.total + more)
+        each += number * (seconds.forward.total + seconds.backward_total + more)
         work += number * seconds.gather.total
         reduce += number * seconds.reduce.total
         update += number * seconds.optimizer.total
@@ -331,7 +331,7 @@ def _one_stage(costs: LayoutCosts, modes: Sequence[str], most_stages: int, split
     parts += [(s.seconds, s.layers, min(s.seconds.recompute(mode).total for mode in modes)) for s in costs.segments]
     for seconds, number, again in parts:
         forward += number * seconds.forward.total
-        backward += number * (again + (seconds.backward_input.total if split else seconds.backward.total))
+        backward += number * (again + (seconds.backward_input.total if split else seconds.backward_total))
     return forward + backward + (costs.microbatches - 1) * backward / most_stages
 
 

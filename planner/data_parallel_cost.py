@@ -39,6 +39,8 @@ class DataParallelModel:
         self._weight_bytes = DTYPE_BYTES["bf16" if precision == "fp8" else precision]
         wide = software.on_fsdp or (software.gradients == "fp32" and precision != "fp16")
         self._gradient_bytes = 4 if wide else self._weight_bytes
+        self._around = Seconds(dp=hardware.fsdp_forward_overhead_seconds if software.on_fsdp else 0.0)
+        self._back = Seconds(dp=hardware.fsdp_backward_overhead_seconds if software.on_fsdp else 0.0)
 
     def price(
         self,
@@ -75,9 +77,7 @@ class DataParallelModel:
         first = Seconds(dp=exposed(gathered, forward if hides_gather else 0.0))
         again = Seconds(dp=exposed(gathered, backward if self._software.weight_gather == "overlapped" else 0.0))
         last = Seconds(dp=exposed(reduced, backward if hides_reduce else 0.0))
-        on_fsdp = self._software.on_fsdp
-        around = Seconds(dp=self._hardware.fsdp_forward_overhead_seconds if on_fsdp else 0.0)
-        back = Seconds(dp=self._hardware.fsdp_backward_overhead_seconds if on_fsdp else 0.0)
+        around, back = self._around, self._back
         if zero == 0:
             return DataParallel(forward=around, backward=back, reduce=last)
         if pipelined and reshard and not torch_root:

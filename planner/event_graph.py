@@ -221,24 +221,30 @@ def _turns(actions: Sequence[Action], microbatches: int) -> list[Action | int | 
             turns += [None] * len(gathered.symmetric_difference(stages))
             gathered = set(stages)
         turns.append(action)
-        for part in action.parts or (action,):
-            if part.kind in (BACKWARD, WEIGHT):
-                done = backwards.get(part.stage, 0) + 1
-                backwards[part.stage] = done
-                if done == microbatches:
-                    turns.append(part.stage)
+        turns += _reduced_after(action.parts or (action,), backwards, microbatches)
     return turns
 
 
 def work_steps(actions: Sequence[Action], microbatches: int) -> list[tuple[int, str, int]]:
     """What takes time on a rank of a listed schedule, in order: (stage, kind, microbatch), "R" for a reduction."""
     steps: list[tuple[int, str, int]] = []
-    for turn in _turns(actions, microbatches):
-        if isinstance(turn, int):
-            steps.append((turn, "R", 0))
-        elif turn is not None:
-            steps += [part[:3] for part in turn.parts or (turn,)]
+    backwards: dict[int, int] = {}
+    for action in actions:
+        parts = action.parts or (action,)
+        steps += [part[:3] for part in parts]
+        steps += [(stage, "R", 0) for stage in _reduced_after(parts, backwards, microbatches)]
     return steps
+
+
+def _reduced_after(parts: Sequence[Action], backwards: dict[int, int], microbatches: int) -> list[int]:
+    """The stages that have now had their last backward; `backwards` counts those of each."""
+    reduced: list[int] = []
+    for part in parts:
+        if part.kind in (BACKWARD, WEIGHT):
+            done = backwards[part.stage] = backwards.get(part.stage, 0) + 1
+            if done == microbatches:
+                reduced.append(part.stage)
+    return reduced
 
 
 def _posted(pipeline: Pipeline) -> EventGraph:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 from .bounds import any_chunks_dealt, any_chunks_seconds, heads_and_tails, held_by_ends
 from .layout import Layout
@@ -38,14 +37,14 @@ def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Quest
         numbers.setdefault(schedule, []).append(chunks)
     alike: dict[object, list[Layout]] = {}
     for schedule, chunks in numbers.items():
-        layout = replace(group.base, schedule=schedule, virtual_stages=min(chunks))
+        layout = group.base.but(schedule=schedule, virtual_stages=min(chunks))
         alike.setdefault((prices.parts_like(layout), layout.stages_choose), []).append(layout)
     least, rules = math.inf, question.rules
     for layouts in alike.values():
         one = max(layouts, key=lambda layout: layout.schedule in SPLIT_BACKWARD)
         most = max(max(numbers[layout.schedule]) for layout in layouts)
         modes = tuple({mode for layout in layouts for mode in recompute_modes(layout, rules)})
-        fewest = replace(one, virtual_stages=min(layout.virtual_stages for layout in layouts))
+        fewest = one.but(virtual_stages=min(layout.virtual_stages for layout in layouts))
         costs = prices.price_seconds(fewest, waits=False)
         least = min(least, any_chunks_seconds(costs, heads_and_tails(costs), most, modes))
     return least
@@ -57,7 +56,7 @@ def least_of_one_state(
     """Seconds that no layout of a group with one state and schedule is below; above `enough_seconds` any such will do.
     None when none fits."""
     schedule, chunks = group.pipelines[0][0], [chunks for _, chunks in group.pipelines]
-    of_schedule = replace(group.base, schedule=schedule, virtual_stages=min(chunks))
+    of_schedule = group.base.but(schedule=schedule, virtual_stages=min(chunks))
     modes, limit = recompute_modes(of_schedule, question.rules), question.limit_bytes
     # Bytes first: they take a fraction of what seconds do, and rule out most groups where memory is short.
     sizes, slack = prices.least_bytes(of_schedule, chunks), prices.slack

@@ -108,6 +108,13 @@ def _chunks_turned(chunks: int, count: int) -> tuple[InFlight, ...]:
     return tuple(moments)
 
 
+def least_phases_by_torch(pipeline: Pipeline) -> tuple[str, ...]:
+    """`least_phases` of `gradients_by_torch`, without the moments where they say nothing of gradients."""
+    if pipeline.schedule in (*FORWARDS_FIRST, "1f1b"):
+        return least_phases(gradients_by_torch(pipeline))
+    return (SUMMED,) * pipeline.ranks
+
+
 def least_phases(moments: tuple[tuple[InFlight, ...], ...]) -> tuple[str, ...]:
     """Per rank, the phase of all its chunks at all moments; NO_GRADIENTS, of the fewest bytes, where they differ."""
     return tuple(_one_phase(of_rank) for of_rank in moments)

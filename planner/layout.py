@@ -47,6 +47,12 @@ class Layout:
     schedule: str = "1f1b"
     virtual_stages: int = 1
 
+    def but(self, **changes: Any) -> Layout:
+        """As `dataclasses.replace`, much sooner: the fields that stay are copied at once."""
+        changed = object.__new__(Layout)
+        changed.__dict__.update(self.__dict__, **changes)
+        return changed
+
     @property
     def world_size(self) -> int:
         return self.tp * self.cp * self.pp * self.dp

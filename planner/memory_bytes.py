@@ -131,7 +131,8 @@ class PartMemory:
             first = self.first.get(mode, NO_BYTES)
             return replace(first, gathered_weights=max(first.gathered_weights, self.ahead))
         if phase == SUMMED:
-            return self.summed + MemoryBytes(gathered_weights=self.left_by(mode))
+            left = self.left_by(mode)
+            return self.summed + MemoryBytes(gathered_weights=left) if left else self.summed
         return self.reduced
 
     def transient_by(self, mode: str, *, never_summed: bool = False) -> float:

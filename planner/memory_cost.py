@@ -25,6 +25,7 @@ from .offload import passing_moments_bytes
 from .state_bytes import StateBytes
 
 _FP32_BYTES = 4
+_MOST_STANDING = 4096
 
 
 class MemoryModel:
@@ -37,6 +38,7 @@ class MemoryModel:
         self._element_bytes = self._activations.element_bytes
         self._states = StateBytes(model, self._element_bytes, job, software)
         self._head = HeadMemory(model, job, software, self._activations)
+        self._standing: dict[tuple[Layout, str, bool | None], PartMemory] = {}
 
     # ---- activations -----------------------------------------------------------------------------------
 
@@ -62,7 +64,18 @@ class MemoryModel:
         )
 
     def block_standing(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
-        """The same without what passes in a backward, which is most of the work."""
+        """The same without what passes in a backward, which is most of the work.
+
+        Of the schedule it depends on what `StateBytes.schedule_like` does, so the others share it.
+        """
+        key = (layout.but(schedule=self._states.schedule_like(layout)), kind, reshard)
+        if key not in self._standing:
+            if len(self._standing) >= _MOST_STANDING:
+                self._standing.clear()
+            self._standing[key] = self._block_standing(*key)
+        return self._standing[key]
+
+    def _block_standing(self, layout: Layout, kind: str, reshard: bool | None) -> PartMemory:
         kept, states = self._activations.layer(layout, kind), self._states
         dense, expert = self.block_parameters(layout, kind)
         frees = states.frees(layout, reshard)
@@ -175,8 +188,18 @@ class MemoryModel:
         passing = max(passing, passing_moments_bytes(self._job, parameters / layout.shards))
         return self._end(layout, parameters, held, weight, passing)
 
+    def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
+        """Embedding and head without what they hold of microbatches and what passes."""
+        embedding, head = self.embedding_parameters(layout), self.head_parameters(layout)
+        return self._end(layout, embedding), self._end(layout, head)
+
     def _end(
-        self, layout: Layout, parameters: float, held: MemoryBytes, held_weight: MemoryBytes, passing: float
+        self,
+        layout: Layout,
+        parameters: float,
+        held: MemoryBytes = NO_BYTES,
+        held_weight: MemoryBytes = NO_BYTES,
+        passing: float = 0.0,
     ) -> PartMemory:
         """Its gradients take no activations' place; without a pipeline the head's own count says when."""
         summed = self._states.summed(layout, parameters)

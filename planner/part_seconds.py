@@ -34,6 +34,10 @@ class Seconds:
         return self.compute + self.tp + self.cp + self.ep + self.dp + self.pp
 
     def __add__(self, other: Seconds) -> Seconds:
+        if other is NOTHING:
+            return self
+        if self is NOTHING:
+            return other
         return Seconds(
             self.compute + other.compute,
             self.tp + other.tp,
@@ -78,6 +82,11 @@ class PartSeconds:
     def backward(self) -> Seconds:
         """Of one microbatch, nothing recomputed."""
         return self.backward_input + self.backward_weight
+
+    @property
+    def backward_total(self) -> float:
+        """The same without its causes."""
+        return self.backward_input.total + self.backward_weight.total
 
     def recompute(self, mode: str) -> Seconds:
         """What a recompute mode adds to a microbatch's backward."""

@@ -31,7 +31,7 @@ class LayoutGroup:
         """The same layouts, a group for each way to shard the state and lay out the experts."""
         for state in self.states:
             zero, shard, ep, etp = state
-            yield replace(self, base=replace(self.base, zero=zero, dp_shard=shard, ep=ep, etp=etp), states=(state,))
+            yield replace(self, base=self.base.but(zero=zero, dp_shard=shard, ep=ep, etp=etp), states=(state,))
 
     def by_schedule(self) -> Iterator[LayoutGroup]:
         """The same layouts, a group for each schedule."""
@@ -43,9 +43,7 @@ class LayoutGroup:
 
     def __iter__(self) -> Iterator[Layout]:
         for (schedule, chunks), (zero, shard, ep, etp) in product(self.pipelines, self.states):
-            yield replace(
-                self.base, schedule=schedule, virtual_stages=chunks, zero=zero, dp_shard=shard, ep=ep, etp=etp
-            )
+            yield self.base.but(schedule=schedule, virtual_stages=chunks, zero=zero, dp_shard=shard, ep=ep, etp=etp)
 
 
 def divisors(number: int) -> list[int]:
@@ -111,7 +109,7 @@ class _Space:
         if any(rule(base, self._context) for rule in DEGREE_RULES):
             return
         for micro_batch in divisors(self._job.global_batch // dp):
-            layout = replace(base, micro_batch=micro_batch)
+            layout = base.but(micro_batch=micro_batch)
             if self._held("micro_batch", micro_batch) and why_not_proposed(layout) is None:
                 yield layout
 
@@ -125,7 +123,7 @@ class _Space:
             found = []
             for schedule in self._able.schedules if base.pp > 1 else ("1f1b",):
                 for chunks in range(1, (layers + 2) // base.pp + 1):
-                    layout = replace(base, schedule=schedule, virtual_stages=chunks)
+                    layout = base.but(schedule=schedule, virtual_stages=chunks)
                     if not self._held("schedule", schedule) or not self._held("virtual_stages", chunks):
                         continue
                     legal = layout.stages <= layers + 2 and KNOB_RULES[0](layout, self._context) is None
@@ -140,7 +138,7 @@ class _Space:
             found = []
             for zero, shard in self._sharding(base):
                 for ep, etp in self._expert_grids(base):
-                    layout = replace(base, zero=zero, dp_shard=shard, ep=ep, etp=etp)
+                    layout = base.but(zero=zero, dp_shard=shard, ep=ep, etp=etp)
                     if not any(rule(layout, self._context) for rule in KNOB_RULES[1:]):
                         found.append((zero, shard, ep, etp))
             self._states[key] = tuple(found)
@@ -156,7 +154,7 @@ class _Space:
             return
         yield pipelines, tuple(state for state in states if state[0] < 3)
         zero, shard, _, _ = freed[0]
-        sharded = replace(base, zero=zero, dp_shard=shard)
+        sharded = base.but(zero=zero, dp_shard=shard)
         able = {s for s in dict(pipelines) if zero_rule(replace(sharded, schedule=s), self._context) is None}
         yield tuple(pipeline for pipeline in pipelines if pipeline[0] in able), freed
 

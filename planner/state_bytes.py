@@ -108,7 +108,7 @@ class StateBytes:
         gradients = self.gradient_bytes(layout, parameters, layout.shards)
         late = max(0.0, gradients - activations)
         if not self.after_forwards(layout, reshard):
-            return MemoryBytes(gradients=late)
+            return MemoryBytes(gradients=late) if late else NO_BYTES
         more = max(0.0, gradients + self._element_bytes * parameters - activations)
         return MemoryBytes(gradients=late, gathered_weights=more - late)
 
@@ -132,6 +132,14 @@ class StateBytes:
             gradients=kept * parameters * cut[1],
             optimizer=copies * parameters * cut[0],
         )
+
+    def schedule_like(self, layout: Layout) -> str:
+        """A schedule under which a layer's state and gradients are the same."""
+        if self.halves_apart(layout):
+            return "zb1p"
+        if layout.stages_choose:
+            return "1f1b"
+        return "looped-bfs" if self._bfs_frees(layout) else "interleaved-1f1b"
 
     def frees(self, layout: Layout, reshard: bool | None) -> bool:
         """Whether a layer's weights go after its forward, under a pipeline: where its stage has chosen so, and in

@@ -22,7 +22,7 @@ from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
 from .data_parallel_cost import DataParallelModel
-from .in_flight import InFlight, gradients_by_torch, in_flight, least_phases
+from .in_flight import SUMMED, InFlight, gradients_by_torch, in_flight, least_phases_by_torch
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
@@ -146,12 +146,13 @@ class CostModel:
         """What no layer of the commonest kind and neither end holds less than with one of these numbers of chunks: with
         more fewer weights are gathered at once, but split backwards have more gradients besides (`memory_cost`)."""
         memory, commonest = self._memory, max(self._model.segments, key=lambda segment: segment.count)
-        few, *more = (replace(layout, virtual_stages=number) for number in sorted({min(chunks), max(chunks)}))
+        few, *more = (layout.but(virtual_stages=number) for number in sorted({min(chunks), max(chunks)}))
         most = more[0] if more else few
         layers = [memory.block_standing(one, commonest.kind, one.stages_choose or None) for one in (few, *more)]
-        held = self._held(most.pipeline(most.microbatches(self._job.global_batch)))
+        pipeline = most.pipeline(most.microbatches(self._job.global_batch))
+        phases = least_phases_by_torch(pipeline) if self._software.on_fsdp else (SUMMED,) * layout.pp
         least = min(layers, key=lambda layer: layer.totals.state)
-        return LeastBytes(commonest.count, least, memory.embedding(few), memory.head(few), least_phases(held))
+        return LeastBytes(commonest.count, least, *memory.ends_standing(few), phases)
 
     def parts_like(self, layout: Layout) -> str:
         """A schedule whose layers, embedding and head take as long as under this layout's."""
@@ -162,7 +163,7 @@ class CostModel:
     def _parts(self, layout: Layout, microbatches: int, reshard: bool | None) -> _Parts:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
         nothing but whether logits are computed again and all backwards split, so the others share them."""
-        key = (replace(layout, virtual_stages=1, schedule=self.parts_like(layout)), reshard)
+        key = (layout.but(virtual_stages=1, schedule=self.parts_like(layout)), reshard)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
                 self._part_cache.clear()
@@ -171,7 +172,7 @@ class CostModel:
 
     def _price_parts(self, layout: Layout, reshard: bool | None, microbatches: int) -> _Parts:
         memory, pace = self._memory, self._pace(layout, microbatches)
-        compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
+        compute = self._part_compute(layout, pace)
         layers = {
             kind: self._layer(layout, compute[kind], kind, microbatches, reshard)
             for kind in {segment.kind for segment in self._model.segments}
@@ -194,13 +195,13 @@ class CostModel:
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
         alike = {schedule in FORWARDS_FIRST: schedule for schedule, _ in group.pipelines}
-        again = {self._logits_again(replace(layout, schedule=s)): s for s in alike.values()}
+        again = {self._logits_again(layout.but(schedule=s)): s for s in alike.values()}
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
         grids = {(state[2], state[3]) for state in group.states}
         pace, least = self._pace(layout, microbatches), float("inf")
         for (ep, etp), schedule in product(grids, again.values()):
-            one = replace(layout, ep=ep, etp=etp, schedule=schedule)
+            one = layout.but(ep=ep, etp=etp, schedule=schedule)
             forward, backward, weight = self._once(one, pace, len(grids) == 1)
             shared = microbatches * (forward + backward) / layout.pp
             in_chain = backward - weight if split else backward
@@ -215,7 +216,7 @@ class CostModel:
             *(layout.ep, layout.etp, self._logits_again(layout), pace, with_ep),
         )
         if key not in self._once_cache:
-            compute = {name: cost * pace for name, cost in self._part_compute(layout).items()}
+            compute = self._part_compute(layout, pace)
             forward = backward = weight = 0.0
             for kind, number in [*((s.kind, s.count) for s in self._model.segments), ("embedding", 1), ("head", 1)]:
                 cost = compute[kind]
@@ -243,11 +244,11 @@ class CostModel:
         for schedule, chunks in most.items():
             if not chunks:
                 continue
-            layout = replace(group.base, schedule=schedule, virtual_stages=chunks)
+            layout = group.base.but(schedule=schedule, virtual_stages=chunks)
             choice = layout.stages_choose or None
             kinds = self._model.segments
             parts = [(each.count, memory.block_standing(layout, each.kind, choice)) for each in kinds]
-            parts += [(1, memory.embedding(layout)), (1, memory.head(layout))]
+            parts += [(1, end) for end in memory.ends_standing(layout)]
             total = sum(number * part.state.total for number, part in parts)
             if schedule != "gpipe" and (layout.pp > 1 or layout.microbatches(self._job.global_batch) > 1):
                 # Sums, or in a first backward activations that they are not more than.
@@ -280,17 +281,17 @@ class CostModel:
         """What the head's compute depends on besides its shapes."""
         return self._software.loss_in_pieces and layout.logits_again(layout.microbatches(self._job.global_batch))
 
-    def _part_compute(self, layout: Layout) -> dict[str, ComputeCost]:
+    def _part_compute(self, layout: Layout, pace: float) -> dict[str, ComputeCost]:
         key = (
             *(layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
-            *(layout.ep, layout.etp),
-            self._logits_again(layout),
+            *(layout.ep, layout.etp, self._logits_again(layout)),
         )
         if key not in self._compute_cache:
             costs = {segment.kind: self._compute.block(layout, segment.kind) for segment in self._model.segments}
             costs |= {"embedding": self._compute.embedding(layout), "head": self._compute.head(layout)}
             self._compute_cache[key] = costs
-        return self._compute_cache[key]
+        found = self._compute_cache[key]
+        return found if pace == 1.0 else {name: cost * pace for name, cost in found.items()}
 
     # ---- parts -----------------------------------------------------------------------------------------
 
