@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -106,3 +107,14 @@ def test_ddp_under_a_pipeline_is_silently_wrong() -> None:
     # Why zero 0 goes through replicate_with_fsdp.
     assert not is_right(plan_of(schedule="1f1b", dp=2, micro_batch=1), with_ddp), MENDED
     assert is_right(plan_of(schedule="1f1b", dp=2, micro_batch=1))
+
+
+def test_split_backward_of_one_microbatch_in_16_bits_cannot_reduce() -> None:
+    """Gradients that were summed are fp32, those of weights' halves are not; FSDP2 reduces one precision at once."""
+    job, layout = replace(JOB, precision="bf16"), Layout(pp=2, schedule="zb1p", micro_batch=JOB.global_batch)
+    (reason,) = violations(layout, RuleContext(MODEL, job, 2))
+    assert reason.startswith("zb1p with one microbatch in bf16: ")
+    assert violations(layout, RuleContext(MODEL, JOB, 2)) == ()
+    plan = make_plan(MODEL, layout, job, check=False)
+    with pytest.raises(RankError, match="uniform gradient dtype"):  # else torch has mended it: lift the rule
+        run_ranks(run_plan, 2, plan, 1, torch.float32)
