@@ -9,7 +9,7 @@ from profiles.points import CHECKPOINT_OPERATIONS, FORK_OPERATIONS, FUNCTION_OPE
 from profiles.software import Software
 
 from .attention_chain import chain_attention
-from .compute_seconds import ComputeCost, ComputeSeconds
+from .compute_seconds import NO_SECONDS, ComputeCost, ComputeSeconds
 from .context_seconds import context_work
 from .job import TrainingJob
 from .kernel_cost import Kernels
@@ -100,6 +100,7 @@ class ComputeModel(Kernels):
             parts += [self._biased(n, tokens, shape) for n, shape in shapes.items() if n not in model.attention_shapes]
             parts.append(self._activation(tokens * model.ffn_hidden_size / layout.tp))
             parts.append(self._meeting_gradients({"w1", "w3"}, tokens * model.hidden_size))
+            parts.append(self._moved_along_sequence(layout))
         else:
             assert model.experts is not None
             parts += self._experts(layout, model.experts, tokens, outside_tokens(layout, self._job.sequence))
@@ -118,7 +119,7 @@ class ComputeModel(Kernels):
         hidden, query = outside * model.hidden_size, tokens * model.query_width / layout.tp
         shapes = self._products(layout)
         parts = [self._biased(name, tokens, shapes[name]) for name in shapes if name in model.attention_shapes]
-        parts += [self._norm(hidden), self._norm(hidden)]
+        parts += [self._norm(hidden), self._norm(hidden), self._moved_along_sequence(layout)]
         if model.qk_norm:
             parts.append(self._norm(query + tokens * local_kv_width(model, layout.tp)))
         if model.latent_attention is not None:
@@ -184,7 +185,21 @@ class ComputeModel(Kernels):
             parts += [self._linear(tokens, *shape) for shape in shapes]
             parts.append(self._activation(tokens * width))
             parts.append(self._memory("residual", outside * hidden))
+            parts.append(self._moved_along_sequence(layout))
         return parts
+
+    def _moved_along_sequence(self, layout: Layout) -> ComputeCost:
+        """Copies of a gather in and a scatter out under sequence parallelism, and of their backwards.
+
+        Collectives join and split along the first dimension; DTensor brings what lies along the sequence there and back
+        in a copy of the whole (torch 2.11 to 2.13, `all_gather_tensor` and `reduce_scatter_tensor`). That the host
+        issues them is in what DTensor was measured to take. Selective recomputation gathers again.
+        """
+        if layout.tp == 1 or not (layout.sequence_parallel and self._software.on_fsdp):
+            return ComputeCost()
+        elements = local_tokens(layout, self._job.sequence) * self._model.hidden_size
+        once = ComputeSeconds(memory=self._hardware.memory_seconds("copy", self._dtype, elements))
+        return ComputeCost(once + once, once + once, selective=once if self._keeps_matmuls else NO_SECONDS)
 
     def _routed_experts(self, layout: Layout, experts: Experts) -> ComputeCost:
         """The rank's experts on the rows that the busiest rank of a group sees: one grouped product, or a loop."""

@@ -146,13 +146,12 @@ class CostModel:
         """What no layer of the commonest kind and neither end holds less than with one of these numbers of chunks: with
         more fewer weights are gathered at once, but split backwards have more gradients besides (`memory_cost`)."""
         memory, commonest = self._memory, max(self._model.segments, key=lambda segment: segment.count)
-        few, *more = (layout.but(virtual_stages=number) for number in sorted({min(chunks), max(chunks)}))
-        most = more[0] if more else few
-        layers = [memory.block_standing(one, commonest.kind, one.stages_choose or None) for one in (few, *more)]
-        pipeline = most.pipeline(most.microbatches(self._job.global_batch))
+        each = [layout.but(virtual_stages=number) for number in sorted({min(chunks), max(chunks)})]
+        layers = [memory.block_standing(one, commonest.kind, one.stages_choose or None) for one in each]
+        pipeline = each[-1].pipeline(layout.microbatches(self._job.global_batch))
         phases = least_phases_by_torch(pipeline) if self._software.on_fsdp else (SUMMED,) * layout.pp
         least = min(layers, key=lambda layer: layer.totals.state)
-        return LeastBytes(commonest.count, least, *memory.ends_standing(few), phases)
+        return LeastBytes(commonest.count, least, *memory.ends_standing(each[0]), phases)
 
     def parts_like(self, layout: Layout) -> str:
         """A schedule whose layers, embedding and head take as long as under this layout's."""
