@@ -9,12 +9,12 @@ from unittest import mock
 import pytest
 import torch
 from torch.distributed._composable.replicate import replicate as ddp_replicate
-from torch.distributed.device_mesh import DeviceMesh
 
 from planner.layout import Layout
 from planner.plan import Plan
 from planner.rules import RuleContext, violations, why_no_recompute
 from runtime import parallelize
+from runtime.mesh import RankMesh
 from runtime.step import build_state, training_step
 from runtime.transformer import Block, Chunk
 from tests.distributed.harness import RankError, run_ranks
@@ -96,15 +96,16 @@ def test_selective_recomputation_around_a_part_of_fsdp_raises() -> None:
 
 
 def with_ddp(plan: Plan, steps: int, dtype: torch.dtype) -> Any:
-    def wrap(chunk: Chunk, mesh: DeviceMesh, **_: Any) -> None:
-        ddp_replicate(chunk, device_mesh=mesh)
+    def wrap(chunk: Chunk, mesh: RankMesh, **_: Any) -> None:
+        ddp_replicate(chunk, device_mesh=mesh.axis("dp"))
 
-    with mock.patch.object(parallelize, "apply_data_parallel", wrap):
+    everywhere = mock.patch.object(Layout, "on_fsdp", lambda *_, **__: True)
+    with everywhere, mock.patch.object(parallelize, "apply_data_parallel", wrap):
         return run_plan(plan, steps, dtype)
 
 
 def test_ddp_under_a_pipeline_is_silently_wrong() -> None:
-    # Why zero 0 goes through replicate_with_fsdp.
+    # Why zero 0 sums its gradients by itself.
     assert not is_right(plan_of(schedule="1f1b", dp=2, micro_batch=1), with_ddp), MENDED
     assert is_right(plan_of(schedule="1f1b", dp=2, micro_batch=1))
 
