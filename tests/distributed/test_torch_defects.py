@@ -99,7 +99,7 @@ def with_ddp(plan: Plan, steps: int, dtype: torch.dtype) -> Any:
     def wrap(chunk: Chunk, mesh: RankMesh, **_: Any) -> None:
         ddp_replicate(chunk, device_mesh=mesh.axis("dp"))
 
-    everywhere = mock.patch.object(Layout, "on_fsdp", lambda *_, **__: True)
+    everywhere = mock.patch.object(Layout, "on_fsdp", return_value=True)
     with everywhere, mock.patch.object(parallelize, "apply_data_parallel", wrap):
         return run_plan(plan, steps, dtype)
 
