@@ -307,8 +307,9 @@ class ComputeModel(Kernels):
         return overflow_seconds(self._hardware, self._software, self._state_dtype, parameters, tensors)
 
     def copy_seconds(self, parameters: float) -> float:
-        """Reading and writing each parameter once: FSDP2 packs and unpacks its flat buffers so."""
-        return self._hardware.memory_seconds("copy", self._state_dtype, parameters)
+        """Reading and writing each parameter once, as gradients are packed: a part of dp, and corrected as dp is."""
+        seconds = self._hardware.memory_seconds("copy", self._state_dtype, parameters)
+        return seconds / self._hardware.correction("memory")
 
     @property
     def _state_dtype(self) -> str:

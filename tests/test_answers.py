@@ -180,13 +180,13 @@ bubble      3.25 ms  41.7%
 dp exposed   146 µs   1.9%
 optimizer    641 µs   8.2%
 
-no legal layout is faster: of 345 legal layouts 41 cannot fit, 280 have a bound above this plan, 24 were solved (9 ILPs,
+no legal layout is faster: of 345 legal layouts 35 cannot fit, 281 have a bound above this plan, 29 were solved (9 ILPs,
 HiGHS through pulp, 250 ms)
 
 next best
 layout                           step  slower by  peak memory  differs in
 pp2 dp2 zero3 mb4 looped-bfs  7.82 ms      0.28%      0.5 MiB  schedule=looped-bfs
-tp2·sp dp2 zero3 mb4          7.89 ms      1.09%      0.5 MiB  tp=2 pp=1 sequence_parallel=true schedule=1f1b
+tp2·sp dp2 zero3 mb4          7.94 ms      1.76%      0.5 MiB  tp=2 pp=1 sequence_parallel=true schedule=1f1b
 
 assumed: kernels and overlap as meshwright's; compute under communication × 1.25, communication × 1.5; slowest rank × 1
 assumed: mfu counts attention in full, of which causal kernels do half

@@ -241,20 +241,22 @@ links   network carries the most exposed seconds: 364 µs, 4.7% of the step (pp 
 bubble  3.25 ms, 41.7% of the step
 
 the best otherwise, and why it loses
-if                               step  slower by  layout                         because of
-schedule ≠ gpipe              7.82 ms      0.28%  pp2 dp2 zero3 mb4 looped-bfs   +21.6 µs bubble
-tp ≠ 1, pp ≠ 2, no recompute  7.89 ms      1.09%  tp2·sp dp2 zero3 mb4           +2.61 ms compute, +1.05 ms dp exposed,
-                                                                                 +518 µs tp, −3.25 ms bubble
-zero ≠ 3                       8.2 ms      5.07%  pp2 dp2 zero1 mb4 gpipe        +417 µs recompute, −21.6 µs dp exposed
-dp ≠ 2, micro_batch ≠ 4       8.75 ms     12.20%  tp2·sp pp2 mb8 looped-bfs      +681 µs compute, +423 µs bubble, +411
-                                                                                 µs tp, −417 µs recompute
-cp ≠ 1                        21.9 ms    180.86%  cp2·ring pp2·v2 zero1 mb1 zbv  +17.4 ms compute, +524 µs cp, −3.25 ms
-                                                                                 bubble, −473 µs recompute
+if                               step  slower by  layout                           because of
+schedule ≠ gpipe              7.82 ms      0.28%  pp2 dp2 zero3 mb4 looped-bfs     +21.6 µs bubble
+tp ≠ 1, pp ≠ 2, no recompute  7.94 ms      1.76%  tp2·sp dp2 zero3 mb4             +2.66 ms compute, +1.05 ms dp
+                                                                                   exposed, +518 µs tp, −3.25 ms bubble
+zero ≠ 3                       8.2 ms      5.07%  pp2 dp2 zero1 mb4 gpipe          +417 µs recompute, −21.6 µs dp
+                                                                                   exposed
+micro_batch ≠ 4               8.85 ms     13.49%  pp2·v2 dp2 zero3 mb2 looped-bfs  +2.77 ms compute, +623 µs pp, −1.92
+                                                                                   ms bubble, −444 µs recompute
+dp ≠ 2                        8.87 ms     13.72%  tp2·sp pp2 mb8 looped-bfs        +734 µs compute, +475 µs bubble, +411
+                                                                                   µs tp, −404 µs recompute
+cp ≠ 1                        21.9 ms    180.86%  cp2·ring pp2·v2 zero1 mb1 zbv    +17.4 ms compute, +524 µs cp, −3.25
+                                                                                   ms bubble, −473 µs recompute
 
 what would help, solved anew
 change                     step  more tokens/s  layout then
-global batch 16         11.1 ms        +40.83%  tp2·sp dp2 zero1 mb8 (tp=2 pp=1 sequence_parallel=true zero=1
-                                                micro_batch=8 schedule=1f1b)
+global batch 16         11.1 ms        +40.53%  tp2 dp2 zero2 mb8 (tp=2 pp=1 zero=2 micro_batch=8 schedule=1f1b)
 compute +10%            7.24 ms         +7.71%  the same
 device memory +10%      7.25 ms         +7.58%  pp2 dp2 zero1 mb4 looped-bfs (zero=1 schedule=looped-bfs)
 network bandwidth +10%  7.79 ms         +0.19%  the same
@@ -270,14 +272,14 @@ GOLDEN_AGAINST = """
 pp2 dp2 zero3 mb4 gpipe beside the best with tp=2,pp=2: tp2·sp pp2 mb8 looped-bfs
 differs in tp=2 dp=1 sequence_parallel=true zero=0 micro_batch=8 schedule=looped-bfs
 part            plan  tp=2,pp=2  difference  of the step
-compute      2.92 ms     3.6 ms     +681 µs        +8.7%
-recompute     473 µs    55.7 µs     −417 µs        -5.3%
+compute      2.92 ms    3.66 ms     +734 µs        +9.4%
+recompute     473 µs    68.8 µs     −404 µs        -5.2%
 tp              0 ms     411 µs     +411 µs        +5.3%
 pp            364 µs     364 µs        0 ms        +0.0%
-bubble       3.25 ms    3.68 ms     +423 µs        +5.4%
+bubble       3.25 ms    3.73 ms     +475 µs        +6.1%
 dp exposed    146 µs       0 ms     −146 µs        -1.9%
 optimizer     641 µs     642 µs   +0.384 µs        +0.0%
-step          7.8 ms    8.75 ms     +952 µs       +12.2%
+step          7.8 ms    8.87 ms    +1.07 ms       +13.7%
 peak memory  0.5 MiB    0.5 MiB
 """
 
