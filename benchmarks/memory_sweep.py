@@ -62,8 +62,6 @@ def _draw(dice: random.Random, model: ModelSpec, schedules: tuple[str, ...]) -> 
     context = RuleContext(model, job, layout.world_size)
     if layout.stages > model.layers or violations(layout, context):
         return None
-    if precision == "fp32" and zero == 0 and dp * layout.cp > 1:
-        return None
     mode = dice.choice(("none", "selective", "full"))
     if why_no_recompute(mode, layout, context):
         mode = "none"

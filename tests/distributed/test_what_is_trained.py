@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from planner import plan as plan_file
 from planner.layout import Layout
+from planner.rules import RuleContext, violations
 from profiles.input_error import InputError
 from tests.distributed import pairwise
 from tests.distributed.harness import run_ranks
@@ -34,6 +36,20 @@ def test_every_layout_that_is_legal_trains_a_step(setting: pairwise.Setting) -> 
     ranks = run_ranks(run_plan, plan.layout.world_size, plan, 1, torch.float32)
     for trajectory in ranks:
         assert trajectory.losses[0] == pytest.approx(PLAIN_LOSS[str(setting["model"])], rel=1e-5)
+
+
+@examples(6, 20)
+@given(st.sampled_from(TRAINED), st.sampled_from(("bf16", "fp16")), st.sampled_from((1, 2, 4)))
+def test_so_does_every_one_in_16_bits_whatever_its_microbatches(
+    setting: pairwise.Setting, precision: str, microbatches: int
+) -> None:
+    plan, dp = setting.plan(), setting.layout().dp
+    layout = replace(plan.layout, micro_batch=max(1, pairwise.JOB.global_batch // dp // microbatches))
+    job = replace(pairwise.JOB, precision=precision)
+    assume(not violations(layout, RuleContext(plan.model, job, layout.world_size)))
+    plan = replace(plan, layout=layout, job=job)
+    for trajectory in run_ranks(run_plan, layout.world_size, plan, 1, torch.float32):
+        assert trajectory.losses[0] == pytest.approx(PLAIN_LOSS[str(setting["model"])], rel=1e-2)
 
 
 @examples(100, 10)
