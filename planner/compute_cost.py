@@ -192,14 +192,17 @@ class ComputeModel(Kernels):
         """Copies of a gather in and a scatter out under sequence parallelism, and of their backwards.
 
         Collectives join and split along the first dimension; DTensor brings what lies along the sequence there and back
-        in a copy of the whole (torch 2.11 to 2.13, `all_gather_tensor` and `reduce_scatter_tensor`). That the host
-        issues them is in what DTensor was measured to take. Selective recomputation gathers again.
+        in a copy of the whole, which a gathered single sequence does not need (torch 2.13, `all_gather_single`,
+        `reduce_scatter_single`). That the host issues them is in what DTensor was measured to take. Selective
+        recomputation gathers again.
         """
         if layout.tp == 1 or not (layout.sequence_parallel and self._software.on_fsdp):
             return ComputeCost()
         elements = local_tokens(layout, self._job.sequence) * self._model.hidden_size
-        once = ComputeSeconds(memory=self._hardware.memory_seconds("copy", self._dtype, elements))
-        return ComputeCost(once + once, once + once, selective=once if self._keeps_matmuls else NO_SECONDS)
+        scattered = ComputeSeconds(memory=self._hardware.memory_seconds("copy", self._dtype, elements))
+        gathered = scattered if layout.micro_batch > 1 else NO_SECONDS
+        each_way = gathered + scattered
+        return ComputeCost(each_way, each_way, selective=gathered if self._keeps_matmuls else NO_SECONDS)
 
     def _routed_experts(self, layout: Layout, experts: Experts) -> ComputeCost:
         """The rank's experts on the rows that the busiest rank of a group sees: one grouped product, or a loop."""

@@ -173,10 +173,12 @@ def test_sequence_parallelism_cuts_what_is_outside_of_the_products() -> None:
     plain = price(tiny_llama(), Layout(tp=4))["block"]
     cut = price(tiny_llama(), Layout(tp=4, sequence_parallel=True))["block"]
     assert cut.forward.gemm == plain.forward.gemm
-    # Two norms (2 passes) and two residual sums (3) over 16 tokens of width 32, of which a quarter stays; of what two
-    # gathers and two scatters move along the sequence, a copy (2 passes) each, all.
-    less, more = 0.75 * (2 * 2 + 2 * 3), 4 * 2
+    # Two norms (2 passes) and two residual sums (3) over 16 tokens of width 32, of which a quarter stays; what two
+    # scatters move along the sequence, a copy (2 passes) each, does not, nor what gathers move of several sequences.
+    less, more = 0.75 * (2 * 2 + 2 * 3), 2 * 2
     assert plain.forward.memory - cut.forward.memory == pytest.approx(16 * 32 * (less - more) * 4 / 1e10)
+    two = price(tiny_llama(), Layout(tp=4, sequence_parallel=True, micro_batch=2))["block"]
+    assert two.forward.memory - 2 * cut.forward.memory == pytest.approx(2 * 16 * 32 * 2 * 2 * 4 / 1e10)
 
 
 def test_a_sharded_block_costs_its_overhead_once_a_pass() -> None:
