@@ -35,7 +35,6 @@ class DataParallelModel:
         self, hardware: HardwareProfile, comm: CommModel, compute: ComputeModel, precision: str, software: Software
     ) -> None:
         self._hardware, self._comm, self._compute, self._software = hardware, comm, compute, software
-        self._precision = precision
         self._weight_bytes = DTYPE_BYTES["bf16" if precision == "fp8" else precision]
         wide = software.on_fsdp or (software.gradients == "fp32" and precision != "fp16")
         self._gradient_bytes = 4 if wide else self._weight_bytes
@@ -62,10 +61,10 @@ class DataParallelModel:
         last action, behind nothing; under zero 3 it gathers layers again for each backward, unless stages say
         otherwise (`reshard`, [Note: Resharding]). Where a microbatch neither gathers nor reduces, FSDP2's Python
         around the part is left; what was measured of its collectives has it in it. Where gradients are summed without
-        it ([Note: Gradient sum]), a part has its share of a message; of `whole` parameters the last message's hide
-        behind nothing.
+        it ([Note: Gradient sum]) the rank has `whole` parameters in all, and 0 elsewhere; a part has its share of a
+        message, and the last message's hide behind nothing.
         """
-        if self.sums_alone(layout):
+        if whole:
             return self._alone(layout, dense, expert, backward, max(whole, dense + expert))
         gathered, reduced = self._collectives(layout, dense, expert, tensors)
         if gathered == reduced == 0.0:
@@ -90,9 +89,6 @@ class DataParallelModel:
         if zero == 2:
             return DataParallel(forward=around, gather=first, backward=last)
         return DataParallel(forward=first, backward=last if torch_root else last + again)
-
-    def sums_alone(self, layout: Layout) -> bool:
-        return self._software.sums_alone and layout.sums_alone(self._precision, experts=True)
 
     def _alone(self, layout: Layout, dense: float, expert: float, backward: float, whole: float) -> DataParallel:
         message, reduced = min(float(MESSAGE_BYTES), 4 * whole), 0.0

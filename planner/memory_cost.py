@@ -311,8 +311,11 @@ class MemoryModel:
         )
         return total, own * experts.number / layout.ep
 
-    def even_share(self, layout: Layout) -> float:
-        """A rank's share of all parameters if its pipeline held as many on each rank."""
+    def summed_alone(self, layout: Layout) -> float:
+        """A rank's share of all parameters if its pipeline held as many on each rank, where their gradients are summed
+        without FSDP2; else 0."""
+        if not self._states.sums_alone(layout):
+            return 0.0
         blocks = sum(s.count * sum(self.block_parameters(layout, s.kind)) for s in self._model.segments)
         return (blocks + self.embedding_parameters(layout) + self.head_parameters(layout)) / layout.pp
 

@@ -56,9 +56,8 @@ class StateBytes:
     def wraps(self, layout: Layout) -> bool:
         """Whether FSDP2 keeps the weights, be it for their precision alone."""
         experts, precision = self._model.experts is not None, self._job.precision
-        if layout.sums_alone(precision, experts=experts):
-            return not self._software.sums_alone
-        return layout.on_fsdp(precision, experts=experts)
+        gives = layout.on_fsdp(precision, experts=experts) or layout.sums_alone(precision, experts=experts)
+        return gives and not self.sums_alone(layout)
 
     def sums_alone(self, layout: Layout) -> bool:
         """Whether gradients are summed over the ranks that have the same weights without FSDP2."""
