@@ -76,8 +76,7 @@ def run_layouts(folder: Path, count: int, turns: int, rounds: int) -> None:
     seconds: list[list[float]] = [[] for _ in range(count)]
     paces: list[list[float]] = [[] for _ in range(count)]
     with process_group(world_size, _PATIENCE_SECONDS) as device:
-        shares = world_size > len(os.sched_getaffinity(0))
-        pace = Pace(Rank(rank, world_size, device, torch.distributed.group.WORLD, shares_cores=shares))
+        pace = Pace(Rank(rank, world_size, device, torch.distributed.group.WORLD))
         plans = [load(folder / f"{i}.yaml") for i in range(count)]
         states = _states(plans, device)
         last = WARM_UP_ROUNDS + turns * rounds

@@ -39,13 +39,13 @@ def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Quest
     for schedule, chunks in numbers.items():
         layout = group.base.but(schedule=schedule, virtual_stages=min(chunks))
         alike.setdefault((prices.parts_like(layout), layout.stages_choose), []).append(layout)
-    least, rules = math.inf, question.rules
+    least, rules, pace = math.inf, question.rules, prices.least_pace(group)
     for layouts in alike.values():
         one = max(layouts, key=lambda layout: layout.schedule in SPLIT_BACKWARD)
         most = max(max(numbers[layout.schedule]) for layout in layouts)
         modes = tuple({mode for layout in layouts for mode in recompute_modes(layout, rules)})
         fewest = one.but(virtual_stages=min(layout.virtual_stages for layout in layouts))
-        costs = prices.price_seconds(fewest, waits=False)
+        costs = prices.price_seconds(fewest, waits=False, pace=pace)
         least = min(least, any_chunks_seconds(costs, heads_and_tails(costs), most, modes))
     return least
 
@@ -63,7 +63,7 @@ def least_of_one_state(
     held = held_by_ends(of_schedule.pipeline(of_schedule.microbatches(question.job.global_batch)), chunks, sizes, slack)
     if layers_held(sizes.layer, held, limit, slack, modes) < sizes.layers:
         return None
-    fewest = prices.price_seconds(of_schedule)
+    fewest = prices.price_seconds(of_schedule, pace=prices.least_pace(group))
     around = heads_and_tails(fewest)
     least = any_chunks_seconds(fewest, around, max(chunks), modes)
     if least > enough_seconds:

@@ -21,6 +21,7 @@ from .bounds import LeastBytes
 from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
+from .contention import beside_others
 from .data_parallel_cost import DataParallelModel
 from .in_flight import SUMMED, InFlight, gradients_by_torch, in_flight, least_phases_by_torch
 from .job import TrainingJob
@@ -38,6 +39,7 @@ from .traced_cost import traced_parts
 # Layers by kind, embedding, head, and what a microbatch costs besides.
 _Parts = tuple[dict[str, PartSeconds], PartSeconds, PartSeconds, ComputeCost]
 _MOST_PARTS = 4096
+Pace = tuple[float, float]  # what multiplies compute, and what the axes send
 
 
 class CostModel:
@@ -63,7 +65,7 @@ class CostModel:
         self._model, self._job, self._hardware, self._software = model, job, hardware, software
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
         self._joined = 0 if software.separate_projections else joined_tensors(model)
-        self._part_cache: dict[tuple[Layout, bool | None], _Parts] = {}
+        self._part_cache: dict[tuple[Layout, bool | None, Pace], _Parts] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
@@ -86,19 +88,19 @@ class CostModel:
 
     def _segments(self, layout: Layout, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so ([Note: Resharding])."""
-        seconds, _, _, _ = self._parts(layout, layout.microbatches(self._job.global_batch), reshard)
+        seconds, _, _, _ = self._parts(layout, reshard)
         return self._with_bytes(layout, seconds, reshard)
 
-    def _least_layers(self, layout: Layout) -> dict[str, PartSeconds]:
+    def _least_layers(self, layout: Layout, pace: Pace | None = None) -> dict[str, PartSeconds]:
         """Seconds by kind that no layer is below, whatever its stage chooses. Where FSDP2's own work takes nothing, one
         that keeps its weights takes least."""
-        microbatches, hardware = layout.microbatches(self._job.global_batch), self._hardware
+        hardware = self._hardware
         if not layout.stages_choose:
-            return self._parts(layout, microbatches, None)[0]
-        kept = self._parts(layout, microbatches, False)[0]
+            return self._parts(layout, None, pace)[0]
+        kept = self._parts(layout, False, pace)[0]
         if hardware.fsdp_forward_overhead_seconds == hardware.fsdp_backward_overhead_seconds == 0.0:
             return kept
-        every = [self._parts(layout, microbatches, choice)[0] for choice in RESHARD_CHOICES]
+        every = [self._parts(layout, choice, pace)[0] for choice in RESHARD_CHOICES]
         return {kind: least_of([layers[kind] for layers in every]) for kind in kept}
 
     def _with_bytes(
@@ -107,12 +109,13 @@ class CostModel:
         memory = {kind: self._memory.block(layout, kind, reshard) for kind in seconds}
         return tuple(SegmentCosts(s.kind, s.count, seconds[s.kind], memory[s.kind]) for s in self._model.segments)
 
-    def price_seconds(self, layout: Layout, waits: bool = True) -> LayoutCosts:
+    def price_seconds(self, layout: Layout, waits: bool = True, pace: Pace | None = None) -> LayoutCosts:
         """The layout as if it held no bytes, which is much sooner than `price`: most are ruled out by it. Not `waits`:
-        and as if no message took anything from an action, which alone differs between schedules with the same parts."""
+        and as if no message took anything from an action. With that and the `least_pace` of a group its schedules with
+        the same parts do not differ."""
         microbatches = layout.microbatches(self._job.global_batch)
-        _, embedding, head, overhead = self._parts(layout, microbatches, False if layout.stages_choose else None)
-        layers = self._least_layers(layout)
+        _, embedding, head, overhead = self._parts(layout, False if layout.stages_choose else None, pace)
+        layers = self._least_layers(layout, pace)
         send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
         alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
@@ -159,29 +162,30 @@ class CostModel:
             return "zb1p"
         return "gpipe" if self._logits_again(layout) else "1f1b"
 
-    def _parts(self, layout: Layout, microbatches: int, reshard: bool | None) -> _Parts:
+    def _parts(self, layout: Layout, reshard: bool | None, pace: Pace | None = None) -> _Parts:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
-        nothing but whether logits are computed again and all backwards split, so the others share them."""
-        key = (layout.but(virtual_stages=1, schedule=self.parts_like(layout)), reshard)
+        nothing but whether logits are computed again and all backwards split, and on its pace, so others share them."""
+        microbatches = layout.microbatches(self._job.global_batch)
+        pace = pace or self._pace(layout, microbatches)
+        key = (layout.but(virtual_stages=1, schedule=self.parts_like(layout)), reshard, pace)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
                 self._part_cache.clear()
             self._part_cache[key] = self._price_parts(*key, microbatches)
         return self._part_cache[key]
 
-    def _price_parts(self, layout: Layout, reshard: bool | None, microbatches: int) -> _Parts:
-        memory, pace = self._memory, self._pace(layout, microbatches)
+    def _price_parts(self, layout: Layout, reshard: bool | None, paces: Pace, microbatches: int) -> _Parts:
+        memory, (pace, sent) = self._memory, paces
         compute = self._part_compute(layout, pace)
         layers = {
-            kind: self._layer(layout, compute[kind], kind, microbatches, reshard)
+            kind: self._layer(layout, compute[kind], sent, kind, microbatches, reshard)
             for kind in {segment.kind for segment in self._model.segments}
         }
         (first, last), axes = self._model.end_tensors, self._axes
         embedded, headed = (memory.embedding_parameters(layout), 0.0), (memory.head_parameters(layout), 0.0)
-        embedding = self._part(
-            layout, compute["embedding"], {"tp": axes.embedding_tp(layout)}, embedded, microbatches, first, root=True
-        )
-        head = self._part(layout, compute["head"], {"tp": axes.head_tp(layout)}, headed, microbatches, last, root=True)
+        before, after = {"tp": axes.embedding_tp(layout) * sent}, {"tp": axes.head_tp(layout) * sent}
+        embedding = self._part(layout, compute["embedding"], before, embedded, microbatches, first, root=True)
+        head = self._part(layout, compute["head"], after, headed, microbatches, last, root=True)
         return layers, embedding, head, self._compute.microbatch() * pace
 
     def least_work(self, group: LayoutGroup) -> float:
@@ -198,7 +202,7 @@ class CostModel:
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
         grids = {(state[2], state[3]) for state in group.states}
-        pace, least = self._pace(layout, microbatches), float("inf")
+        pace, least = self.least_pace(group), float("inf")
         for (ep, etp), schedule in product(grids, again.values()):
             one = layout.but(ep=ep, etp=etp, schedule=schedule)
             forward, backward, weight = self._once(one, pace, len(grids) == 1)
@@ -207,7 +211,7 @@ class CostModel:
             least = min(least, max(shared, forward + in_chain + (microbatches - 1) * in_chain / stages))
         return least
 
-    def _once(self, layout: Layout, pace: float, with_ep: bool) -> tuple[float, float, float]:
+    def _once(self, layout: Layout, pace: Pace, with_ep: bool) -> tuple[float, float, float]:
         """One microbatch through the whole model: (forward, whole backward, of that the weights')."""
         # No stride among what is sent here depends on pp, dp or the state but those of ep.
         key = (
@@ -215,13 +219,13 @@ class CostModel:
             *(layout.ep, layout.etp, self._logits_again(layout), pace, with_ep),
         )
         if key not in self._once_cache:
-            compute = self._part_compute(layout, pace)
+            compute = self._part_compute(layout, pace[0])
             forward = backward = weight = 0.0
             for kind, number in [*((s.kind, s.count) for s in self._model.segments), ("embedding", 1), ("head", 1)]:
                 cost = compute[kind]
                 passes: dict[str, Passes] = {}
                 if kind not in ("embedding", "head"):
-                    passes = self._axis_passes(layout, cost, kind)
+                    passes = self._axis_passes(layout, cost, pace[1], kind)
                     if not with_ep:
                         passes.pop("ep", None)
                 forward += number * (cost.forward.total + sum(p.forward for p in passes.values()))
@@ -257,24 +261,20 @@ class CostModel:
 
     # ---- compute ---------------------------------------------------------------------------------------
 
-    def _pace(self, layout: Layout, microbatches: int) -> float:
-        """How many times its measured seconds compute takes: the slowest of the ranks, and those that are idle.
+    def least_pace(self, group: LayoutGroup) -> Pace:
+        """The least of both of the group's pipelines."""
+        layout = group.base
+        count = layout.microbatches(self._job.global_batch)
+        each = [self._pace(layout.but(schedule=s, virtual_stages=chunks), count) for s, chunks in group.pipelines]
+        return min(compute for compute, _ in each), min(sent for _, sent in each)
 
-        Points were measured with all ranks computing. Where stages share cores, memory bandwidth or power, a stage in
-        its bubble leaves them to the others: of M + p - 1 slots, slot t has min(t + 1, p, M, M + p - 1 - t) stages
-        at work (arXiv 2104.04473, figure 3) and is as long as that many make it; the step is the sum of the slots. How
-        many ranks share anything is what contention was measured up to, whether or not they are one node.
+    def _pace(self, layout: Layout, microbatches: int) -> Pace:
+        """How many times their measured seconds compute and what the axes send take: the slowest of the ranks, and
+        those that are idle. Where the host does the sending, what it leaves to the others it leaves to their messages.
         """
-        pace = self._hardware.straggler_slowdown if layout.world_size > 1 else 1.0
-        points = self._hardware.contention_points
-        ranks = min(layout.world_size, max((point.active for point in points), default=1))
-        in_stage = layout.world_size // layout.pp
-        if layout.pp > 1 and ranks > in_stage:
-            most, slots = ranks // in_stage, microbatches + layout.pp - 1
-            busy = [min(t + 1, layout.pp, microbatches, slots - t) * most / layout.pp for t in range(slots)]
-            spent = sum(self._hardware.contention(stages * in_stage) for stages in busy)
-            pace *= spent / slots / self._hardware.contention(ranks)
-        return pace
+        slowest = self._hardware.straggler_slowdown if layout.world_size > 1 else 1.0
+        beside = beside_others(self._hardware, layout, microbatches)
+        return slowest * beside, beside if self._hardware.backend == "gloo" else 1.0
 
     def _logits_again(self, layout: Layout) -> bool:
         """What the head's compute depends on besides its shapes."""
@@ -295,17 +295,17 @@ class CostModel:
     # ---- parts -----------------------------------------------------------------------------------------
 
     def _layer(
-        self, layout: Layout, compute: ComputeCost, kind: str, microbatches: int, reshard: bool | None
+        self, layout: Layout, compute: ComputeCost, sent: float, kind: str, microbatches: int, reshard: bool | None
     ) -> PartSeconds:
-        axes = self._axis_passes(layout, compute, kind)
+        axes = self._axis_passes(layout, compute, sent, kind)
         parameters, tensors = self._memory.block_parameters(layout, kind), self._model.layer_tensors(kind)
         return self._part(layout, compute, axes, parameters, microbatches, tensors, reshard=reshard)
 
-    def _axis_passes(self, layout: Layout, compute: ComputeCost, kind: str) -> dict[str, Passes]:
+    def _axis_passes(self, layout: Layout, compute: ComputeCost, sent: float, kind: str) -> dict[str, Passes]:
         axes = {"tp": self._axes.block_tp(layout, compute, kind), "cp": self._axes.block_cp(layout, compute)}
         if kind == "experts":
             axes["ep"] = self._axes.block_ep(layout)
-        return axes
+        return axes if sent == 1.0 else {name: passes * sent for name, passes in axes.items()}
 
     def _part(
         self,

@@ -115,8 +115,8 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     if rank.world_size == 1:
         return
     yield Case("contention", "overheads", QUICK, concurrency.measure_contention)
-    yield Case("stragglers", "overheads", QUICK, concurrency.measure_stragglers)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
+    yield Case("stragglers", "overheads", QUICK, partial(concurrency.measure_stragglers, placed=groups[smallest]))
     yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))
     if not cuda:
         for pair in [placed for placed in groups.values() if placed.size == 2][:1]:

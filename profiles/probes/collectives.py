@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ def measure_collective(
     n = placed.size
     elements = max(2 * n, size_bytes // 4 // (2 * n) * (2 * n))
     whole = torch.zeros(elements, device=rank.device)
-    action = _action(rank, placed, operation, whole, uneven)
+    action = collective_action(rank, placed, operation, whole, uneven)
     rank.barrier()  # every rank has its buffers before any of them communicates
     alone = operation == "send_recv" and rank.device.type != "cuda"
     timing = time_together(rank, action, _quiet(rank) if alone else work_between(rank, BETWEEN_SECONDS))
@@ -94,7 +94,10 @@ def measure_collective(
     )
 
 
-def _action(rank: Rank, placed: PlacedGroup, operation: str, whole: torch.Tensor, uneven: bool) -> Callable[[], object]:
+def collective_action(
+    rank: Rank, placed: PlacedGroup, operation: str, whole: torch.Tensor, uneven: bool = False
+) -> Callable[[], object]:
+    """One call of the operation over `whole`, which is on every rank; it returns when the rank has its result."""
     group, n = placed.group, placed.size
     part = whole[: len(whole) // n].clone()
     other = torch.zeros_like(whole)
@@ -139,7 +142,7 @@ def work_between(rank: Rank, seconds: float) -> Callable[[], object] | None:
     if rank.device.type == "cuda":
         return None
     a, b = torch.randn(128, 256), torch.randn(256, 256)
-    once = Rank(rank.rank, rank.world_size, rank.device, effort_seconds=0.002)
+    once = replace(rank, control=None, effort_seconds=0.002)
     loops = max(1, round(seconds / time_alone(once, lambda: torch.mm(a, b)).seconds))
 
     def compute() -> None:

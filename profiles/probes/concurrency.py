@@ -18,7 +18,7 @@ from .timing import Rank, time_alone, trimmed_mean
 _CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
 MESSAGE_BYTES = (2**16, 2**19)  # of a microbatch between stages on CPUs
 _MESSAGES = 16  # each way in one timing
-_CONTENTION_TURNS = {False: 9, True: 3}
+_CONTENTION_TURNS = 9
 WAIT_SECONDS = (BETWEEN_SECONDS, 5e-3, 2e-2, 8e-2)  # of work between two meetings; a block's, a stage's, a step's
 
 
@@ -89,12 +89,11 @@ def measure_contention(rank: Rank) -> list[ContentionPoint]:
     product = _product(rank)
     counts = sorted({1, *(2**i for i in range(1, 10) if 2**i < rank.world_size), rank.world_size})
     found: dict[int, list[float]] = {active: [] for active in counts}
-    # In turn, since a machine's pace changes by more than what is looked for; ranks that share cores do not start at
-    # quite the same time, so theirs are fewer and longer.
-    for _ in range(_CONTENTION_TURNS[rank.shares_cores]):
+    # In turn, since a machine's pace changes by more than what is looked for.
+    for _ in range(_CONTENTION_TURNS):
         for active, seconds in found.items():
             rank.barrier()
-            own = time_alone(_silent(rank), product).seconds if rank.rank < active else 0.0
+            own = time_alone(_silent(rank, active), product).seconds if rank.rank < active else 0.0
             rank.barrier()
             seconds.append(rank.mean(own) * rank.world_size / active)
     points: list[ContentionPoint] = []
@@ -104,37 +103,55 @@ def measure_contention(rank: Rank) -> list[ContentionPoint]:
     return points
 
 
-def _silent(rank: Rank) -> Rank:
-    """The same rank, timing for itself: the others are not asked to join."""
-    effort = rank.effort_seconds * (2.0 if rank.shares_cores else 0.5)
-    return Rank(rank.rank, rank.world_size, rank.device, None, effort, rank.shares_cores)
+def _silent(rank: Rank, active: int) -> Rank:
+    """The same rank, timing for itself beside so many: the others are not asked to join."""
+    share = max(1.0, rank.ranks_per_core * active / rank.world_size)
+    return Rank(rank.rank, rank.world_size, rank.device, None, rank.effort_seconds * 0.5, share)
 
 
-def measure_stragglers(rank: Rank) -> dict[str, Any]:
+def measure_stragglers(rank: Rank, placed: PlacedGroup) -> dict[str, Any]:
     """What ranks of equal work wait for the slowest of them, after little and after much of it.
 
-    `straggler_slowdown` is how many times its mean rank's seconds the longest stretch takes until all are there.
+    `straggler_slowdown` is how many times its mean rank's seconds the longest stretch takes until all are there. Where
+    ranks share cores those of `placed` meet, and what others compute meanwhile is not lost.
     """
     product = _product(rank)
     once = rank.mean(time_alone(rank, product).seconds)
+    stretch_to_all = partial(_until_met, placed=placed) if rank.shares_cores else _until_all
     waits = []
-    stretch = 0.0
     for wanted in WAIT_SECONDS:
-        loops = max(1, round(wanted / once))
-        slowest, typical = [], []
-        for _ in range(max(6, min(40, round(rank.effort_seconds * 10 / wanted)))):
-            rank.barrier()
-            start = time.perf_counter()
-            for _ in range(loops):
-                product()
-            rank.synchronize()
-            own = time.perf_counter() - start
-            slowest.append(rank.most(own))
-            typical.append(rank.mean(own))
-        wait = trimmed_mean([s - t for s, t in zip(slowest, typical, strict=True)])
-        stretch = trimmed_mean(typical)
+        loops, repeats = max(1, round(wanted / once)), max(6, min(40, round(rank.effort_seconds * 10 / wanted)))
+        stretch, wait = stretch_to_all(rank, lambda loops=loops: [product() for _ in range(loops)], repeats)
         waits.append(WaitPoint(compute_seconds=stretch, wait_seconds=max(0.0, wait)))
-    return {"waits": waits, "straggler_slowdown": 1.0 + waits[-1].wait_seconds / stretch}
+    longest = waits[-1].wait_seconds - (waits[0].wait_seconds if rank.shares_cores else 0.0)
+    return {"waits": waits, "straggler_slowdown": 1.0 + max(0.0, longest) / waits[-1].compute_seconds}
+
+
+def _until_all(rank: Rank, work: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """(seconds of the mean rank, how much longer the slowest takes)."""
+    slowest, typical = [], []
+    for _ in range(repeats):
+        own = _timed(rank, work)
+        slowest.append(rank.most(own))
+        typical.append(rank.mean(own))
+    return trimmed_mean(typical), trimmed_mean([s - t for s, t in zip(slowest, typical, strict=True)])
+
+
+def _until_met(rank: Rank, work: Callable[[], object], repeats: int, placed: PlacedGroup) -> tuple[float, float]:
+    """(seconds of the work, how much longer each time takes with a smallest sum over `placed` after it).
+
+    The sum's own seconds are in it, whatever the work."""
+    tiny = torch.zeros(1)
+    dist.all_reduce(tiny, group=placed.group)
+    rank.barrier()
+    began, computed = time.perf_counter(), 0.0
+    for _ in range(repeats):
+        before = rank.computing()
+        work()
+        computed += rank.computing() - before
+        dist.all_reduce(tiny, group=placed.group)
+    spent = time.perf_counter() - began
+    return rank.mean(computed) / repeats, rank.mean(spent - computed) / repeats
 
 
 def measure_messages(rank: Rank, placed: PlacedGroup) -> dict[str, float]:

@@ -1,4 +1,12 @@
-"""Timing on one rank while all ranks work: warm-up, repeated samples, a robust mean, spread and outliers."""
+"""Timing on one rank while all ranks work: warm-up, repeated samples, a robust mean, spread and outliers.
+
+[Note: Shared cores]
+With more ranks than cores a rank waits for its turn, for as long as the system's scheduler likes: of four ranks on two
+cores one may have a core to itself for a while and the other three the other, so that neither the mean nor the median
+of their seconds is what the same work takes when all of it must be done. What is only computed is timed in seconds of
+the processor there, times the ranks that share a core: cores are never idle while more ranks than cores compute. How
+much later the last rank is than that is a figure of its own (`concurrency.measure_stragglers`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +20,7 @@ import torch.distributed as dist
 
 _LEAST_SAMPLE_SECONDS = 1e-4  # actions shorter than this are looped: the clock and its reading cost about 1e-7
 _SHORT_SECONDS = 5e-3  # what takes less on a core of its own is ruled by who woke when, and scatters by as much
+_SHARING_SECONDS = 0.1  # at least, where ranks share cores: several of the scheduler's slices
 _TRIMMED = 0.1  # share of the samples left out at either end of the mean
 
 
@@ -33,7 +42,7 @@ class Rank:
     """This process among the ranks that are measured together.
 
     `control` is a gloo group of all ranks for what the profiler itself has to agree on. `effort_seconds` is how
-    long one measurement may take. `shares_cores` says that the ranks of a machine are more than its cores.
+    long one measurement may take. `ranks_per_core` is more than 1 where the ranks of a machine are more than its cores.
 
     Every agreement carries a flag: a rank that failed says so in its next one (`give_up`), and the others, whichever
     agreement they are in, raise CaseFailed there. So none waits for a rank that has run out of memory.
@@ -44,7 +53,15 @@ class Rank:
     device: torch.device
     control: dist.ProcessGroup | None = None
     effort_seconds: float = 0.05
-    shares_cores: bool = False
+    ranks_per_core: float = 1.0
+
+    @property
+    def shares_cores(self) -> bool:
+        return self.ranks_per_core > 1.0
+
+    def computing(self) -> float:
+        """A clock, in seconds, of what this rank computes while all do ([Note: Shared cores])."""
+        return time.process_time() * self.ranks_per_core if self.shares_cores else time.perf_counter()
 
     def barrier(self) -> None:
         self._agree(0.0, dist.ReduceOp.MAX)
@@ -79,22 +96,16 @@ class Rank:
 def time_alone(rank: Rank, action: Callable[[], object]) -> Timing:
     """Time an action without communication, all ranks running it at the same time.
 
-    Each rank repeats it until the effort is used up, so that none is timed while others have stopped: with more
-    ranks than cores a rank then waits for its share of a core as it does in training, and the plain mean counts.
+    Each rank repeats it until the effort is used up, so that none is timed while others have stopped.
     """
     action()
-    started = time.perf_counter()
-    action()
-    rank.synchronize()
-    loops = max(1, round(_LEAST_SAMPLE_SECONDS / max(time.perf_counter() - started, 1e-7)))
+    loops = max(1, round(_LEAST_SAMPLE_SECONDS / max(_sample(rank, action, 1, rank.computing), 1e-7)))
     rank.barrier()
     samples = []
     begun = time.perf_counter()
     end = begun + rank.effort_seconds
     while len(samples) < 3 or time.perf_counter() < end:
-        samples.append(_sample(rank, action, loops))
-    if rank.shares_cores:
-        return Timing(statistics.fmean(samples), *_scatter(samples))
+        samples.append(_sample(rank, action, loops, rank.computing))
     return Timing(trimmed_mean(samples), *_scatter(samples))
 
 
@@ -116,15 +127,17 @@ def time_together(rank: Rank, action: Callable[[], object], between: Callable[[]
     rank.synchronize()
     took = rank.most((time.perf_counter() - started) / 2)
     loops = max(1, round(_LEAST_SAMPLE_SECONDS / took)) if rank.device.type == "cuda" else 1
-    fewest = 24 if took < _SHORT_SECONDS and not rank.shares_cores else 8 if took < rank.effort_seconds else 3
-    repeats = int(min(200, max(fewest, rank.effort_seconds / took / loops)))
+    effort = max(rank.effort_seconds, _SHARING_SECONDS) if rank.shares_cores else rank.effort_seconds
+    fewest = 24 if took < _SHORT_SECONDS and not rank.shares_cores else 8 if took < effort else 3
+    repeats = int(min(200, max(fewest, effort / took / loops)))
     rank.barrier()
     samples = []
     for _ in range(repeats):
         if between is not None:
             between()
         samples.append(_sample(rank, action, loops))
-    return Timing(trimmed_mean(samples, 0.05), *_scatter(samples))
+    # Where ranks share cores, waiting long for a turn is no accident.
+    return Timing(trimmed_mean(samples, 0.0 if rank.shares_cores else 0.05), *_scatter(samples))
 
 
 def trimmed_mean(samples: Sequence[float], share: float = _TRIMMED) -> float:
@@ -133,12 +146,14 @@ def trimmed_mean(samples: Sequence[float], share: float = _TRIMMED) -> float:
     return statistics.fmean(sorted(samples)[cut : len(samples) - cut])
 
 
-def _sample(rank: Rank, action: Callable[[], object], loops: int) -> float:
-    started = time.perf_counter()
+def _sample(
+    rank: Rank, action: Callable[[], object], loops: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    started = clock()
     for _ in range(loops):
         action()
     rank.synchronize()
-    return (time.perf_counter() - started) / loops
+    return (clock() - started) / loops
 
 
 def _scatter(samples: Sequence[float]) -> tuple[float, float]:

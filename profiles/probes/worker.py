@@ -34,7 +34,6 @@ _TRAINING_MODULES = (
 )
 _EFFORT_SECONDS = {QUICK: 0.03, DEFAULT: 0.06}  # of one measurement; 0.15 in full
 _SLOW_SECONDS = 5.0  # a case that takes longer is ruled by its bytes and not by the effort
-_SHARING_SECONDS = 0.1  # at least, where ranks share cores: several of the scheduler's slices
 _COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 
 Tell = Callable[[str, Any], None]
@@ -63,8 +62,8 @@ def work(rank_index: int, world_size: int, init_method: str, request: Request, t
     control: Any = dist.new_group(backend="gloo") if world_size > 1 else None
     rank = Rank(rank_index, world_size, device, control)
     facts = _facts(rank)
-    shares = not cuda and facts["ranks_per_machine"] > len(os.sched_getaffinity(0))
-    rank = replace(rank, shares_cores=shares, effort_seconds=_effort(request.level, shares))
+    share = 1.0 if cuda else facts["ranks_per_machine"] / len(os.sched_getaffinity(0))
+    rank = replace(rank, ranks_per_core=max(1.0, share), effort_seconds=_EFFORT_SECONDS.get(request.level, 0.15))
     if rank_index == 0:
         tell("facts", facts)
     cases = [case for case in all_cases(rank, make_groups(rank), request.dtypes) if case.level <= request.level]
@@ -73,11 +72,6 @@ def work(rank_index: int, world_size: int, init_method: str, request: Request, t
         tell("end", {"conditions_after": device_conditions()})
     rank.barrier()
     dist.destroy_process_group()
-
-
-def _effort(level: int, shares_cores: bool) -> float:
-    effort = _EFFORT_SECONDS.get(level, 0.15)
-    return max(effort, _SHARING_SECONDS) if shares_cores else effort
 
 
 def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> None:
