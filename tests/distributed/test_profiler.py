@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,9 @@ def probe_the_rest() -> dict[str, Any]:
         **overheads.measure_parameter(rank),
         **overheads.measure_sharded_block(rank, groups[2, 1]),
         **compute.measure_launch(rank),
-        **concurrency.measure_stragglers(rank),
+        **concurrency.measure_stragglers(rank, groups[2, 1]),
     }
+    found["shared"] = concurrency.measure_stragglers(replace(rank, ranks_per_core=2.0), groups[2, 1])
     found["fsdp"] = overheads.measure_data_parallel(rank, groups[2, 1], 2**18)
     found["contention"] = concurrency.measure_contention(rank)
     found["overlap"] = concurrency.measure_overlap(rank, groups[2, 1], "all_reduce", 2**16)
@@ -80,6 +82,9 @@ def test_the_other_probes() -> None:
     found = run_ranks(probe_the_rest, 2)[0]
     assert 0 < found["launch_seconds"] < found["microbatch_overhead_seconds"] < 0.1
     assert found["straggler_slowdown"] >= 1
+    stretches = [point.compute_seconds for point in found["shared"]["waits"]]
+    assert found["shared"]["straggler_slowdown"] >= 1
+    assert stretches == sorted(stretches)
     assert [p.operation for p in found["fsdp"]] == ["fsdp_all_gather", "fsdp_reduce_scatter", "replicate_all_reduce"]
     # 7 matrices of 16 columns: what a quarter of a MiB holds of them.
     assert {p.bytes for p in found["fsdp"]} == {4 * 7 * 16 * (2**18 // 4 // 7 // 16)}
