@@ -73,12 +73,12 @@ def measure_overlap(rank: Rank, placed: PlacedGroup, operation: str, size_bytes:
     )
 
 
-def _timed(rank: Rank, action: Callable[[], object]) -> float:
+def _timed(rank: Rank, action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     rank.barrier()
-    start = time.perf_counter()
+    start = clock()
     action()
     rank.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure_contention(rank: Rank) -> list[ContentionPoint]:
@@ -171,8 +171,9 @@ def measure_messages(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
         into = [torch.zeros(size // 4) for _ in range(_MESSAGES)]
         alone, beside = [], []
         for _ in range(max(4, round(rank.effort_seconds / 1e-2))):
-            alone.append(_timed(rank, lambda: [compute() for _ in range(_MESSAGES)]))
-            beside.append(_timed(rank, partial(_exchange_beside, compute, out, into, partner, placed.group)))
+            alone.append(_timed(rank, lambda: [compute() for _ in range(_MESSAGES)], rank.computing))
+            exchange = partial(_exchange_beside, compute, out, into, partner, placed.group)
+            beside.append(_timed(rank, exchange, rank.computing))
         lost = (trimmed_mean(beside) - trimmed_mean(alone)) / _MESSAGES
         found.append(max(0.0, rank.mean(lost)))
     (small, large), (fewer, more) = MESSAGE_BYTES, found
