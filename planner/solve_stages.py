@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .better_assignment import better_assignment
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
 from .schedule import Pipeline
@@ -44,11 +45,12 @@ class SharedCuts:
 @dataclass(frozen=True)
 class Begun:
     """What is kept of a layout that is put aside: the best that it is known to reach, the paths that whole numbers came
-    upon, and how long a program may take."""
+    upon, how long a program may take, and whether what is known has been made better."""
 
     counts: tuple[StageCount, ...] | None = None
     cuts: tuple[Path, ...] = ()
     patience_seconds: float = 1.0  # twice as much after each that did not end
+    climbed: bool = False
 
 
 NOTHING_BEGUN = Begun()
@@ -128,12 +130,19 @@ def solve_stages(
     bound = max(bound, relaxed)
     program.not_below_bound(bound)
     patience = begun.patience_seconds
+    climbed = begun.climbed or best is None or costs.layout.virtual_stages == 1
     while solved < _MOST_CUTS and time.monotonic() < deadline:
         goal = min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE)
         if bound >= goal:
             break
         if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
-            return Solution(chosen, best, best_seconds, bound, solved, aside=Begun(best, tuple(found), patience))
+            return Solution(
+                chosen, best, best_seconds, bound, solved, aside=Begun(best, tuple(found), patience, climbed)
+            )
+        if best is not None and not climbed:
+            best, climbed = better_assignment(chosen, best, limit_bytes, modes), True
+            best_seconds = chosen.step(best)
+            continue
         program.better_than(goal)
         began = time.monotonic()
         counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
