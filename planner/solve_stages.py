@@ -130,7 +130,7 @@ def solve_stages(
     bound = max(bound, relaxed)
     program.not_below_bound(bound)
     patience = begun.patience_seconds
-    climbed = begun.climbed or best is None or costs.layout.virtual_stages == 1
+    climbed = begun.climbed
     while solved < _MOST_CUTS and time.monotonic() < deadline:
         goal = min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE)
         if bound >= goal:
@@ -139,13 +139,13 @@ def solve_stages(
             return Solution(
                 chosen, best, best_seconds, bound, solved, aside=Begun(best, tuple(found), patience, climbed)
             )
-        if best is not None and not climbed:
+        if best is not None and costs.layout.virtual_stages > 1 and not climbed:
             best, climbed = better_assignment(chosen, best, limit_bytes, modes), True
             best_seconds = chosen.step(best)
             continue
         program.better_than(goal)
         began = time.monotonic()
-        counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
+        counts, relaxed = program.solve(make_solver(min(patience, deadline - began), heuristics=not climbed))
         solved += 1
         # Nothing below the goal: the goal itself is proven.
         bound = max(bound, min(relaxed + costs.step_seconds, min(best_seconds, cutoff_seconds)))

@@ -60,6 +60,8 @@ Way = tuple[str, bool | None]
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
+# HiGHS's options for heuristics that its effort does not hold back.
+_SMALLER_PROGRAMS = tuple(f"mip_heuristic_run_{name}" for name in ("rins", "rens", "root_reduced_cost"))
 
 
 class RelaxedAnswer(NamedTuple):
@@ -361,11 +363,13 @@ def _of(part: PartSeconds, phase: str) -> float:
     return getattr(part, phase).total
 
 
-def make_solver(limit_seconds: float, whole: bool = True) -> Any:
+def make_solver(limit_seconds: float, whole: bool = True, heuristics: bool = True) -> Any:
     """HiGHS, or CBC where HiGHS is missing; one thread, no gap, stopped after `limit_seconds`.
 
-    Not `whole`: numbers of layers may be fractions.
+    Not `whole`: numbers of layers may be fractions. Without `heuristics` HiGHS solves no smaller programs to find an
+    answer, which takes most of its time where a good one is known.
     """
+    quiet = {} if heuristics else {"mip_heuristic_effort": 0.0} | dict.fromkeys(_SMALLER_PROGRAMS, False)
     highs = pulp.HiGHS(
         mip=whole,
         msg=False,
@@ -375,6 +379,7 @@ def make_solver(limit_seconds: float, whole: bool = True) -> Any:
         primal_feasibility_tolerance=1e-9,
         mip_feasibility_tolerance=1e-9,
         mip_pscost_minreliable=2,  # many small nodes: trying branches out costs more than it tells
+        **quiet,
     )
     if highs.available():
         return highs
