@@ -42,7 +42,7 @@ Seconds are scaled by the bound and bytes by the limit, so that the solver sees 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -118,10 +118,11 @@ class Program:
 
     # ---- linear expressions ----------------------------------------------------------------------------
 
-    def seconds(self, stage: int, phase: str) -> pulp.LpAffineExpression:
-        """Seconds of a phase on a stage, in units of `scale`; recomputation precedes the input's backward."""
+    def seconds(self, stage: int, phase: str) -> tuple[dict[pulp.LpVariable, float], float]:
+        """(factors of the layers, constant) of the seconds of a phase on a stage, in units of `scale`; recomputation
+        precedes the input's backward."""
         terms = {self.n[stage, k, way]: each / self.scale for k, way, each in self._each_layer(phase)}
-        return pulp.LpAffineExpression(terms, constant=_of(self.costs.stage_ends[stage], phase) / self.scale)
+        return terms, _of(self.costs.stage_ends[stage], phase) / self.scale
 
     def _each_layer(self, phase: str) -> list[tuple[int, Way, float]]:
         """Seconds of a layer of each segment and way, where it has any."""
@@ -144,13 +145,13 @@ class Program:
 
     def every_layer_once(self) -> None:
         for k, segment in enumerate(self.costs.segments):
-            placed = pulp.lpSum(n for (_, of, _), n in self.n.items() if of == k)
+            placed = _sum(n for (_, of, _), n in self.n.items() if of == k)
             self.problem += placed == segment.layers, f"every_layer_once_{k}"
 
     def no_empty_stage(self) -> None:
         kinds = range(len(self.costs.segments))
         for s in range(1, self.costs.layout.stages - 1):
-            held = pulp.lpSum(self.n[s, k, way] for k in kinds for way in self._ways)
+            held = _sum(self.n[s, k, way] for k in kinds for way in self._ways)
             self.problem += held >= 1, f"no_empty_stage_{s}"
 
     def layers_of_ranks(self) -> None:
@@ -164,7 +165,7 @@ class Program:
                 whole = self.problem.add_variable(f"N_{name}", 0, most[q], cat=pulp.LpInteger)
                 ways = [way for way in self._ways if way[0] in (modes or self.modes)]
                 held = [self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways]
-                self.problem += whole == pulp.lpSum(held), f"layers_of_rank_{name}"
+                self.problem += _sum(held, {whole: -1}) == 0, f"layers_of_rank_{name}"
 
     def segments_in_order(self) -> None:
         stages = range(self.costs.layout.stages)
@@ -241,18 +242,21 @@ class Program:
                 terms: dict[pulp.LpVariable, float] = {}
                 for c, s in enumerate(costs.layout.stages_of(q)):
                     for k, way, segment in self._layers():
-                        memory, mode = segment.memory, way[0]
-                        each = memory.state.total + memory.totals.gradients[vector.phase(c)][mode]
-                        each += memory.held_by(mode).total * vector.full[c]
-                        each += memory.held_weight.total * vector.weight_only[c]
+                        totals, mode = segment.memory.totals, way[0]
+                        each = totals.state + totals.gradients[vector.phase(c)][mode]
+                        each += totals.held[mode] * vector.full[c] + totals.held_weight * vector.weight_only[c]
                         terms[self.n[s, k, way]] = slack * each / self.limit_bytes
+                terms[transient[q]] = 1.0
                 row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes)
-                self.problem += row + transient[q] <= 1.0, f"fits_memory_{q}_{number}"
+                self.problem += row <= 1.0, f"fits_memory_{q}_{number}"
 
     def optimizer_of_slowest(self) -> None:
         for q in range(self.costs.layout.pp):
-            own = pulp.lpSum(self.seconds(s, "optimizer") for s in self.costs.layout.stages_of(q))
-            self.problem += self.optimizer >= own, f"optimizer_{q}"
+            own, always = {self.optimizer: -1.0}, 0.0
+            for s in self.costs.layout.stages_of(q):
+                terms, constant = self.seconds(s, "optimizer")
+                own, always = own | terms, always + constant
+            self.problem += pulp.LpAffineExpression(own) <= -always, f"optimizer_{q}"
 
     def not_below_bound(self, bound_seconds: float) -> None:
         least = (bound_seconds - self.costs.step_seconds) / self.scale
@@ -267,14 +271,15 @@ class Program:
 
     def durations(self) -> None:
         for (phase, s), variable in self.phase.items():
-            self.problem += variable == self.seconds(s, phase), f"duration_{phase}_{s}"
+            terms, constant = self.seconds(s, phase)
+            self.problem += pulp.LpAffineExpression(terms | {variable: -1.0}) == -constant, f"duration_{phase}_{s}"
         for phase, total in self.whole.items():
             stages = range(self.costs.layout.stages)
-            self.problem += total == pulp.lpSum(self.phase[phase, s] for s in stages), f"whole_{phase}"
+            self.problem += _sum((self.phase[phase, s] for s in stages), {total: -1}) == 0, f"whole_{phase}"
 
     def longer_than_path(self, path: Path) -> None:
         """Counts of 1 on most stages are written through the sum over all, which keeps the row short."""
-        terms: dict[pulp.LpVariable, float] = {}
+        terms: dict[pulp.LpVariable, float] = {self.makespan: -1.0}
         for phase in PATH_PHASES:
             times = getattr(path, phase)
             base = 1 if times.count(1) > times.count(0) else 0
@@ -284,7 +289,7 @@ class Program:
                 if number != base:
                     terms[self.phase[phase, s]] = number - base
         sent = path.sends * self.costs.send_seconds / self.scale
-        constraint = self.makespan >= pulp.LpAffineExpression(terms, constant=sent)
+        constraint = pulp.LpAffineExpression(terms) <= -sent
         self.problem += constraint
         if self.relaxed is not None:
             self.relaxed.add(constraint)
@@ -354,6 +359,13 @@ class Program:
         return replace(self.costs, reshard=tuple(chosen))
 
 
+def _sum(
+    variables: Iterable[pulp.LpVariable], others: Mapping[pulp.LpVariable, float] | None = None
+) -> pulp.LpAffineExpression:
+    """Of variables that differ, and others with a factor. Written at once, where pulp's own sums copy and add."""
+    return pulp.LpAffineExpression(dict.fromkeys(variables, 1.0) | dict(others or {}))
+
+
 def _name(way: Way) -> tuple[str, ...]:
     mode, choice = way
     return (mode,) if choice is None else (mode, "freed" if choice else "kept")
@@ -369,7 +381,9 @@ def make_solver(limit_seconds: float, whole: bool = True, heuristics: bool = Tru
     Not `whole`: numbers of layers may be fractions. Without `heuristics` HiGHS solves no smaller programs to find an
     answer, which takes most of its time where a good one is known.
     """
-    quiet = {} if heuristics else {"mip_heuristic_effort": 0.0} | dict.fromkeys(_SMALLER_PROGRAMS, False)
+    quiet: dict[str, Any] = (
+        {} if heuristics else {"mip_heuristic_effort": 0.0} | dict.fromkeys(_SMALLER_PROGRAMS, False)
+    )
     highs = pulp.HiGHS(
         mip=whole,
         msg=False,
