@@ -42,7 +42,7 @@ Seconds are scaled by the bound and bytes by the limit, so that the solver sees 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -165,7 +165,7 @@ class Program:
                 whole = self.problem.add_variable(f"N_{name}", 0, most[q], cat=pulp.LpInteger)
                 ways = [way for way in self._ways if way[0] in (modes or self.modes)]
                 held = [self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways]
-                self.problem += _sum(held, {whole: -1}) == 0, f"layers_of_rank_{name}"
+                self.problem += _sum(held, [whole]) == 0, f"layers_of_rank_{name}"
 
     def segments_in_order(self) -> None:
         stages = range(self.costs.layout.stages)
@@ -275,7 +275,7 @@ class Program:
             self.problem += pulp.LpAffineExpression(terms | {variable: -1.0}) == -constant, f"duration_{phase}_{s}"
         for phase, total in self.whole.items():
             stages = range(self.costs.layout.stages)
-            self.problem += _sum((self.phase[phase, s] for s in stages), {total: -1}) == 0, f"whole_{phase}"
+            self.problem += _sum((self.phase[phase, s] for s in stages), [total]) == 0, f"whole_{phase}"
 
     def longer_than_path(self, path: Path) -> None:
         """Counts of 1 on most stages are written through the sum over all, which keeps the row short."""
@@ -359,11 +359,9 @@ class Program:
         return replace(self.costs, reshard=tuple(chosen))
 
 
-def _sum(
-    variables: Iterable[pulp.LpVariable], others: Mapping[pulp.LpVariable, float] | None = None
-) -> pulp.LpAffineExpression:
-    """Of variables that differ, and others with a factor. Written at once, where pulp's own sums copy and add."""
-    return pulp.LpAffineExpression(dict.fromkeys(variables, 1.0) | dict(others or {}))
+def _sum(variables: Iterable[pulp.LpVariable], less: Iterable[pulp.LpVariable] = ()) -> pulp.LpAffineExpression:
+    """Of variables that differ, less others. Written at once, where pulp's own sums copy and add."""
+    return pulp.LpAffineExpression(dict.fromkeys(variables, 1.0) | dict.fromkeys(less, -1.0))
 
 
 def _name(way: Way) -> tuple[str, ...]:
