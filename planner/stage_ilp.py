@@ -25,7 +25,7 @@ Subject to
   (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + sends·c, P      longer_than_path
                  F, I, W, G, D how often P passes them, c one send
   (optimizer)  O >= o_q(n)                                                    optimizer_of_slowest
-  (head start) Z >= the closed-form bound                                     not_below_bound
+  (head start) Z >= the bound known                                           not_below_bound
   (goal)       Z <= just below the best simulated step so far                 better_than
 
 [Note: Cuts]
@@ -60,8 +60,8 @@ Way = tuple[str, bool | None]
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
-# HiGHS's options for heuristics that its effort does not hold back.
-_SMALLER_PROGRAMS = tuple(f"mip_heuristic_run_{name}" for name in ("rins", "rens", "root_reduced_cost"))
+_NO_SMALLER_PROGRAMS: dict[str, Any] = {"mip_heuristic_effort": 0.0}  # and these, which the effort does not hold back
+_NO_SMALLER_PROGRAMS |= {f"mip_heuristic_run_{name}": False for name in ("rins", "rens", "root_reduced_cost")}
 
 
 class RelaxedAnswer(NamedTuple):
@@ -101,6 +101,7 @@ class Program:
         self.x: dict[tuple[int, bool | None], pulp.LpVariable] = {}
         self.phase = {(p, s): new(f"{p}_{s}", 0) for p in PATH_PHASES for s in stages}
         self.whole = {p: new(f"{p}_whole", 0) for p in PATH_PHASES}
+        self.of_ranks: dict[str, tuple[pulp.LpVariable, int]] = {}  # layers of a rank, and how many at most
         self.makespan = new("T", 0)
         self.optimizer = new("O", 0)
         self.step = new("Z", 0)
@@ -163,6 +164,7 @@ class Program:
             for modes in chosen:
                 name = "_".join((str(q), *modes))
                 whole = self.problem.add_variable(f"N_{name}", 0, most[q], cat=pulp.LpInteger)
+                self.of_ranks[name] = (whole, most[q])
                 ways = [way for way in self._ways if way[0] in (modes or self.modes)]
                 held = [self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways]
                 self.problem += _sum(held, [whole]) == 0, f"layers_of_rank_{name}"
@@ -259,15 +261,14 @@ class Program:
             self.problem += pulp.LpAffineExpression(own) <= -always, f"optimizer_{q}"
 
     def not_below_bound(self, bound_seconds: float) -> None:
-        least = (bound_seconds - self.costs.step_seconds) / self.scale
-        self.problem += self.step >= least * (1 - RELATIVE_TOLERANCE), "not_below_bound"
+        self.step.lowBound = (bound_seconds - self.costs.step_seconds) / self.scale * (1 - RELATIVE_TOLERANCE)
 
     def better_than(self, goal_seconds: float) -> None:
         """Only answers below the best so far are of interest: an upper bound on Z, lowered from solve to solve."""
         if goal_seconds != float("inf"):
             self.step.upBound = (goal_seconds - self.costs.step_seconds) / self.scale
             if self.relaxed is not None:
-                self.relaxed.at_most(self.step, self.step.upBound)
+                self.relaxed.within(self.step, 0.0, self.step.upBound)
 
     def durations(self) -> None:
         for (phase, s), variable in self.phase.items():
@@ -379,9 +380,6 @@ def make_solver(limit_seconds: float, whole: bool = True, heuristics: bool = Tru
     Not `whole`: numbers of layers may be fractions. Without `heuristics` HiGHS solves no smaller programs to find an
     answer, which takes most of its time where a good one is known.
     """
-    quiet: dict[str, Any] = (
-        {} if heuristics else {"mip_heuristic_effort": 0.0} | dict.fromkeys(_SMALLER_PROGRAMS, False)
-    )
     highs = pulp.HiGHS(
         mip=whole,
         msg=False,
@@ -391,7 +389,7 @@ def make_solver(limit_seconds: float, whole: bool = True, heuristics: bool = Tru
         primal_feasibility_tolerance=1e-9,
         mip_feasibility_tolerance=1e-9,
         mip_pscost_minreliable=2,  # many small nodes: trying branches out costs more than it tells
-        **quiet,
+        **({} if heuristics else _NO_SMALLER_PROGRAMS),
     )
     if highs.available():
         return highs
