@@ -37,7 +37,7 @@ from .in_flight import least_of_any_chunks
 from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
 from .part_seconds import PartSeconds
-from .rank_limits import ROUNDING, Moment, NoLimit, RankLimits, rank_limits
+from .rank_limits import ROUNDING, Moment, NoLimit, RankLimits, certain_chunks, rank_limits
 from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
 
@@ -167,7 +167,7 @@ def _deal(
 
     Once it is above `enough` it may be given as it is.
     """
-    layout, alone = costs.layout, len(costs.segments) == 1
+    layout, certain = costs.layout, [len(chunks) for chunks in certain_chunks(costs, segment)]
     heap: list[tuple[float, int]] = []
     counts, most = [0] * layout.pp, 0.0
 
@@ -177,9 +177,7 @@ def _deal(
             heapq.heappush(heap, (cost(rank, counts[rank] + 1, again), rank))
 
     for rank in range(layout.pp):
-        # Stages between the first and the last are never empty; of other segments they may hold those.
-        inner = layout.virtual_stages - (rank == 0) - (rank == costs.last_rank)
-        counts[rank] = max(0, inner) if alone else 0
+        counts[rank] = certain[rank]
         again = limits[rank].least_recompute(counts[rank])
         if again is None:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,18 +13,71 @@ from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, StageCount
 
 
 def first_assignment(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[StageCount, ...]:
-    """All stages work about equally long; what does not fit recomputes all it may."""
-    stages = costs.layout.stages
-    chain = [k for k, segment in enumerate(costs.segments) for _ in range(segment.layers)]
-    each = [s.seconds.forward.total + s.seconds.backward.total for s in costs.segments]
-    ends = [costs.ends_seconds(s).forward.total + costs.ends_seconds(s).backward.total for s in range(stages)]
-    cuts = _even_cuts([each[k] for k in chain], ends)
-    held = [[chain[a:b].count(k) for k in range(len(each))] for a, b in cuts]
-    ordered = sorted(modes, key=lambda mode: max(s.seconds.recompute(mode).total for s in costs.segments))
-    counts = [tuple(Blocks(**{ordered[0]: n}) for n in stage) for stage in held]
-    for rank in range(costs.layout.pp):
-        _recompute_until_it_fits(costs, rank, counts, limit_bytes, ordered)
+    """Ranks work about equally long; what does not fit recomputes all it may."""
+    if costs.layout.virtual_stages > 1:
+        counts = dealt_by_rank(costs, modes, costs.layout.virtual_stages - 1)
+    else:
+        counts = _dealt_by_stage(costs, modes)
+    recompute_until_it_fits(costs, counts, limit_bytes, modes)
     return tuple(counts)
+
+
+def _dealt_by_stage(costs: LayoutCosts, modes: Sequence[str]) -> list[StageCount]:
+    """All stages work about equally long, in the quickest mode."""
+    chain, each = _chain(costs), [s.seconds.forward.total + s.seconds.backward.total for s in costs.segments]
+    cuts = _even_cuts([each[k] for k in chain], _end_work(costs))
+    return _counts(costs, [end - first for first, end in cuts], modes)
+
+
+def dealt_by_rank(costs: LayoutCosts, modes: Sequence[str], widest: int) -> list[StageCount]:
+    """All ranks work about equally long, in the quickest mode, and of each chunk all ranks have about as many layers:
+    what is more than others have is in chunk `widest` and those before it, where chunk 0 comes after the last.
+
+    A layer counts as long as the mean of all, and the ends as layers. So where the width changes it changes once, on
+    all ranks: a rank with a wide chunk beside one with a narrow chunk waits.
+    """
+    layout, ends = costs.layout, _end_work(costs)
+    work = sum(s.layers * (s.seconds.forward.total + s.seconds.backward.total) for s in costs.segments)
+    as_layers = [(end - min(ends)) * costs.layers / work if work > 0 else 0.0 for end in ends]
+    held = [0 if stage in (0, layout.stages - 1) else 1 for stage in range(layout.stages)]
+    heap = [(sum(held[s] + as_layers[s] for s in layout.stages_of(rank)), rank) for rank in range(layout.pp)]
+    heapq.heapify(heap)
+    more = [0] * layout.pp
+    for _ in range(costs.layers - sum(held)):
+        longest, rank = heap[0]
+        more[rank] += 1
+        heapq.heapreplace(heap, (longest + 1, rank))
+    for rank, layers in enumerate(more):
+        stages = layout.stages_of(rank)
+        order = [stages[(widest - n) % len(stages)] for n in range(len(stages))]
+        for _ in range(layers):
+            held[min(order, key=lambda stage: held[stage] + round(as_layers[stage]))] += 1
+    return _counts(costs, held, modes)
+
+
+def _chain(costs: LayoutCosts) -> list[int]:
+    """The segment of each layer."""
+    return [k for k, segment in enumerate(costs.segments) for _ in range(segment.layers)]
+
+
+def _end_work(costs: LayoutCosts) -> list[float]:
+    """Seconds of each stage without layers."""
+    return [end.forward.total + end.backward.total for end in costs.stage_ends]
+
+
+def _counts(costs: LayoutCosts, widths: Sequence[int], modes: Sequence[str]) -> list[StageCount]:
+    """So many layers on each stage, in the quickest mode."""
+    chain, first, counts = _chain(costs), 0, list[StageCount]()
+    quickest = _by_seconds(costs, modes)[0]
+    for width in widths:
+        held = chain[first : first + width]
+        counts.append(tuple(Blocks(**{quickest: held.count(k)}) for k in range(len(costs.segments))))
+        first += width
+    return counts
+
+
+def _by_seconds(costs: LayoutCosts, modes: Sequence[str]) -> list[str]:
+    return sorted(modes, key=lambda mode: max(s.seconds.recompute(mode).total for s in costs.segments))
 
 
 def quickest_start(
@@ -60,7 +113,25 @@ def _even_cuts(work: Sequence[float], ends: Sequence[float]) -> list[tuple[int, 
     return cuts
 
 
-def _recompute_until_it_fits(
+def recompute_until_it_fits(
+    costs: LayoutCosts, counts: list[StageCount], limit_bytes: float, modes: Sequence[str]
+) -> None:
+    """Ranks that do not fit recompute, the stages of each in turn: layers go to dearer modes, one after the other or
+    left out where that takes less, until the rank's bytes fit or all layers are at the last."""
+    quickest, *dearer = _by_seconds(costs, modes)
+    for rank in range(costs.layout.pp):
+        if not dearer or costs.rank_bytes(rank, counts) <= limit_bytes:
+            continue
+        tried = []
+        for first in range(len(dearer)):
+            chosen = list(counts)
+            _to_dearer_modes(costs, rank, chosen, limit_bytes, (quickest, *dearer[first:]))
+            spent = sum(costs.stage_seconds(s, chosen[s]).recompute_full.total for s in costs.layout.stages_of(rank))
+            tried.append((costs.rank_bytes(rank, chosen) > limit_bytes, spent, chosen))
+        counts[:] = min(tried, key=lambda one: one[:2])[2]
+
+
+def _to_dearer_modes(
     costs: LayoutCosts, rank: int, counts: list[StageCount], limit_bytes: float, modes: Sequence[str]
 ) -> None:
     """Layer by layer to the next dearer mode, on the rank's own stages, until its bytes fit or all are at the last."""
@@ -72,20 +143,19 @@ def _recompute_until_it_fits(
                 if not high or costs.rank_bytes(rank, counts) <= limit_bytes:
                     continue
                 low = 0
-                counts[stage] = _moved(original, k, cheap, dear, high)
+                counts[stage] = moved(original, k, {cheap: -high, dear: high})
                 if costs.rank_bytes(rank, counts) > limit_bytes:
                     continue  # all of them, and then those of the next stage
                 while high - low > 1:  # the least that fits, by halving
                     middle = (low + high) // 2
-                    counts[stage] = _moved(original, k, cheap, dear, middle)
+                    counts[stage] = moved(original, k, {cheap: -middle, dear: middle})
                     low, high = (low, middle) if costs.rank_bytes(rank, counts) <= limit_bytes else (middle, high)
-                counts[stage] = _moved(original, k, cheap, dear, high)
+                counts[stage] = moved(original, k, {cheap: -high, dear: high})
 
 
-def _moved(count: StageCount, segment: int, cheap: str, dear: str, number: int) -> StageCount:
-    blocks = {mode: count[segment].of(mode) for mode in RECOMPUTE_MODES}
-    blocks[cheap] -= number
-    blocks[dear] += number
+def moved(count: StageCount, segment: int, more: Mapping[str, int]) -> StageCount:
+    """The stage with so many layers more, or fewer, of the segment in each mode."""
+    blocks = {mode: count[segment].of(mode) + more.get(mode, 0) for mode in RECOMPUTE_MODES}
     return (*count[:segment], Blocks(**blocks), *count[segment + 1 :])
 
 

@@ -235,19 +235,18 @@ class LayoutCosts:
 
     def durations(self, counts: Sequence[StageCount]) -> list[StageSeconds]:
         """What the simulation needs of each stage."""
-        durations = []
-        for stage, count in enumerate(counts):
-            cost = self.stage_seconds(stage, count)
-            durations.append(
-                StageSeconds(
-                    forward=cost.forward.total,
-                    backward_input=cost.backward_input.total + cost.recompute_full.total,
-                    backward_weight=cost.backward_weight.total,
-                    gather=cost.gather.total,
-                    reduce=cost.reduce.total,
-                )
-            )
-        return durations
+        return [self.stage_durations(stage, count) for stage, count in enumerate(counts)]
+
+    def stage_durations(self, stage: int, count: StageCount) -> StageSeconds:
+        """The same of one stage."""
+        cost = self.stage_seconds(stage, count)
+        return StageSeconds(
+            forward=cost.forward.total,
+            backward_input=cost.backward_input.total + cost.recompute_full.total,
+            backward_weight=cost.backward_weight.total,
+            gather=cost.gather.total,
+            reduce=cost.reduce.total,
+        )
 
     def optimizer_seconds(self, counts: Sequence[StageCount]) -> float:
         """The slowest rank's update; clipping has made every rank wait for every other before."""

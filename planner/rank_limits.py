@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from .in_flight import SUMMED, least_in_flight, least_phases
@@ -20,11 +22,15 @@ def empty_counts(costs: LayoutCosts) -> list[StageCount]:
 
 
 class Moment(NamedTuple):
-    """Bytes of a rank's ends, and what any layer has at the same time: microbatches in flight, gradients' phase."""
+    """Bytes of a rank's ends, and what any layer has at the same time: microbatches in flight, gradients' phase.
+
+    `held` has the microbatches in flight of those chunks that hold a layer whatever the cuts ([Note: Certain layers]).
+    """
 
     used_bytes: float
     flight: int
     phase: str = SUMMED
+    held: tuple[int, ...] = ()
 
 
 class NoLimit:
@@ -52,57 +58,103 @@ class RankLimits:
         modes: Sequence[str],
         size: PartMemory | None = None,
     ) -> None:
-        slack = 1.0 + costs.allocator_slack
-        totals = (size or segment.memory).totals
-        self._moments: list[tuple[float, list[tuple[float, float]]]] = []
-        for used, flight, phase in moments:
-            options = sorted(
-                (
-                    segment.seconds.recompute(mode).total,
-                    slack * (totals.state + flight * totals.held[mode] + totals.gradients[phase][mode]),
-                )
-                for mode in modes
-            )
-            # Modes that cost more and save nothing are never needed.
-            kept = options[:1]
-            for option in options[1:]:
-                if option[1] < kept[-1][1]:
-                    kept.append(option)
-            self._moments.append((limit_bytes - used, kept))
+        slack, totals = 1.0 + costs.allocator_slack, (size or segment.memory).totals
+        seconds = {mode: segment.seconds.recompute(mode).total for mode in modes}
+
+        def bytes_by_mode(flight: int, phase: str) -> dict[str, float]:
+            gradients = totals.gradients[phase]
+            return {mode: slack * (totals.state + flight * totals.held[mode] + gradients[mode]) for mode in modes}
+
+        self._moments: list[_Room] = []
+        for used, flight, phase, held in moments:
+            each = bytes_by_mode(flight, phase)
+            quick, *dear = sorted(modes, key=lambda mode: (seconds[mode], each[mode]))
+            certain = [bytes_by_mode(own, phase) for own in held]
+            savings = []
+            for mode in reversed(dear):
+                least = max(0.0, each[quick] - each[mode])
+                own = sorted((max(least, one[quick] - one[mode]) for one in certain), reverse=True)
+                savings.append(_Mode(seconds[mode] - seconds[quick], least, tuple(accumulate(own, initial=0.0))))
+            kept = [one for one in savings if one.each > 0 or one.certain[-1] > 0]
+            certain_bytes = sum(one[quick] for one in certain)
+            self._moments.append(_Room(limit_bytes - used, seconds[quick], each[quick], len(held), certain_bytes, kept))
 
     def least_recompute(self, layers: int) -> float | None:
         """Seconds a microbatch that no fitting choice of modes is below; None when no choice fits."""
         most = 0.0
-        for free, options in self._moments:
-            least = _least_recompute(layers, free, options)
-            if least is None:
+        for room in self._moments:
+            least = room.least_recompute(layers)
+            if least == math.inf:
                 return None
             most = max(most, least)
         return most
 
 
-def _least_recompute(layers: int, free: float, options: Sequence[tuple[float, float]]) -> float | None:
-    """The same at one moment; `options` are (seconds, bytes) of a layer by mode, dearer and smaller."""
-    if free < 0:
-        return None
-    if layers == 0:
-        return 0.0
-    base_seconds, base_bytes = options[0]
-    missing = layers * base_bytes - free
+class _Mode(NamedTuple):
+    """A dearer mode than the quickest: seconds more a layer, bytes less, and of the certain layers, which save no less
+    each, those of the n that save most."""
+
+    seconds: float
+    each: float
+    certain: tuple[float, ...]
+
+    def saved(self, layers: int) -> float:
+        """Bytes less at most with so many layers in this mode."""
+        known = min(layers, len(self.certain) - 1)
+        return self.certain[known] + (layers - known) * self.each
+
+    def needed(self, missing: float) -> int:
+        """The fewest layers that may save so much; as good as infinitely many where none do."""
+        known = bisect_left(self.certain, missing)
+        if known < len(self.certain):
+            return known
+        if self.each == 0:
+            return sys.maxsize
+        return known - 1 + math.ceil((missing - self.certain[-1]) / self.each)
+
+
+class _Room(NamedTuple):
+    """A moment of a rank: free bytes; seconds and bytes of a layer in the quickest mode; how many layers are certain,
+    their bytes, and the dearer modes, dearest first."""
+
+    free: float
+    seconds: float
+    each: float
+    certain: int
+    certain_bytes: float
+    dearer: list[_Mode]
+
+    def least_recompute(self, layers: int) -> float:
+        """[Note: Certain layers]
+        Between the first and the last stage none is empty, so of a rank's n layers some lie in chunks that are known,
+        with those chunks' microbatches in flight; the others have the fewest of any chunk at the moment. That is never
+        more bytes than the truth, in any mode. What k layers in a mode save is at most the k largest savings of
+        that mode, so the least seconds over k of each mode whose savings reach what is missing are a lower bound: exact
+        where all layers of the rank have as many microbatches in flight.
+        """
+        if self.free < 0:
+            return math.inf
+        number = max(layers, self.certain)  # the rank has no fewer
+        missing = self.certain_bytes + (number - self.certain) * self.each - self.free
+        return number * self.seconds + _least_more(missing, self.dearer, number)
+
+
+def _least_more(missing: float, dearer: Sequence[_Mode], layers: int) -> float:
+    """Seconds beyond those of the quickest mode; infinite where nothing saves so much."""
     if missing <= 0:
-        return layers * base_seconds
-    if len(options) == 2:
-        seconds, size = options[1]
-        needed = math.ceil(missing / (base_bytes - size))
-        return None if needed > layers else needed * seconds + (layers - needed) * base_seconds
-    # Fractions of layers, along the lower hull of (bytes saved, seconds).
-    each, least = missing / layers, math.inf
-    points = [(base_bytes - size, seconds - base_seconds) for seconds, size in options]
-    for saved, spent in points:
-        for more, dearer in points:
-            if saved < each <= more:
-                least = min(least, spent + (each - saved) / (more - saved) * (dearer - spent))
-    return None if least == math.inf else layers * (base_seconds + least)
+        return 0.0
+    if not dearer:
+        return math.inf
+    mode, others = dearer[0], dearer[1:]
+    most = mode.needed(missing)
+    least = most * mode.seconds if most <= layers else math.inf
+    most_of_others = sum(other.saved(layers) for other in others)
+    for number in range(min(most - 1, layers), -1, -1):
+        rest = missing - mode.saved(number)
+        if rest > most_of_others:
+            break
+        least = min(least, number * mode.seconds + _least_more(rest, others, layers - number))
+    return least
 
 
 def layers_held(
@@ -115,7 +167,7 @@ def layers_held(
     """
     totals, number = size.totals, 0
     limit = limit_bytes * (1 + ROUNDING)
-    for used, flight, phase in held:
+    for used, flight, phase, _ in held:
         if used > limit:
             return -1
         gradients = totals.gradients[phase]
@@ -126,14 +178,38 @@ def layers_held(
     return number
 
 
-def _moments(costs: LayoutCosts, rank: int, least_flight: int, phase: str) -> list[Moment]:
-    """Those of a rank that matter; `phase` is the one of its chunks at all of them."""
-    used = costs.end_moment_bytes(rank)
-    if len(used) == 1:
+def certain_chunks(costs: LayoutCosts, segment: SegmentCosts) -> list[list[int]]:
+    """Of each rank, the chunks that hold a layer of the segment whatever the cuts.
+
+    Stages between the first and the last are never empty: of stage s, s - 1 layers at least are before it and S - 2 - s
+    after it. Those that are left for it are all of the segment, or it is not certain.
+    """
+    place = costs.segments.index(segment)
+    before = sum(other.layers for other in costs.segments[:place])
+    after = sum(other.layers for other in costs.segments[place + 1 :])
+    stages = range(before + 1, costs.layout.stages - 1 - after)
+    return [[c for c, s in enumerate(costs.layout.stages_of(r)) if s in stages] for r in range(costs.layout.pp)]
+
+
+def _moments(
+    costs: LayoutCosts, rank: int, least_flight: int, phase: str, used: Sequence[float], certain: Sequence[int]
+) -> Sequence[Moment]:
+    """Those of a rank that matter, with the bytes `used` at all or each; `phase` is of its chunks at all of them."""
+    if len(used) == 1 and costs.layout.virtual_stages == 1:
         return [Moment(used[0], least_flight, phase)]
-    flights = [min(vector.full) for vector in costs.in_flight[rank]]
-    found = {Moment(bytes_, flight, phase) for bytes_, flight in zip(used, flights, strict=True)}
-    return [one for one in found if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)]
+    vectors = [vector.full for vector in costs.in_flight[rank]]
+    every = used if len(used) > 1 else [*used] * len(vectors)
+    found = {
+        Moment(bytes_, min(full), phase, tuple(sorted(full[chunk] for chunk in certain)))
+        for bytes_, full in zip(every, vectors, strict=True)
+    }
+    return [one for one in found if not any(one != other and _within(one, other) for other in found)]
+
+
+def _within(one: Moment, other: Moment) -> bool:
+    """Whether whatever fits at the other moment fits at this one."""
+    less = one.used_bytes <= other.used_bytes and one.flight <= other.flight
+    return less and all(a <= b for a, b in zip(one.held, other.held, strict=True))
 
 
 def rank_limits(
@@ -145,15 +221,16 @@ def rank_limits(
         return [NoLimit(segment, modes)] * pp
     # A sum that rounds to a hair above the limit fits, here as in `fits`.
     limit, flights = limit_bytes * (1 + ROUNDING), least_in_flight(costs.pipeline)
-    phases = least_phases(costs.in_flight)
-    ends = {
-        rank: RankLimits(costs, segment, _moments(costs, rank, flights[rank], phases[rank]), limit, modes)
-        for rank in {0, costs.last_rank, pp - 1}
-    }
-    if pp <= 2:
-        return [ends[rank] for rank in range(pp)]
+    phases, certain = least_phases(costs.in_flight), certain_chunks(costs, segment)
+    ends = {0, costs.last_rank, pp - 1}
     # The ranks between the first and the last hold the same besides their layers.
-    used = max(costs.end_moment_bytes(1))
-    held = list(zip(flights, phases, strict=True))
-    between = {one: RankLimits(costs, segment, [Moment(used, *one)], limit, modes) for one in set(held[1:-1])}
-    return [ends.get(rank) or between[held[rank]] for rank in range(pp)]
+    between = [max(costs.end_moment_bytes(1))] if pp > 2 else []
+    limits: dict[tuple[Moment, ...], RankLimits] = {}
+    found = []
+    for rank in range(pp):
+        used = costs.end_moment_bytes(rank) if rank in ends else between
+        key = tuple(_moments(costs, rank, flights[rank], phases[rank], used, certain[rank]))
+        if key not in limits:
+            limits[key] = RankLimits(costs, segment, key, limit, modes)
+        found.append(limits[key])
+    return found

@@ -40,9 +40,9 @@ class RelaxedProgram:
             [factor for _, factor in items],
         )
 
-    def at_most(self, variable: Any, most: float) -> None:
-        """A variable that is never below 0 gets another upper bound."""
-        self._model.changeColBounds(variable.index, 0.0, most)
+    def within(self, variable: Any, least: float, most: float) -> None:
+        """A variable gets other bounds."""
+        self._model.changeColBounds(variable.index, least, most)
 
     def solve(self) -> None:
         self._model.run()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from .better_assignment import better_assignment
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
+from .rank_branches import Branch, Cut, hold_whole, split_by_rank
 from .schedule import Pipeline
 from .simulation import Path, StageSeconds, known_paths, simulate
 from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program, make_solver
@@ -44,11 +48,13 @@ class SharedCuts:
 @dataclass(frozen=True)
 class Begun:
     """What is kept of a layout that is put aside: the best that it is known to reach, the paths that whole numbers came
-    upon, and how long a program may take."""
+    upon, whether what is known has been made better, the branches that are left, and whether they may be split."""
 
     counts: tuple[StageCount, ...] | None = None
     cuts: tuple[Path, ...] = ()
-    patience_seconds: float = 1.0  # twice as much after each that did not end
+    climbed: bool = False
+    branches: tuple[Branch, ...] = ()
+    may_split: bool = True
 
 
 NOTHING_BEGUN = Begun()
@@ -122,28 +128,43 @@ def solve_stages(
         best_seconds = costs.step(best)
     start_seconds = costs.durations(best) if best is not None else None
     program.better_than(min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE))
-    relaxed = _cut_by_fractions(program, start_seconds, aside_seconds, deadline, shared)
+    cut = partial(_cut, program, shared)
+    relaxed = _cut_by_fractions(program, start_seconds, aside_seconds, deadline, cut)
     if relaxed == math.inf:
         return Solution(chosen, best, best_seconds, min(best_seconds, cutoff_seconds), solved)
     bound = max(bound, relaxed)
-    program.not_below_bound(bound)
-    patience = begun.patience_seconds
-    while solved < _MOST_CUTS and time.monotonic() < deadline:
-        goal = min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE)
-        if bound >= goal:
-            break
-        if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
-            return Solution(chosen, best, best_seconds, bound, solved, aside=Begun(best, tuple(found), patience))
-        program.better_than(goal)
-        began = time.monotonic()
-        counts, relaxed = program.solve(make_solver(min(patience, deadline - began)))
-        solved += 1
+    climbed, branches = begun.climbed, list(begun.branches) or [Branch(bound)]
+    may_split = begun.may_split and costs.layout.virtual_stages > 1 and program.relaxed is not None
+    while True:
+        least = min(best_seconds, cutoff_seconds)
         # Nothing below the goal: the goal itself is proven.
-        bound = max(bound, min(relaxed + costs.step_seconds, min(best_seconds, cutoff_seconds)))
-        if time.monotonic() - began >= patience:
-            patience *= 2
-        elif counts is None:
-            break
+        bound = max(bound, min(branches[0].least_seconds, least) if branches else least)
+        goal = least * (1 - RELATIVE_TOLERANCE)
+        if bound >= goal or solved == _MOST_CUTS or time.monotonic() >= deadline:
+            return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
+        if bound > aside_seconds * (1 + RELATIVE_TOLERANCE):
+            kept = Begun(best, tuple(found), climbed, tuple(branches), may_split)
+            return Solution(chosen, best, best_seconds, bound, solved, aside=kept)
+        if best is not None and costs.layout.virtual_stages > 1 and not climbed:
+            best, climbed = better_assignment(chosen, best, limit_bytes, modes), True
+            best_seconds = chosen.step(best)
+            continue
+        program.better_than(goal)
+        if may_split:
+            branches, may_split = split_by_rank(program, branches, aside_seconds, deadline, cut)
+            continue
+        branch = heapq.heappop(branches)
+        hold_whole(program, branch)
+        began = time.monotonic()
+        counts, relaxed = program.solve(
+            make_solver(min(branch.patience_seconds, deadline - began), heuristics=not climbed)
+        )
+        solved += 1
+        reached = max(branch.least_seconds, relaxed + costs.step_seconds)
+        if reached < goal:
+            ended = time.monotonic() - began < branch.patience_seconds
+            patience = branch.patience_seconds * (1 if ended else 2)
+            heapq.heappush(branches, branch._replace(least_seconds=reached, patience_seconds=patience))
         if counts is None:
             continue
         answer = program.as_chosen()
@@ -154,11 +175,20 @@ def solve_stages(
         found.append(simulation.critical_path)
         shared.add(costs.pipeline, simulation.critical_path)
         program.longer_than_path(simulation.critical_path)
-    return Solution(chosen, best, best_seconds, min(bound, best_seconds), solved)
+
+
+def _cut(program: Program, shared: SharedCuts, durations: Sequence[StageSeconds], above_seconds: float) -> float:
+    """Seconds of the pipeline with these durations; its critical path is added if it is longer than `above_seconds`."""
+    pipeline = program.costs.pipeline
+    simulation = simulate(pipeline, durations, program.costs.send_seconds)
+    if simulation.seconds > above_seconds:
+        program.longer_than_path(simulation.critical_path)
+        shared.add(pipeline, simulation.critical_path)
+    return simulation.seconds
 
 
 def _cut_by_fractions(
-    program: Program, start: Sequence[StageSeconds] | None, aside_seconds: float, deadline: float, shared: SharedCuts
+    program: Program, start: Sequence[StageSeconds] | None, aside_seconds: float, deadline: float, cut: Cut
 ) -> float:
     """Add the paths that matter to fractions of layers. Seconds that no assignment is below, infinite when even
     fractions do not reach the program's goal. Well above `aside_seconds` it is left at that.
@@ -167,14 +197,7 @@ def _cut_by_fractions(
     between the answer and the best seen too (in-out separation), where few matter.
     """
     costs = program.costs
-
-    def cut(durations: Sequence[StageSeconds]) -> float:
-        simulation = simulate(costs.pipeline, durations, costs.send_seconds)
-        program.longer_than_path(simulation.critical_path)
-        shared.add(costs.pipeline, simulation.critical_path)
-        return simulation.seconds
-
-    inner, least = (cut(start), start) if start is not None else None, 0.0
+    inner, least = (cut(start, 0.0), start) if start is not None else None, 0.0
     risen: list[float] = []
     for _ in range(_MOST_RELAXED):
         if time.monotonic() > deadline:
@@ -188,11 +211,11 @@ def _cut_by_fractions(
         slow = len(risen) > _FEW_RELAXED and least < risen[-_FEW_RELAXED // 4] * (1 + _RISES_STILL)
         if slow or least > aside_seconds * (1 + _WELL_ABOVE):
             break
-        seconds = cut(outer)
+        seconds = cut(outer, 0.0)
         if inner is None or seconds < inner[0]:
             inner = (seconds, outer)
         between = [_mixed(a, b) for a, b in zip(inner[1], outer, strict=True)]
-        seconds = cut(between)
+        seconds = cut(between, 0.0)
         if seconds < inner[0]:
             inner = (seconds, between)
         if inner[0] <= makespan + _RELAXED_ENOUGH * (makespan + costs.step_seconds):

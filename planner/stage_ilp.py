@@ -25,7 +25,7 @@ Subject to
   (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + sends·c, P      longer_than_path
                  F, I, W, G, D how often P passes them, c one send
   (optimizer)  O >= o_q(n)                                                    optimizer_of_slowest
-  (head start) Z >= the closed-form bound                                     not_below_bound
+  (head start) Z >= the bound known                                           not_below_bound
   (goal)       Z <= just below the best simulated step so far                 better_than
 
 [Note: Cuts]
@@ -42,7 +42,7 @@ Seconds are scaled by the bound and bytes by the limit, so that the solver sees 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -60,6 +60,8 @@ Way = tuple[str, bool | None]
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
+_NO_SMALLER_PROGRAMS: dict[str, Any] = {"mip_heuristic_effort": 0.0}  # and these, which the effort does not hold back
+_NO_SMALLER_PROGRAMS |= {f"mip_heuristic_run_{name}": False for name in ("rins", "rens", "root_reduced_cost")}
 
 
 class RelaxedAnswer(NamedTuple):
@@ -99,6 +101,7 @@ class Program:
         self.x: dict[tuple[int, bool | None], pulp.LpVariable] = {}
         self.phase = {(p, s): new(f"{p}_{s}", 0) for p in PATH_PHASES for s in stages}
         self.whole = {p: new(f"{p}_whole", 0) for p in PATH_PHASES}
+        self.of_ranks: dict[str, tuple[pulp.LpVariable, int]] = {}  # layers of a rank, and how many at most
         self.makespan = new("T", 0)
         self.optimizer = new("O", 0)
         self.step = new("Z", 0)
@@ -116,10 +119,11 @@ class Program:
 
     # ---- linear expressions ----------------------------------------------------------------------------
 
-    def seconds(self, stage: int, phase: str) -> pulp.LpAffineExpression:
-        """Seconds of a phase on a stage, in units of `scale`; recomputation precedes the input's backward."""
+    def seconds(self, stage: int, phase: str) -> tuple[dict[pulp.LpVariable, float], float]:
+        """(factors of the layers, constant) of the seconds of a phase on a stage, in units of `scale`; recomputation
+        precedes the input's backward."""
         terms = {self.n[stage, k, way]: each / self.scale for k, way, each in self._each_layer(phase)}
-        return pulp.LpAffineExpression(terms, constant=_of(self.costs.stage_ends[stage], phase) / self.scale)
+        return terms, _of(self.costs.stage_ends[stage], phase) / self.scale
 
     def _each_layer(self, phase: str) -> list[tuple[int, Way, float]]:
         """Seconds of a layer of each segment and way, where it has any."""
@@ -142,13 +146,13 @@ class Program:
 
     def every_layer_once(self) -> None:
         for k, segment in enumerate(self.costs.segments):
-            placed = pulp.lpSum(n for (_, of, _), n in self.n.items() if of == k)
+            placed = _sum(n for (_, of, _), n in self.n.items() if of == k)
             self.problem += placed == segment.layers, f"every_layer_once_{k}"
 
     def no_empty_stage(self) -> None:
         kinds = range(len(self.costs.segments))
         for s in range(1, self.costs.layout.stages - 1):
-            held = pulp.lpSum(self.n[s, k, way] for k in kinds for way in self._ways)
+            held = _sum(self.n[s, k, way] for k in kinds for way in self._ways)
             self.problem += held >= 1, f"no_empty_stage_{s}"
 
     def layers_of_ranks(self) -> None:
@@ -160,9 +164,10 @@ class Program:
             for modes in chosen:
                 name = "_".join((str(q), *modes))
                 whole = self.problem.add_variable(f"N_{name}", 0, most[q], cat=pulp.LpInteger)
+                self.of_ranks[name] = (whole, most[q])
                 ways = [way for way in self._ways if way[0] in (modes or self.modes)]
                 held = [self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways]
-                self.problem += whole == pulp.lpSum(held), f"layers_of_rank_{name}"
+                self.problem += _sum(held, [whole]) == 0, f"layers_of_rank_{name}"
 
     def segments_in_order(self) -> None:
         stages = range(self.costs.layout.stages)
@@ -239,40 +244,43 @@ class Program:
                 terms: dict[pulp.LpVariable, float] = {}
                 for c, s in enumerate(costs.layout.stages_of(q)):
                     for k, way, segment in self._layers():
-                        memory, mode = segment.memory, way[0]
-                        each = memory.state.total + memory.totals.gradients[vector.phase(c)][mode]
-                        each += memory.held_by(mode).total * vector.full[c]
-                        each += memory.held_weight.total * vector.weight_only[c]
+                        totals, mode = segment.memory.totals, way[0]
+                        each = totals.state + totals.gradients[vector.phase(c)][mode]
+                        each += totals.held[mode] * vector.full[c] + totals.held_weight * vector.weight_only[c]
                         terms[self.n[s, k, way]] = slack * each / self.limit_bytes
+                terms[transient[q]] = 1.0
                 row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes)
-                self.problem += row + transient[q] <= 1.0, f"fits_memory_{q}_{number}"
+                self.problem += row <= 1.0, f"fits_memory_{q}_{number}"
 
     def optimizer_of_slowest(self) -> None:
         for q in range(self.costs.layout.pp):
-            own = pulp.lpSum(self.seconds(s, "optimizer") for s in self.costs.layout.stages_of(q))
-            self.problem += self.optimizer >= own, f"optimizer_{q}"
+            own, always = {self.optimizer: -1.0}, 0.0
+            for s in self.costs.layout.stages_of(q):
+                terms, constant = self.seconds(s, "optimizer")
+                own, always = own | terms, always + constant
+            self.problem += pulp.LpAffineExpression(own) <= -always, f"optimizer_{q}"
 
     def not_below_bound(self, bound_seconds: float) -> None:
-        least = (bound_seconds - self.costs.step_seconds) / self.scale
-        self.problem += self.step >= least * (1 - RELATIVE_TOLERANCE), "not_below_bound"
+        self.step.lowBound = (bound_seconds - self.costs.step_seconds) / self.scale * (1 - RELATIVE_TOLERANCE)
 
     def better_than(self, goal_seconds: float) -> None:
         """Only answers below the best so far are of interest: an upper bound on Z, lowered from solve to solve."""
         if goal_seconds != float("inf"):
             self.step.upBound = (goal_seconds - self.costs.step_seconds) / self.scale
             if self.relaxed is not None:
-                self.relaxed.at_most(self.step, self.step.upBound)
+                self.relaxed.within(self.step, 0.0, self.step.upBound)
 
     def durations(self) -> None:
         for (phase, s), variable in self.phase.items():
-            self.problem += variable == self.seconds(s, phase), f"duration_{phase}_{s}"
+            terms, constant = self.seconds(s, phase)
+            self.problem += pulp.LpAffineExpression(terms | {variable: -1.0}) == -constant, f"duration_{phase}_{s}"
         for phase, total in self.whole.items():
             stages = range(self.costs.layout.stages)
-            self.problem += total == pulp.lpSum(self.phase[phase, s] for s in stages), f"whole_{phase}"
+            self.problem += _sum((self.phase[phase, s] for s in stages), [total]) == 0, f"whole_{phase}"
 
     def longer_than_path(self, path: Path) -> None:
         """Counts of 1 on most stages are written through the sum over all, which keeps the row short."""
-        terms: dict[pulp.LpVariable, float] = {}
+        terms: dict[pulp.LpVariable, float] = {self.makespan: -1.0}
         for phase in PATH_PHASES:
             times = getattr(path, phase)
             base = 1 if times.count(1) > times.count(0) else 0
@@ -282,7 +290,7 @@ class Program:
                 if number != base:
                     terms[self.phase[phase, s]] = number - base
         sent = path.sends * self.costs.send_seconds / self.scale
-        constraint = self.makespan >= pulp.LpAffineExpression(terms, constant=sent)
+        constraint = pulp.LpAffineExpression(terms) <= -sent
         self.problem += constraint
         if self.relaxed is not None:
             self.relaxed.add(constraint)
@@ -352,6 +360,11 @@ class Program:
         return replace(self.costs, reshard=tuple(chosen))
 
 
+def _sum(variables: Iterable[pulp.LpVariable], less: Iterable[pulp.LpVariable] = ()) -> pulp.LpAffineExpression:
+    """Of variables that differ, less others. Written at once, where pulp's own sums copy and add."""
+    return pulp.LpAffineExpression(dict.fromkeys(variables, 1.0) | dict.fromkeys(less, -1.0))
+
+
 def _name(way: Way) -> tuple[str, ...]:
     mode, choice = way
     return (mode,) if choice is None else (mode, "freed" if choice else "kept")
@@ -361,10 +374,11 @@ def _of(part: PartSeconds, phase: str) -> float:
     return getattr(part, phase).total
 
 
-def make_solver(limit_seconds: float, whole: bool = True) -> Any:
+def make_solver(limit_seconds: float, whole: bool = True, heuristics: bool = True) -> Any:
     """HiGHS, or CBC where HiGHS is missing; one thread, no gap, stopped after `limit_seconds`.
 
-    Not `whole`: numbers of layers may be fractions.
+    Not `whole`: numbers of layers may be fractions. Without `heuristics` HiGHS solves no smaller programs to find an
+    answer, which takes most of its time where a good one is known.
     """
     highs = pulp.HiGHS(
         mip=whole,
@@ -375,6 +389,7 @@ def make_solver(limit_seconds: float, whole: bool = True) -> Any:
         primal_feasibility_tolerance=1e-9,
         mip_feasibility_tolerance=1e-9,
         mip_pscost_minreliable=2,  # many small nodes: trying branches out costs more than it tells
+        **({} if heuristics else _NO_SMALLER_PROGRAMS),
     )
     if highs.available():
         return highs

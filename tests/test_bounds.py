@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import combinations_with_replacement, product
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
 from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
-from planner.rank_limits import Moment, RankLimits
+from planner.rank_limits import Moment, RankLimits, certain_chunks
 from planner.rules import recompute_modes
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import candidates, fastest, priced
@@ -220,3 +221,60 @@ def test_what_is_missing_with_recomputation_pinned(pin: str) -> None:
         stage, missing = least_missing_bytes(prices.price(layout), 1000.0, (pin,))
         assert 0 <= stage < layout.pp
         assert missing == pytest.approx(min(candidate.peak_bytes for candidate in tried) - 1000.0), layout
+
+
+MODES_OF_LAYER = {"none": (0.0, 40.0), "selective": (1.0, 28.0), "full": (3.0, 5.0)}  # seconds, bytes in flight
+
+
+def layers_of_a_rank() -> LayoutCosts:
+    """One stage whose layer has 10 bytes of state and `MODES_OF_LAYER`."""
+    one = one_block_stage(10.0, 40.0, 5.0)
+    segment = one.segments[0]
+    seconds = replace(segment.seconds, recompute_selective=Seconds(1.0), recompute_full=Seconds(3.0))
+    memory = replace(segment.memory, held_selective=MemoryBytes(activations=28.0))
+    return replace(one, segments=(replace(segment, seconds=seconds, memory=memory),))
+
+
+def least_by_trying(vectors: list[tuple[int, ...]], certain: list[int], layers: int, limit: float) -> float:
+    """Seconds of recomputation of the layers of a rank with these chunks' microbatches in flight at each moment."""
+    chunks, least = range(len(vectors[0])), math.inf
+    for places in combinations_with_replacement(product(chunks, MODES_OF_LAYER), layers):
+        if set(certain) <= {chunk for chunk, _ in places}:
+            moments = [sum(10.0 + vector[c] * MODES_OF_LAYER[mode][1] for c, mode in places) for vector in vectors]
+            if max(moments) <= limit:
+                least = min(least, sum(MODES_OF_LAYER[mode][0] for _, mode in places))
+    return least
+
+
+@pytest.mark.parametrize("vectors", [[(4, 1)], [(2, 2)], [(3, 0), (1, 2)], [(4, 2, 1)], [(3, 3, 0), (2, 1, 2)]])
+@pytest.mark.parametrize("certain", [[], [0], [0, 1]])
+def test_layers_of_certain_chunks_have_their_own_in_flight(vectors: list[tuple[int, ...]], certain: list[int]) -> None:
+    """Never above what trying everything finds, with the same in flight in all chunks just that, and the more is
+    certain the higher."""
+    costs, layers, found = layers_of_a_rank(), 3, []
+    for limit in range(30, 600, 15):
+        moments = [Moment(0.0, min(v), held=tuple(sorted(v[c] for c in certain))) for v in vectors]
+        limits = RankLimits(costs, costs.segments[0], moments, float(limit), tuple(MODES_OF_LAYER))
+        bound, best = limits.least_recompute(layers), least_by_trying(vectors, certain, layers, limit)
+        reached = math.inf if bound is None else bound
+        assert reached <= best, (limit, vectors, certain)
+        if vectors == [(2, 2)]:
+            assert reached == best, limit
+        found.append(reached)
+    assert found == sorted(found, reverse=True)
+    if certain and min(vectors[0]) < max(vectors[0]):
+        free = [Moment(0.0, min(v)) for v in vectors]
+        uncertain = RankLimits(costs, costs.segments[0], free, 200.0, tuple(MODES_OF_LAYER)).least_recompute(layers)
+        assert uncertain is not None
+        assert found[(200 - 30) // 15] >= uncertain
+
+
+def test_which_chunks_are_certain_to_hold_a_layer_of_the_segment() -> None:
+    """8 stages and layers 2 + 7: stage 1 may hold a layer of the first two, 2 too, all later inner ones may not."""
+    costs = one_block_stage(1.0, 1.0, 1.0)
+    first, second = (replace(costs.segments[0], kind=kind, layers=n) for kind, n in (("dense", 2), ("moe", 7)))
+    costs = replace(costs, layout=Layout(pp=4, schedule="interleaved-1f1b", virtual_stages=2), microbatches=4)
+    mixed = replace(costs, segments=(first, second))
+    assert certain_chunks(mixed, second) == [[1], [1], [1], [0]]
+    assert certain_chunks(mixed, first) == [[], [], [], []]
+    assert certain_chunks(replace(costs, segments=(second,)), second) == [[1], [0, 1], [0, 1], [0]]

@@ -1,0 +1,128 @@
+"""A better assignment from good ones, for pipelines with chunks: layers move one at a time off the critical path."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .bounds import fits
+from .first_assignment import dealt_by_rank, moved, recompute_until_it_fits
+from .layout_costs import LayoutCosts, StageCount
+from .simulation import simulate
+
+_CLIMBED = 3  # starts that are climbed from: which one leads farthest is not seen beforehand
+_SIMULATIONS = 300  # for each of them, and as many again for the best as long as they help
+_MOST_MOVES = 5000  # from one assignment, those that promise most
+
+
+class _Move(NamedTuple):
+    """A layer's stage and mode change; `gain_seconds` on the critical path, which is negative where it gets shorter."""
+
+    gain_seconds: float
+    segment: int
+    source: tuple[int, str]
+    target: tuple[int, str]
+
+
+def better_assignment(
+    costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float, modes: Sequence[str]
+) -> tuple[StageCount, ...]:
+    """The best found from `counts`, which fit, and from layers dealt out by rank with the wider chunks anywhere."""
+    starts = [list(counts)]
+    for widest in range(costs.layout.virtual_stages):
+        start = dealt_by_rank(costs, modes, widest)
+        recompute_until_it_fits(costs, start, limit_bytes, modes)
+        if fits(costs, start, limit_bytes):
+            starts.append(start)
+    climbs = sorted((_Climb(costs, start, limit_bytes, modes) for start in starts), key=lambda climb: climb.seconds)
+    for climb in climbs[:_CLIMBED]:
+        climb.go_on()
+    best = min(climbs, key=lambda climb: climb.seconds)
+    while best.go_on():
+        pass
+    return min((tuple(best.counts), tuple(counts)), key=costs.step)
+
+
+class _Climb:
+    """One assignment, made better move by move."""
+
+    def __init__(self, costs: LayoutCosts, counts: list[StageCount], limit_bytes: float, modes: Sequence[str]) -> None:
+        self._costs, self._limit, self._modes, self.counts = costs, limit_bytes, modes, counts
+        self._durations = costs.durations(counts)
+        simulation = simulate(costs.pipeline, self._durations, costs.send_seconds)
+        self.seconds, self._path = simulation.seconds, simulation.critical_path
+
+    def go_on(self) -> bool:
+        """Take moves that shorten the pipeline for some simulations; whether there may be more of them."""
+        left, before = _SIMULATIONS, self.seconds
+        while left > 0:
+            reached = self.seconds
+            for move in self._moves():
+                after = self._after(move)
+                if after is None:
+                    continue
+                left -= 1
+                if self._is_better(after) or left == 0:
+                    break
+            if self.seconds == reached:
+                return False
+        return self.seconds < before
+
+    def _moves(self) -> list[_Move]:
+        """Those that shorten the critical path most, if it stays the critical one."""
+        return heapq.nsmallest(_MOST_MOVES, (move for move in self._every_move() if move.gain_seconds < 0))
+
+    def _every_move(self) -> Iterator[_Move]:
+        stages = range(self._costs.layout.stages)
+        for k in range(len(self._costs.segments)):
+            spent = {(s, mode): self._on_path(s, k, mode) for s in stages for mode in self._modes}
+            for source in spent:
+                if self.counts[source[0]][k].of(source[1]):
+                    for target, seconds in spent.items():
+                        yield _Move(seconds - spent[source], k, source, target)
+
+    def _on_path(self, stage: int, segment: int, mode: str) -> float:
+        """Seconds that a layer there adds to the critical path."""
+        path, layer = self._path, self._costs.segments_of(stage)[segment].seconds
+        return (
+            path.forward[stage] * layer.forward.total
+            + path.backward_input[stage] * (layer.backward_input.total + layer.recompute(mode).total)
+            + path.backward_weight[stage] * layer.backward_weight.total
+            + path.gather[stage] * layer.gather.total
+            + path.reduce[stage] * layer.reduce.total
+        )
+
+    def _is_possible(self, move: _Move) -> bool:
+        """Whether no inner stage is left empty and segments stay in the order of the model."""
+        (source, _), (target, _), k = move.source, move.target, move.segment
+        if source == target:
+            return True
+        if 0 < source < len(self.counts) - 1 and sum(blocks.total for blocks in self.counts[source]) == 1:
+            return False
+        earlier = (blocks.total for stage in self.counts[target + 1 :] for blocks in stage[:k])
+        later = (blocks.total for stage in self.counts[:target] for blocks in stage[k + 1 :])
+        return not any(earlier) and not any(later)
+
+    def _after(self, move: _Move) -> list[StageCount] | None:
+        """The assignment after the move, if it is one and fits."""
+        if not self._is_possible(move):
+            return None
+        counts, stages = list(self.counts), (move.source[0], move.target[0])
+        for stage, mode, more in ((*move.source, -1), (*move.target, 1)):
+            counts[stage] = moved(counts[stage], move.segment, {mode: more})
+        ranks = set(map(self._costs.pipeline.rank_of, stages))
+        return counts if all(self._costs.rank_bytes(rank, counts) <= self._limit for rank in ranks) else None
+
+    def _is_better(self, counts: list[StageCount]) -> bool:
+        """Whether the pipeline gets shorter; then it is the assignment from now on."""
+        durations = [
+            old if count is own else self._costs.stage_durations(stage, count)
+            for stage, (count, own, old) in enumerate(zip(counts, self.counts, self._durations, strict=True))
+        ]
+        simulation = simulate(self._costs.pipeline, durations, self._costs.send_seconds)
+        if simulation.seconds >= self.seconds:
+            return False
+        self.counts, self._durations = counts, durations
+        self.seconds, self._path = simulation.seconds, simulation.critical_path
+        return True

@@ -1,0 +1,59 @@
+"""Starts of pipelines with chunks: layers dealt out by rank, and what moves off the critical path make of them."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.better_assignment import better_assignment
+from planner.bounds import fits
+from planner.first_assignment import dealt_by_rank, first_assignment
+from planner.layout_costs import LayoutCosts
+from tests.oracles.brute_force import fastest, priced
+from tests.oracles.chunked_pipeline import interleaved
+from tests.property.worlds import any_layout_costs
+from tests.thinned import examples
+
+MODES = ("none", "full")
+
+
+def widths(costs: LayoutCosts, widest: int) -> list[list[int]]:
+    """Layers of each chunk of each rank."""
+    counts = dealt_by_rank(costs, MODES, widest)
+    return [[counts[stage][0].total for stage in costs.layout.stages_of(rank)] for rank in range(costs.layout.pp)]
+
+
+def test_ranks_have_as_many_layers_and_chunks_the_same_width_on_all() -> None:
+    assert widths(interleaved(20, 4, 3), 2) == [[1, 2, 2]] * 4
+    assert widths(interleaved(20, 4, 3), 0) == [[2, 1, 2]] * 4
+    assert widths(interleaved(16, 4, 3), 1) == [[1, 2, 1]] * 4
+    assert widths(interleaved(18, 4, 3), 2) == [[1, 2, 2], [1, 2, 2], [1, 1, 2], [1, 1, 2]]
+    # A head as long as two layers takes the place of two.
+    assert widths(interleaved(18, 4, 3, head_seconds=6.0), 2) == [[1, 2, 2]] * 3 + [[1, 2, 0]]
+
+
+def test_moves_find_what_is_better() -> None:
+    """Seven layers on two ranks of three chunks, where the start recomputes: the best by trying everything."""
+    costs, found = interleaved(7, 2, 3), list[tuple[float, float]]()
+    every = list(priced(costs, MODES))
+    for limit in (6.0, 7.0, 8.0):
+        start, best = first_assignment(costs, limit, MODES), fastest(every, limit)
+        assert best is not None
+        better = better_assignment(costs, start, limit, MODES)
+        assert costs.step(better) == best.step_seconds
+        found.append((costs.step(start), costs.step(better)))
+    assert found == [(52.0, 51.0), (52.0, 49.0), (52.0, 49.0)]
+
+
+@examples(60, 5)
+@given(any_layout_costs(), st.data())
+def test_what_is_made_better_fits_and_is_never_slower(
+    costs_and_modes: tuple[LayoutCosts, tuple[str, ...]], data: st.DataObject
+) -> None:
+    costs, modes = costs_and_modes
+    every = list(priced(costs, modes))
+    start = data.draw(st.sampled_from(every))
+    better = better_assignment(costs, start.counts, start.peak_bytes, modes)
+    assert better in [candidate.counts for candidate in every]
+    assert fits(costs, better, start.peak_bytes)
+    assert costs.step(better) <= costs.step(start.counts)
