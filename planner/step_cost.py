@@ -115,7 +115,7 @@ class CostModel:
         layers = self._least_layers(layout)
         send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
-        alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
+        alone = layout.schedule in BLOCKING or software.computes_meanwhile(layout.schedule in SPLIT_BACKWARD)
         each = (self._message_work(layout) if alone else send) if waits else 0.0
         return LayoutCosts(
             layout=layout,

@@ -30,7 +30,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "gradient_reduce": ("after_backward", "overlapped"),
     "weight_gather": ("after_step", "overlapped"),
     "tp_overlap": ("none", "input_gradient", "own_shard", "pieces"),
-    "p2p": ("blocking", "overlapped"),
+    "p2p": ("blocking", "overlapped", "overlapped_if_split"),
     "scatter_gather": None,
     "linear_bias": ("separate", "following", "epilogue"),
     "grouped_heads": ("native", "repeated"),
@@ -63,7 +63,7 @@ class Software:
     distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's
     collectives hide: "pieces" of them run beside the pieces of their GEMMs, "own_shard": a gather runs beside the
     product of the rank's own share, "input_gradient": those of the backward run beside the weight-gradient GEMM;
-    `p2p` whether a pipeline stage computes while its messages are under way.
+    `p2p` whether a pipeline stage computes while its messages are under way, or does so where backwards are split.
     `scatter_gather`: stage boundaries are cut over tp and gathered on the other side (arXiv 2104.04473, section 4.1).
     `linear_bias`: added in the GEMM ("epilogue"), by the kernel that follows (all but that of queries, keys and
     values) or by one of its own ("separate"). `grouped_heads` "repeated": keys and values are copied for each query
@@ -150,6 +150,10 @@ class Software:
     def head_of_predicted(self) -> bool:
         """The head of a masked language model looks at what is predicted alone ([Note: Masked language model])."""
         return self.family == "meshwright"
+
+    def computes_meanwhile(self, split: bool) -> bool:
+        """Whether a stage computes while its messages are under way; `split`: its backwards are split."""
+        return self.p2p == "overlapped" or self.on_torch_pipeline or (split and self.p2p == "overlapped_if_split")
 
     @property
     def posts_receives_early(self) -> bool:
