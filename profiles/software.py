@@ -32,6 +32,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "tp_overlap": ("none", "input_gradient", "own_shard", "pieces"),
     "p2p": ("blocking", "overlapped", "overlapped_if_split"),
     "scatter_gather": None,
+    "stage_layers": ("even", "by_cost"),
     "linear_bias": ("separate", "following", "epilogue"),
     "grouped_heads": ("native", "repeated"),
     "recomputed": ("whole", "as_needed"),
@@ -65,6 +66,8 @@ class Software:
     product of the rank's own share, "input_gradient": those of the backward run beside the weight-gradient GEMM;
     `p2p` whether a pipeline stage computes while its messages are under way, or does so where backwards are split.
     `scatter_gather`: stage boundaries are cut over tp and gathered on the other side (arXiv 2104.04473, section 4.1).
+    `stage_layers`: as many in each stage, or stages are filled up to an even share of the products' FLOPs, the head's
+    included ("by_cost").
     `linear_bias`: added in the GEMM ("epilogue"), by the kernel that follows (all but that of queries, keys and
     values) or by one of its own ("separate"). `grouped_heads` "repeated": keys and values are copied for each query
     head. A `recomputed` layer runs its forward again "whole", or "as_needed": until it has all that its backward reads.
@@ -99,6 +102,7 @@ class Software:
     tp_overlap: str
     p2p: str
     scatter_gather: bool
+    stage_layers: str
     linear_bias: str
     grouped_heads: str
     recomputed: str
