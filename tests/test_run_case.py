@@ -285,3 +285,9 @@ def test_nodes_of_another_width_and_devices_of_another_memory(tmp_path: Path, fa
     assert [link.tier for link in pcie.links] == ["socket", "node"]
     unstated = case(tmp_path, facts, num_gpus="16", dp="4", inter_bw_GBps_per_gpu="", gpus_per_node="")
     assert unstated.assumptions == ("gpus_per_node 8", "network as dgx-a100")
+
+
+def test_runs_of_a_site_that_measured_its_network_are_predicted_with_it(tmp_path: Path, facts: RunFacts) -> None:
+    h100 = {"gpu": "H100-SXM-80GB", "intra_bw_GBps": "450", "inter_bw_GBps_per_gpu": "50"}
+    for source, near in (("nanotron scripts", "aws-p5"), ("NeMo docs", "dgx-h100")):
+        assert case(tmp_path, facts, **(h100 | {"source": source})).cluster.name == f"{near} of the row"
