@@ -332,7 +332,7 @@ class CostModel:
         forward = compute.forward.total + sum(sent("forward").values())
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
         number = self._software.joined_tensors(tensors, self._joined, root)
-        whole = self._memory.summed_alone(layout)
+        whole = self._memory.sent_together(layout)
         dp = self._dp.price(layout, dense, expert, forward, backward, number, whole, root=root, reshard=reshard)
         split = self._hardware.split_overhead_seconds if layout.schedule in ALL_SPLIT else 0.0  # of each operation
         first, second = compute.backward_input, compute.backward_weight

@@ -75,7 +75,8 @@ class Software:
     but every second product. `loss_metrics`: cross-entropy and perplexity are taken of the logits besides the loss.
     `fp8_scaling` "dynamic" looks for the largest element of a tensor before it casts it.
     `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes. `shards` of a
-    distributed optimizer are cut out of each tensor, each with a collective of its own, or of the joined buckets.
+    distributed optimizer are cut out of the joined buckets, or of each tensor: copied together for a message (buckets
+    of torch's DDP, all weights) and apart behind it.
     `cp_shards` of a sequence are one piece, of which the last attends to most, or two that together attend evenly.
     `overflow_check`, how fp16's gradients are looked at before a step: one after the other cast to fp32, summed and
     read by the host ("sums_read"; then unscaled, or while they are clipped), each norm too and no kernel for more than

@@ -143,19 +143,26 @@ def test_an_optimizer_beside_16_bit_weights_casts_them() -> None:
     assert passes(software("meshwright")) == pytest.approx(3 + 7)
 
 
-def test_shards_of_tensors_pay_the_latency_for_each() -> None:
+def test_shards_of_tensors_are_copied_for_each_rank_and_reduced_in_buckets() -> None:
+    """1e8 parameters in 6 tensors, of 1e9 that the rank has: 6.1 buckets of 25 MiB and half a tensor, fp32 sums."""
     cluster, h100 = resolve_cluster("dgx-h100:16"), load_hardware(resolve_hardware_path("h100-sxm-80gb"))
     job = TrainingJob(global_batch=128, sequence=1024, precision="bf16")
-    layout = Layout(dp=128, dp_shard=128, zero=1)
-
-    def gather(shards: str) -> float:
-        trainer = software("nanotron-2024", shards=shards)
-        kernels = ComputeModel(tiny_gpt2(), h100, job, trainer)
-        model = DataParallelModel(h100, CommModel(cluster, h100), kernels, "bf16", trainer)
-        return model.price(layout, 1e8, 0.0, 0.0, 0.0, tensors=6).gather.dp
-
-    latency = 127 * cluster.links[-1].latency_seconds
-    assert gather("of_tensors") - gather("of_buckets") == pytest.approx(5 * latency, rel=0.05)
+    layout, comm, group = Layout(dp=128, dp_shard=128, zero=1), CommModel(cluster, h100), Group(128, 1)
+    prices = {}
+    for shards in ("of_tensors", "of_buckets"):
+        trainer = software("nanotron-2024", shards=shards, gradient_reduce="after_backward")
+        model = DataParallelModel(h100, comm, ComputeModel(tiny_gpt2(), h100, job, trainer), "bf16", trainer)
+        prices[shards] = model.price(layout, 1e8, 0.0, 0.0, 0.0, tensors=6, whole=1e9 * (shards == "of_tensors"))
+    buckets = 2e8 / (25 * 2**20 + 2e8 / 12)
+    launch = h100.launch_seconds  # all that a copy of so little takes
+    assert prices["of_tensors"].gather.dp == pytest.approx(
+        comm.collective_seconds("all_gather", group, 2e9) / 10 + 128 * 6 * launch
+    )
+    assert prices["of_tensors"].reduce.dp == pytest.approx(
+        buckets * (comm.collective_seconds("reduce_scatter", group, 4e8 / buckets) + 2 * 128 * launch)
+    )
+    assert prices["of_buckets"].gather.dp == pytest.approx(comm.collective_seconds("all_gather", group, 2e8))
+    assert prices["of_buckets"].reduce.dp == pytest.approx(comm.collective_seconds("reduce_scatter", group, 4e8))
 
 
 def test_a_gather_beside_the_own_share_hides_less_than_pieces_do() -> None:
