@@ -110,13 +110,17 @@ class AxisModel:
     def _beside_own_shard(self, layout: Layout, gather: float, scatter: float, compute: ComputeCost) -> Passes:
         """Gathers of inputs and of output gradients run beside the product of the rank's own share, 1/tp of it.
 
-        In the backward the inputs are gathered again beside the input's gradient, and the sums run beside the
-        weights' gradient; those of the forward stand alone (nanotron's tensor_parallel/functional.py).
+        Inputs are gathered for the products cut by columns, and again beside their input's gradient; the sums run
+        beside their weights' gradient. Output gradients are gathered for those cut by rows, wo and w2, whose own sums
+        in the forward stand alone (nanotron's tensor_parallel/functional.py).
         """
-        exposed, behind = self._hardware.exposed_seconds, 1.0 / layout.tp
-        forward = exposed(gather, compute.forward.gemm * behind) + scatter
-        backward = exposed(gather, compute.backward_input.gemm * behind)
-        backward += exposed(gather, compute.backward_input.gemm) + exposed(scatter, compute.backward_weight.gemm)
+        sizes = {name: rows * columns for name, (rows, columns) in self._model.linear_shapes.items()}
+        by_rows = sum(sizes[name] for name in ("wo", "w2") if name in sizes) / sum(sizes.values())
+        exposed, by_columns, own = self._hardware.exposed_seconds, 1.0 - by_rows, 1.0 / layout.tp
+        forward = exposed(gather, compute.forward.gemm * by_columns * own) + scatter
+        backward = exposed(gather, compute.backward_input.gemm * by_rows * own)
+        backward += exposed(gather, compute.backward_input.gemm * by_columns)
+        backward += exposed(scatter, compute.backward_weight.gemm * by_columns)
         return Passes(forward, backward, 0.0, forward)
 
     def _overlapped(self, passes: Passes, compute: ComputeCost) -> Passes:

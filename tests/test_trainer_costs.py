@@ -176,12 +176,16 @@ def test_a_gather_beside_the_own_share_hides_less_than_pieces_do() -> None:
         exposed[way] = AxisModel(model, h100, CommModel(cluster, h100), job, trainer).block_tp(layout, block, "dense")
     assert exposed["pieces"].forward < exposed["own_shard"].forward < exposed["none"].forward
     assert exposed["own_shard"].forward > exposed["none"].forward / 2  # the sums of the forward stand alone
-    # Under tp 8 an eighth of the products is too short for the gathers: all but what it hides is added.
+    # Under tp 8 an eighth of the products is too short for the gathers: all but what it hides is added. Of twelve h
+    # times h in the weights seven are cut by columns, which the inputs are gathered for.
     comm, size = CommModel(cluster, h100), 2.0 * 4 * 4096 * model.hidden_size
     gather, scatter = (2 * comm.collective_seconds(o, Group(8, 1), size) for o in ("all_gather", "reduce_scatter"))
     block = ComputeModel(model, h100, job, software("nanotron-2024")).block(layout)
-    own = h100.exposed_seconds(gather, block.forward.gemm / 8)
+    own = h100.exposed_seconds(gather, 7 / 12 * block.forward.gemm / 8)
     assert exposed["own_shard"].forward == pytest.approx(own + scatter)
+    first, second = block.backward_input.gemm, block.backward_weight.gemm
+    beside = ((gather, 5 / 12 * first / 8), (gather, 7 / 12 * first), (scatter, 7 / 12 * second))
+    assert exposed["own_shard"].backward == pytest.approx(sum(h100.exposed_seconds(*each) for each in beside))
 
 
 def test_what_runs_again_and_what_hides_of_the_sums_of_tp() -> None:
