@@ -86,6 +86,9 @@ class AxisModel:
         one_way = halves * (gather + scatter)
         if self._software.tp_overlap == "own_shard":
             passes = self._beside_own_shard(layout, halves * gather, halves * scatter, compute)
+        elif self._software.tp_overlap == "input_gradient":
+            backward = self._beside_weights(halves * gather, halves * scatter, compute) + halves * back
+            passes = Passes(one_way + halves * there, backward, selective, again)
         else:
             passes = Passes(one_way + halves * there, one_way + halves * back, selective, again)
             passes = self._overlapped(passes, compute)
@@ -114,26 +117,40 @@ class AxisModel:
         beside their weights' gradient. Output gradients are gathered for those cut by rows, wo and w2, whose own sums
         in the forward stand alone (nanotron's tensor_parallel/functional.py).
         """
-        sizes = {name: rows * columns for name, (rows, columns) in self._model.linear_shapes.items()}
-        by_rows = sum(sizes[name] for name in ("wo", "w2") if name in sizes) / sum(sizes.values())
-        exposed, by_columns, own = self._hardware.exposed_seconds, 1.0 - by_rows, 1.0 / layout.tp
+        exposed, by_columns, own = self._hardware.exposed_seconds, self._by_columns, 1.0 / layout.tp
         forward = exposed(gather, compute.forward.gemm * by_columns * own) + scatter
-        backward = exposed(gather, compute.backward_input.gemm * by_rows * own)
+        backward = exposed(gather, compute.backward_input.gemm * (1.0 - by_columns) * own)
         backward += exposed(gather, compute.backward_input.gemm * by_columns)
         backward += exposed(scatter, compute.backward_weight.gemm * by_columns)
         return Passes(forward, backward, 0.0, forward)
 
+    def _beside_weights(self, gather: float, scatter: float, compute: ComputeCost) -> float:
+        """Seconds of a backward whose input's gradients are summed beside the weights'.
+
+        Output gradients are gathered for the products cut by rows, behind nothing; inputs again beside their gradient
+        (NVIDIA/Megatron-LM, core/tensor_parallel/layers.py and mappings.py).
+        """
+        exposed, by_columns = self._hardware.exposed_seconds, self._by_columns
+        again = exposed(gather, compute.backward_input.gemm * by_columns)
+        return gather + again + exposed(scatter, compute.backward_weight.gemm * by_columns)
+
+    @property
+    def _by_columns(self) -> float:
+        """The share of a layer's products that tp cuts by columns, whose inputs each rank has whole: all but wo and w2."""
+        sizes = {name: rows * columns for name, (rows, columns) in self._model.linear_shapes.items()}
+        return 1.0 - sum(sizes[name] for name in ("wo", "w2") if name in sizes) / sum(sizes.values())
+
     def _overlapped(self, passes: Passes, compute: ComputeCost) -> Passes:
         """With tp overlap the pieces of a collective hide behind the product that they belong to.
 
-        What goes with the input's gradient hides behind the weights', which waits for nothing (arXiv 2205.05198,
-        section 4.2.2).
+        What goes with the input's gradient hides behind that of the same weights, which waits for nothing (arXiv
+        2205.05198, section 4.2.2).
         """
         exposed = self._hardware.exposed_seconds
         if self._software.tp_overlap == "none":
             return passes
         if self._software.tp_overlap == "input_gradient":
-            backward = exposed(passes.backward, compute.backward_weight.gemm)
+            backward = exposed(passes.backward, compute.backward_weight.gemm * self._by_columns)
             return Passes(passes.forward, backward, passes.selective, passes.full)
         return Passes(
             exposed(passes.forward, compute.forward.gemm),

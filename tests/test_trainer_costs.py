@@ -205,9 +205,17 @@ def test_what_runs_again_and_what_hides_of_the_sums_of_tp() -> None:
     alone, hidden = passes(tp_overlap="none"), passes(tp_overlap="input_gradient")
     assert alone.backward == pytest.approx(2 * reduce)
     assert (hidden.forward, hidden.full) == (alone.forward, alone.full)
-    weights = ComputeModel(tiny_22b(), a100, job, software()).block(layout).backward_weight.gemm
+    block = ComputeModel(tiny_22b(), a100, job, software()).block(layout)
+    weights = 7 / 12 * block.backward_weight.gemm  # of those cut by columns: 7 of 12 h times h
     assert hidden.backward == pytest.approx(a100.exposed_seconds(2 * reduce, weights))
     assert hidden.backward < alone.backward / 2
+    layout = Layout(tp=4, micro_batch=4, sequence_parallel=True)
+    hidden, size = passes(tp_overlap="input_gradient"), 2.0 * 4 * 2048 * tiny_22b().hidden_size
+    gather, scatter = (2 * comm.collective_seconds(o, Group(4, 1), size) for o in ("all_gather", "reduce_scatter"))
+    block = ComputeModel(tiny_22b(), a100, job, software()).block(layout)
+    beside = ((gather, block.backward_input.gemm), (scatter, block.backward_weight.gemm))
+    behind = sum(a100.exposed_seconds(sent, 7 / 12 * products) for sent, products in beside)
+    assert hidden.backward == pytest.approx(gather + behind)
 
 
 def tiny_22b() -> ModelSpec:
