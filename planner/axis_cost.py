@@ -136,7 +136,7 @@ class AxisModel:
 
     @property
     def _by_columns(self) -> float:
-        """The share of a layer's products that tp cuts by columns, whose inputs each rank has whole: all but wo and w2."""
+        """The share of a layer's products that tp cuts by columns, of whole inputs: all but wo and w2."""
         sizes = {name: rows * columns for name, (rows, columns) in self._model.linear_shapes.items()}
         return 1.0 - sum(sizes[name] for name in ("wo", "w2") if name in sizes) / sum(sizes.values())
 
