@@ -44,6 +44,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "cp_shards": ("contiguous", "balanced"),
     "overflow_check": ("tensor_by_tensor", "sums_read", "sums_read_clip_unscales", "one_kernel", "by_norm"),
     "mpu_layers": None,
+    "peak_memory": ("allocated_gb", "reserved_gb", "reserved_gib"),
 }
 # Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
 _FALLBACK_FAMILY = "megatron"
@@ -83,6 +84,7 @@ class Software:
     a tensor but Adam's ("tensor_by_tensor"); by one kernel, which unscales them; or by the norm alone. `mpu_layers`:
     Megatron-LM's own, autograd functions in Python on either side of the products; attention's dropout draws from a
     random state of its own, which the host puts in place and takes back, and a recomputed layer has the states it had.
+    `peak_memory` as its runs print it: of tensors, or of the allocator's blocks, in 1e9 bytes or GiB.
     """
 
     name: str
@@ -115,6 +117,7 @@ class Software:
     cp_shards: str
     overflow_check: str
     mpu_layers: bool
+    peak_memory: str
     reasons: dict[str, str]
 
     # What follows from the family: how PyTorch's own parts and Megatron's differ.
@@ -159,6 +162,16 @@ class Software:
     def computes_meanwhile(self, split: bool) -> bool:
         """Whether a stage computes while its messages are under way; `split`: its backwards are split."""
         return self.p2p == "overlapped" or self.on_torch_pipeline or (split and self.p2p == "overlapped_if_split")
+
+    @property
+    def counts_tensors(self) -> bool:
+        """The peak memory that runs print is of tensors, not of the blocks that the allocator reserved for them."""
+        return self.peak_memory.startswith("allocated")
+
+    @property
+    def memory_unit_bytes(self) -> float:
+        """What one unit of the peak memory that runs print is."""
+        return 2.0**30 if self.peak_memory.endswith("gib") else 1e9
 
     @property
     def posts_receives_early(self) -> bool:
