@@ -94,6 +94,10 @@ class DataParallelModel:
             return DataParallel(forward=around, gather=first, backward=last)
         return DataParallel(forward=first, backward=last if torch_root else last + again)
 
+    def summed_bytes(self, layout: Layout, parameters: float) -> float:
+        """Bytes of the gradients of so many parameters when a step's are there: whole, but of shards under FSDP2."""
+        return self._gradient_bytes * parameters / (layout.shards if self._software.on_fsdp else 1)
+
     def _alone(self, layout: Layout, dense: float, expert: float, backward: float, whole: float) -> DataParallel:
         message, reduced = min(float(MESSAGE_BYTES), 4 * whole), 0.0
         groups = ((dense, layout.dp * layout.cp, layout.tp), (expert, layout.edp, layout.ep * layout.etp))

@@ -17,7 +17,8 @@ from .step_cost import CostModel
 @dataclass(frozen=True, kw_only=True)
 class CasePrediction:
     """One step. `allocated_bytes` is what the framework's allocator sees of the peak, which is what trainers report:
-    all but the device's context and the communicators, and but what blocks leave unused where tensors are counted. `memory_bytes` itemises the fullest rank."""
+    all but the device's context and the communicators, and but what blocks leave unused where tensors are counted.
+    `memory_bytes` itemises the fullest rank."""
 
     step_seconds: float
     peak_memory_bytes: float

@@ -381,11 +381,11 @@ class CostModel:
         return (each + each_byte * self._memory.boundary_bytes(layout)) * crossed / layout.stages
 
     def _tied_seconds(self, layout: Layout) -> float:
-        """First and last stage sum the gradients of their copies of a tied matrix: each sends its own to the other."""
+        """First and last stage sum the gradients of their copies of a tied matrix, of its shards under FSDP2."""
         if layout.pp == 1 or not self._model.tied_embeddings:
             return 0.0
         rows = -(-self._model.vocab_size // layout.tp)
-        size = 4.0 * rows * self._model.hidden_size / layout.shards
+        size = self._dp.summed_bytes(layout, rows * self._model.hidden_size)
         return self._comm.pair_sum_seconds(Group(layout.pp, layout.tp * layout.cp * layout.dp), size)
 
     def _transform_seconds(self, layout: Layout) -> float:

@@ -332,3 +332,14 @@ def test_a_buffer_in_fp32_takes_the_first_gradient_too() -> None:
     added = 3 * 4 * tiny_22b().block_parameters / h100.memory_bandwidth_bytes_per_second
     parts = [layer[name].seconds.backward_weight.compute for name in ("nanotron-2024", "megatron-2021")]
     assert parts[0] - parts[1] == pytest.approx(added, rel=0.1)
+
+
+def test_the_gradients_of_a_tied_matrix_are_summed_whole_but_of_shards_under_fsdp() -> None:
+    cluster, h100 = resolve_cluster("dgx-h100:2"), load_hardware(resolve_hardware_path("h100-sxm-80gb"))
+    job, layout = TrainingJob(global_batch=8, sequence=1024, precision="bf16"), Layout(pp=2, dp=8, dp_shard=8, zero=1)
+    summed = {}
+    for name in ("nanotron-2024", "nemo-megatron-2022", "torchtitan-2024"):
+        compute = ComputeModel(tiny_gpt2(), h100, job, software(name))
+        model = DataParallelModel(h100, CommModel(cluster, h100), compute, "bf16", software(name))
+        summed[name] = model.summed_bytes(layout, 1000.0)
+    assert summed == {"nanotron-2024": 4000.0, "nemo-megatron-2022": 4000.0, "torchtitan-2024": 500.0}
