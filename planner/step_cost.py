@@ -19,7 +19,7 @@ from profiles.traced_model import TracedModel
 from .axis_cost import AxisModel, Passes
 from .bounds import LeastBytes
 from .capabilities import CAPABILITIES
-from .comm_cost import CommModel, Group
+from .comm_cost import CommModel, Group, described_seconds
 from .compute_cost import ComputeCost, ComputeModel
 from .data_parallel_cost import DataParallelModel
 from .in_flight import SUMMED, InFlight, gradients_by_torch, in_flight, least_phases_by_torch
@@ -368,12 +368,12 @@ class CostModel:
         if self._software.scatter_gather and layout.tp > 1 and not layout.sequence_parallel:
             gathered = self._comm.collective_seconds("all_gather", Group(layout.tp, 1), size)
             return self._comm.send_seconds(group, size / layout.tp) + gathered
-        return self._comm.send_seconds(group, size)
+        described = self._software.p2p == "described"
+        return self._comm.send_seconds(group, size) + (described_seconds(self._hardware, self._comm, group) * described)
 
     def _message_work(self, layout: Layout) -> float:
         """What messages take from the compute of an action, a mean over the stages: of S at most S - 1 send."""
-        hardware = self._hardware
-        each, each_byte = hardware.message_overhead_seconds, hardware.message_overhead_seconds_per_byte
+        each, each_byte = (getattr(self._hardware, f"message_overhead_seconds{per}") for per in ("", "_per_byte"))
         if each == each_byte == 0.0:
             return 0.0
         ranks = [layout.pipeline(1).rank_of(stage) for stage in range(layout.stages)]

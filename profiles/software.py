@@ -30,7 +30,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "gradient_reduce": ("after_backward", "overlapped"),
     "weight_gather": ("after_step", "overlapped"),
     "tp_overlap": ("none", "input_gradient", "own_shard", "pieces"),
-    "p2p": ("blocking", "overlapped", "overlapped_if_split"),
+    "p2p": ("blocking", "described", "overlapped", "overlapped_if_split"),
     "scatter_gather": None,
     "stage_layers": ("even", "by_cost"),
     "linear_bias": ("separate", "following", "epilogue"),
@@ -65,7 +65,8 @@ class Software:
     distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's
     collectives hide: "pieces" of them run beside the pieces of their GEMMs, "own_shard": a gather runs beside the
     product of the rank's own share, "input_gradient": those of the backward run beside the weight-gradient GEMM;
-    `p2p` whether a pipeline stage computes while its messages are under way, or does so where backwards are split.
+    `p2p` whether a pipeline stage computes while its messages are under way, or does so where backwards are split;
+    "described": it waits, and the host besides for messages that say what comes.
     `scatter_gather`: stage boundaries are cut over tp and gathered on the other side (arXiv 2104.04473, section 4.1).
     `stage_layers`: as many in each stage, or stages are filled up to an even share of the products' FLOPs, the head's
     included ("by_cost").

@@ -343,3 +343,16 @@ def test_the_gradients_of_a_tied_matrix_are_summed_whole_but_of_shards_under_fsd
         model = DataParallelModel(h100, CommModel(cluster, h100), compute, "bf16", software(name))
         summed[name] = model.summed_bytes(layout, 1000.0)
     assert summed == {"nanotron-2024": 4000.0, "nemo-megatron-2022": 4000.0, "torchtitan-2024": 500.0}
+
+
+def test_described_messages_wait_for_the_host_and_for_two_messages_a_tensor() -> None:
+    """Two tensors forward and one back, 47 operations of the host for each: half of the three a message."""
+    cluster, h100 = resolve_cluster("dgx-h100:1"), load_hardware(resolve_hardware_path("h100-sxm-80gb"))
+    job, layout = TrainingJob(global_batch=8, sequence=1024, precision="bf16", target="megatron"), Layout(pp=2)
+    blocking, described = (
+        CostModel(tiny_gpt2(), cluster, h100, job, software("nanotron-2024", p2p=way)).price_seconds(layout)
+        for way in ("blocking", "described")
+    )
+    tiny = CommModel(cluster, h100).send_seconds(Group(2, 1), 56.0)
+    waited = 1.5 * (47 * h100.host_operation_seconds + 2 * tiny)
+    assert described.send_seconds - blocking.send_seconds == pytest.approx(waited)
