@@ -16,9 +16,10 @@ from planner.compute_seconds import ComputeCost
 from planner.data_parallel_cost import DataParallelModel
 from planner.job import TrainingJob
 from planner.layout import Layout
+from planner.local_shapes import cut_shares
 from planner.run_case import case_of, load_run_facts
 from planner.step_cost import CostModel
-from profiles.catalogue import resolve_cluster, resolve_hardware_path
+from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.hardware import load_hardware
 from profiles.model import ModelSpec
 from profiles.points import EAGER_PASSES, SCALAR_SLOWDOWN
@@ -356,3 +357,16 @@ def test_described_messages_wait_for_the_host_and_for_two_messages_a_tensor() ->
     tiny = CommModel(cluster, h100).send_seconds(Group(2, 1), 56.0)
     waited = 1.5 * (47 * h100.host_operation_seconds + 2 * tiny)
     assert described.send_seconds - blocking.send_seconds == pytest.approx(waited)
+
+
+def test_shares_of_products_by_columns_and_rows() -> None:
+    """All of a dense layer is cut; of a layer with experts only the attention."""
+    llama = tiny_llama()
+    columns, rows = cut_shares(llama, "dense")
+    sizes = {name: a * b for name, (a, b) in llama.linear_shapes.items()}
+    assert rows == pytest.approx((sizes["wo"] + sizes["w2"]) / sum(sizes.values()))
+    assert columns == pytest.approx(1.0 - rows)
+    mixtral = resolve_model("mixtral-8x7b")
+    columns, rows = cut_shares(mixtral, "experts")
+    attention, routed = (4096 * (4096 + 2 * 1024), 4096 * 4096), 2 * 3 * 4096 * 14336
+    assert (columns, rows) == pytest.approx(tuple(part / (sum(attention) + routed) for part in attention))
