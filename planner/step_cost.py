@@ -345,7 +345,7 @@ class CostModel:
             gather=dp.gather,
             reduce=dp.reduce,
             optimizer=Seconds(
-                self._compute.optimizer_seconds(kept, tensors)
+                self._compute.optimizer_seconds(kept, tensors, dense + expert)
                 + self._compute.overflow_seconds(kept, number)
                 + transfer_seconds(self._job, self._hardware, kept)
             ),

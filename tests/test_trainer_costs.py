@@ -370,3 +370,32 @@ def test_shares_of_products_by_columns_and_rows() -> None:
     columns, rows = cut_shares(mixtral, "experts")
     attention, routed = (4096 * (4096 + 2 * 1024), 4096 * 4096), 2 * 3 * 4096 * 14336
     assert (columns, rows) == pytest.approx(tuple(part / (sum(attention) + routed) for part in attention))
+
+
+def test_what_comes_sequence_first_is_copied_until_attention_takes_it() -> None:
+    """Of as many keys as queries h elements a token are copied 8 times there and 10 back, each read and written; else
+    once each way."""
+    llama = replace(tiny_llama(), kv_heads=tiny_llama().heads)
+    layouts = ("sequence_first", "one_copy")
+    first, once = (compute(llama, software("nanotron-2024", heads_layout=way)).block(LAYOUT) for way in layouts)
+    elements = TOKENS * llama.query_width
+    assert first.forward.memory - once.forward.memory == pytest.approx(seconds_of(2 * 8 - 2, elements))
+    assert first.backward.memory - once.backward.memory == pytest.approx(seconds_of(2 * 10 - 2, elements))
+
+
+def test_gradients_of_gate_and_input_are_joined_where_their_weights_are() -> None:
+    """torch's kernels take 5 and 9 passes where a fused one takes 3 and 5, and joining two gradients takes 4."""
+    llama = tiny_llama()
+    eager, fused = (
+        compute(llama, software("nanotron-2024", activation=way)).block(LAYOUT) for way in ("eager", "fused")
+    )
+    elements = TOKENS * llama.ffn_hidden_size
+    assert eager.forward.memory - fused.forward.memory == pytest.approx(seconds_of(5 - 3, elements))
+    assert eager.backward.memory - fused.backward.memory == pytest.approx(seconds_of(9 + 4 - 5, elements))
+
+
+def test_buffers_that_the_first_gradient_is_added_to_are_filled_with_zeros() -> None:
+    for name, zeros in (("nanotron-2024", 1), ("meshwright", 0), ("megatron-2021", 0)):
+        state = compute(tiny_gpt2(), software(name))
+        added = state.optimizer_seconds(1e6, 9, 4e6) - state.optimizer_seconds(1e6, 9)
+        assert added == pytest.approx(seconds_of(zeros, 4e6))
