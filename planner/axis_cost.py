@@ -17,7 +17,7 @@ from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost
 from .job import TrainingJob
 from .layout import Layout
-from .local_shapes import attended_width, local_tokens, loss_pieces, outside_tokens, predicted_by_head
+from .local_shapes import attended_width, cut_shares, local_tokens, loss_pieces, outside_tokens, predicted_by_head
 
 _FP32_BYTES = 4.0
 
@@ -51,6 +51,7 @@ class AxisModel:
     ) -> None:
         self._model, self._hardware, self._comm = model, hardware, comm
         self._job, self._software = job, software
+        self._cut = {segment.kind: cut_shares(model, segment.kind) for segment in model.segments}
         self._element_bytes = DTYPE_BYTES["bf16" if job.precision == "fp8" else job.precision]
 
     # ---- tp --------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ class AxisModel:
             reduce = self._tp("all_reduce", layout, size)
             again = sums_again * (reduce + there)
             sums = Passes(halves * (reduce + there), halves * (reduce + back), 0.0, again)
-            return self._behind_host(self._overlapped(sums, compute), compute, halves)
+            return self._behind_host(self._overlapped(sums, compute, kind), compute, halves)
         gather, scatter = (self._tp(operation, layout, size) for operation in ("all_gather", "reduce_scatter"))
         # Megatron keeps the sequence's share of each input and gathers it again for the weights' gradient, behind
         # the input's (arXiv 2205.05198, section 4.2.2).
@@ -88,10 +89,13 @@ class AxisModel:
         selective = halves * gather if self._software.selective_keeps_matmuls else 0.0
         one_way = halves * (gather + scatter)
         if self._software.tp_overlap == "own_shard":
-            passes = self._beside_own_shard(layout, halves * gather, halves * scatter, compute)
+            passes = self._beside_own_shard(layout, halves * gather, halves * scatter, compute, kind)
+        elif self._software.tp_overlap == "input_gradient":
+            backward = self._beside_weights(halves * gather, halves * scatter, compute, kind) + halves * back
+            passes = Passes(one_way + halves * there, backward, selective, again)
         else:
             passes = Passes(one_way + halves * there, one_way + halves * back, selective, again)
-            passes = self._overlapped(passes, compute)
+            passes = self._overlapped(passes, compute, kind)
         return self._behind_host(passes, compute, 2 * halves)
 
     def _behind_host(self, passes: Passes, compute: ComputeCost, calls: int) -> Passes:
@@ -110,29 +114,44 @@ class AxisModel:
             beyond(passes.full, there + compute.checkpoint.idle),
         )
 
-    def _beside_own_shard(self, layout: Layout, gather: float, scatter: float, compute: ComputeCost) -> Passes:
+    def _beside_own_shard(
+        self, layout: Layout, gather: float, scatter: float, compute: ComputeCost, kind: str
+    ) -> Passes:
         """Gathers of inputs and of output gradients run beside the product of the rank's own share, 1/tp of it.
 
-        In the backward the inputs are gathered again beside the input's gradient, and the sums run beside the
-        weights' gradient; those of the forward stand alone (nanotron's tensor_parallel/functional.py).
+        Inputs are gathered for the products cut by columns, and again beside their input's gradient; the sums run
+        beside their weights' gradient. Output gradients are gathered for those cut by rows, wo and w2, whose own sums
+        in the forward stand alone (nanotron's tensor_parallel/functional.py).
         """
-        exposed, behind = self._hardware.exposed_seconds, 1.0 / layout.tp
-        forward = exposed(gather, compute.forward.gemm * behind) + scatter
-        backward = exposed(gather, compute.backward_input.gemm * behind)
-        backward += exposed(gather, compute.backward_input.gemm) + exposed(scatter, compute.backward_weight.gemm)
+        exposed, (by_columns, by_rows) = self._hardware.exposed_seconds, self._cut[kind]
+        own = 1.0 / layout.tp
+        forward = exposed(gather, compute.forward.gemm * by_columns * own) + scatter
+        backward = exposed(gather, compute.backward_input.gemm * by_rows * own)
+        backward += exposed(gather, compute.backward_input.gemm * by_columns)
+        backward += exposed(scatter, compute.backward_weight.gemm * by_columns)
         return Passes(forward, backward, 0.0, forward)
 
-    def _overlapped(self, passes: Passes, compute: ComputeCost) -> Passes:
+    def _beside_weights(self, gather: float, scatter: float, compute: ComputeCost, kind: str) -> float:
+        """Seconds of a backward whose input's gradients are summed beside the weights'.
+
+        Output gradients are gathered for the products cut by rows, behind nothing; inputs again beside their gradient
+        (NVIDIA/Megatron-LM, core/tensor_parallel/layers.py and mappings.py).
+        """
+        exposed, by_columns = self._hardware.exposed_seconds, self._cut[kind][0]
+        again = exposed(gather, compute.backward_input.gemm * by_columns)
+        return gather + again + exposed(scatter, compute.backward_weight.gemm * by_columns)
+
+    def _overlapped(self, passes: Passes, compute: ComputeCost, kind: str) -> Passes:
         """With tp overlap the pieces of a collective hide behind the product that they belong to.
 
-        What goes with the input's gradient hides behind the weights', which waits for nothing (arXiv 2205.05198,
-        section 4.2.2).
+        What goes with the input's gradient hides behind that of the same weights, which waits for nothing (arXiv
+        2205.05198, section 4.2.2).
         """
         exposed = self._hardware.exposed_seconds
         if self._software.tp_overlap == "none":
             return passes
         if self._software.tp_overlap == "input_gradient":
-            backward = exposed(passes.backward, compute.backward_weight.gemm)
+            backward = exposed(passes.backward, compute.backward_weight.gemm * self._cut[kind][0])
             return Passes(passes.forward, backward, passes.selective, passes.full)
         return Passes(
             exposed(passes.forward, compute.forward.gemm),

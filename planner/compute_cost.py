@@ -78,6 +78,8 @@ class ComputeModel(Kernels):
         one matrix, their gradients are joined.
         """
         query = local_tokens(layout, self._job.sequence) * self._model.query_width / layout.tp
+        if self._software.heads_layout == "sequence_first":
+            return self._heads_from_sequence_first(layout, query)
         cost = self._memory("copy", query)
         if self._software.attention == "unfused":
             cost = cost + self._memory("copy", 3 * query)
@@ -146,6 +148,19 @@ class ComputeModel(Kernels):
             shard = ComputeSeconds(overhead=cut if layout.sequence_parallel else whole)
             parts.append(ComputeCost(shard, shard))
         return parts
+
+    def _heads_from_sequence_first(self, layout: Layout, query: float) -> ComputeCost:
+        """All of them brought batch first, keys and values joined and brought side by side, outputs back.
+
+        Gradients go the same way: keys' and values' are joined, all three stacked and brought sequence first, the
+        outputs copied for the weights' gradient and theirs for attention (nanotron's models/llama.py).
+        """
+        keys_values = local_tokens(layout, self._job.sequence) * local_kv_width(self._model, layout.tp) * 2
+        there = query + 3 * keys_values + query
+        back = 2 * (query + keys_values) + keys_values + 2 * query
+        moved = (self._memory("copy", elements) for elements in (there, back))
+        forward, backward = next(moved).forward, next(moved).backward_input
+        return ComputeCost(forward, backward)
 
     def _products(self, layout: Layout) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each product of a dense layer on one rank.
@@ -294,14 +309,18 @@ class ComputeModel(Kernels):
             return 0.0
         return self._hardware.memory_seconds("accumulate", self._state_dtype, parameters)
 
-    def optimizer_seconds(self, parameters: float, tensors: int) -> float:
-        """Norm, clipping and AdamW over the parameters whose state this rank holds, in `tensors` tensors."""
+    def optimizer_seconds(self, parameters: float, tensors: int, summed: float = 0.0) -> float:
+        """Norm, clipping and AdamW over the parameters whose state this rank holds, in `tensors` tensors; buffers for
+        the gradients of `summed` are filled with zeros where the first is added to them."""
         norm = self._hardware.memory_seconds("gradient_norm", self._state_dtype, parameters)
         adamw = "adamw_eager" if self._software.optimizer == "eager" else "adamw"
         update = self._hardware.memory_seconds(adamw, self._state_dtype, parameters)
         casts = self._master_casts and self._hardware.memory_seconds("cast", self._state_dtype, parameters)
         casts *= self._master_casts  # 16-bit gradients to the master copy's width, and its weights back
-        return norm + update + casts + tensors * self._hardware.parameter_overhead_seconds
+        zeros = 0.0
+        if self._software.adds_first_gradient and summed:
+            zeros = self._hardware.memory_seconds("zero", self._state_dtype, summed)
+        return norm + update + casts + zeros + tensors * self._hardware.parameter_overhead_seconds
 
     def overflow_seconds(self, parameters: float, tensors: int) -> float:
         """Looking whether fp16's gradients are finite; other precisions have no loss scale."""

@@ -61,12 +61,12 @@ class DataParallelModel:
         last action, behind nothing; under zero 3 it gathers layers again for each backward, unless stages say
         otherwise (`reshard`, [Note: Resharding]). Where a microbatch neither gathers nor reduces, FSDP2's Python
         around the part is left; what was measured of its collectives has it in it. Where gradients are summed without
-        it ([Note: Gradient sum]) the rank has `whole` parameters in all, and 0 elsewhere; a part has its share of a
-        message, and the last message's hide behind nothing.
+        it ([Note: Gradient sum]), the last message behind nothing, or in buckets of DDP, the rank has `whole`
+        parameters in all, and 0 elsewhere; a part has its share of a message.
         """
-        if whole:
+        if whole and self._software.sums_alone:
             return self._alone(layout, dense, expert, backward, max(whole, dense + expert))
-        gathered, reduced = self._collectives(layout, dense, expert, tensors)
+        gathered, reduced = self._collectives(layout, dense, expert, tensors, whole)
         if gathered == reduced == 0.0:
             return DataParallel()
         torch_root, pipelined = root and self._software.on_fsdp, layout.pp > 1 and self._software.on_torch_pipeline
@@ -76,6 +76,10 @@ class DataParallelModel:
         first = Seconds(dp=exposed(gathered, forward if hides_gather else 0.0))
         again = Seconds(dp=exposed(gathered, backward if self._software.weight_gather == "overlapped" else 0.0))
         last = Seconds(dp=exposed(reduced, backward if hides_reduce else 0.0))
+        if whole and zero:
+            copies, parameters = layout.shards, dense + expert
+            first += Seconds(dp=self._copied(parameters, copies * tensors))
+            last += Seconds(dp=self._copied(parameters, 2 * copies * self._messages(parameters, tensors)))
         around, back = self._around, self._back
         if zero == 0:
             return DataParallel(forward=around, backward=back, reduce=last)
@@ -90,6 +94,10 @@ class DataParallelModel:
             return DataParallel(forward=around, gather=first, backward=last)
         return DataParallel(forward=first, backward=last if torch_root else last + again)
 
+    def summed_bytes(self, layout: Layout, parameters: float) -> float:
+        """Bytes of the gradients of so many parameters when a step's are there: whole, but of shards under FSDP2."""
+        return self._gradient_bytes * parameters / (layout.shards if self._software.on_fsdp else 1)
+
     def _alone(self, layout: Layout, dense: float, expert: float, backward: float, whole: float) -> DataParallel:
         message, reduced = min(float(MESSAGE_BYTES), 4 * whole), 0.0
         groups = ((dense, layout.dp * layout.cp, layout.tp), (expert, layout.edp, layout.ep * layout.etp))
@@ -102,8 +110,30 @@ class DataParallelModel:
         exposed = self._hardware.exposed_seconds(reduced, backward)
         return DataParallel(reduce=Seconds(dp=hidden * exposed + (1.0 - hidden) * reduced))
 
-    def _collectives(self, layout: Layout, dense: float, expert: float, tensors: int) -> tuple[float, float]:
-        number = tensors if self._software.shards == "of_tensors" and layout.zero else 1
+    def _messages(self, parameters: float, tensors: int) -> float:
+        """Buckets of torch's DDP that the gradients of a part fill, of so many whole tensors.
+
+        One is full with the tensor that reaches the limit, so it holds half a tensor more in the mean.
+        """
+        size = self._weight_bytes * parameters
+        return min(float(tensors), size / (MESSAGE_BYTES + size / tensors / 2))
+
+    def _copied(self, parameters: float, copies: float) -> float:
+        """Seconds of moving shards of so many parameters between tensors and messages in so many copies.
+
+        What is gathered is copied into each tensor for each rank; of a bucket each rank's share is joined and copied
+        (huggingface/nanotron, src/nanotron/distributed.py: all_gather_coalesced, reduce_scatter_coalesced).
+        """
+        return copies * self._compute.copy_seconds(parameters / copies)
+
+    def _collectives(
+        self, layout: Layout, dense: float, expert: float, tensors: int, whole: float
+    ) -> tuple[float, float]:
+        """(weights gathered, gradients reduced); of shards of tensors a part has its share of the message that gathers
+        the `whole` and of those that reduce a bucket."""
+        number, share = 1.0, 1.0
+        if whole:
+            number, share = self._messages(dense + expert, tensors), min(1.0, (dense + expert) / whole)
         groups = (
             (dense, layout.dp * layout.cp, layout.shards, layout.tp),
             (expert, layout.edp, layout.expert_shards, layout.ep * layout.etp),
@@ -111,8 +141,9 @@ class DataParallelModel:
         gathered = reduced = 0.0
         for parameters, ranks, shards, stride in groups:
             if parameters and ranks > 1:
-                there, back = self._group(layout, parameters / number, ranks, shards, stride)
-                gathered, reduced = gathered + number * there, reduced + number * back
+                there, _ = self._group(layout, parameters / share, ranks, shards, stride)
+                _, back = self._group(layout, parameters / number, ranks, shards, stride)
+                gathered, reduced = gathered + share * there, reduced + number * back
         factor = self._hardware.correction("dp")
         return gathered * factor, reduced * factor
 

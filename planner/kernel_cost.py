@@ -107,12 +107,18 @@ class Kernels:
         return self._memory("dropout", elements) + self._memory("residual", elements)
 
     def _activation(self, elements: float) -> ComputeCost:
-        fused = self._software.activation == "fused" and self._model.ffn_matrices == 3
-        return self._memory("swiglu_fused" if fused else self._model.activation, elements)
+        """Where gate and input come of one matrix, kernels of torch's leave two gradients, which a copy joins."""
+        if self._model.ffn_matrices != 3:
+            return self._memory(self._model.activation, elements)
+        if self._software.activation == "fused":
+            return self._memory("swiglu_fused", elements)
+        cost = self._memory(self._model.activation, elements)
+        if self._software.separate_projections:
+            return cost
+        return cost + ComputeCost(backward_input=self._memory("copy", 2 * elements).backward_input)
 
     def _rope(self, elements: float) -> ComputeCost:
-        """Trainers that fuse the activation fuse the rotation too."""
-        return self._memory("rope_fused" if self._software.activation == "fused" else "rope", elements)
+        return self._memory("rope_fused" if self._software.rotation == "fused" else "rope", elements)
 
     def _meeting_gradients(self, names: set[str], elements: float) -> ComputeCost:
         """Linears of one input (wq, wk and wv; w1 and w3): autograd adds up what each leaves of its gradient.

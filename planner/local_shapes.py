@@ -89,3 +89,17 @@ def joined_tensors(model: ModelSpec) -> int:
         found = [name for name in parts if name in model.linear_shapes]
         fewer += sum(1 + model.has_bias(name) for name in found[1:])
     return fewer
+
+
+def cut_shares(model: ModelSpec, kind: str) -> tuple[float, float]:
+    """The shares of a layer's products that tp cuts by columns and by rows; those of routed experts are neither."""
+    shapes = model.linear_shapes if kind == "dense" else model.attention_shapes
+    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    by_rows = sum(sizes.pop(name, 0) for name in ("wo", "w2"))
+    by_columns, routed = sum(sizes.values()), 0
+    if kind != "dense" and model.experts is not None:
+        shared = model.hidden_size * model.experts.shared_width
+        by_columns, by_rows = by_columns + (model.ffn_matrices - 1) * shared, by_rows + shared
+        routed = model.experts.top_k * sum(rows * columns for rows, columns in expert_linear_shapes(model, 1))
+    total = by_columns + by_rows + routed
+    return by_columns / total, by_rows / total

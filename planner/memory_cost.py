@@ -311,10 +311,10 @@ class MemoryModel:
         )
         return total, own * experts.number / layout.ep
 
-    def summed_alone(self, layout: Layout) -> float:
-        """A rank's share of all parameters if its pipeline held as many on each rank, where their gradients are summed
-        without FSDP2; else 0."""
-        if not self._states.sums_alone(layout):
+    def sent_together(self, layout: Layout) -> float:
+        """A rank's share of all parameters if its pipeline held as many on each rank, where messages are of more than a
+        part or of less: gradients summed without FSDP2, or in buckets of torch's DDP; else 0."""
+        if self._software.shards != "of_tensors" and not self._states.sums_alone(layout):
             return 0.0
         blocks = sum(s.count * sum(self.block_parameters(layout, s.kind)) for s in self._model.segments)
         return (blocks + self.embedding_parameters(layout) + self.head_parameters(layout)) / layout.pp

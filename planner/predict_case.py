@@ -17,7 +17,8 @@ from .step_cost import CostModel
 @dataclass(frozen=True, kw_only=True)
 class CasePrediction:
     """One step. `allocated_bytes` is what the framework's allocator sees of the peak, which is what trainers report:
-    all but the device's context and the communicators. `memory_bytes` itemises the fullest rank."""
+    all but the device's context and the communicators, and but what blocks leave unused where tensors are counted.
+    `memory_bytes` itemises the fullest rank."""
 
     step_seconds: float
     peak_memory_bytes: float
@@ -45,10 +46,11 @@ def price(case: RunCase, hardware: HardwareProfile, recompute: str) -> CasePredi
     counts = assignment(costs.segments, case.chunk_layers, recompute)
     breakdown = costs.breakdown(counts)
     fullest = max(costs.memory(counts), key=lambda memory: memory.total)
+    unused = fullest.allocator_slack if case.software.counts_tensors else 0.0
     return CasePrediction(
         step_seconds=sum(breakdown.values()),
         peak_memory_bytes=fullest.total,
-        allocated_bytes=fullest.total - fullest.context - fullest.communicators,
+        allocated_bytes=fullest.total - fullest.context - fullest.communicators - unused,
         breakdown_seconds=breakdown,
         memory_bytes=fullest.items(),
         recompute=recompute,

@@ -133,7 +133,7 @@ def case_of(run: PublishedRun, facts: RunFacts) -> RunCase:
         cluster=cluster,
         job=TrainingJob(global_batch=run.global_batch, sequence=run.seq, precision=precision, target="megatron"),
         layout=layout,
-        chunk_layers=split_layers(model.layers, layout.pp * layout.virtual_stages),
+        chunk_layers=stage_layers(model, layout.pp * layout.virtual_stages, software),
         recompute=run.recompute,
         software=software,
         assumptions=tuple(assumptions),
@@ -273,6 +273,27 @@ def _vocabulary(rows: int, tp: int, software: Software) -> int:
     if not any(family in software.family for family in _PADDING_FAMILIES):
         return rows
     return _PADDED_TO * tp * -(-rows // (_PADDED_TO * tp))
+
+
+def stage_layers(model: ModelSpec, chunks: int, software: Software) -> tuple[int, ...]:
+    """Layers of each chunk in the model's order, as the trainer splits them."""
+    if software.stage_layers == "even":
+        return split_layers(model.layers, chunks)
+    layer = sum(rows * columns for rows, columns in model.linear_shapes.values())
+    return fill_by_cost(model.layers, chunks, layer, model.vocab_size * model.hidden_size)
+
+
+def fill_by_cost(layers: int, chunks: int, layer: int, head: int) -> tuple[int, ...]:
+    """Layers of each chunk where one takes layers until its share of the costs is passed, the head's in the last.
+
+    Each ends with the layer that passes its share, as nanotron's build_model has it (src/nanotron/models/base.py).
+
+    >>> fill_by_cost(80, 16, layer=973, head=1074)
+    (6, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5, 6, 3)
+    """
+    total = layers * layer + head
+    ends = [min(layers, chunk * total // (chunks * layer) + 1) for chunk in range(1, chunks)]
+    return tuple(b - a for a, b in pairwise((0, *ends, layers)))
 
 
 def split_layers(layers: int, chunks: int) -> tuple[int, ...]:

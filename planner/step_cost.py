@@ -19,7 +19,7 @@ from profiles.traced_model import TracedModel
 from .axis_cost import AxisModel, Passes
 from .bounds import LeastBytes
 from .capabilities import CAPABILITIES
-from .comm_cost import CommModel, Group
+from .comm_cost import CommModel, Group, described_seconds
 from .compute_cost import ComputeCost, ComputeModel
 from .contention import beside_others
 from .data_parallel_cost import DataParallelModel
@@ -118,7 +118,7 @@ class CostModel:
         layers = self._least_layers(layout, pace)
         send, software, nothing = self._send(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
-        alone = layout.schedule in BLOCKING or software.on_torch_pipeline or software.p2p == "overlapped"
+        alone = layout.schedule in BLOCKING or software.computes_meanwhile(layout.schedule in SPLIT_BACKWARD)
         each = (self._message_work(layout) if alone else send) if waits else 0.0
         return LayoutCosts(
             layout=layout,
@@ -332,7 +332,7 @@ class CostModel:
         forward = compute.forward.total + sum(sent("forward").values())
         backward = compute.backward.total + accumulate + sum(sent("backward").values())
         number = self._software.joined_tensors(tensors, self._joined, root)
-        whole = self._memory.summed_alone(layout)
+        whole = self._memory.sent_together(layout)
         dp = self._dp.price(layout, dense, expert, forward, backward, number, whole, root=root, reshard=reshard)
         split = self._hardware.split_overhead_seconds if layout.schedule in ALL_SPLIT else 0.0  # of each operation
         first, second = compute.backward_input, compute.backward_weight
@@ -345,7 +345,7 @@ class CostModel:
             gather=dp.gather,
             reduce=dp.reduce,
             optimizer=Seconds(
-                self._compute.optimizer_seconds(kept, tensors)
+                self._compute.optimizer_seconds(kept, tensors, dense + expert)
                 + self._compute.overflow_seconds(kept, number)
                 + transfer_seconds(self._job, self._hardware, kept)
             ),
@@ -368,12 +368,12 @@ class CostModel:
         if self._software.scatter_gather and layout.tp > 1 and not layout.sequence_parallel:
             gathered = self._comm.collective_seconds("all_gather", Group(layout.tp, 1), size)
             return self._comm.send_seconds(group, size / layout.tp) + gathered
-        return self._comm.send_seconds(group, size)
+        described = self._software.p2p == "described"
+        return self._comm.send_seconds(group, size) + (described_seconds(self._hardware, self._comm, group) * described)
 
     def _message_work(self, layout: Layout) -> float:
         """What messages take from the compute of an action, a mean over the stages: of S at most S - 1 send."""
-        hardware = self._hardware
-        each, each_byte = hardware.message_overhead_seconds, hardware.message_overhead_seconds_per_byte
+        each, each_byte = (getattr(self._hardware, f"message_overhead_seconds{per}") for per in ("", "_per_byte"))
         if each == each_byte == 0.0:
             return 0.0
         ranks = [layout.pipeline(1).rank_of(stage) for stage in range(layout.stages)]
@@ -381,11 +381,11 @@ class CostModel:
         return (each + each_byte * self._memory.boundary_bytes(layout)) * crossed / layout.stages
 
     def _tied_seconds(self, layout: Layout) -> float:
-        """First and last stage sum the gradients of their copies of a tied matrix: each sends its own to the other."""
+        """First and last stage sum the gradients of their copies of a tied matrix, of its shards under FSDP2."""
         if layout.pp == 1 or not self._model.tied_embeddings:
             return 0.0
         rows = -(-self._model.vocab_size // layout.tp)
-        size = 4.0 * rows * self._model.hidden_size / layout.shards
+        size = self._dp.summed_bytes(layout, rows * self._model.hidden_size)
         return self._comm.pair_sum_seconds(Group(layout.pp, layout.tp * layout.cp * layout.dp), size)
 
     def _transform_seconds(self, layout: Layout) -> float:

@@ -120,7 +120,7 @@ def outcome_of(run: PublishedRun, facts: RunFacts) -> Outcome:
         case=case,
         prediction=prediction,
         predicted_seconds=prediction.step_seconds,
-        predicted_memory=prediction.allocated_bytes / run.memory_unit_bytes,
+        predicted_memory=prediction.allocated_bytes / max(run.memory_unit_bytes, case.software.memory_unit_bytes),
         layout_stated=case.layout_stated,
         ideal_seconds=_ideal_seconds(case, prediction.recompute, hardware),
         mfu=_ideal_seconds(case, "none", hardware) / run.measured_seconds if run.measured_seconds else None,

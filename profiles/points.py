@@ -76,6 +76,9 @@ ELEMENTWISE = ("scale_mask", "gelu", "gelu_tanh", "dropout", "residual", "copy",
 # "permute" with the way back; "exchange" of rows within ep or etp, which sorts them anew; "experts" where they are a
 # loop, and each "expert" of it (runtime/experts.py). "ring" with its first step, and each "ring_step" more, beside what
 # attention in one call issues (runtime/ring_attention.py); "head_exchange" likewise (runtime/head_exchange.py).
+# "described": two tensors between stages forward and one back, 16 operations to send each and 31 to receive it, counted
+# in huggingface/nanotron, src/nanotron/parallel/pipeline_parallel/p2p.py (_send_meta and _recv_meta, and what they
+# call).
 HOST_OPERATIONS = {
     "linear": (4, 7),
     "memory": (2, 3),
@@ -90,6 +93,7 @@ HOST_OPERATIONS = {
     "ring": (12, 19),
     "ring_step": (26, 36),
     "head_exchange": (25, 23),
+    "described": (94, 47),
 }
 # What Megatron-LM's tracker of random states does around a dropout (get, set, get, set), and what a recomputed layer
 # does for the states of CPU and GPU: two gets in the forward, two gets and four sets in the backward

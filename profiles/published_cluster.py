@@ -17,6 +17,7 @@ from .published_runs import PublishedRun
 # is built of, as its file's first lines say; None: it has no network. NVLink 2, 3, 4 and 5: 150, 300, 450 and 900;
 # PCIe 4.0 x16: 32; a port of 200 or 400 Gbit/s: 25 or 50; what devices share is divided by them.
 NOMINAL_GBPS: dict[str, tuple[float, float | None]] = {
+    "aws-p5": (450.0, 50.0),
     "cloud-a100-400g": (300.0, 6.25),
     "dgx-2": (150.0, 6.25),
     "dgx-a100": (300.0, 25.0),
@@ -27,6 +28,9 @@ NOMINAL_GBPS: dict[str, tuple[float, float | None]] = {
     "gb200-nvl72": (900.0, 50.0),
     "pcie-a100": (32.0, None),
 }
+# Clusters whose own site measured their collectives, and the word in the sources of the runs that ran there:
+# nanotron's scripts submit to Hugging Face's cluster (huggingface/nanotron, scripts/scaling_benchmarks.py).
+_SITES = {"aws-p5": "nanotron"}
 # The same chip with fewer links, which the row's own bandwidths say.
 _SAME_CHIP = {"A800": "A100", "H800": "H100"}
 _NETWORK = "network"
@@ -135,7 +139,7 @@ def cluster_of(run: PublishedRun, devices: int, catalogue: Catalogue) -> tuple[C
 def _nearest(run: PublishedRun, hardware: str, devices: int, catalogue: Catalogue) -> ClusterSpec:
     chip, form = hardware.partition("-")[0], "pcie" in hardware
 
-    def likeness(cluster: ClusterSpec) -> tuple[bool, bool, bool, bool, float, float]:
+    def likeness(cluster: ClusterSpec) -> tuple[bool, bool, bool, bool, bool, float, float]:
         intra, inter = NOMINAL_GBPS[cluster.name]
         wanted = run.inter_bw_GBps_per_gpu
         network = -abs(math.log(wanted / inter)) if wanted and inter else 0.0
@@ -144,6 +148,7 @@ def _nearest(run: PublishedRun, hardware: str, devices: int, catalogue: Catalogu
         same = cluster.hardware.partition("-")[0] == chip
         return (
             enough,
+            cluster.name in _SITES,
             cluster.hardware == hardware,
             same,
             ("pcie" in cluster.hardware) == form,
@@ -151,7 +156,8 @@ def _nearest(run: PublishedRun, hardware: str, devices: int, catalogue: Catalogu
             inter or 0.0,
         )
 
-    return max(catalogue.clusters.values(), key=likeness)
+    strangers = {name for name, site in _SITES.items() if site not in run.source}
+    return max((c for name, c in catalogue.clusters.items() if name not in strangers), key=likeness)
 
 
 def _scaled(link: LinkTier, ratio: float) -> LinkTier:

@@ -20,6 +20,8 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "attention": ("unfused", "fused_softmax", "flash", "flash2", "flash3"),
     "norm": ("eager", "fused"),
     "activation": ("eager", "fused"),
+    "rotation": ("eager", "fused"),
+    "heads_layout": ("one_copy", "sequence_first"),
     "dropout": None,
     "residual": ("eager", "fused"),
     "cross_entropy": ("eager", "chain", "fused", "pieces"),
@@ -30,8 +32,9 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "gradient_reduce": ("after_backward", "overlapped"),
     "weight_gather": ("after_step", "overlapped"),
     "tp_overlap": ("none", "input_gradient", "own_shard", "pieces"),
-    "p2p": ("blocking", "overlapped"),
+    "p2p": ("blocking", "described", "overlapped", "overlapped_if_split"),
     "scatter_gather": None,
+    "stage_layers": ("even", "by_cost"),
     "linear_bias": ("separate", "following", "epilogue"),
     "grouped_heads": ("native", "repeated"),
     "recomputed": ("whole", "as_needed"),
@@ -43,6 +46,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "cp_shards": ("contiguous", "balanced"),
     "overflow_check": ("tensor_by_tensor", "sums_read", "sums_read_clip_unscales", "one_kernel", "by_norm"),
     "mpu_layers": None,
+    "peak_memory": ("allocated_gb", "reserved_gb", "reserved_gib"),
 }
 # Whose facts stand in for a trainer of which not even the family is known: the one most others were built from.
 _FALLBACK_FAMILY = "megatron"
@@ -53,32 +57,37 @@ _NAME_AND_YEAR = re.compile(r"(?P<family>.*?)-?(?P<year>20[0-9]{2})")
 class Software:
     """A trainer of its year. `reasons` says of every fact why, or where it is known from.
 
-    `attention`: "unfused" (a chain of eager kernels), "fused_softmax" (scale, mask and softmax in one kernel, the
-    s × s scores in memory), or the FlashAttention generation whose speed it has. "fused" is one kernel where
-    "eager" is several: `activation` with its bias, `residual` bias + dropout + sum, `cross_entropy` all of the loss
-    ("chain": of the elementary operations that a loss over a vocabulary cut by tp is written in; "pieces": product,
-    loss and gradients of some tokens at a time, so that the logits of a microbatch never exist as a whole).
+    `attention`: "unfused" (a chain of eager kernels), "fused_softmax" (scale, mask and softmax in one kernel, the s × s
+    scores in memory), or the FlashAttention generation whose speed it has. "fused" is one kernel where "eager" is
+    several: `activation` with its bias, `rotation` of positions, `residual` bias + dropout + sum, `cross_entropy` all
+    of the loss ("chain": of the elementary operations that a loss over a vocabulary cut by tp is written in; "pieces":
+    product, loss and gradients of some tokens at a time, so that the logits of a microbatch never exist as a whole).
     "compute" is the dtype of the GEMMs: `logits` as kept for the loss, `gradients` as accumulated and reduced.
     `accumulation` "fused" happens inside the weight-gradient GEMM. `gradient_reduce` and `weight_gather` (of a
-    distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's
-    collectives hide: "pieces" of them run beside the pieces of their GEMMs, "own_shard": a gather runs beside the
-    product of the rank's own share, "input_gradient": those of the backward run beside the weight-gradient GEMM;
-    `p2p` whether a pipeline stage computes while its messages are under way.
-    `scatter_gather`: stage boundaries are cut over tp and gathered on the other side (arXiv 2104.04473, section 4.1).
-    `linear_bias`: added in the GEMM ("epilogue"), by the kernel that follows (all but that of queries, keys and
-    values) or by one of its own ("separate"). `grouped_heads` "repeated": keys and values are copied for each query
-    head. A `recomputed` layer runs its forward again "whole", or "as_needed": until it has all that its backward reads.
-    `selective` recomputation runs the core attention again, or all but the products and the attention, or
-    but every second product. `loss_metrics`: cross-entropy and perplexity are taken of the logits besides the loss.
-    `fp8_scaling` "dynamic" looks for the largest element of a tensor before it casts it.
+    distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's collectives hide:
+    "pieces" of them run beside the pieces of their GEMMs, "own_shard": a gather runs beside the product of the rank's
+    own share, "input_gradient": those of the backward run beside the weight-gradient GEMM; `p2p` whether a pipeline
+    stage computes while its messages are under way, or does so where backwards are split; "described": it waits, and
+    the host besides for messages that say what comes. `scatter_gather`: stage boundaries are cut over tp and gathered
+    on the other side (arXiv 2104.04473, section 4.1). `heads_layout`: queries, keys and values reach attention in a
+    copy of one of them, or come in one tensor, the sequence first, and are copied until attention can take them
+    ("sequence_first"). `stage_layers`: as many in each stage, or stages are filled up to an even share of the products'
+    FLOPs, the head's included ("by_cost"). `linear_bias`: added in the GEMM ("epilogue"), by the kernel that follows
+    (all but that of queries, keys and values) or by one of its own ("separate"). `grouped_heads` "repeated": keys and
+    values are copied for each query head. A `recomputed` layer runs its forward again "whole", or "as_needed": until it
+    has all that its backward reads. `selective` recomputation runs the core attention again, or all but the products
+    and the attention, or but every second product. `loss_metrics`: cross-entropy and perplexity are taken of the logits
+    besides the loss. `fp8_scaling` "dynamic" looks for the largest element of a tensor before it casts it.
     `elementwise` kernels of torch move one element at a time ("scalar") or as many as a load takes. `shards` of a
-    distributed optimizer are cut out of each tensor, each with a collective of its own, or of the joined buckets.
-    `cp_shards` of a sequence are one piece, of which the last attends to most, or two that together attend evenly.
-    `overflow_check`, how fp16's gradients are looked at before a step: one after the other cast to fp32, summed and
-    read by the host ("sums_read"; then unscaled, or while they are clipped), each norm too and no kernel for more than
-    a tensor but Adam's ("tensor_by_tensor"); by one kernel, which unscales them; or by the norm alone. `mpu_layers`:
-    Megatron-LM's own, autograd functions in Python on either side of the products; attention's dropout draws from a
-    random state of its own, which the host puts in place and takes back, and a recomputed layer has the states it had.
+    distributed optimizer are cut out of the joined buckets, or of each tensor: copied together for a message (buckets
+    of torch's DDP, all weights) and apart behind it. `cp_shards` of a sequence are one piece, of which the last attends
+    to most, or two that together attend evenly. `overflow_check`, how fp16's gradients are looked at before a step: one
+    after the other cast to fp32, summed and read by the host ("sums_read"; then unscaled, or while they are clipped),
+    each norm too and no kernel for more than a tensor but Adam's ("tensor_by_tensor"); by one kernel, which unscales
+    them; or by the norm alone. `mpu_layers`: Megatron-LM's own, autograd functions in Python on either side of the
+    products; attention's dropout draws from a random state of its own, which the host puts in place and takes back, and
+    a recomputed layer has the states it had. `peak_memory` as its runs print it: of tensors, or of the allocator's
+    blocks, in 1e9 bytes or GiB.
     """
 
     name: str
@@ -87,6 +96,8 @@ class Software:
     attention: str
     norm: str
     activation: str
+    rotation: str
+    heads_layout: str
     dropout: bool
     residual: str
     cross_entropy: str
@@ -99,6 +110,7 @@ class Software:
     tp_overlap: str
     p2p: str
     scatter_gather: bool
+    stage_layers: str
     linear_bias: str
     grouped_heads: str
     recomputed: str
@@ -110,6 +122,7 @@ class Software:
     cp_shards: str
     overflow_check: str
     mpu_layers: bool
+    peak_memory: str
     reasons: dict[str, str]
 
     # What follows from the family: how PyTorch's own parts and Megatron's differ.
@@ -150,6 +163,20 @@ class Software:
     def head_of_predicted(self) -> bool:
         """The head of a masked language model looks at what is predicted alone ([Note: Masked language model])."""
         return self.family == "meshwright"
+
+    def computes_meanwhile(self, split: bool) -> bool:
+        """Whether a stage computes while its messages are under way; `split`: its backwards are split."""
+        return self.p2p == "overlapped" or self.on_torch_pipeline or (split and self.p2p == "overlapped_if_split")
+
+    @property
+    def counts_tensors(self) -> bool:
+        """The peak memory that runs print is of tensors, not of the blocks that the allocator reserved for them."""
+        return self.peak_memory.startswith("allocated")
+
+    @property
+    def memory_unit_bytes(self) -> float:
+        """What one unit of the peak memory that runs print is."""
+        return 2.0**30 if self.peak_memory.endswith("gib") else 1e9
 
     @property
     def posts_receives_early(self) -> bool:

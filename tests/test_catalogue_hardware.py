@@ -125,6 +125,10 @@ BUS_BANDWIDTHS = [
     ("dgx-h200", "all_reduce", 8, 16 * MIB, 242.45e9),
     ("dgx-h200", "all_reduce", 8, 128 * MIB, 411.21e9),
     ("dgx-h200", "all_reduce", 8, 1 * GIB, 464.0e9),
+    # The Ultra-Scale Playbook's fragments/pp_comm_bandwidth.html, 8 H100 of a p5.
+    ("aws-p5", "all_reduce", 8, GIB / 4, 436.0e9),
+    ("aws-p5", "all_gather", 8, GIB / 4, 249.8e9),
+    ("aws-p5", "reduce_scatter", 8, GIB / 4, 249.7e9),
     # stas00/ml-engineering network/README, 8 B200, NCCL 2.27.7.
     ("dgx-b200", "all_reduce", 8, 8 * GIB, 838.0e9),
     ("dgx-b200", "all_reduce", 4, 8 * GIB, 673.2e9),
@@ -150,6 +154,22 @@ BUS_BANDWIDTHS = [
 @pytest.mark.parametrize(("cluster", "operation", "ranks", "size", "published"), BUS_BANDWIDTHS)
 def test_published_bus_bandwidths(cluster: str, operation: str, ranks: int, size: float, published: float) -> None:
     assert bus_bandwidth(cluster, operation, ranks, size) == pytest.approx(published, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("operation", "within", "published"),
+    [
+        ("all_gather", 0.2, (184.6, 119.0, 69.0, 55.0, 28.0, 11.0)),
+        ("reduce_scatter", 0.2, (181.6, 115.8, 68.6, 54.5, 27.9, 11.1)),
+        ("all_reduce", 0.4, (361.7, 160.1, 99.6, 84.7, 64.9, 32.9)),
+    ],
+)
+def test_a_p5s_collectives_over_2_to_64_nodes(operation: str, within: float, published: tuple[float, ...]) -> None:
+    """Seconds of 256 MB, as Hugging Face measured them; NCCL does not ring in all of the all-reduces, which are far off
+    it."""
+    for power, rate in enumerate(published, start=1):
+        found = bus_bandwidth(f"aws-p5:{2**power}", operation, 8 * 2**power, GIB / 4)
+        assert rate * 1e9 / found == pytest.approx(1.0, abs=within)
 
 
 @pytest.mark.parametrize(

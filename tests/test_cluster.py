@@ -252,6 +252,7 @@ def test_a_collective_of_a_link_needs(key: str) -> None:
 @pytest.mark.parametrize(
     ("name", "hardware", "devices_per_node", "tiers"),
     [
+        ("aws-p5", "h100-sxm-80gb", 8, ["node", "network"]),
         ("cloud-a100-400g", "a100-sxm-80gb", 8, ["node", "network"]),
         ("dgx-2", "v100-sxm-32gb", 16, ["node", "network"]),
         ("dgx-a100", "a100-sxm-80gb", 8, ["node", "network"]),
@@ -272,7 +273,7 @@ def test_catalogue_clusters(name: str, hardware: str, devices_per_node: int, tie
 
 
 def test_the_catalogue_is_these_clusters() -> None:
-    clusters = "cloud-a100-400g dgx-2 dgx-a100 dgx-b200 dgx-h100 dgx-h200 ethernet-25g gb200-nvl72 pcie-a100"
+    clusters = "aws-p5 cloud-a100-400g dgx-2 dgx-a100 dgx-b200 dgx-h100 dgx-h200 ethernet-25g gb200-nvl72 pcie-a100"
     assert list_catalogue("clusters") == clusters.split()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from planner.run_case import RunCase, RunFacts, SkippedRunError, case_of, load_run_facts, split_layers
+from planner.run_case import RunCase, RunFacts, SkippedRunError, case_of, fill_by_cost, load_run_facts, split_layers
 from profiles.catalogue import list_catalogue, resolve_cluster
 from profiles.published_cluster import NOMINAL_GBPS, NoDeviceError, hardware_of
 from profiles.published_runs import load_published_runs
@@ -158,6 +158,17 @@ def test_layers_are_split_as_trainers_do(layers: int, chunks: int, split: tuple[
     assert split_layers(layers, chunks) == split
 
 
+def test_nanotron_fills_stages_up_to_their_share_of_the_costs(tmp_path: Path, facts: RunFacts) -> None:
+    """Llama of 80B over 16 stages and of 3.57B over 2, its head as costly as 3.6 layers."""
+    assert fill_by_cost(80, 16, layer=973, head=1074) == (6, *[5] * 13, 6, 3)
+    assert fill_by_cost(28, 2, layer=1132, head=4027) == (16, 12)
+    assert fill_by_cost(4, 1, layer=3, head=9) == (4,)
+    llama = {"model_name": "Llama-3.57B", "layers": "28", "hidden": "3072", "ffn": "8192", "heads": "32", "tp": "1"}
+    llama |= {"kv_heads": "32", "vocab": "131072", "params_B": "3.57355", "pp": "2", "num_gpus": "2", "dp": "1"}
+    for software, layers in (("nanotron-2024", (16, 12)), ("megatron-2021", (14, 14))):
+        assert case(tmp_path, facts, **(llama | {"software": software})).chunk_layers == layers
+
+
 def test_no_split_loses_a_layer() -> None:
     for chunks in range(1, 20):
         for layers in range(chunks, 60):
@@ -274,3 +285,9 @@ def test_nodes_of_another_width_and_devices_of_another_memory(tmp_path: Path, fa
     assert [link.tier for link in pcie.links] == ["socket", "node"]
     unstated = case(tmp_path, facts, num_gpus="16", dp="4", inter_bw_GBps_per_gpu="", gpus_per_node="")
     assert unstated.assumptions == ("gpus_per_node 8", "network as dgx-a100")
+
+
+def test_runs_of_a_site_that_measured_its_network_are_predicted_with_it(tmp_path: Path, facts: RunFacts) -> None:
+    h100 = {"gpu": "H100-SXM-80GB", "intra_bw_GBps": "450", "inter_bw_GBps_per_gpu": "50"}
+    for source, near in (("nanotron scripts", "aws-p5"), ("NeMo docs", "dgx-h100")):
+        assert case(tmp_path, facts, **(h100 | {"source": source})).cluster.name == f"{near} of the row"

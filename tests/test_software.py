@@ -114,6 +114,28 @@ def test_switches_that_the_notes_name_change_facts_and_their_reasons() -> None:
     assert warning == ""
 
 
+def test_the_zero_bubble_fork_waits_for_messages_where_stages_are_interleaved_alone() -> None:
+    known = {name: entry.software for name, entry in load_all_software().items()}
+    meanwhile = {
+        name: tuple(known[name].computes_meanwhile(split) for split in (False, True))
+        for name in ("zero-bubble-megatron-2023", "megatron-2021", "megascale-2023", "torchtitan-2024")
+    }
+    assert meanwhile == {
+        "zero-bubble-megatron-2023": (False, True),
+        "megatron-2021": (False, False),
+        "megascale-2023": (True, True),
+        "torchtitan-2024": (True, True),
+    }
+
+
+def test_peak_memory_is_what_a_trainer_prints() -> None:
+    known = {name: entry.software for name, entry in load_all_software().items()}
+    printed = {name: (known[name].counts_tensors, known[name].memory_unit_bytes) for name in known}
+    assert printed["zero-bubble-megatron-2023"] == (True, 1e9)
+    assert printed["nanotron-2024"] == printed["torchtitan-2024"] == (False, 2**30)
+    assert printed["megatron-2021"] == (False, 1e9)
+
+
 def test_a_number_or_a_missing_reason_is_refused() -> None:
     document = yaml.safe_load((FOLDER / "megatron-2021.yaml").read_text(encoding="utf-8"))
     with pytest.raises(InputError) as info:
