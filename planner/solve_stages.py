@@ -17,7 +17,7 @@ from .schedule import Pipeline
 from .simulation import Path, StageSeconds, known_paths, simulate
 from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program, make_solver
 
-_MOST_CUTS = 200
+_MOST_CUTS = 1000
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
 _FEW_RELAXED, _MOST_RELAXED = 40, 200
 _RISES_STILL = 5e-5  # relative, in a quarter of the few: then more rounds are cheaper than whole numbers
