@@ -17,12 +17,13 @@ from .schedule import Pipeline
 from .simulation import Path, StageSeconds, known_paths, simulate
 from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program, make_solver
 
-_MOST_CUTS = 200
+_MOST_CUTS = 1000
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
 _FEW_RELAXED, _MOST_RELAXED = 40, 200
 _RISES_STILL = 5e-5  # relative, in a quarter of the few: then more rounds are cheaper than whole numbers
 _RELAXED_ENOUGH = 1e-3
 _WELL_ABOVE = 0.03  # the bound of the next layout: fractions are cut no further before that has had its turn
+_SPLIT_ABOVE = 0.01  # the same of branches: to come back to a layout takes as long as splitting several
 _MOST_SHARED = 200  # paths of a pipeline that layouts share
 _TOWARDS_ANSWER = 0.3  # of the way from the best fractions seen to the program's answer
 
@@ -151,7 +152,7 @@ def solve_stages(
             continue
         program.better_than(goal)
         if may_split:
-            branches, may_split = split_by_rank(program, branches, aside_seconds, deadline, cut)
+            branches, may_split = split_by_rank(program, branches, aside_seconds * (1 + _SPLIT_ABOVE), deadline, cut)
             continue
         branch = heapq.heappop(branches)
         hold_whole(program, branch)
