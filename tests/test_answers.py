@@ -206,22 +206,22 @@ GOLDEN_CHUNKS = """
 pp2·v2 dp2 zero1 mb1 interleaved-1f1b  does not fit: 0.1 MiB over 0.5 MiB per device
 1.39× faster than the default a person would write: tp2 dp2 zero1 mb1, step 20.2 ms, peak 0.5 MiB
 
-step 14.5 ms, 2,211 tokens/s per device, 0.000841 model TFLOP/s per device, mfu 0.8%, bubble 6.8%
+step 14.5 ms, 2,210 tokens/s per device, 0.00084 model TFLOP/s per device, mfu 0.8%, bubble 6.8%
 peak memory 0.6 MiB of 0.5 MiB per device, 5.96e-05 B parameters
-1.61e-05 GPU-hours a step, 125.6 per billion tokens
+1.61e-05 GPU-hours a step, 125.7 per billion tokens
 
 stages (E embedding, H head, 2 chunks a rank), memory in MiB of 0.5, works in a step
 rank   layers  recompute  weights  grads  optim  activ  passing  pipe  slack  other  total    works
-0     1 E + 2       none     0.11   0.11   0.11   0.18     0.01  0.01   0.03   0.01   0.58  11.3 ms
-1     2 + 1 H       none     0.11   0.11   0.11   0.15     0.01  0.01   0.03   0.01   0.56    12 ms
+0     1 E + 2       none     0.11   0.11   0.11   0.18     0.01  0.01   0.03   0.01   0.58  11.4 ms
+1     2 + 1 H       none     0.11   0.11   0.11   0.15     0.01  0.01   0.03   0.01   0.56  12.1 ms
 
 where the step goes
 part           time  share
 compute     9.99 ms  69.0%
-pp          2.77 ms  19.2%
+pp          2.77 ms  19.1%
 bubble       988 µs   6.8%
 dp exposed  59.8 µs   0.4%
-optimizer    660 µs   4.6%
+optimizer    672 µs   4.6%
 
 assumed: kernels and overlap as megatron-core-2025's; compute under communication × 1.25, communication × 1.5; slowest
 rank × 1
