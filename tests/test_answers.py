@@ -180,7 +180,7 @@ bubble      3.25 ms  41.7%
 dp exposed   146 µs   1.9%
 optimizer    641 µs   8.2%
 
-no legal layout is faster: of 345 legal layouts 35 cannot fit, 281 have a bound above this plan, 29 were solved (9 ILPs,
+no legal layout is faster: of 345 legal layouts 35 cannot fit, 282 have a bound above this plan, 28 were solved (9 ILPs,
 HiGHS through pulp, 250 ms)
 
 next best
