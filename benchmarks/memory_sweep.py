@@ -89,6 +89,13 @@ def _text(case: MemoryCase) -> str:
     return " ".join(words)
 
 
+def _attempt(case: MemoryCase) -> Compared | str:
+    try:
+        return compare(case)
+    except Exception as error:  # one that cannot run is a finding, no reason to lose the others
+        return f"{type(error).__name__}: {error}"
+
+
 def _line(name: str, one: Compared) -> str:
     parts = sorted(set(one.predicted) | set(one.measured))
     off = {part: one.predicted.get(part, 0.0) - one.measured.get(part, 0) for part in parts}
@@ -105,12 +112,17 @@ def main() -> None:
     asked = parser.parse_args()
     draws = drawn(asked.seed, tuple(asked.schedules), lambda case: case.layout.zero in asked.zero)
     cases = dict(next(draws) for _ in range(asked.cases))
-    results = dict(zip(cases, in_child(compare, cases.values()), strict=True))
+    tried = dict(zip(cases, in_child(_attempt, cases.values()), strict=True))
+    for name, found in tried.items():
+        if isinstance(found, str):
+            print(f"failed  {name}\n           {found}")
+    results = {name: found for name, found in tried.items() if isinstance(found, Compared)}
     for name in sorted(results, key=lambda each: abs(results[each].error)):
         print(_line(name, results[name]))
     errors: dict[str, list[float]] = defaultdict(list)
     for name, case in cases.items():
-        errors[case.layout.schedule].append(results[name].error)
+        if name in results:
+            errors[case.layout.schedule].append(results[name].error)
     for schedule, found in sorted(errors.items()):
         within = sum(abs(error) <= 0.03 for error in found)
         print(f"{schedule:<18}{len(found):>4} drawn, {within} within 3 %, {min(found):+.1%} to {max(found):+.1%}, "
