@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import schedule_orders as orders
-from .schedule import FORWARDS_FIRST, IN_ROUNDS, SPLIT_BACKWARD, V_SHAPED, Pipeline, order_of
+from .schedule import BLOCKING, FORWARDS_FIRST, IN_ROUNDS, SPLIT_BACKWARD, V_SHAPED, Pipeline, order_of
 
 NO_GRADIENTS, AHEAD, FIRST, FIRST_AHEAD, SUMMED, REDUCED = PHASES = (
     "none",
@@ -81,17 +81,64 @@ STAGES_GATHERED = 3
 def gradients_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
     """`held_by_torch` with what gradients each chunk has at each moment, where that is not the sums of all.
 
-    It is not where all forwards come first, and on the first rank of 1F1B when there are no more microbatches than
-    ranks. Interleaved and split schedules of so few count as having all sums.
+    It is not where all forwards come first, on the first rank of 1F1B when there are no more microbatches than
+    ranks, and with so few in the schedules of several chunks.
     """
-    held, chunks, count = held_by_torch(pipeline), pipeline.chunks, pipeline.microbatches
+    chunks, count = pipeline.chunks, pipeline.microbatches
     if pipeline.schedule in FORWARDS_FIRST:
         return (_chunks_turned(chunks, count),) * pipeline.ranks
+    if few_microbatches(pipeline):
+        return tuple(_phases_of_list(replace(pipeline, receives_early=False), rank) for rank in range(pipeline.ranks))
+    held = held_by_torch(pipeline)
     if pipeline.schedule == "1f1b":
         all_first = (moment._replace(gradients=(FIRST,)) for ((moment),) in held)
         few = [count <= pipeline.ranks - rank for rank in range(pipeline.ranks)]
         return tuple((one,) if first else own for one, first, own in zip(all_first, few, held, strict=True))
     return held
+
+
+def few_microbatches(pipeline: Pipeline) -> bool:
+    """Whether so few are in flight that a rank is fullest while some of its chunks have no gradients yet."""
+    return pipeline.schedule not in BLOCKING and pipeline.microbatches <= pipeline.ranks
+
+
+@lru_cache(maxsize=16384)
+def _phases_of_list(pipeline: Pipeline, rank: int) -> tuple[InFlight, ...]:
+    """What is in flight, and the phase of each chunk, while each backward of the rank's list runs."""
+    chunk_of = {stage: chunk for chunk, stage in enumerate(pipeline.stages_of(rank))}
+    chunks, moments = pipeline.chunks, dict[tuple[int, ...], InFlight]()
+    full, weight_only, done = [0] * chunks, [0] * chunks, [0] * chunks
+    for action in order_of(pipeline, rank):
+        for part in action.parts or (action,):
+            chunk = chunk_of[part.stage]
+            if part.kind == orders.FORWARD:
+                full[chunk] += 1
+                continue
+            phases = [_phase(number, pipeline.microbatches) for number in done]
+            if part.kind != orders.INPUT and done[chunk] == 0:
+                phases[chunk] = FIRST
+            moment = InFlight(tuple(full), tuple(weight_only), tuple(phases))
+            moments.setdefault(_as_numbers(moment), moment)
+            # The first stage's input has no gradient ([Note: In flight], `held_by_torch`).
+            halves = part.stage > 0 and part.kind != orders.BACKWARD
+            full[chunk] -= part.kind == orders.INPUT if halves else part.kind != orders.INPUT
+            weight_only[chunk] += ((part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)) * halves
+            done[chunk] += part.kind != orders.INPUT
+    numbers = np.array(list(moments))
+    kept = (numbers[:, None, :] <= numbers[None, :, :]).all(axis=2).sum(axis=1) == 1  # in itself alone
+    return tuple(moment for moment, stays in zip(moments.values(), kept.tolist(), strict=True) if stays)
+
+
+def _phase(backwards: int, microbatches: int) -> str:
+    """Of a chunk with so many behind it, while none of its own is the first."""
+    return NO_GRADIENTS if backwards == 0 else REDUCED if backwards == microbatches else SUMMED
+
+
+def _as_numbers(moment: InFlight) -> tuple[int, ...]:
+    """Of two moments one holds no less than the other where none of these is less: sums are more than anything."""
+    early = [phase in (FIRST, SUMMED) for phase in moment.gradients]
+    late = [phase in (REDUCED, SUMMED) for phase in moment.gradients]
+    return (*moment.full, *moment.weight_only, *map(int, early), *map(int, late))
 
 
 @lru_cache(maxsize=4096)
@@ -264,7 +311,7 @@ def most_outputs(pipeline: Pipeline, rank: int, received: bool) -> int:
     held = pipeline.stages_of(rank)
     buffered = [s > 0 and received for s in held]
     sent = [s < pipeline.stages - 1 and s + 1 not in held for s in held]
-    kept = [0]
+    kept = []
     for moment in held_by_torch(pipeline)[rank]:
         full = sum(n * (s - r) for n, s, r in zip(moment.full, sent, buffered, strict=True))
         kept.append(full - sum(n * r for n, r in zip(moment.weight_only, buffered, strict=True)))

@@ -14,7 +14,7 @@ from profiles.traced_model import TracedModel
 from .capabilities import CAPABILITIES, Capabilities, able_targets, missing_features
 from .job import TrainingJob
 from .layout import Layout
-from .schedule import SPLIT_BACKWARD, Pipeline, why_illegal
+from .schedule import ALL_SPLIT, SPLIT_BACKWARD, Pipeline, why_illegal
 from .traced_rules import why_no_degrees, why_no_schedule
 
 
@@ -204,6 +204,11 @@ def _schedule(layout: Layout, context: RuleContext) -> str | None:
         return None  # the batch's own rule says so
     if (reason := why_no_schedule(layout, context.model)) is not None:
         return reason
+    if layout.schedule in ALL_SPLIT and microbatches == 1 and context.job.precision != "fp32":
+        return (
+            f"{layout.schedule} with one microbatch in {context.job.precision}: torch 2.13's FSDP2 fails on gradients of "
+            "two precisions when it reduces them; ask for two microbatches or fp32"
+        )
     return why_illegal(Pipeline(layout.schedule, layout.pp, layout.virtual_stages, microbatches))
 
 
