@@ -1,7 +1,7 @@
-"""python benchmarks/memory_sweep.py [--cases N] [--seed S] [--at least=...]: random legal pipelines, predicted and run dry.
+"""python benchmarks/memory_sweep.py [--cases N] [--seed S] [--schedules NAME...]: memory of random legal pipelines.
 
 Layouts of dense models are drawn over schedule, chunks, zero, tp, cp, recomputation and microbatches, and one pipeline
-rank of each is compared as in `memory.py`. Printed are all, the worst last, and the errors by schedule. Nothing is timed.
+rank of each is predicted and run dry as in `memory.py`. Printed are all, the worst last, and the errors by schedule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _MODELS = {"llama": LLAMA_8, "wide": WIDE, "gpt2": GPT2, "bert": BERT}
 _SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb1p", "zbv", "dualpipev")
 
 
-def drawn(seed: int, schedules: tuple[str, ...], keep: Callable[[MemoryCase], bool]) -> Iterator[tuple[str, MemoryCase]]:
+def drawn(
+    seed: int, schedules: tuple[str, ...], keep: Callable[[MemoryCase], bool]
+) -> Iterator[tuple[str, MemoryCase]]:
     """Legal cases without end, each with its name."""
     dice = random.Random(seed)
     while True:
@@ -125,8 +127,10 @@ def main() -> None:
             errors[case.layout.schedule].append(results[name].error)
     for schedule, found in sorted(errors.items()):
         within = sum(abs(error) <= 0.03 for error in found)
-        print(f"{schedule:<18}{len(found):>4} drawn, {within} within 3 %, {min(found):+.1%} to {max(found):+.1%}, "
-              f"mean of sizes {mean(map(abs, found)):.1%}")
+        print(
+            f"{schedule:<18}{len(found):>4} drawn, {within} within 3 %, {min(found):+.1%} to {max(found):+.1%}, "
+            f"mean of sizes {mean(map(abs, found)):.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -206,8 +206,8 @@ def _schedule(layout: Layout, context: RuleContext) -> str | None:
         return reason
     if layout.schedule in ALL_SPLIT and microbatches == 1 and context.job.precision != "fp32":
         return (
-            f"{layout.schedule} with one microbatch in {context.job.precision}: torch 2.13's FSDP2 fails on gradients of "
-            "two precisions when it reduces them; ask for two microbatches or fp32"
+            f"{layout.schedule} with one microbatch in {context.job.precision}: torch 2.13's FSDP2 fails on gradients "
+            "of two precisions when it reduces them; ask for two microbatches or fp32"
         )
     return why_illegal(Pipeline(layout.schedule, layout.pp, layout.virtual_stages, microbatches))
 

@@ -234,8 +234,8 @@ class CostModel:
         """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
         assignment holds less on all its ranks together."""
         memory, least, microbatches = self._memory, float("inf"), group.base.microbatches(self._job.global_batch)
-        # Gradients come late where all forwards are first or microbatches few, and more chunks have fewer weights gathered at once; those
-        # that split backwards have besides are left out (`memory_cost`).
+        # Gradients come late where all forwards are first or microbatches few; more chunks have fewer weights gathered
+        # at once; what split backwards have besides is left out (`memory_cost`).
         most = {"gpipe": 0, "1f1b": 0}
         for schedule, chunks in group.pipelines:
             few = few_microbatches(Pipeline(schedule, group.base.pp, chunks, microbatches))
