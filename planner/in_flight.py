@@ -321,7 +321,7 @@ def most_outputs(pipeline: Pipeline, rank: int, received: bool) -> int:
     held = pipeline.stages_of(rank)
     buffered = [s > 0 and received for s in held]
     sent = [s < pipeline.stages - 1 and s + 1 not in held for s in held]
-    kept = []
+    kept = [0]
     for moment in held_by_torch(pipeline)[rank]:
         full = sum(n * (s - r) for n, s, r in zip(moment.full, sent, buffered, strict=True))
         kept.append(full - sum(n * r for n, r in zip(moment.weight_only, buffered, strict=True)))

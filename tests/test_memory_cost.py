@@ -340,7 +340,7 @@ def test_what_a_stage_holds_whatever_its_layers() -> None:
     assert model.boundary_bytes(layout) == boundary
     for stage, directions in ((0, 1), (1, 2), (2, 1)):
         fixed = model.fixed(layout, stage, 5)
-        outputs = (3, 0, -1)[stage]  # of those in flight, less inputs that are receive buffers
+        outputs = (3, 0, 0)[stage]  # of those in flight, less inputs that are receive buffers
         assert fixed == MemoryBytes(
             activations=outputs * boundary,
             pipeline_buffers=5 * directions * boundary,
