@@ -209,9 +209,11 @@ class LayoutCosts:
         return self._moment_bytes(rank, self.rank_parts(rank, counts))
 
     def end_moment_bytes(self, rank: int) -> list[float]:
-        """The same of a rank without layers: one moment where its ends hold no activations."""
+        """The same of a rank without layers: one moment where its ends hold no activations, nor gradients at some."""
         ends = self.end_parts(rank)
-        if any(part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends):
+        if (ends and self.in_flight[rank][0].gradients) or any(
+            part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends
+        ):
             return self._moment_bytes(rank, ends)
         return self._moment_bytes(rank, ends, 1)
 

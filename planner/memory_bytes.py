@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, SUMMED
+from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, SUMMED, TURNED
 from .layout import RECOMPUTE_MODES
 
 
@@ -75,9 +75,9 @@ class PartTotals:
 class PartMemory:
     """What one part of the model (a layer, the embedding, the head) adds to its rank.
 
-    `state` is always there. `summed` and `reduced` are gradients in these phases ([Note: Gradients of a chunk]), and
-    `first`, by mode, is how much more they are, with weights that stay besides, than the activations whose place they
-    take. `ahead` is its weights where its chunk was gathered ahead and they are not in `state` anyway.
+    `state` is always there. `first`, `turned`, `summed` and `reduced` are gradients in these phases ([Note: Gradients
+    of a chunk]), `turned` with gathered weights that the first backward leaves besides. `ahead` is its weights where
+    its chunk was gathered ahead and they are not in `state` anyway.
 
     `held` per in-flight microbatch without recomputation, `held_selective` and `held_recomputed` with it,
     `held_weight` between the two halves of a split backward. `left` (`left_selective`, `left_recomputed`) are gathered
@@ -100,7 +100,8 @@ class PartMemory:
     left_recomputed: float = 0.0
     summed: MemoryBytes = NO_BYTES
     reduced: MemoryBytes = NO_BYTES
-    first: Mapping[str, MemoryBytes] = field(default_factory=dict[str, MemoryBytes])
+    first: MemoryBytes = NO_BYTES
+    turned: MemoryBytes = NO_BYTES
     ahead: float = 0.0
     transient_first: Mapping[str, float] = field(default_factory=dict[str, float])
 
@@ -126,10 +127,11 @@ class PartMemory:
         if phase == AHEAD:
             return MemoryBytes(gathered_weights=self.ahead)
         if phase == FIRST:
-            return self.first.get(mode, NO_BYTES)
+            return self.first
         if phase == FIRST_AHEAD:
-            first = self.first.get(mode, NO_BYTES)
-            return replace(first, gathered_weights=max(first.gathered_weights, self.ahead))
+            return self.first + MemoryBytes(gathered_weights=self.ahead)
+        if phase == TURNED:
+            return self.turned
         if phase == SUMMED:
             left = self.left_by(mode)
             return self.summed + MemoryBytes(gathered_weights=left) if left else self.summed

@@ -84,7 +84,6 @@ class MemoryModel:
             state = state + states.of(layout, expert, expert=True, frees=frees)
         modes = (kept.none, kept.selective, kept.full)
         held = [MemoryBytes(activations=bytes_) for bytes_ in modes]
-        first = [states.first(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
         left = [states.left(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
         return PartMemory(
             state=state,
@@ -97,7 +96,7 @@ class MemoryModel:
             left_recomputed=left[2],
             summed=states.summed(layout, dense, expert),
             reduced=states.reduced(layout, dense, expert),
-            first=dict(zip(RECOMPUTE_MODES, first, strict=True)),
+            turned=states.turned(layout, dense, expert, reshard),
             ahead=self._element_bytes * (dense + expert) if frees and not layout.stages_choose else 0.0,
         )
 
@@ -173,7 +172,10 @@ class MemoryModel:
         passing, held = max(self._table_gradient(layout), moments), NO_BYTES
         if self._model.embedding_norm:
             held = MemoryBytes(activations=self.boundary_bytes(layout))
-        return self._end(layout, parameters, held, held, passing)
+        # Its gradients come when what passes in its chunk's first layer is gone.
+        gone = min(self._activations.layer(layout, segment.kind).transient for segment in self._model.segments)
+        turned = MemoryBytes(gradients=max(0.0, self._states.summed(layout, parameters).total - gone))
+        return self._end(layout, parameters, held, held, passing, NO_BYTES, turned)
 
     def _table_gradient(self, layout: Layout) -> float:
         """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
@@ -186,7 +188,9 @@ class MemoryModel:
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
         passing = max(passing, passing_moments_bytes(self._job, parameters / layout.shards))
-        return self._end(layout, parameters, held, weight, passing)
+        # Its gradients are there when its layers' backwards begin; without a pipeline its own count says when.
+        first = NO_BYTES if layout.pp == 1 else self._states.summed(layout, parameters)
+        return self._end(layout, parameters, held, weight, passing, first)
 
     def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
         """Embedding and head without what they hold of microbatches and what passes."""
@@ -200,8 +204,9 @@ class MemoryModel:
         held: MemoryBytes = NO_BYTES,
         held_weight: MemoryBytes = NO_BYTES,
         passing: float = 0.0,
+        first: MemoryBytes = NO_BYTES,
+        turned: MemoryBytes | None = None,
     ) -> PartMemory:
-        """Its gradients take no activations' place; without a pipeline the head's own count says when."""
         summed = self._states.summed(layout, parameters)
         return PartMemory(
             state=self._states.of(layout, parameters, root=True),
@@ -214,7 +219,8 @@ class MemoryModel:
             transient_recomputed=passing,
             summed=summed,
             reduced=self._states.reduced(layout, parameters),
-            first=dict.fromkeys(RECOMPUTE_MODES, NO_BYTES if layout.pp == 1 else summed),
+            first=first,
+            turned=turned or summed,
         )
 
     def _root_reduction(self, layout: Layout) -> float:

@@ -127,11 +127,14 @@ def layers_held(
 
 
 def _moments(costs: LayoutCosts, rank: int, least_flight: int, phase: str) -> list[Moment]:
-    """Those of a rank that matter; `phase` is the one of its chunks at all of them."""
+    """Those of a rank that matter; `phase` is the one of its chunks at all of them, unless each moment has its own."""
     used = costs.end_moment_bytes(rank)
     if len(used) == 1:
         return [Moment(used[0], least_flight, phase)]
     flights = [min(vector.full) for vector in costs.in_flight[rank]]
+    if costs.in_flight[rank][0].gradients:
+        phases = [least_phases(((vector,),))[0] for vector in costs.in_flight[rank]]
+        return list(map(Moment, used, flights, phases))
     found = {Moment(bytes_, flight, phase) for bytes_, flight in zip(used, flights, strict=True)}
     return [one for one in found if not any(one != o and one[0] <= o[0] and one[1] <= o[1] for o in found)]
 

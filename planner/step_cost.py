@@ -22,7 +22,7 @@ from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost, ComputeModel
 from .data_parallel_cost import DataParallelModel
-from .in_flight import SUMMED, InFlight, gradients_by_torch, in_flight, least_phases_by_torch
+from .in_flight import InFlight, few_microbatches, gradients_by_torch, in_flight, least_phases_by_torch
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
@@ -233,12 +233,13 @@ class CostModel:
     def least_state_bytes(self, group: LayoutGroup) -> float:
         """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
         assignment holds less on all its ranks together."""
-        memory, least = self._memory, float("inf")
-        # Gradients come late where all forwards are first, and more chunks have fewer weights gathered at once; those
-        # that split backwards have besides are left out (`memory_cost`).
+        memory, least, microbatches = self._memory, float("inf"), group.base.microbatches(self._job.global_batch)
+        # Gradients come late where all forwards are first or microbatches few; more chunks have fewer weights gathered
+        # at once; what split backwards have besides is left out (`memory_cost`).
         most = {"gpipe": 0, "1f1b": 0}
         for schedule, chunks in group.pipelines:
-            like = "gpipe" if schedule in FORWARDS_FIRST else "1f1b"
+            few = few_microbatches(Pipeline(schedule, group.base.pp, chunks, microbatches))
+            like = "gpipe" if schedule in FORWARDS_FIRST or few else "1f1b"
             most[like] = max(most[like], chunks)
         for schedule, chunks in most.items():
             if not chunks:
@@ -249,7 +250,7 @@ class CostModel:
             parts = [(each.count, memory.block_standing(layout, each.kind, choice)) for each in kinds]
             parts += [(1, end) for end in memory.ends_standing(layout)]
             total = sum(number * part.state.total for number, part in parts)
-            if schedule != "gpipe" and (layout.pp > 1 or layout.microbatches(self._job.global_batch) > 1):
+            if schedule != "gpipe" and (layout.pp > 1 or microbatches > 1):
                 # Sums, or in a first backward activations that they are not more than.
                 total += sum(number * part.summed.total for number, part in parts)
             least = min(least, total)
