@@ -144,9 +144,11 @@ def _phase(backwards: int, microbatches: int) -> str:
 
 def _as_numbers(moment: InFlight) -> tuple[int, ...]:
     """Of two moments one holds no less than the other where none of these is less: sums are more than anything."""
-    early = [phase in (FIRST, TURNED, SUMMED) for phase in moment.gradients]
-    late = [phase in (REDUCED, TURNED, SUMMED) for phase in moment.gradients]
-    return (*moment.full, *moment.weight_only, *map(int, early), *map(int, late))
+    phases = moment.gradients
+    early = [phase in (FIRST, TURNED, SUMMED) for phase in phases]
+    late = [phase in (REDUCED, TURNED, SUMMED) for phase in phases]
+    summed = [phase == SUMMED for phase in phases]  # an embedding has more then than when its chunk has turned
+    return (*moment.full, *moment.weight_only, *map(int, early + late + summed))
 
 
 @lru_cache(maxsize=4096)
