@@ -13,10 +13,14 @@ backward begins, with everything that it ever has in flight still there; or all 
 the last, from activations of that microbatch to gradients; or they are SUMMED; or REDUCED. In between it holds no more:
 of its layers the last recompute least, so that bytes fall before they rise. Of the first two there is another, where
 torch's pipeline has gathered the chunk as a whole before its first layer needs it: AHEAD and FIRST_AHEAD.
+
+Under a pipeline a chunk is reduced group by group when its last backward is over: first FSDP2's root group, its
+embedding and head (ROOT), then one layer after the other (REDUCING), of which the first is the worst moment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -27,7 +31,7 @@ from numpy.typing import NDArray
 from . import schedule_orders as orders
 from .schedule import BLOCKING, FORWARDS_FIRST, IN_ROUNDS, SPLIT_BACKWARD, V_SHAPED, Pipeline, order_of
 
-NO_GRADIENTS, AHEAD, FIRST, FIRST_AHEAD, TURNED, SUMMED, REDUCED = PHASES = (
+NO_GRADIENTS, AHEAD, FIRST, FIRST_AHEAD, TURNED, SUMMED, REDUCED, ROOT, REDUCING = PHASES = (
     "none",
     "ahead",
     "first",
@@ -35,6 +39,8 @@ NO_GRADIENTS, AHEAD, FIRST, FIRST_AHEAD, TURNED, SUMMED, REDUCED = PHASES = (
     "turned",
     "summed",
     "reduced",
+    "root",
+    "reducing",
 )
 
 
@@ -165,6 +171,53 @@ def _chunks_turned(chunks: int, count: int) -> tuple[InFlight, ...]:
         moments.append(InFlight(full, (0,) * chunks, (*before, FIRST_AHEAD if again[-1] else FIRST, *after)))
         moments.append(InFlight(fewer, (0,) * chunks, (*before, TURNED, *after)))
     return tuple(moments)
+
+
+def reducing_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+    """Per rank, the moments at which one of its chunks is reduced."""
+    return _reducing_by_torch(replace(shortest(pipeline), receives_early=False))
+
+
+@lru_cache(maxsize=4096)
+def _reducing_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
+    chunks, count = pipeline.chunks, pipeline.microbatches
+    if chunks == 1:
+        done = [InFlight((0,), (0,), (TURNED,))]
+        return (_reducing_as(done),) * pipeline.ranks
+    if pipeline.schedule in FORWARDS_FIRST:
+        turned = _chunks_turned(chunks, count)[1::2]
+        done = [one._replace(full=(*one.full[:c], 0, *one.full[c + 1 :])) for c, one in enumerate(reversed(turned))]
+        return (_reducing_as(done[::-1]),) * pipeline.ranks
+    return tuple(_reducing_as(_done_of_list(pipeline, rank)) for rank in range(pipeline.ranks))
+
+
+def _reducing_as(moments: Sequence[InFlight]) -> tuple[InFlight, ...]:
+    """The same with the chunk that has TURNED in either phase of its reduction."""
+    return tuple(
+        moment._replace(gradients=tuple(phase if own == TURNED else own for own in moment.gradients))
+        for moment in moments
+        for phase in (ROOT, REDUCING)
+    )
+
+
+def _done_of_list(pipeline: Pipeline, rank: int) -> list[InFlight]:
+    """What is in flight when each chunk's last backward is over, and the phases: TURNED is this chunk's."""
+    chunk_of = {stage: chunk for chunk, stage in enumerate(pipeline.stages_of(rank))}
+    full, weight_only, done = ([0] * pipeline.chunks for _ in range(3))
+    moments = []
+    for action in order_of(pipeline, rank):
+        for part in action.parts or (action,):
+            chunk = chunk_of[part.stage]
+            if part.kind == orders.FORWARD:
+                full[chunk] += 1
+                continue
+            full[chunk] -= part.kind != orders.WEIGHT
+            weight_only[chunk] += (part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)
+            done[chunk] += part.kind != orders.INPUT
+            if part.kind != orders.INPUT and done[chunk] == pipeline.microbatches:
+                phases = [_phase(number, pipeline.microbatches) for number in done]
+                moments.append(_at(full, weight_only, phases, chunk, TURNED))
+    return moments
 
 
 def least_phases_by_torch(pipeline: Pipeline) -> tuple[str, ...]:

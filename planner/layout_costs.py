@@ -21,7 +21,7 @@ from functools import cached_property
 
 from .in_flight import SUMMED, InFlight
 from .layout import RECOMPUTE_MODES, Layout
-from .memory_bytes import MemoryBytes, PartMemory
+from .memory_bytes import MemoryBytes, PartMemory, Reduction
 from .part_seconds import PartSeconds, Seconds
 from .schedule import Pipeline
 from .simulation import Simulation, StageSeconds, simulate
@@ -66,8 +66,8 @@ _RankPart = tuple[int, PartMemory, int, str]
 class LayoutCosts:
     """One layout, priced. `microbatch` is what a microbatch costs any stage besides its layers.
 
-    `fixed_memory` and `in_flight` have an entry a pipeline rank, the latter the vectors of [Note: In-flight
-    activations] of which none is below another.
+    `fixed_memory`, `in_flight` and `reductions` have an entry a pipeline rank: of `in_flight` the vectors of [Note:
+    In-flight activations] of which none is below another, of `reductions` the moments at which a rank may be fuller.
 
     Where stages choose ([Note: Resharding]) `reshard` has each one's choice, and `choices` the layers by it; `segments`
     then have no more seconds and bytes than either, for bounds. `receives_early` is how the pipeline runs ([Note: Early
@@ -90,6 +90,7 @@ class LayoutCosts:
     reshard: tuple[bool | None, ...] = ()
     choices: tuple[tuple[bool | None, tuple[SegmentCosts, ...]], ...] = ()
     receives_early: bool = False
+    reductions: tuple[tuple[Reduction, ...], ...] = ()
 
     def segments_if(self, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so."""
@@ -184,9 +185,9 @@ class LayoutCosts:
         for _, part, number, mode in parts:
             state = state + part.state * number
             transient = max(transient, part.transient_by(mode, never_summed=never_summed))
-        worst = MemoryBytes()
-        for vector in self.in_flight[rank]:
-            held = MemoryBytes()
+        worst, passing = MemoryBytes(), MemoryBytes(transient=transient)
+        moments = [(vector, passing) for vector in self.in_flight[rank]]
+        for vector, held in moments + [(one.moment, self.besides(rank, one)) for one in self._reductions(rank)]:
             for chunk, part, number, mode in parts:
                 held = held + part.held_by(mode) * (number * vector.full[chunk])
                 held = held + part.gradients_by(vector.phase(chunk), mode) * number
@@ -194,7 +195,15 @@ class LayoutCosts:
                     held = held + part.held_weight * (number * vector.weight_only[chunk])
             if held.total >= worst.total:
                 worst = held
-        return (state + worst + MemoryBytes(transient=transient)).with_slack(self.allocator_slack)
+        return (state + worst).with_slack(self.allocator_slack)
+
+    def _reductions(self, rank: int) -> tuple[Reduction, ...]:
+        return self.reductions[rank] if self.reductions else ()
+
+    def besides(self, rank: int, reduction: Reduction) -> MemoryBytes:
+        """What a rank has at the moment besides its parts."""
+        stage = self.layout.stages_of(rank)[reduction.chunk]
+        return reduction.besides[self.reshard[stage] if self.reshard else None]
 
     def memory(self, counts: Sequence[StageCount]) -> list[MemoryBytes]:
         """Itemised peak bytes of each pipeline rank."""
@@ -205,7 +214,7 @@ class LayoutCosts:
         return max(self.moment_bytes(rank, counts))
 
     def moment_bytes(self, rank: int, counts: Sequence[StageCount]) -> list[float]:
-        """Bytes of a rank at each of its in-flight vectors."""
+        """Bytes of a rank at each of its in-flight vectors, and at its reductions."""
         return self._moment_bytes(rank, self.rank_parts(rank, counts))
 
     def end_moment_bytes(self, rank: int) -> list[float]:
@@ -219,7 +228,9 @@ class LayoutCosts:
 
     def _moment_bytes(self, rank: int, parts: Sequence[_RankPart], moments: int | None = None) -> list[float]:
         fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
-        vectors, never_summed = self.in_flight[rank][:moments], self.never_sums(rank)
+        vectors, never_summed = list(self.in_flight[rank][:moments]), self.never_sums(rank)
+        reductions = self._reductions(rank) if moments is None else ()
+        vectors += [one.moment for one in reductions]
         held = [0.0] * len(vectors)
         for chunk, part, number, mode in parts:
             totals = part.totals
@@ -231,7 +242,10 @@ class LayoutCosts:
                 held[i] += number * totals.gradients[vector.phase(chunk)][mode]
         beside = fixed.context + fixed.communicators
         slack = 1.0 + self.allocator_slack
-        return [beside + slack * (fixed.total - beside + kept + most + transient) for most in held]
+        passing = [transient] * (len(vectors) - len(reductions))
+        passing += [self.besides(rank, one).total for one in reductions]
+        held = [most + more for most, more in zip(held, passing, strict=True)]
+        return [beside + slack * (fixed.total - beside + kept + most) for most in held]
 
     # ---- an assignment ---------------------------------------------------------------------------------
 

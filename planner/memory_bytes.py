@@ -6,8 +6,9 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
-from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, SUMMED, TURNED
+from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, REDUCING, ROOT, SUMMED, TURNED, InFlight
 from .layout import RECOMPUTE_MODES
 
 
@@ -49,6 +50,15 @@ class MemoryBytes:
 NO_BYTES = MemoryBytes()
 
 
+class Reduction(NamedTuple):
+    """A moment at which a rank's chunk is reduced, and what it has then besides its parts, by the choice of that
+    chunk's stage ([Note: Resharding] in layout_costs.py)."""
+
+    moment: InFlight
+    chunk: int
+    besides: Mapping[bool | None, MemoryBytes]
+
+
 class _GradientBytes(dict[str, dict[str, float]]):
     """Bytes of gradients by phase and by mode, each phase summed up when it is first asked for: most never are."""
 
@@ -85,6 +95,9 @@ class PartMemory:
     `transient` is the most that its backward needs at once beyond what is held, and with recomputation the activations
     that come back for one layer at a time; `transient_first`, by mode, is that of a rank whose gradients are never
     summed while others are in flight, where it differs.
+
+    `at_root` and `reducing` are its gradients, and gathered weights besides `state`, in the two phases of a reduction;
+    `reduction` is what its own has beyond those of its chunk.
     """
 
     state: MemoryBytes = NO_BYTES
@@ -104,6 +117,9 @@ class PartMemory:
     turned: MemoryBytes = NO_BYTES
     ahead: float = 0.0
     transient_first: Mapping[str, float] = field(default_factory=dict[str, float])
+    at_root: MemoryBytes = NO_BYTES
+    reducing: MemoryBytes = NO_BYTES
+    reduction: MemoryBytes = NO_BYTES
 
     @cached_property
     def totals(self) -> PartTotals:
@@ -132,6 +148,10 @@ class PartMemory:
             return self.first + MemoryBytes(gathered_weights=self.ahead)
         if phase == TURNED:
             return self.turned
+        if phase == ROOT:
+            return self.at_root
+        if phase == REDUCING:
+            return self.reducing
         if phase == SUMMED:
             left = self.left_by(mode)
             return self.summed + MemoryBytes(gathered_weights=left) if left else self.summed

@@ -84,6 +84,8 @@ class MemoryModel:
             state = state + states.of(layout, expert, expert=True, frees=frees)
         modes = (kept.none, kept.selective, kept.full)
         held = [MemoryBytes(activations=bytes_) for bytes_ in modes]
+        turned = states.turned(layout, dense, expert, reshard)
+        gathered = state.gathered_weights + turned.gathered_weights
         left = [states.left(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
         return PartMemory(
             state=state,
@@ -96,7 +98,10 @@ class MemoryModel:
             left_recomputed=left[2],
             summed=states.summed(layout, dense, expert),
             reduced=states.reduced(layout, dense, expert),
-            turned=states.turned(layout, dense, expert, reshard),
+            turned=turned,
+            at_root=turned,
+            reducing=turned,
+            reduction=states.reduction(layout, dense + expert, gathered),
             ahead=self._element_bytes * (dense + expert) if frees and not layout.stages_choose else 0.0,
         )
 
@@ -133,27 +138,24 @@ class MemoryModel:
         start = kept.transient + gathered + whole - held
         if fsdp and self._states.halves_apart(layout):
             start += self._states.narrow_bytes * parameters - self._left_between(kept)
+        if layout.pp > 1 or not fsdp:  # gradients are reduced when the backwards are over
+            return max(start, self._gathered_once(layout, parameters))
         if self._states.sums_alone(layout):
             return max(start, self._message(layout, parameters, held))
-        if not fsdp or not self._states.wraps(layout):
+        if not self._states.wraps(layout):
             return start
         reduced = _FP32_BYTES * parameters
         if self._states.reduces_each_microbatch(layout):
             end = kept.heads + gathered + element * parameters - held
             before = max(self._root_reduction(layout), reduced - held)
             return max(start, end) + before
-        # In looped BFS each chunk's are reduced before the next chunk's backwards begin.
-        share = max(1, self._model.layers // (layout.stages if layout.forwards_first else layout.pp))
-        stayed = 0.0 if layout.stages_choose and reshard else element * parameters
-        return max(start, reduced * (1 + 1 / layout.shards) - share * (stayed + held))
+        return max(start, reduced * (1 + 1 / layout.shards) - self._model.layers * (element * parameters + held))
 
     def _message(self, layout: Layout, parameters: float, held: float) -> float:
-        """What the first message of [Note: Gradient sum] has beyond its layers' activations, which are gone when it is
-        packed; under a pipeline those of all layers are. With one microbatch a layer counts as the more of the two."""
-        gradients, layers = _FP32_BYTES * parameters, max(1, self._model.layers // layout.pp)
+        """Without a pipeline, what the first message of [Note: Gradient sum] has beyond its layers' activations, which
+        are gone when it is packed. With one microbatch a layer counts as the more of the two."""
+        gradients, layers = _FP32_BYTES * parameters, self._model.layers
         packed = min(float(layers), MESSAGE_BYTES / gradients)
-        if layout.pp > 1:
-            return packed * gradients - layers * held
         each = gradients - held
         if self._states.reduces_each_microbatch(layout):
             each = min(2 * gradients - held, gradients)
@@ -207,9 +209,11 @@ class MemoryModel:
         first: MemoryBytes = NO_BYTES,
         turned: MemoryBytes | None = None,
     ) -> PartMemory:
-        summed = self._states.summed(layout, parameters)
+        summed, reduced = self._states.summed(layout, parameters), self._states.reduced(layout, parameters)
+        state = self._states.of(layout, parameters, root=True)
+        gathered = state.gathered_weights
         return PartMemory(
-            state=self._states.of(layout, parameters, root=True),
+            state=state,
             held=held,
             held_selective=held,
             held_recomputed=held,
@@ -218,9 +222,12 @@ class MemoryModel:
             transient_selective=passing,
             transient_recomputed=passing,
             summed=summed,
-            reduced=self._states.reduced(layout, parameters),
+            reduced=reduced,
             first=first,
             turned=turned or summed,
+            at_root=summed,
+            reducing=summed if self._states.sums_alone(layout) else reduced + MemoryBytes(gathered_weights=-gathered),
+            reduction=self._states.reduction(layout, parameters, gathered),
         )
 
     def _root_reduction(self, layout: Layout) -> float:
@@ -233,12 +240,15 @@ class MemoryModel:
 
     def _last_gather(self, layout: Layout) -> float:
         """The buffer that FSDP2 gathered the last layer into, which it keeps to the end of the forward it was for
-        (torch 2.13, `all_gather_state`): every microbatch's under zero 3, else the first's."""
-        gathers = layout.zero == 3 or (layout.zero > 0 and layout.microbatches(self._job.global_batch) == 1)
-        if not self._software.on_fsdp or layout.pp > 1 or layout.shards == 1 or not gathers:
-            return 0.0
-        dense, expert = self.block_parameters(layout, self._model.segments[-1].kind)
-        return self._element_bytes * (dense + expert)
+        (torch 2.13, `all_gather_state`): every microbatch's under zero 3 without a pipeline, else the first's."""
+        parameters = sum(self.block_parameters(layout, self._model.segments[-1].kind))
+        every = layout.zero == 3 and layout.pp == 1 and self._software.on_fsdp and layout.shards > 1
+        return self._element_bytes * parameters if every else self._gathered_once(layout, parameters)
+
+    def _gathered_once(self, layout: Layout, parameters: float) -> float:
+        """The same of these parameters in a step of one microbatch, whose forward is the fullest moment of some."""
+        once = layout.zero > 0 and layout.microbatches(self._job.global_batch) == 1
+        return self._element_bytes * parameters if once and self._software.on_fsdp and layout.shards > 1 else 0.0
 
     # ---- the rest --------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ import pulp
 
 from .bounds import most_layers
 from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, SegmentCosts, StageCount
+from .memory_bytes import Reduction
 from .part_seconds import PartSeconds
 from .rank_limits import empty_counts
 from .relaxed_program import RelaxedProgram
@@ -196,12 +197,11 @@ class Program:
 
     def transient_in_use(self) -> dict[int, pulp.LpVariable]:
         """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has."""
-        nothing, slack = empty_counts(self.costs), 1.0 + self.costs.allocator_slack
-        y = {}
+        slack, y = 1.0 + self.costs.allocator_slack, dict[int, pulp.LpVariable]()
         for q in range(self.costs.layout.pp):
             # Of its ends alone: what passes whatever a rank holds is among its fixed bytes.
             never_summed = self.costs.never_sums(q)
-            least = self.costs.rank_memory(q, nothing).transient - self.costs.fixed_memory[q].transient
+            least = max((end.transient for _, end, _, _ in self.costs.end_parts(q)), default=0.0)
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
                 each = [
                     segment.memory.transient_by(way[0], never_summed=never_summed) for _, way, segment in self._layers()
@@ -229,7 +229,10 @@ class Program:
             fixed = costs.fixed_memory[q]
             kept = fixed.context + fixed.communicators + slack * (fixed.total - fixed.context - fixed.communicators)
             kept += slack * sum(part.state.total for _, part, _, _ in ends)
-            for number, vector in enumerate(costs.in_flight[q]):
+            moments = [(vector, transient[q]) for vector in costs.in_flight[q]]
+            if costs.reductions:
+                moments += [(one.moment, self._besides(q, one)) for one in costs.reductions[q]]
+            for number, (vector, besides) in enumerate(moments):
                 held = sum(
                     part.held.total * vector.full[c]
                     + part.held_weight.total * vector.weight_only[c]
@@ -245,7 +248,15 @@ class Program:
                         each += memory.held_weight.total * vector.weight_only[c]
                         terms[self.n[s, k, way]] = slack * each / self.limit_bytes
                 row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes)
-                self.problem += row + transient[q] <= 1.0, f"fits_memory_{q}_{number}"
+                self.problem += row + besides <= 1.0, f"fits_memory_{q}_{number}"
+
+    def _besides(self, rank: int, one: Reduction) -> pulp.LpAffineExpression:
+        """What a rank has besides its parts while a chunk of it is reduced, as a share of the limit."""
+        unit = (1.0 + self.costs.allocator_slack) / self.limit_bytes
+        if not self.x:
+            return pulp.LpAffineExpression(constant=unit * one.besides[None].total)
+        stage = self.costs.layout.stages_of(rank)[one.chunk]
+        return pulp.lpSum(unit * size.total * self.x[stage, choice] for choice, size in one.besides.items())
 
     def optimizer_of_slowest(self) -> None:
         for q in range(self.costs.layout.pp):

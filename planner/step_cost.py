@@ -31,6 +31,7 @@ from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .offload import transfer_seconds
 from .part_seconds import PartSeconds, Seconds, least_of
+from .reduction_moments import reduction_moments
 from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 from .space import LayoutGroup
 from .traced_cost import traced_parts
@@ -78,11 +79,11 @@ class CostModel:
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
             in_flight=self._held(costs.pipeline),
         )
-        if not choose:
-            return costs
-        chosen = tuple(reshard) or (True,) * layout.stages
-        choices = tuple((each, self._segments(layout, each)) for each in RESHARD_CHOICES)
-        return replace(costs, reshard=chosen, choices=choices)
+        if choose:
+            chosen = tuple(reshard) or (True,) * layout.stages
+            choices = tuple((each, self._segments(layout, each)) for each in RESHARD_CHOICES)
+            costs = replace(costs, reshard=chosen, choices=choices)
+        return replace(costs, reductions=reduction_moments(costs)) if self._software.on_fsdp else costs
 
     def _segments(self, layout: Layout, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so ([Note: Resharding])."""
