@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .in_flight import SUMMED, InFlight
+from .in_flight import SUMMED, TURNED, InFlight
 from .layout import RECOMPUTE_MODES, Layout
-from .memory_bytes import MemoryBytes, PartMemory, Reduction
+from .memory_bytes import LaterMoment, MemoryBytes, PartMemory
 from .part_seconds import PartSeconds, Seconds
 from .schedule import Pipeline
 from .simulation import Simulation, StageSeconds, simulate
@@ -90,7 +90,7 @@ class LayoutCosts:
     reshard: tuple[bool | None, ...] = ()
     choices: tuple[tuple[bool | None, tuple[SegmentCosts, ...]], ...] = ()
     receives_early: bool = False
-    reductions: tuple[tuple[Reduction, ...], ...] = ()
+    reductions: tuple[tuple[LaterMoment, ...], ...] = ()
 
     def segments_if(self, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so."""
@@ -186,8 +186,8 @@ class LayoutCosts:
             state = state + part.state * number
             transient = max(transient, part.transient_by(mode, never_summed=never_summed))
         worst, passing = MemoryBytes(), MemoryBytes(transient=transient)
-        moments = [(vector, passing) for vector in self.in_flight[rank]]
-        for vector, held in moments + [(one.moment, self.besides(rank, one)) for one in self._reductions(rank)]:
+        moments = [(vector, passing) for vector in self.backward_moments(rank)]
+        for vector, held in moments + [(one.moment, self._besides(rank, one)) for one in self.later_moments(rank)]:
             for chunk, part, number, mode in parts:
                 held = held + part.held_by(mode) * (number * vector.full[chunk])
                 held = held + part.gradients_by(vector.phase(chunk), mode) * number
@@ -197,13 +197,29 @@ class LayoutCosts:
                 worst = held
         return (state + worst).with_slack(self.allocator_slack)
 
-    def _reductions(self, rank: int) -> tuple[Reduction, ...]:
-        return self.reductions[rank] if self.reductions else ()
+    def backward_moments(self, rank: int) -> list[InFlight]:
+        """Those at which a backward begins: what passes then depends on the rank's layers."""
+        return [vector for vector in self.in_flight[rank] if TURNED not in vector.gradients]
 
-    def besides(self, rank: int, reduction: Reduction) -> MemoryBytes:
+    def later_moments(self, rank: int) -> list[LaterMoment]:
+        """The others, and those of its reductions."""
+        turned = [self.turned(rank, vector) for vector in self.in_flight[rank] if TURNED in vector.gradients]
+        return turned + list(self.reductions[rank] if self.reductions else ())
+
+    def turned(self, rank: int, vector: InFlight) -> LaterMoment:
+        """The moment with what passes when a chunk has turned."""
+        chunk = vector.gradients.index(TURNED)
+        end = max((part.passing_turned for of, part, _, _ in self.end_parts(rank) if of == chunk), default=0.0)
+        besides: dict[bool | None, MemoryBytes] = {}
+        for choice, segments in self.choices or ((None, self.segments),):
+            passing = max(end, *(segment.memory.passing_turned for segment in segments))
+            besides[choice] = MemoryBytes(transient=passing)
+        return LaterMoment(vector, chunk, besides)
+
+    def _besides(self, rank: int, one: LaterMoment) -> MemoryBytes:
         """What a rank has at the moment besides its parts."""
-        stage = self.layout.stages_of(rank)[reduction.chunk]
-        return reduction.besides[self.reshard[stage] if self.reshard else None]
+        stage = self.layout.stages_of(rank)[one.chunk]
+        return one.besides[self.reshard[stage] if self.reshard else None]
 
     def memory(self, counts: Sequence[StageCount]) -> list[MemoryBytes]:
         """Itemised peak bytes of each pipeline rank."""
@@ -214,22 +230,27 @@ class LayoutCosts:
         return max(self.moment_bytes(rank, counts))
 
     def moment_bytes(self, rank: int, counts: Sequence[StageCount]) -> list[float]:
-        """Bytes of a rank at each of its in-flight vectors, and at its reductions."""
+        """Bytes of a rank at each of its in-flight vectors and then of its reductions."""
         return self._moment_bytes(rank, self.rank_parts(rank, counts))
 
     def end_moment_bytes(self, rank: int) -> list[float]:
-        """The same of a rank without layers: one moment where its ends hold no activations, nor gradients at some."""
+        """The same of a rank without layers, but for its reductions: one moment where its ends hold no activations, nor
+        gradients at some."""
         ends = self.end_parts(rank)
         if (ends and self.in_flight[rank][0].gradients) or any(
             part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends
         ):
-            return self._moment_bytes(rank, ends)
+            return self._moment_bytes(rank, ends, len(self.in_flight[rank]))
         return self._moment_bytes(rank, ends, 1)
 
     def _moment_bytes(self, rank: int, parts: Sequence[_RankPart], moments: int | None = None) -> list[float]:
         fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
         vectors, never_summed = list(self.in_flight[rank][:moments]), self.never_sums(rank)
-        reductions = self._reductions(rank) if moments is None else ()
+        reductions = self.reductions[rank] if self.reductions and moments is None else ()
+        besides = [
+            self._besides(rank, self.turned(rank, one)).total if TURNED in one.gradients else None for one in vectors
+        ]
+        besides += [self._besides(rank, one).total for one in reductions]
         vectors += [one.moment for one in reductions]
         held = [0.0] * len(vectors)
         for chunk, part, number, mode in parts:
@@ -242,9 +263,7 @@ class LayoutCosts:
                 held[i] += number * totals.gradients[vector.phase(chunk)][mode]
         beside = fixed.context + fixed.communicators
         slack = 1.0 + self.allocator_slack
-        passing = [transient] * (len(vectors) - len(reductions))
-        passing += [self.besides(rank, one).total for one in reductions]
-        held = [most + more for most, more in zip(held, passing, strict=True)]
+        held = [most + (transient if more is None else more) for most, more in zip(held, besides, strict=True)]
         return [beside + slack * (fixed.total - beside + kept + most) for most in held]
 
     # ---- an assignment ---------------------------------------------------------------------------------

@@ -50,9 +50,9 @@ class MemoryBytes:
 NO_BYTES = MemoryBytes()
 
 
-class Reduction(NamedTuple):
-    """A moment at which a rank's chunk is reduced, and what it has then besides its parts, by the choice of that
-    chunk's stage ([Note: Resharding] in layout_costs.py)."""
+class LaterMoment(NamedTuple):
+    """A moment at which a rank's chunk has turned or is reduced, and what the rank has then besides its parts, whatever
+    its layers, by the choice of that chunk's stage ([Note: Resharding] in layout_costs.py)."""
 
     moment: InFlight
     chunk: int
@@ -96,6 +96,7 @@ class PartMemory:
     that come back for one layer at a time; `transient_first`, by mode, is that of a rank whose gradients are never
     summed while others are in flight, where it differs.
 
+    `passing_turned` is what passes, besides gradients, when all of a chunk has turned but what turns last.
     `at_root` and `reducing` are its gradients, and gathered weights besides `state`, in the two phases of a reduction;
     `reduction` is what its own has beyond those of its chunk.
     """
@@ -117,6 +118,7 @@ class PartMemory:
     turned: MemoryBytes = NO_BYTES
     ahead: float = 0.0
     transient_first: Mapping[str, float] = field(default_factory=dict[str, float])
+    passing_turned: float = 0.0
     at_root: MemoryBytes = NO_BYTES
     reducing: MemoryBytes = NO_BYTES
     reduction: MemoryBytes = NO_BYTES

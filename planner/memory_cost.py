@@ -61,7 +61,16 @@ class MemoryModel:
             transient_selective=most["selective"],
             transient_recomputed=most["full"],
             transient_first=passing(summed=False) if self._states.after_forwards(layout, reshard) else {},
+            passing_turned=self._passing_turned(layout, dense + expert, kept, reshard),
         )
+
+    def _passing_turned(self, layout: Layout, parameters: float, kept: KeptBytes, reshard: bool | None) -> float:
+        """What a chunk's first layer, which turns last, has when its backward begins beyond what it leaves: all that it
+        recomputes has come back, and its gradients are not there yet."""
+        whole, states = kept.transient + kept.none, self._states
+        if states.frees(layout, reshard) and layout.zero == 3 and not states.after_forwards(layout, reshard):
+            whole += self._element_bytes * parameters
+        return max(0.0, whole - states.summed(layout, parameters).total)
 
     def block_standing(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
         """The same without what passes in a backward, which is most of the work.
@@ -174,10 +183,9 @@ class MemoryModel:
         passing, held = max(self._table_gradient(layout), moments), NO_BYTES
         if self._model.embedding_norm:
             held = MemoryBytes(activations=self.boundary_bytes(layout))
-        # Its gradients come when what passes in its chunk's first layer is gone.
-        gone = min(self._activations.layer(layout, segment.kind).transient for segment in self._model.segments)
-        turned = MemoryBytes(gradients=max(0.0, self._states.summed(layout, parameters).total - gone))
-        return self._end(layout, parameters, held, held, passing, NO_BYTES, turned)
+        # Its gradients come last of its chunk, when what passes in the first layer is gone.
+        last = passing + self._states.summed(layout, parameters).total
+        return self._end(layout, parameters, held, held, passing, passing_turned=last)
 
     def _table_gradient(self, layout: Layout) -> float:
         """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
@@ -207,7 +215,7 @@ class MemoryModel:
         held_weight: MemoryBytes = NO_BYTES,
         passing: float = 0.0,
         first: MemoryBytes = NO_BYTES,
-        turned: MemoryBytes | None = None,
+        passing_turned: float = 0.0,
     ) -> PartMemory:
         summed, reduced = self._states.summed(layout, parameters), self._states.reduced(layout, parameters)
         state = self._states.of(layout, parameters, root=True)
@@ -224,7 +232,8 @@ class MemoryModel:
             summed=summed,
             reduced=reduced,
             first=first,
-            turned=turned or summed,
+            turned=NO_BYTES if passing_turned else summed,
+            passing_turned=passing_turned,
             at_root=summed,
             reducing=summed if self._states.sums_alone(layout) else reduced + MemoryBytes(gathered_weights=-gathered),
             reduction=self._states.reduction(layout, parameters, gathered),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from .in_flight import REDUCING, ROOT, SUMMED, TURNED, InFlight, reducing_by_torch
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts
-from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory, Reduction
+from .memory_bytes import NO_BYTES, LaterMoment, MemoryBytes, PartMemory
 
 
-def reduction_moments(costs: LayoutCosts) -> tuple[tuple[Reduction, ...], ...]:
+def reduction_moments(costs: LayoutCosts) -> tuple[tuple[LaterMoment, ...], ...]:
     """Of each rank, the moments at which one with some assignment is fuller than at any of `costs.in_flight`."""
     if costs.layout.pp == 1:
         return ()
@@ -20,7 +20,7 @@ def reduction_moments(costs: LayoutCosts) -> tuple[tuple[Reduction, ...], ...]:
     return tuple(found)
 
 
-def _reduction(costs: LayoutCosts, rank: int, moment: InFlight) -> Reduction | None:
+def _reduction(costs: LayoutCosts, rank: int, moment: InFlight) -> LaterMoment | None:
     """None where nothing is reduced."""
     phase = ROOT if ROOT in moment.gradients else REDUCING
     chunk = moment.gradients.index(phase)
@@ -36,7 +36,7 @@ def _reduction(costs: LayoutCosts, rank: int, moment: InFlight) -> Reduction | N
             gone = 0.0 if costs.layout.splits_backward else costs.fixed_memory[rank].activations
             most = most + MemoryBytes(activations=-gone)
         besides[choice] = most
-    return Reduction(moment, chunk, besides)
+    return LaterMoment(moment, chunk, besides)
 
 
 def _layers(costs: LayoutCosts, choice: bool | None) -> list[PartMemory]:
@@ -47,7 +47,7 @@ def _ends(costs: LayoutCosts, rank: int, chunk: int) -> list[PartMemory]:
     return [part for of, part, _, _ in costs.end_parts(rank) if of == chunk]
 
 
-def _may_be_fuller(costs: LayoutCosts, rank: int, one: Reduction) -> bool:
+def _may_be_fuller(costs: LayoutCosts, rank: int, one: LaterMoment) -> bool:
     """Unless at some moment of a backward the rank has as much of everything, and more of the group's chunk than what
     its reduction has besides."""
     more = max(size.total for size in one.besides.values())
@@ -56,7 +56,7 @@ def _may_be_fuller(costs: LayoutCosts, rank: int, one: Reduction) -> bool:
     )
 
 
-def _covers(costs: LayoutCosts, held: InFlight, one: Reduction) -> bool:
+def _covers(costs: LayoutCosts, held: InFlight, one: LaterMoment) -> bool:
     """Whether at that moment of a backward each chunk has no less in flight, and gradients in no lesser phase."""
     for chunk, phase in enumerate(one.moment.gradients):
         allowed = (TURNED, SUMMED) if chunk == one.chunk else (phase, SUMMED)
@@ -67,19 +67,20 @@ def _covers(costs: LayoutCosts, held: InFlight, one: Reduction) -> bool:
     return held.full[one.chunk] > one.moment.full[one.chunk]
 
 
-def _surplus(costs: LayoutCosts, rank: int, held: InFlight, one: Reduction) -> float:
-    """Bytes that the group has more at that moment of a backward, in whatever mode. A microbatch's activations of a
-    layer stand for the weights that take their place."""
+def _surplus(costs: LayoutCosts, rank: int, held: InFlight, one: LaterMoment) -> float:
+    """Bytes that a rank has more at that moment of a backward, in whatever mode. A microbatch's activations of a layer
+    stand for the weights that take their place."""
     number = held.full[one.chunk] - one.moment.full[one.chunk]
-    if ROOT in one.moment.gradients:
-        return min(
-            part.transient + number * part.held.total - part.at_root.total + part.turned.total
-            for part in _ends(costs, rank, one.chunk)
-        )
+    ends = 0.0
+    for chunk, part, _, _ in costs.end_parts(rank):
+        now, then = (part.totals.gradients[moment.phase(chunk)]["none"] for moment in (held, one.moment))
+        ends += now - then + (number * part.held.total if chunk == one.chunk else 0.0)
+    layers = [(part, mode) for choice in one.besides for part in _layers(costs, choice) for mode in RECOMPUTE_MODES]
+    reducing = REDUCING in one.moment.gradients
+    stays = min((number - 1) * part.held_by(mode).total for part, mode in layers) if reducing else 0.0
+    if TURNED in held.gradients:
+        return ends + stays + min(size.total for size in costs.turned(rank, held).besides.values())
+    if not reducing:
+        return ends + max(part.transient for part in _ends(costs, rank, one.chunk))
     never_summed = costs.never_sums(rank)
-    return min(
-        part.transient_by(mode, never_summed=never_summed) + (number - 1) * part.held_by(mode).total
-        for choice in one.besides
-        for part in _layers(costs, choice)
-        for mode in RECOMPUTE_MODES
-    )
+    return ends + stays + min(part.transient_by(mode, never_summed=never_summed) for part, mode in layers)

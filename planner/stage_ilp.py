@@ -50,7 +50,7 @@ import pulp
 
 from .bounds import most_layers
 from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, SegmentCosts, StageCount
-from .memory_bytes import Reduction
+from .memory_bytes import LaterMoment
 from .part_seconds import PartSeconds
 from .rank_limits import empty_counts
 from .relaxed_program import RelaxedProgram
@@ -229,9 +229,8 @@ class Program:
             fixed = costs.fixed_memory[q]
             kept = fixed.context + fixed.communicators + slack * (fixed.total - fixed.context - fixed.communicators)
             kept += slack * sum(part.state.total for _, part, _, _ in ends)
-            moments = [(vector, transient[q]) for vector in costs.in_flight[q]]
-            if costs.reductions:
-                moments += [(one.moment, self._besides(q, one)) for one in costs.reductions[q]]
+            moments = [(vector, transient[q]) for vector in costs.backward_moments(q)]
+            moments += [(one.moment, self._besides(q, one)) for one in costs.later_moments(q)]
             for number, (vector, besides) in enumerate(moments):
                 held = sum(
                     part.held.total * vector.full[c]
@@ -250,8 +249,8 @@ class Program:
                 row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes)
                 self.problem += row + besides <= 1.0, f"fits_memory_{q}_{number}"
 
-    def _besides(self, rank: int, one: Reduction) -> pulp.LpAffineExpression:
-        """What a rank has besides its parts while a chunk of it is reduced, as a share of the limit."""
+    def _besides(self, rank: int, one: LaterMoment) -> pulp.LpAffineExpression:
+        """What a rank has besides its parts at a moment, as a share of the limit."""
         unit = (1.0 + self.costs.allocator_slack) / self.limit_bytes
         if not self.x:
             return pulp.LpAffineExpression(constant=unit * one.besides[None].total)
