@@ -217,8 +217,9 @@ class MemoryModel:
         first: MemoryBytes = NO_BYTES,
         passing_turned: float = 0.0,
     ) -> PartMemory:
-        summed, reduced = self._states.summed(layout, parameters), self._states.reduced(layout, parameters)
-        state = self._states.of(layout, parameters, root=True)
+        states = self._states
+        summed, reduced = states.summed(layout, parameters), states.reduced(layout, parameters)
+        state = states.of(layout, parameters, root=True)
         gathered = state.gathered_weights
         return PartMemory(
             state=state,
@@ -235,9 +236,18 @@ class MemoryModel:
             turned=NO_BYTES if passing_turned else summed,
             passing_turned=passing_turned,
             at_root=summed,
-            reducing=summed if self._states.sums_alone(layout) else reduced + MemoryBytes(gathered_weights=-gathered),
-            reduction=self._states.reduction(layout, parameters, gathered),
+            reducing=reduced + self._end_reducing(layout, parameters, gathered),
+            reduction=NO_BYTES if self._states.sums_alone(layout) else states.reduction(layout, parameters, gathered),
         )
+
+    def _end_reducing(self, layout: Layout, parameters: float, gathered: float) -> MemoryBytes:
+        """What an end has besides its shard of gradients while a layer's are reduced: its weights are not gathered any
+        more, or its gradients are in the first message with those of all layers."""
+        if not self._states.sums_alone(layout):
+            return MemoryBytes(gathered_weights=-gathered)
+        layer = max(sum(self.block_parameters(layout, segment.kind)) for segment in self._model.segments)
+        left = MESSAGE_BYTES - self._states.reduction(layout, layer, 0.0).transient
+        return MemoryBytes(gradients=min(left, _FP32_BYTES * parameters))
 
     def _root_reduction(self, layout: Layout) -> float:
         """What went into FSDP2's last reduction of the microbatch before, that of embedding and head, in fp32."""

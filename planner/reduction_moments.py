@@ -8,14 +8,16 @@ from .layout_costs import LayoutCosts
 from .memory_bytes import NO_BYTES, LaterMoment, MemoryBytes, PartMemory
 
 
-def reduction_moments(costs: LayoutCosts) -> tuple[tuple[LaterMoment, ...], ...]:
-    """Of each rank, the moments at which one with some assignment is fuller than at any of `costs.in_flight`."""
+def reduction_moments(costs: LayoutCosts, *, over: bool) -> tuple[tuple[LaterMoment, ...], ...]:
+    """Of each rank, the moments at which one with some assignment is fuller than at any of `costs.in_flight`. `over`:
+    gradients are reduced when the schedule is over, not those of each chunk when that one's backwards are."""
     if costs.layout.pp == 1:
         return ()
     pipeline = costs.pipeline
     found = []
     for rank, moments in enumerate(reducing_by_torch(pipeline)):
-        each = (_reduction(costs, rank, moment) for moment in moments)
+        of_rank = [moment for moment in moments if not (over and any(moment.full))]
+        each = (_reduction(costs, rank, moment) for moment in of_rank)
         found.append(tuple(one for one in each if one is not None and _may_be_fuller(costs, rank, one)))
     return tuple(found)
 

@@ -83,7 +83,9 @@ class CostModel:
             chosen = tuple(reshard) or (True,) * layout.stages
             choices = tuple((each, self._segments(layout, each)) for each in RESHARD_CHOICES)
             costs = replace(costs, reshard=chosen, choices=choices)
-        return replace(costs, reductions=reduction_moments(costs)) if self._software.on_fsdp else costs
+        if not self._software.on_fsdp:
+            return costs
+        return replace(costs, reductions=reduction_moments(costs, over=memory.summed_alone(layout) > 0.0))
 
     def _segments(self, layout: Layout, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so ([Note: Resharding])."""
