@@ -121,7 +121,7 @@ class PartMemory:
     passing_turned: float = 0.0
     at_root: MemoryBytes = NO_BYTES
     reducing: MemoryBytes = NO_BYTES
-    reduction: MemoryBytes = NO_BYTES
+    reduction: float = 0.0
 
     @cached_property
     def totals(self) -> PartTotals:

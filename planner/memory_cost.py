@@ -237,7 +237,7 @@ class MemoryModel:
             passing_turned=passing_turned,
             at_root=summed,
             reducing=reduced + self._end_reducing(layout, parameters, gathered),
-            reduction=NO_BYTES if self._states.sums_alone(layout) else states.reduction(layout, parameters, gathered),
+            reduction=0.0 if states.sums_alone(layout) else states.reduction(layout, parameters, gathered),
         )
 
     def _end_reducing(self, layout: Layout, parameters: float, gathered: float) -> MemoryBytes:
@@ -246,7 +246,7 @@ class MemoryModel:
         if not self._states.sums_alone(layout):
             return MemoryBytes(gathered_weights=-gathered)
         layer = max(sum(self.block_parameters(layout, segment.kind)) for segment in self._model.segments)
-        left = MESSAGE_BYTES - self._states.reduction(layout, layer, 0.0).transient
+        left = MESSAGE_BYTES - self._states.reduction(layout, layer, 0.0)
         return MemoryBytes(gradients=min(left, _FP32_BYTES * parameters))
 
     def _root_reduction(self, layout: Layout) -> float:

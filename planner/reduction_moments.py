@@ -5,7 +5,7 @@ from __future__ import annotations
 from .in_flight import REDUCING, ROOT, SUMMED, TURNED, InFlight, reducing_by_torch
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts
-from .memory_bytes import NO_BYTES, LaterMoment, MemoryBytes, PartMemory
+from .memory_bytes import LaterMoment, MemoryBytes, PartMemory
 
 
 def reduction_moments(costs: LayoutCosts, *, over: bool) -> tuple[tuple[LaterMoment, ...], ...]:
@@ -30,14 +30,13 @@ def _reduction(costs: LayoutCosts, rank: int, moment: InFlight) -> LaterMoment |
     choices = [choice for choice, _ in costs.choices] or [None]
     for choice in choices:
         groups = _layers(costs, choice) if phase == REDUCING else _ends(costs, rank, chunk)
-        most = max((part.reduction for part in groups), key=lambda size: size.total, default=NO_BYTES)
-        if most.total <= 0:
+        most = max((part.reduction for part in groups), default=0.0)
+        if most <= 0:
             return None
-        if not any(moment.full):
-            # Outputs of stages are gone; inputs' halves of backwards leave gradients until the step is over.
-            gone = 0.0 if costs.layout.splits_backward else costs.fixed_memory[rank].activations
-            most = most + MemoryBytes(activations=-gone)
-        besides[choice] = most
+        # Outputs of stages are gone; inputs' halves of backwards leave gradients until the step is over.
+        over = not any(moment.full) and not costs.layout.splits_backward
+        gone = costs.fixed_memory[rank].activations if over else 0.0
+        besides[choice] = MemoryBytes(transient=most, activations=-gone)
     return LaterMoment(moment, chunk, besides)
 
 
