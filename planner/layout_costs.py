@@ -199,11 +199,15 @@ class LayoutCosts:
 
     def backward_moments(self, rank: int) -> list[InFlight]:
         """Those at which a backward begins: what passes then depends on the rank's layers."""
-        return [vector for vector in self.in_flight[rank] if TURNED not in vector.gradients]
+        return [vector for vector in self.in_flight[rank] if not self.is_later(vector)]
+
+    def is_later(self, vector: InFlight) -> bool:
+        """Whether a chunk of a pipeline's rank has turned; without a pipeline that is like the begin of a backward."""
+        return TURNED in vector.gradients and self.layout.pp > 1
 
     def later_moments(self, rank: int) -> list[LaterMoment]:
         """The others, and those of its reductions."""
-        turned = [self.turned(rank, vector) for vector in self.in_flight[rank] if TURNED in vector.gradients]
+        turned = [self.turned(rank, vector) for vector in self.in_flight[rank] if self.is_later(vector)]
         return turned + list(self.reductions[rank] if self.reductions else ())
 
     def turned(self, rank: int, vector: InFlight) -> LaterMoment:
@@ -247,9 +251,7 @@ class LayoutCosts:
         fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
         vectors, never_summed = list(self.in_flight[rank][:moments]), self.never_sums(rank)
         reductions = self.reductions[rank] if self.reductions and moments is None else ()
-        besides = [
-            self._besides(rank, self.turned(rank, one)).total if TURNED in one.gradients else None for one in vectors
-        ]
+        besides = [self._besides(rank, self.turned(rank, one)).total if self.is_later(one) else None for one in vectors]
         besides += [self._besides(rank, one).total for one in reductions]
         vectors += [one.moment for one in reductions]
         held = [0.0] * len(vectors)

@@ -96,7 +96,7 @@ class PartMemory:
     that come back for one layer at a time; `transient_first`, by mode, is that of a rank whose gradients are never
     summed while others are in flight, where it differs.
 
-    `passing_turned` is what passes, besides gradients, when all of a chunk has turned but what turns last.
+    `passing_turned` is what passes, under a pipeline, when all of a chunk has turned but what turns last.
     `at_root` and `reducing` are its gradients, and gathered weights besides `state`, in the two phases of a reduction;
     `reduction` is what its own has beyond those of its chunk.
     """

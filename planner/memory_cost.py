@@ -184,8 +184,13 @@ class MemoryModel:
         if self._model.embedding_norm:
             held = MemoryBytes(activations=self.boundary_bytes(layout))
         # Its gradients come last of its chunk, when what passes in the first layer is gone.
-        last = passing + self._states.summed(layout, parameters).total
-        return self._end(layout, parameters, held, held, passing, passing_turned=last)
+        summed = self._states.summed(layout, parameters)
+        if layout.pp > 1:
+            passes = passing + summed.total
+            return self._end(layout, parameters, held, held, passing, turned=NO_BYTES, passing_turned=passes)
+        gone = min(self._activations.layer(layout, segment.kind).transient for segment in self._model.segments)
+        turned = MemoryBytes(gradients=max(0.0, summed.total - gone))
+        return self._end(layout, parameters, held, held, passing, turned=turned)
 
     def _table_gradient(self, layout: Layout) -> float:
         """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
@@ -215,6 +220,7 @@ class MemoryModel:
         held_weight: MemoryBytes = NO_BYTES,
         passing: float = 0.0,
         first: MemoryBytes = NO_BYTES,
+        turned: MemoryBytes | None = None,
         passing_turned: float = 0.0,
     ) -> PartMemory:
         states = self._states
@@ -233,7 +239,7 @@ class MemoryModel:
             summed=summed,
             reduced=reduced,
             first=first,
-            turned=NO_BYTES if passing_turned else summed,
+            turned=summed if turned is None else turned,
             passing_turned=passing_turned,
             at_root=summed,
             reducing=reduced + self._end_reducing(layout, parameters, gathered),
