@@ -182,9 +182,10 @@ class LayoutCosts:
         """Itemised bytes of a rank at its peak: the worst of its in-flight vectors."""
         parts = self.rank_parts(rank, counts)
         state, transient, never_summed = self.fixed_memory[rank], 0.0, self.never_sums(rank)
-        for _, part, number, mode in parts:
-            state = state + part.state * number
+        for part, mode in self._passing(parts):
             transient = max(transient, part.transient_by(mode, never_summed=never_summed))
+        for _, part, number, _ in parts:
+            state = state + part.state * number
         worst, passing = MemoryBytes(), MemoryBytes(transient=transient)
         moments = [(vector, passing) for vector in self.backward_moments(rank)]
         for vector, held in moments + [(one.moment, self._besides(rank, one)) for one in self.later_moments(rank)]:
@@ -196,6 +197,22 @@ class LayoutCosts:
             if held.total >= worst.total:
                 worst = held
         return (state + worst).with_slack(self.allocator_slack)
+
+    @property
+    def last_recompute_least(self) -> bool:
+        """Whether what passes in a stage's backward is what passes in the layers of each segment that recompute least.
+
+        They come first in a backward. When it is another's turn their activations of the microbatch are gone, which are
+        no less than what it recomputes. Without a pipeline, and with several chunks, all modes count.
+        """
+        return self.layout.pp > 1 and self.layout.virtual_stages == 1
+
+    def _passing(self, parts: Sequence[_RankPart]) -> list[tuple[PartMemory, str]]:
+        """Each part in the modes that count; those of a segment are beside each other, the least first."""
+        if not self.last_recompute_least:
+            return [(part, mode) for _, part, _, mode in parts]
+        before = [None, *(part for _, part, _, _ in parts)]
+        return [(part, mode) for (_, part, _, mode), last in zip(parts, before, strict=False) if part is not last]
 
     def backward_moments(self, rank: int) -> list[InFlight]:
         """Those at which a backward begins: what passes then depends on the rank's layers."""
@@ -254,11 +271,12 @@ class LayoutCosts:
         besides = [self._besides(rank, self.turned(rank, one)).total if self.is_later(one) else None for one in vectors]
         besides += [self._besides(rank, one).total for one in reductions]
         vectors += [one.moment for one in reductions]
+        for part, mode in self._passing(parts):
+            transient = max(transient, part.transient_by(mode, never_summed=never_summed))
         held = [0.0] * len(vectors)
         for chunk, part, number, mode in parts:
             totals = part.totals
             kept += totals.state * number
-            transient = max(transient, part.transient_by(mode, never_summed=never_summed))
             each, weight = number * totals.held[mode], number * totals.held_weight
             for i, vector in enumerate(vectors):
                 held[i] += each * vector.full[chunk] + weight * vector.weight_only[chunk]

@@ -7,11 +7,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .ilp_solver import make_solver
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
 from .schedule import Pipeline
 from .simulation import Path, StageSeconds, known_paths, simulate
-from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program, make_solver
+from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program
 
 _MOST_CUTS = 200
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.

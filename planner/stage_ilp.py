@@ -19,7 +19,8 @@ Subject to
   (order)      n[s,k+1,r] <= L·z[k,s],  n[s,k,r] <= L·(1 - z[k,s-1]),         segments_in_order
                z[k,s] rises with s
   (choice)     Σ_c x[s,c] = 1,  Σ_{k,r} n[s,k,r,c] <= L·x[s,c];  some stage frees  one_choice_a_stage
-  (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use         transient_in_use
+  (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use,        transient_in_use
+               but where one stage is a rank those of a segment's least r alone
   (memory)     fixed_q + y[q] + Σ n[s,k,r]·(state + v_s·held_r + gradients_v + ...) <= limit, every v   fits_memory
   (durations)  f_s, i_s, w_s, g_s, d_s linear in n; their sums over s         durations
   (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + sends·c, P      longer_than_path
@@ -44,11 +45,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pulp
 
 from .bounds import most_layers
+from .ilp_solver import make_solver
+from .layout import RECOMPUTE_MODES
 from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import LaterMoment
 from .part_seconds import PartSeconds
@@ -217,8 +220,21 @@ class Program:
                 held = [self.n[s, k, way] for s in self.costs.layout.stages_of(q)]
                 most = min(segment.layers, self._most[k] * len(held))
                 self.problem += pulp.lpSum(held) <= most * u, f"used_{name}"
-                self.problem += y[q] >= (slack * transient / self.limit_bytes) * u, f"transient_{name}"
+                others = self._lesser_in_use(q, k, way) if self.costs.last_recompute_least else ()
+                share = slack * transient / self.limit_bytes
+                self.problem += y[q] >= share * (u - pulp.lpSum(others)), f"transient_{name}"
         return y
+
+    def _lesser_in_use(self, rank: int, k: int, way: Way) -> list[pulp.LpVariable]:
+        """For each mode that recomputes less, 1 at most, and where the rank's stage has a layer so."""
+        found, (stage,) = [], self.costs.layout.stages_of(rank)
+        for lesser in RECOMPUTE_MODES[: RECOMPUTE_MODES.index(way[0])]:
+            if (lesser_n := self.n.get((stage, k, (lesser, way[1])))) is None:
+                continue
+            w = self.problem.add_variable("_".join(("w", str(rank), str(k), *_name(way), lesser)), 0, 1)
+            self.problem += w <= lesser_n, f"lesser_{w.name}"
+            found.append(w)
+        return found
 
     def fits_memory(self) -> None:
         """Bytes as a share of the limit, one row for each in-flight vector of each rank."""
@@ -369,25 +385,3 @@ def _name(way: Way) -> tuple[str, ...]:
 
 def _of(part: PartSeconds, phase: str) -> float:
     return getattr(part, phase).total
-
-
-def make_solver(limit_seconds: float, whole: bool = True) -> Any:
-    """HiGHS, or CBC where HiGHS is missing; one thread, no gap, stopped after `limit_seconds`.
-
-    Not `whole`: numbers of layers may be fractions.
-    """
-    highs = pulp.HiGHS(
-        mip=whole,
-        msg=False,
-        gapRel=0.0,
-        threads=1,
-        timeLimit=limit_seconds,
-        primal_feasibility_tolerance=1e-9,
-        mip_feasibility_tolerance=1e-9,
-        mip_pscost_minreliable=2,  # many small nodes: trying branches out costs more than it tells
-    )
-    if highs.available():
-        return highs
-    # The CBC that pulp 3 ships, found by its path: PULP_CBC_CMD would warn that pulp 4 does not ship it.
-    bundled = pulp.apis.coin_api.pulp_cbc_path
-    return pulp.COIN_CMD(path=bundled, mip=whole, msg=False, gapRel=0.0, threads=1, timeLimit=limit_seconds)

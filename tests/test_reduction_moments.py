@@ -114,3 +114,17 @@ def test_moments_left_out_are_never_the_fullest(monkeypatch: pytest.MonkeyPatch,
             counts = even(some, mode)
             assert some.rank_bytes(rank, counts) == pytest.approx(every.rank_bytes(rank, counts), rel=1e-12)
     assert left_out > 0
+
+
+def test_what_passes_is_that_of_the_layers_that_recompute_least() -> None:
+    """1F1B: where the last layer keeps all, that is gone when it is the turn of one that recomputes."""
+    costs = costs_of(Layout(pp=2), microbatches=4, sequence=512)
+    (segment,), layers = costs.segments, costs.layers // 2
+    none, full = segment.memory.transient, segment.memory.transient_recomputed
+    assert full == none + segment.memory.held.total - segment.memory.held_recomputed.total
+    ends = costs.end_parts(1)
+    for blocks, least in ((Blocks(none=1, full=layers - 1), none), (Blocks(full=layers), full)):
+        peak = costs.rank_memory(1, [(blocks,)] * 2)
+        assert peak.transient == max(least, *(end.transient for _, end, _, _ in ends))
+    chunks = costs_of(Layout(pp=2, schedule="interleaved-1f1b", virtual_stages=2), microbatches=4)
+    assert not chunks.last_recompute_least

@@ -1,0 +1,29 @@
+"""The solver of integer programs: HiGHS, or the CBC that pulp ships."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pulp
+
+
+def make_solver(limit_seconds: float, whole: bool = True) -> Any:
+    """HiGHS, or CBC where HiGHS is missing; one thread, no gap, stopped after `limit_seconds`.
+
+    Not `whole`: numbers of layers may be fractions.
+    """
+    highs = pulp.HiGHS(
+        mip=whole,
+        msg=False,
+        gapRel=0.0,
+        threads=1,
+        timeLimit=limit_seconds,
+        primal_feasibility_tolerance=1e-9,
+        mip_feasibility_tolerance=1e-9,
+        mip_pscost_minreliable=2,  # many small nodes: trying branches out costs more than it tells
+    )
+    if highs.available():
+        return highs
+    # The CBC that pulp 3 ships, found by its path: PULP_CBC_CMD would warn that pulp 4 does not ship it.
+    bundled = pulp.apis.coin_api.pulp_cbc_path
+    return pulp.COIN_CMD(path=bundled, mip=whole, msg=False, gapRel=0.0, threads=1, timeLimit=limit_seconds)
