@@ -59,6 +59,11 @@ class InFlight(NamedTuple):
         return self.gradients[chunk] if self.gradients else SUMMED
 
 
+def sums_nothing(moment: InFlight) -> bool:
+    """Whether no chunk has sums of gradients to add to."""
+    return bool(moment.gradients) and SUMMED not in moment.gradients
+
+
 def in_flight(pipeline: Pipeline, part_of_full: bool = False) -> tuple[tuple[InFlight, ...], ...]:
     """Per rank, moments of its list such that no weighted sum (weights >= 0) is larger at any other moment.
 
@@ -105,8 +110,10 @@ def gradients_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
 
 
 def few_microbatches(pipeline: Pipeline) -> bool:
-    """Whether so few are in flight that a rank is fullest while some of its chunks have no gradients yet."""
-    return pipeline.schedule not in BLOCKING and pipeline.microbatches <= pipeline.ranks
+    """Whether so few are in flight that a rank is fullest while some of its chunks have no gradients yet. DualPipeV
+    runs twice as many through its ranks before it repeats itself."""
+    fewest = pipeline.ranks * (2 if pipeline.schedule == "dualpipev" else 1)
+    return pipeline.schedule not in BLOCKING and pipeline.microbatches <= fewest
 
 
 @lru_cache(maxsize=16384)
@@ -159,8 +166,9 @@ def _as_numbers(moment: InFlight) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def _chunks_turned(chunks: int, count: int) -> tuple[InFlight, ...]:
-    """Begin and end of each chunk's first backward, from the last to the first, with `count` microbatches in flight
-    in each chunk not yet done. A chunk evicted in the forward passes is gathered again two chunks before its turn."""
+    """Begin and end of each chunk's first backward and begin of its second, from the last chunk to the first, with
+    `count` microbatches in flight in each chunk not yet done. A chunk evicted in the forward passes is gathered again
+    two chunks before its turn."""
     evicted, moments = range(chunks - STAGES_GATHERED), []
     for turned in reversed(range(chunks)):
         full = tuple(count if chunk <= turned else 0 for chunk in range(chunks))
@@ -169,7 +177,8 @@ def _chunks_turned(chunks: int, count: int) -> tuple[InFlight, ...]:
         before = tuple(AHEAD if ahead else NO_GRADIENTS for ahead in again[:-1])
         after = (REDUCED,) * (chunks - 1 - turned)
         moments.append(InFlight(full, (0,) * chunks, (*before, FIRST_AHEAD if again[-1] else FIRST, *after)))
-        moments.append(InFlight(fewer, (0,) * chunks, (*before, TURNED, *after)))
+        for phase in (TURNED, SUMMED) if count > 1 else (TURNED,):
+            moments.append(InFlight(fewer, (0,) * chunks, (*before, phase, *after)))
     return tuple(moments)
 
 
@@ -185,7 +194,7 @@ def _reducing_by_torch(pipeline: Pipeline) -> tuple[tuple[InFlight, ...], ...]:
         done = [InFlight((0,), (0,), (TURNED,))]
         return (_reducing_as(done),) * pipeline.ranks
     if pipeline.schedule in FORWARDS_FIRST:
-        turned = _chunks_turned(chunks, count)[1::2]
+        turned = [one for one in _chunks_turned(chunks, count) if TURNED in one.gradients]
         done = [one._replace(full=(*one.full[:c], 0, *one.full[c + 1 :])) for c, one in enumerate(reversed(turned))]
         return (_reducing_as(done[::-1]),) * pipeline.ranks
     return tuple(_reducing_as(_done_of_list(pipeline, rank)) for rank in range(pipeline.ranks))

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .in_flight import SUMMED, TURNED, InFlight
+from .in_flight import TURNED, InFlight, sums_nothing
 from .layout import RECOMPUTE_MODES, Layout
 from .memory_bytes import LaterMoment, MemoryBytes, PartMemory
 from .part_seconds import PartSeconds, Seconds
@@ -174,20 +174,14 @@ class LayoutCosts:
         """The rank of the last stage."""
         return self.pipeline.rank_of(self.layout.stages - 1)
 
-    def never_sums(self, rank: int) -> bool:
-        """Whether no gradients are summed on the rank at any of its in-flight moments."""
-        return all(SUMMED not in moment.gradients and moment.gradients for moment in self.in_flight[rank])
-
     def rank_memory(self, rank: int, counts: Sequence[StageCount]) -> MemoryBytes:
         """Itemised bytes of a rank at its peak: the worst of its in-flight vectors."""
         parts = self.rank_parts(rank, counts)
-        state, transient, never_summed = self.fixed_memory[rank], 0.0, self.never_sums(rank)
-        for part, mode in self._passing(parts):
-            transient = max(transient, part.transient_by(mode, never_summed=never_summed))
+        state, passing = self.fixed_memory[rank], self._passing_bytes(parts)
         for _, part, number, _ in parts:
             state = state + part.state * number
-        worst, passing = MemoryBytes(), MemoryBytes(transient=transient)
-        moments = [(vector, passing) for vector in self.backward_moments(rank)]
+        worst = MemoryBytes()
+        moments = [(one, MemoryBytes(transient=passing[sums_nothing(one)])) for one in self.backward_moments(rank)]
         for vector, held in moments + [(one.moment, self._besides(rank, one)) for one in self.later_moments(rank)]:
             for chunk, part, number, mode in parts:
                 held = held + part.held_by(mode) * (number * vector.full[chunk])
@@ -207,12 +201,18 @@ class LayoutCosts:
         """
         return self.layout.pp > 1 and self.layout.virtual_stages == 1
 
-    def _passing(self, parts: Sequence[_RankPart]) -> list[tuple[PartMemory, str]]:
-        """Each part in the modes that count; those of a segment are beside each other, the least first."""
-        if not self.last_recompute_least:
-            return [(part, mode) for _, part, _, mode in parts]
+    def _passing_bytes(self, parts: Sequence[_RankPart]) -> tuple[float, float]:
+        """The most that passes in a backward of these parts, whether or not it `sums_nothing`. Those of a segment are
+        beside each other, the mode of least recomputation first."""
         before = [None, *(part for _, part, _, _ in parts)]
-        return [(part, mode) for (_, part, _, mode), last in zip(parts, before, strict=False) if part is not last]
+        if not self.last_recompute_least:
+            before = [None] * len(before)
+        counted = [(part, mode) for (_, part, _, mode), last in zip(parts, before, strict=False) if part is not last]
+        summed, nothing = (
+            max((part.transient_by(mode, never_summed=first) for part, mode in counted), default=0.0)
+            for first in (False, True)
+        )
+        return summed, nothing
 
     def backward_moments(self, rank: int) -> list[InFlight]:
         """Those at which a backward begins: what passes then depends on the rank's layers."""
@@ -265,14 +265,15 @@ class LayoutCosts:
         return self._moment_bytes(rank, ends, 1)
 
     def _moment_bytes(self, rank: int, parts: Sequence[_RankPart], moments: int | None = None) -> list[float]:
-        fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
-        vectors, never_summed = list(self.in_flight[rank][:moments]), self.never_sums(rank)
+        fixed, kept, passing = self.fixed_memory[rank], 0.0, self._passing_bytes(parts)
+        vectors = list(self.in_flight[rank][:moments])
         reductions = self.reductions[rank] if self.reductions and moments is None else ()
-        besides = [self._besides(rank, self.turned(rank, one)).total if self.is_later(one) else None for one in vectors]
+        besides = [
+            self._besides(rank, self.turned(rank, one)).total if self.is_later(one) else passing[sums_nothing(one)]
+            for one in vectors
+        ]
         besides += [self._besides(rank, one).total for one in reductions]
         vectors += [one.moment for one in reductions]
-        for part, mode in self._passing(parts):
-            transient = max(transient, part.transient_by(mode, never_summed=never_summed))
         held = [0.0] * len(vectors)
         for chunk, part, number, mode in parts:
             totals = part.totals
@@ -283,7 +284,7 @@ class LayoutCosts:
                 held[i] += number * totals.gradients[vector.phase(chunk)][mode]
         beside = fixed.context + fixed.communicators
         slack = 1.0 + self.allocator_slack
-        held = [most + (transient if more is None else more) for most, more in zip(held, besides, strict=True)]
+        held = [most + more for most, more in zip(held, besides, strict=True)]
         return [beside + slack * (fixed.total - beside + kept + most) for most in held]
 
     # ---- an assignment ---------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ class PartMemory:
     `held_weight` between the two halves of a split backward. `left` (`left_selective`, `left_recomputed`) are gathered
     weights that a backward leaves where its activations were, as far as they are more, while gradients are summed.
     `transient` is the most that its backward needs at once beyond what is held, and with recomputation the activations
-    that come back for one layer at a time; `transient_first`, by mode, is that of a rank whose gradients are never
-    summed while others are in flight, where it differs.
+    that come back for one layer at a time; `transient_first`, by mode, is that of a backward that `sums_nothing`,
+    where it differs.
 
     `passing_turned` is what passes, under a pipeline, when all of a chunk has turned but what turns last.
     `at_root` and `reducing` are its gradients, and gathered weights besides `state`, in the two phases of a reduction;

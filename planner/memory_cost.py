@@ -141,9 +141,8 @@ class MemoryModel:
         fsdp = self._software.on_fsdp
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or self._states.frees(layout, reshard))
         gathered = 2 * element * parameters if gathers else 0.0
-        if self._states.after_forwards(layout, reshard):  # two layers' activations are not yet weights that were left
-            late = 0.0 if summed else self._states.gradient_bytes(layout, parameters, layout.shards)
-            gathered = min(gathered, 2 * max(0.0, held - late))
+        if self._states.after_forwards(layout, reshard) and summed:
+            gathered = min(gathered, 2 * held)  # two layers' activations are not yet weights that were left
         start = kept.transient + gathered + whole - held
         if fsdp and self._states.halves_apart(layout):
             start += self._states.narrow_bytes * parameters - self._left_between(kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .in_flight import REDUCING, ROOT, SUMMED, TURNED, InFlight, reducing_by_torch
+from .in_flight import REDUCING, ROOT, SUMMED, TURNED, InFlight, reducing_by_torch, sums_nothing
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts
 from .memory_bytes import LaterMoment, MemoryBytes, PartMemory
@@ -83,5 +83,5 @@ def _surplus(costs: LayoutCosts, rank: int, held: InFlight, one: LaterMoment) ->
         return ends + stays + min(size.total for size in costs.turned(rank, held).besides.values())
     if not reducing:
         return ends + max(part.transient for part in _ends(costs, rank, one.chunk))
-    never_summed = costs.never_sums(rank)
-    return ends + stays + min(part.transient_by(mode, never_summed=never_summed) for part, mode in layers)
+    first = sums_nothing(held)
+    return ends + stays + min(part.transient_by(mode, never_summed=first) for part, mode in layers)

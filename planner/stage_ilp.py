@@ -51,6 +51,7 @@ import pulp
 
 from .bounds import most_layers
 from .ilp_solver import make_solver
+from .in_flight import sums_nothing
 from .layout import RECOMPUTE_MODES
 from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import LaterMoment
@@ -198,40 +199,38 @@ class Program:
         freed = pulp.lpSum(n for (_, _, way), n in self.n.items() if way[1] is not False)
         self.problem += freed >= 1, "some_stage_frees"
 
-    def transient_in_use(self) -> dict[int, pulp.LpVariable]:
-        """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has."""
+    def transient_in_use(self, first: bool) -> dict[int, pulp.LpVariable]:
+        """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has. `first`:
+        in backwards that sum no gradients."""
         slack, y = 1.0 + self.costs.allocator_slack, dict[int, pulp.LpVariable]()
         for q in range(self.costs.layout.pp):
             # Of its ends alone: what passes whatever a rank holds is among its fixed bytes.
-            never_summed = self.costs.never_sums(q)
             least = max((end.transient for _, end, _, _ in self.costs.end_parts(q)), default=0.0)
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
-                each = [
-                    segment.memory.transient_by(way[0], never_summed=never_summed) for _, way, segment in self._layers()
-                ]
+                each = [segment.memory.transient_by(way[0], never_summed=first) for _, way, segment in self._layers()]
                 least = max(least, min(each))
-            y[q] = self.problem.add_variable(f"y_{q}", slack * least / self.limit_bytes)
+            y[q] = self.problem.add_variable(f"y_{q}_{first}", slack * least / self.limit_bytes)
             for k, way, segment in self._layers():
-                transient = segment.memory.transient_by(way[0], never_summed=never_summed)
+                transient = segment.memory.transient_by(way[0], never_summed=first)
                 if transient <= least:
                     continue
-                name = "_".join((str(q), str(k), *_name(way)))
+                name = "_".join((str(q), str(k), *_name(way), str(first)))
                 u = self.problem.add_variable(f"u_{name}", cat=pulp.LpBinary)
                 held = [self.n[s, k, way] for s in self.costs.layout.stages_of(q)]
                 most = min(segment.layers, self._most[k] * len(held))
                 self.problem += pulp.lpSum(held) <= most * u, f"used_{name}"
-                others = self._lesser_in_use(q, k, way) if self.costs.last_recompute_least else ()
+                others = self._lesser_in_use(q, k, way, name) if self.costs.last_recompute_least else ()
                 share = slack * transient / self.limit_bytes
                 self.problem += y[q] >= share * (u - pulp.lpSum(others)), f"transient_{name}"
         return y
 
-    def _lesser_in_use(self, rank: int, k: int, way: Way) -> list[pulp.LpVariable]:
+    def _lesser_in_use(self, rank: int, k: int, way: Way, name: str) -> list[pulp.LpVariable]:
         """For each mode that recomputes less, 1 at most, and where the rank's stage has a layer so."""
         found, (stage,) = [], self.costs.layout.stages_of(rank)
         for lesser in RECOMPUTE_MODES[: RECOMPUTE_MODES.index(way[0])]:
             if (lesser_n := self.n.get((stage, k, (lesser, way[1])))) is None:
                 continue
-            w = self.problem.add_variable("_".join(("w", str(rank), str(k), *_name(way), lesser)), 0, 1)
+            w = self.problem.add_variable(f"w_{name}_{lesser}", 0, 1)
             self.problem += w <= lesser_n, f"lesser_{w.name}"
             found.append(w)
         return found
@@ -239,13 +238,16 @@ class Program:
     def fits_memory(self) -> None:
         """Bytes as a share of the limit, one row for each in-flight vector of each rank."""
         costs, slack, nothing = self.costs, 1.0 + self.costs.allocator_slack, empty_counts(self.costs)
-        transient = self.transient_in_use()
+        differs = any(segment.memory.transient_first for _, _, segment in self._layers())
+        of_all = [one for q in range(costs.layout.pp) for one in costs.backward_moments(q)]
+        kinds = {differs and sums_nothing(one) for one in of_all}
+        transient = {first: self.transient_in_use(first) for first in kinds}
         for q in range(costs.layout.pp):
             ends = costs.rank_parts(q, nothing)
             fixed = costs.fixed_memory[q]
             kept = fixed.context + fixed.communicators + slack * (fixed.total - fixed.context - fixed.communicators)
             kept += slack * sum(part.state.total for _, part, _, _ in ends)
-            moments = [(vector, transient[q]) for vector in costs.backward_moments(q)]
+            moments = [(one, transient[differs and sums_nothing(one)][q]) for one in costs.backward_moments(q)]
             moments += [(one.moment, self._besides(q, one)) for one in costs.later_moments(q)]
             for number, (vector, besides) in enumerate(moments):
                 held = sum(

@@ -61,14 +61,15 @@ def test_what_turns_last_passes_before_its_gradients_are_there() -> None:
     for sequence, modes in ((16, ("none", "full")), (1, ("full",))):
         costs = costs_of(Layout(pp=4, schedule="gpipe"), microbatches=4, sequence=sequence, precision="fp32")
         (segment,) = costs.segments
-        layer, (first, turned) = segment.memory, costs.in_flight[1]
+        layer, (first, turned, summed) = segment.memory, costs.in_flight[1]
         whole = layer.held.total + layer.transient
         assert layer.passing_turned == max(0.0, whole - layer.summed.total)
         assert (layer.passing_turned == 0.0) == (sequence == 1)
         for mode in modes:
-            begin, end, *_ = costs.moment_bytes(1, even(costs, mode))
+            begin, end, again, *_ = costs.moment_bytes(1, even(costs, mode))
+            assert again - end == pytest.approx(layer.transient_by(mode) - layer.passing_turned)
             held = layer.held_by(mode).total
-            assert (first.full, turned.full) == ((4,), (3,))
+            assert (first.full, turned.full, summed.full) == ((4,), (3,), (3,))
             assert end - begin == pytest.approx(
                 layer.summed.total + layer.passing_turned - held - layer.transient_by(mode)
             )
