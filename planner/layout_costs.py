@@ -15,7 +15,7 @@ are more than those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -66,8 +66,9 @@ _RankPart = tuple[int, PartMemory, int, str]
 class LayoutCosts:
     """One layout, priced. `microbatch` is what a microbatch costs any stage besides its layers.
 
-    `fixed_memory`, `in_flight` and `reductions` have an entry a pipeline rank: of `in_flight` the vectors of [Note:
-    In-flight activations] of which none is below another, of `reductions` the moments at which a rank may be fuller.
+    `fixed_memory` and `in_flight` have an entry a pipeline rank, the latter the vectors of [Note: In-flight
+    activations] of which none is below another. `find_reductions` tells of each rank the moments at which it may be
+    fuller.
 
     Where stages choose ([Note: Resharding]) `reshard` has each one's choice, and `choices` the layers by it; `segments`
     then have no more seconds and bytes than either, for bounds. `receives_early` is how the pipeline runs ([Note: Early
@@ -90,7 +91,12 @@ class LayoutCosts:
     reshard: tuple[bool | None, ...] = ()
     choices: tuple[tuple[bool | None, tuple[SegmentCosts, ...]], ...] = ()
     receives_early: bool = False
-    reductions: tuple[tuple[LaterMoment, ...], ...] = ()
+    find_reductions: Callable[[LayoutCosts], tuple[tuple[LaterMoment, ...], ...]] | None = None
+
+    @cached_property
+    def reductions(self) -> tuple[tuple[LaterMoment, ...], ...]:
+        """Found when first asked for: bounds rule most layouts out without them."""
+        return self.find_reductions(self) if self.find_reductions else ()
 
     def segments_if(self, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so."""
@@ -267,7 +273,7 @@ class LayoutCosts:
     def _moment_bytes(self, rank: int, parts: Sequence[_RankPart], moments: int | None = None) -> list[float]:
         fixed, kept, passing = self.fixed_memory[rank], 0.0, self._passing_bytes(parts)
         vectors = list(self.in_flight[rank][:moments])
-        reductions = self.reductions[rank] if self.reductions and moments is None else ()
+        reductions = self.reductions[rank] if moments is None and self.reductions else ()
         besides = [
             self._besides(rank, self.turned(rank, one)).total if self.is_later(one) else passing[sums_nothing(one)]
             for one in vectors

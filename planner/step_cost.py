@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 
 from profiles.cluster import ClusterSpec
@@ -85,7 +86,7 @@ class CostModel:
             costs = replace(costs, reshard=chosen, choices=choices)
         if not self._software.on_fsdp:
             return costs
-        return replace(costs, reductions=reduction_moments(costs, over=memory.summed_alone(layout) > 0.0))
+        return replace(costs, find_reductions=partial(reduction_moments, over=memory.summed_alone(layout) > 0.0))
 
     def _segments(self, layout: Layout, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so ([Note: Resharding])."""

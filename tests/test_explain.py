@@ -139,7 +139,7 @@ def test_each_help_is_a_search_of_the_changed_question() -> None:
         assert each.gain == pytest.approx(FOUND.prediction.step_seconds / 128 * tokens / seconds - 1)
         assert each.gain >= -1e-9
     gains = {each.change: each.gain for each in FOUND.helps}
-    assert gains["device memory +10%"] > 0.01  # it recomputes to fit
+    assert gains["device memory +10%"] > 0.005  # it recomputes to fit
     assert gains["compute +10%"] > 0.01
 
 

@@ -109,6 +109,7 @@ def test_moments_left_out_are_never_the_fullest(monkeypatch: pytest.MonkeyPatch,
                 if keep_all:
                     patch.setattr(reduction_moments, "_may_be_fuller", lambda *_: True)
                 of_all[keep_all] = costs_of(layout, microbatches=microbatches, sequence=sequence)
+                assert len(of_all[keep_all].reductions) == layout.pp  # found now
         some, every = of_all[False], of_all[True]
         left_out += sum(map(len, every.reductions)) - sum(map(len, some.reductions))
         for mode, rank in product(("none", "selective", "full"), range(layout.pp)):
