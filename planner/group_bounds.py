@@ -32,6 +32,7 @@ def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Quest
     Schedules whose parts cost the same have one bound: with the fewest chunks, the most stages to share the backwards,
     no waits for messages, and backwards split if any of them splits them.
     """
+    (group,) = group.by_state()  # with a base that is in this state
     numbers: dict[str, list[int]] = {}
     for schedule, chunks in group.pipelines:
         numbers.setdefault(schedule, []).append(chunks)

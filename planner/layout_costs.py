@@ -248,6 +248,18 @@ class LayoutCosts:
         stage = self.layout.stages_of(rank)[one.chunk]
         return one.besides[self.reshard[stage] if self.reshard else None]
 
+    @cached_property
+    def _turned_bytes(self) -> list[list[float | None]]:
+        """`_besides` of each rank's in-flight vectors, in all; None where a backward begins."""
+        return [
+            [self._besides(rank, self.turned(rank, one)).total if self.is_later(one) else None for one in vectors]
+            for rank, vectors in enumerate(self.in_flight)
+        ]
+
+    @cached_property
+    def _reduction_bytes(self) -> list[list[float]]:
+        return [[self._besides(rank, one).total for one in moments] for rank, moments in enumerate(self.reductions)]
+
     def memory(self, counts: Sequence[StageCount]) -> list[MemoryBytes]:
         """Itemised peak bytes of each pipeline rank."""
         return [self.rank_memory(rank, counts) for rank in range(self.layout.pp)]
@@ -273,14 +285,13 @@ class LayoutCosts:
     def _moment_bytes(self, rank: int, parts: Sequence[_RankPart], moments: int | None = None) -> list[float]:
         fixed, kept, passing = self.fixed_memory[rank], 0.0, self._passing_bytes(parts)
         vectors = list(self.in_flight[rank][:moments])
-        reductions = self.reductions[rank] if moments is None and self.reductions else ()
-        besides = [
-            self._besides(rank, self.turned(rank, one)).total if self.is_later(one) else passing[sums_nothing(one)]
-            for one in vectors
+        held = [
+            passing[sums_nothing(vector)] if turned is None else turned
+            for vector, turned in zip(vectors, self._turned_bytes[rank], strict=False)
         ]
-        besides += [self._besides(rank, one).total for one in reductions]
-        vectors += [one.moment for one in reductions]
-        held = [0.0] * len(vectors)
+        if moments is None and self.reductions:
+            vectors += [one.moment for one in self.reductions[rank]]
+            held += self._reduction_bytes[rank]
         for chunk, part, number, mode in parts:
             totals = part.totals
             kept += totals.state * number
@@ -290,7 +301,6 @@ class LayoutCosts:
                 held[i] += number * totals.gradients[vector.phase(chunk)][mode]
         beside = fixed.context + fixed.communicators
         slack = 1.0 + self.allocator_slack
-        held = [most + more for most, more in zip(held, besides, strict=True)]
         return [beside + slack * (fixed.total - beside + kept + most) for most in held]
 
     # ---- an assignment ---------------------------------------------------------------------------------

@@ -251,18 +251,17 @@ class Program:
             moments += [(one.moment, self._besides(q, one)) for one in costs.later_moments(q)]
             for number, (vector, besides) in enumerate(moments):
                 held = sum(
-                    part.held.total * vector.full[c]
-                    + part.held_weight.total * vector.weight_only[c]
+                    part.totals.held["none"] * vector.full[c]
+                    + part.totals.held_weight * vector.weight_only[c]
                     + part.totals.gradients[vector.phase(c)]["none"]
                     for c, part, _, _ in ends
                 )
                 terms: dict[pulp.LpVariable, float] = {}
                 for c, s in enumerate(costs.layout.stages_of(q)):
                     for k, way, segment in self._layers():
-                        memory, mode = segment.memory, way[0]
-                        each = memory.state.total + memory.totals.gradients[vector.phase(c)][mode]
-                        each += memory.held_by(mode).total * vector.full[c]
-                        each += memory.held_weight.total * vector.weight_only[c]
+                        totals, mode = segment.memory.totals, way[0]
+                        each = totals.state + totals.gradients[vector.phase(c)][mode]
+                        each += totals.held[mode] * vector.full[c] + totals.held_weight * vector.weight_only[c]
                         terms[self.n[s, k, way]] = slack * each / self.limit_bytes
                 row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes)
                 self.problem += row + besides <= 1.0, f"fits_memory_{q}_{number}"
