@@ -129,13 +129,13 @@ class MemoryModel:
         activations are `whole` once what it recomputes has come back. `summed`: gradients are there already.
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it; under a pipeline where nothing has
-        been left of them, or activations are more than what has. Where each microbatch's gradients
-        are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
-        `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
-        before reduced last, the root group. At the end of the backward this layer's activations are gone too, and its
-        gradients are there in the compute precision. Where gradients are reduced after
-        the last microbatch, input and output of one layer's reduction come on top of all sums, when all is gone that
-        an even share of the layers gathers and holds.
+        been left of them, or activations are more than what has. Under a pipeline gradients are reduced when the
+        backwards are over (`reduction_moments`). Without one, where each microbatch's gradients are reduced, what went
+        into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13, `reduce_scatter_state`),
+        but that layer's activations are gone; for the last layer it is what the microbatch before reduced last, the
+        root group. At the end of the backward this layer's activations are gone too, and its gradients are there in the
+        compute precision. Where gradients are reduced after the last microbatch, input and output of one layer's
+        reduction come on top of all sums, when all is gone that the layers gather and hold.
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
