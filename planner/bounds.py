@@ -31,10 +31,10 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 from .in_flight import least_of_any_chunks
 from .layout_costs import LayoutCosts, SegmentCosts, StageCount
+from .least_memory import LeastBytes
 from .memory_bytes import PartMemory
 from .part_seconds import PartSeconds
 from .rank_limits import ROUNDING, Moment, NoLimit, RankLimits, certain_chunks, rank_limits
@@ -43,17 +43,6 @@ from .simulation import blocked_sends, late_forwards
 
 # What passes before and after each rank works.
 Around = tuple[list[float], list[float]]
-
-
-class LeastBytes(NamedTuple):
-    """Whatever the chunks: layers of the commonest segment, one of them, embedding and head, and each rank's phase of
-    gradients."""
-
-    layers: int
-    layer: PartMemory
-    embedding: PartMemory
-    head: PartMemory
-    phases: tuple[str, ...]
 
 
 def fits(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> bool:

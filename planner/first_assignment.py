@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 from .bounds import fits
 from .layout import RECOMPUTE_MODES
@@ -167,7 +167,7 @@ def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[
     recomputes all it may.
     """
     if costs.layout.virtual_stages == 1 and len(costs.segments) == 1:
-        counts = _roomiest_assignment(costs, modes or ("none",))
+        costs, counts = _roomiest_assignment(costs, modes or ("none",))
     else:
         dearest = sorted(modes, key=lambda mode: min(s.memory.held_by(mode).total for s in costs.segments))[:1]
         counts = first_assignment(costs, limit_bytes, dearest or ("none",))
@@ -176,16 +176,18 @@ def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[
     return worst, missing[worst]
 
 
-def _roomiest_assignment(costs: LayoutCosts, modes: Sequence[str]) -> tuple[StageCount, ...]:
-    """The assignment whose fullest rank holds least: bytes of a rank rise with its layers."""
+def _roomiest_assignment(costs: LayoutCosts, modes: Sequence[str]) -> tuple[LayoutCosts, tuple[StageCount, ...]]:
+    """The assignment whose fullest rank holds least, and each stage's choice: bytes of a rank rise with its layers."""
     stages, nothing = costs.layout.pp, [tuple(Blocks() for _ in costs.segments)] * costs.layout.stages
+    choices = RESHARD_CHOICES[1:] if costs.choices else (None,)
+    alike = {each: replace(costs, reshard=(each,) * stages) if costs.choices else costs for each in choices}
 
-    def least(stage: int, layers: int) -> tuple[float, StageCount]:
+    def least(stage: int, layers: int) -> tuple[float, StageCount, bool | None]:
         found = []
-        for mode in modes:
+        for (choice, chosen), mode in product(alike.items(), modes):
             held: StageCount = (Blocks(**{mode: layers}),)
             counts = [*nothing[:stage], held, *nothing[stage + 1 :]]
-            found.append((costs.rank_bytes(stage, counts), held))
+            found.append((chosen.rank_bytes(stage, counts), held, choice))
         return min(found, key=lambda option: option[0])
 
     numbers = [1 if 0 < stage < stages - 1 else 0 for stage in range(stages)]
@@ -195,4 +197,7 @@ def _roomiest_assignment(costs: LayoutCosts, modes: Sequence[str]) -> tuple[Stag
         _, stage = heapq.heappop(heap)
         numbers[stage] += 1
         heapq.heappush(heap, (least(stage, numbers[stage] + 1)[0], stage))
-    return tuple(least(stage, layers)[1] for stage, layers in enumerate(numbers))
+    best = [least(stage, layers) for stage, layers in enumerate(numbers)]
+    if costs.choices:
+        costs = replace(costs, reshard=tuple(choice for _, _, choice in best))
+    return costs, tuple(held for _, held, _ in best)

@@ -23,7 +23,7 @@ def one_state_each(group: LayoutGroup) -> Iterator[LayoutGroup]:
 
 def states_too_large(prices: CostModel, group: LayoutGroup, question: Question) -> bool:
     """Whether weights, gradients and optimizer alone, of a group with one state, are more than its ranks hold."""
-    return prices.least_state_bytes(group) > group.base.pp * question.limit_bytes * (1 + ROUNDING)
+    return prices.least_memory.state_bytes(group) > group.base.pp * question.limit_bytes * (1 + ROUNDING)
 
 
 def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Question) -> float:
@@ -32,6 +32,7 @@ def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Quest
     Schedules whose parts cost the same have one bound: with the fewest chunks, the most stages to share the backwards,
     no waits for messages, and backwards split if any of them splits them.
     """
+    (group,) = group.by_state()  # with a base that is in this state
     numbers: dict[str, list[int]] = {}
     for schedule, chunks in group.pipelines:
         numbers.setdefault(schedule, []).append(chunks)
@@ -59,7 +60,7 @@ def least_of_one_state(
     of_schedule = group.base.but(schedule=schedule, virtual_stages=min(chunks))
     modes, limit = recompute_modes(of_schedule, question.rules), question.limit_bytes
     # Bytes first: they take a fraction of what seconds do, and rule out most groups where memory is short.
-    sizes, slack = prices.least_bytes(of_schedule, chunks), prices.slack
+    sizes, slack = prices.least_memory.part_bytes(of_schedule, chunks), prices.slack
     held = held_by_ends(of_schedule.pipeline(of_schedule.microbatches(question.job.global_batch)), chunks, sizes, slack)
     if layers_held(sizes.layer, held, limit, slack, modes) < sizes.layers:
         return None

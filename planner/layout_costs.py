@@ -15,13 +15,13 @@ are more than those.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .in_flight import SUMMED, InFlight
+from .in_flight import TURNED, InFlight, sums_nothing
 from .layout import RECOMPUTE_MODES, Layout
-from .memory_bytes import MemoryBytes, PartMemory
+from .memory_bytes import LaterMoment, MemoryBytes, PartMemory
 from .part_seconds import PartSeconds, Seconds
 from .schedule import Pipeline
 from .simulation import Simulation, StageSeconds, simulate
@@ -67,7 +67,8 @@ class LayoutCosts:
     """One layout, priced. `microbatch` is what a microbatch costs any stage besides its layers.
 
     `fixed_memory` and `in_flight` have an entry a pipeline rank, the latter the vectors of [Note: In-flight
-    activations] of which none is below another.
+    activations] of which none is below another. `find_reductions` tells of each rank the moments at which it may be
+    fuller.
 
     Where stages choose ([Note: Resharding]) `reshard` has each one's choice, and `choices` the layers by it; `segments`
     then have no more seconds and bytes than either, for bounds. `receives_early` is how the pipeline runs ([Note: Early
@@ -90,6 +91,12 @@ class LayoutCosts:
     reshard: tuple[bool | None, ...] = ()
     choices: tuple[tuple[bool | None, tuple[SegmentCosts, ...]], ...] = ()
     receives_early: bool = False
+    find_reductions: Callable[[LayoutCosts], tuple[tuple[LaterMoment, ...], ...]] | None = None
+
+    @cached_property
+    def reductions(self) -> tuple[tuple[LaterMoment, ...], ...]:
+        """Found when first asked for: bounds rule most layouts out without them."""
+        return self.find_reductions(self) if self.find_reductions else ()
 
     def segments_if(self, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so."""
@@ -173,20 +180,15 @@ class LayoutCosts:
         """The rank of the last stage."""
         return self.pipeline.rank_of(self.layout.stages - 1)
 
-    def never_sums(self, rank: int) -> bool:
-        """Whether no gradients are summed on the rank at any of its in-flight moments."""
-        return all(SUMMED not in moment.gradients and moment.gradients for moment in self.in_flight[rank])
-
     def rank_memory(self, rank: int, counts: Sequence[StageCount]) -> MemoryBytes:
         """Itemised bytes of a rank at its peak: the worst of its in-flight vectors."""
         parts = self.rank_parts(rank, counts)
-        state, transient, never_summed = self.fixed_memory[rank], 0.0, self.never_sums(rank)
-        for _, part, number, mode in parts:
+        state, passing = self.fixed_memory[rank], self._passing_bytes(parts)
+        for _, part, number, _ in parts:
             state = state + part.state * number
-            transient = max(transient, part.transient_by(mode, never_summed=never_summed))
         worst = MemoryBytes()
-        for vector in self.in_flight[rank]:
-            held = MemoryBytes()
+        moments = [(one, MemoryBytes(transient=passing[sums_nothing(one)])) for one in self.backward_moments(rank)]
+        for vector, held in moments + [(one.moment, self._besides(rank, one)) for one in self.later_moments(rank)]:
             for chunk, part, number, mode in parts:
                 held = held + part.held_by(mode) * (number * vector.full[chunk])
                 held = held + part.gradients_by(vector.phase(chunk), mode) * number
@@ -194,7 +196,69 @@ class LayoutCosts:
                     held = held + part.held_weight * (number * vector.weight_only[chunk])
             if held.total >= worst.total:
                 worst = held
-        return (state + worst + MemoryBytes(transient=transient)).with_slack(self.allocator_slack)
+        return (state + worst).with_slack(self.allocator_slack)
+
+    @property
+    def last_recompute_least(self) -> bool:
+        """Whether what passes in a stage's backward is what passes in the layers of each segment that recompute least.
+
+        They come first in a backward. When it is another's turn their activations of the microbatch are gone, which are
+        no less than what it recomputes. Without a pipeline, and with several chunks, all modes count.
+        """
+        return self.layout.pp > 1 and self.layout.virtual_stages == 1
+
+    def _passing_bytes(self, parts: Sequence[_RankPart]) -> tuple[float, float]:
+        """The most that passes in a backward of these parts, whether or not it `sums_nothing`. Those of a segment are
+        beside each other, the mode of least recomputation first."""
+        before = [None, *(part for _, part, _, _ in parts)]
+        if not self.last_recompute_least:
+            before = [None] * len(before)
+        counted = [(part, mode) for (_, part, _, mode), last in zip(parts, before, strict=False) if part is not last]
+        summed, nothing = (
+            max((part.transient_by(mode, never_summed=first) for part, mode in counted), default=0.0)
+            for first in (False, True)
+        )
+        return summed, nothing
+
+    def backward_moments(self, rank: int) -> list[InFlight]:
+        """Those at which a backward begins: what passes then depends on the rank's layers."""
+        return [vector for vector in self.in_flight[rank] if not self.is_later(vector)]
+
+    def is_later(self, vector: InFlight) -> bool:
+        """Whether a chunk of a pipeline's rank has turned; without a pipeline that is like the begin of a backward."""
+        return TURNED in vector.gradients and self.layout.pp > 1
+
+    def later_moments(self, rank: int) -> list[LaterMoment]:
+        """The others, and those of its reductions."""
+        turned = [self.turned(rank, vector) for vector in self.in_flight[rank] if self.is_later(vector)]
+        return turned + list(self.reductions[rank] if self.reductions else ())
+
+    def turned(self, rank: int, vector: InFlight) -> LaterMoment:
+        """The moment with what passes when a chunk has turned."""
+        chunk = vector.gradients.index(TURNED)
+        end = max((part.passing_turned for of, part, _, _ in self.end_parts(rank) if of == chunk), default=0.0)
+        besides: dict[bool | None, MemoryBytes] = {}
+        for choice, segments in self.choices or ((None, self.segments),):
+            passing = max(end, *(segment.memory.passing_turned for segment in segments))
+            besides[choice] = MemoryBytes(transient=passing)
+        return LaterMoment(vector, chunk, besides)
+
+    def _besides(self, rank: int, one: LaterMoment) -> MemoryBytes:
+        """What a rank has at the moment besides its parts."""
+        stage = self.layout.stages_of(rank)[one.chunk]
+        return one.besides[self.reshard[stage] if self.reshard else None]
+
+    @cached_property
+    def _turned_bytes(self) -> list[list[float | None]]:
+        """`_besides` of each rank's in-flight vectors, in all; None where a backward begins."""
+        return [
+            [self._besides(rank, self.turned(rank, one)).total if self.is_later(one) else None for one in vectors]
+            for rank, vectors in enumerate(self.in_flight)
+        ]
+
+    @cached_property
+    def _reduction_bytes(self) -> list[list[float]]:
+        return [[self._besides(rank, one).total for one in moments] for rank, moments in enumerate(self.reductions)]
 
     def memory(self, counts: Sequence[StageCount]) -> list[MemoryBytes]:
         """Itemised peak bytes of each pipeline rank."""
@@ -205,31 +269,39 @@ class LayoutCosts:
         return max(self.moment_bytes(rank, counts))
 
     def moment_bytes(self, rank: int, counts: Sequence[StageCount]) -> list[float]:
-        """Bytes of a rank at each of its in-flight vectors."""
+        """Bytes of a rank at each of its in-flight vectors and then of its reductions."""
         return self._moment_bytes(rank, self.rank_parts(rank, counts))
 
     def end_moment_bytes(self, rank: int) -> list[float]:
-        """The same of a rank without layers: one moment where its ends hold no activations."""
+        """The same of a rank without layers, but for its reductions: one moment where its ends hold no activations, nor
+        gradients at some."""
         ends = self.end_parts(rank)
-        if any(part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends):
-            return self._moment_bytes(rank, ends)
+        if (ends and self.in_flight[rank][0].gradients) or any(
+            part.totals.held["none"] or part.totals.held_weight for _, part, _, _ in ends
+        ):
+            return self._moment_bytes(rank, ends, len(self.in_flight[rank]))
         return self._moment_bytes(rank, ends, 1)
 
     def _moment_bytes(self, rank: int, parts: Sequence[_RankPart], moments: int | None = None) -> list[float]:
-        fixed, kept, transient = self.fixed_memory[rank], 0.0, 0.0
-        vectors, never_summed = self.in_flight[rank][:moments], self.never_sums(rank)
-        held = [0.0] * len(vectors)
+        fixed, kept, passing = self.fixed_memory[rank], 0.0, self._passing_bytes(parts)
+        vectors = list(self.in_flight[rank][:moments])
+        held = [
+            passing[sums_nothing(vector)] if turned is None else turned
+            for vector, turned in zip(vectors, self._turned_bytes[rank], strict=False)
+        ]
+        if moments is None and self.reductions:
+            vectors += [one.moment for one in self.reductions[rank]]
+            held += self._reduction_bytes[rank]
         for chunk, part, number, mode in parts:
             totals = part.totals
             kept += totals.state * number
-            transient = max(transient, part.transient_by(mode, never_summed=never_summed))
             each, weight = number * totals.held[mode], number * totals.held_weight
             for i, vector in enumerate(vectors):
                 held[i] += each * vector.full[chunk] + weight * vector.weight_only[chunk]
                 held[i] += number * totals.gradients[vector.phase(chunk)][mode]
         beside = fixed.context + fixed.communicators
         slack = 1.0 + self.allocator_slack
-        return [beside + slack * (fixed.total - beside + kept + most + transient) for most in held]
+        return [beside + slack * (fixed.total - beside + kept + most) for most in held]
 
     # ---- an assignment ---------------------------------------------------------------------------------
 

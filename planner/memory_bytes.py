@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
-from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, SUMMED
+from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, REDUCING, ROOT, SUMMED, TURNED, InFlight
 from .layout import RECOMPUTE_MODES
 
 
@@ -49,6 +50,15 @@ class MemoryBytes:
 NO_BYTES = MemoryBytes()
 
 
+class LaterMoment(NamedTuple):
+    """A moment at which a rank's chunk has turned or is reduced, and what the rank has then besides its parts, whatever
+    its layers, by the choice of that chunk's stage ([Note: Resharding] in layout_costs.py)."""
+
+    moment: InFlight
+    chunk: int
+    besides: Mapping[bool | None, MemoryBytes]
+
+
 class _GradientBytes(dict[str, dict[str, float]]):
     """Bytes of gradients by phase and by mode, each phase summed up when it is first asked for: most never are."""
 
@@ -75,16 +85,20 @@ class PartTotals:
 class PartMemory:
     """What one part of the model (a layer, the embedding, the head) adds to its rank.
 
-    `state` is always there. `summed` and `reduced` are gradients in these phases ([Note: Gradients of a chunk]), and
-    `first`, by mode, is how much more they are, with weights that stay besides, than the activations whose place they
-    take. `ahead` is its weights where its chunk was gathered ahead and they are not in `state` anyway.
+    `state` is always there. `first`, `turned`, `summed` and `reduced` are gradients in these phases ([Note: Gradients
+    of a chunk]), `turned` with gathered weights that the first backward leaves besides. `ahead` is its weights where
+    its chunk was gathered ahead and they are not in `state` anyway.
 
     `held` per in-flight microbatch without recomputation, `held_selective` and `held_recomputed` with it,
     `held_weight` between the two halves of a split backward. `left` (`left_selective`, `left_recomputed`) are gathered
     weights that a backward leaves where its activations were, as far as they are more, while gradients are summed.
     `transient` is the most that its backward needs at once beyond what is held, and with recomputation the activations
-    that come back for one layer at a time; `transient_first`, by mode, is that of a rank whose gradients are never
-    summed while others are in flight, where it differs.
+    that come back for one layer at a time; `transient_first`, by mode, is that of a backward that `sums_nothing`,
+    where it differs.
+
+    `passing_turned` is what passes, under a pipeline, when all of a chunk has turned but what turns last.
+    `at_root` and `reducing` are its gradients, and gathered weights besides `state`, in the two phases of a reduction;
+    `reduction` is what its own has beyond those of its chunk.
     """
 
     state: MemoryBytes = NO_BYTES
@@ -100,9 +114,14 @@ class PartMemory:
     left_recomputed: float = 0.0
     summed: MemoryBytes = NO_BYTES
     reduced: MemoryBytes = NO_BYTES
-    first: Mapping[str, MemoryBytes] = field(default_factory=dict[str, MemoryBytes])
+    first: MemoryBytes = NO_BYTES
+    turned: MemoryBytes = NO_BYTES
     ahead: float = 0.0
     transient_first: Mapping[str, float] = field(default_factory=dict[str, float])
+    passing_turned: float = 0.0
+    at_root: MemoryBytes = NO_BYTES
+    reducing: MemoryBytes = NO_BYTES
+    reduction: float = 0.0
 
     @cached_property
     def totals(self) -> PartTotals:
@@ -126,10 +145,15 @@ class PartMemory:
         if phase == AHEAD:
             return MemoryBytes(gathered_weights=self.ahead)
         if phase == FIRST:
-            return self.first.get(mode, NO_BYTES)
+            return self.first
         if phase == FIRST_AHEAD:
-            first = self.first.get(mode, NO_BYTES)
-            return replace(first, gathered_weights=max(first.gathered_weights, self.ahead))
+            return self.first + MemoryBytes(gathered_weights=self.ahead)
+        if phase == TURNED:
+            return self.turned
+        if phase == ROOT:
+            return self.at_root
+        if phase == REDUCING:
+            return self.reducing
         if phase == SUMMED:
             left = self.left_by(mode)
             return self.summed + MemoryBytes(gathered_weights=left) if left else self.summed

@@ -61,7 +61,16 @@ class MemoryModel:
             transient_selective=most["selective"],
             transient_recomputed=most["full"],
             transient_first=passing(summed=False) if self._states.after_forwards(layout, reshard) else {},
+            passing_turned=self._passing_turned(layout, dense + expert, kept, reshard),
         )
+
+    def _passing_turned(self, layout: Layout, parameters: float, kept: KeptBytes, reshard: bool | None) -> float:
+        """What a chunk's first layer, which turns last, has when its backward begins beyond what it leaves: all that it
+        recomputes has come back, and its gradients are not there yet."""
+        whole, states = kept.transient + kept.none, self._states
+        if states.frees(layout, reshard) and layout.zero == 3 and not states.after_forwards(layout, reshard):
+            whole += self._element_bytes * parameters
+        return max(0.0, whole - states.summed(layout, parameters).total)
 
     def block_standing(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
         """The same without what passes in a backward, which is most of the work.
@@ -84,7 +93,8 @@ class MemoryModel:
             state = state + states.of(layout, expert, expert=True, frees=frees)
         modes = (kept.none, kept.selective, kept.full)
         held = [MemoryBytes(activations=bytes_) for bytes_ in modes]
-        first = [states.first(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
+        turned = states.turned(layout, dense, expert, reshard)
+        gathered = state.gathered_weights + turned.gathered_weights
         left = [states.left(layout, dense + expert, bytes_, reshard) for bytes_ in modes]
         return PartMemory(
             state=state,
@@ -97,7 +107,10 @@ class MemoryModel:
             left_recomputed=left[2],
             summed=states.summed(layout, dense, expert),
             reduced=states.reduced(layout, dense, expert),
-            first=dict(zip(RECOMPUTE_MODES, first, strict=True)),
+            turned=turned,
+            at_root=turned,
+            reducing=turned,
+            reduction=states.reduction(layout, dense + expert, gathered),
             ahead=self._element_bytes * (dense + expert) if frees and not layout.stages_choose else 0.0,
         )
 
@@ -116,45 +129,41 @@ class MemoryModel:
         activations are `whole` once what it recomputes has come back. `summed`: gradients are there already.
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it; under a pipeline where nothing has
-        been left of them, or activations are more than what has. Where each microbatch's gradients
-        are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
-        `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
-        before reduced last, the root group. At the end of the backward this layer's activations are gone too, and its
-        gradients are there in the compute precision. Where gradients are reduced after
-        the last microbatch, input and output of one layer's reduction come on top of all sums, when all is gone that
-        an even share of the layers gathers and holds.
+        been left of them, or activations are more than what has. Under a pipeline gradients are reduced when the
+        backwards are over (`reduction_moments`). Without one, where each microbatch's gradients are reduced, what went
+        into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13, `reduce_scatter_state`),
+        but that layer's activations are gone; for the last layer it is what the microbatch before reduced last, the
+        root group. At the end of the backward this layer's activations are gone too, and its gradients are there in the
+        compute precision. Where gradients are reduced after the last microbatch, input and output of one layer's
+        reduction come on top of all sums, when all is gone that the layers gather and hold.
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or self._states.frees(layout, reshard))
         gathered = 2 * element * parameters if gathers else 0.0
-        if self._states.after_forwards(layout, reshard):  # two layers' activations are not yet weights that were left
-            late = 0.0 if summed else self._states.gradient_bytes(layout, parameters, layout.shards)
-            gathered = min(gathered, 2 * max(0.0, held - late))
+        if self._states.after_forwards(layout, reshard) and summed:
+            gathered = min(gathered, 2 * held)  # two layers' activations are not yet weights that were left
         start = kept.transient + gathered + whole - held
         if fsdp and self._states.halves_apart(layout):
             start += self._states.narrow_bytes * parameters - self._left_between(kept)
+        if layout.pp > 1 or not fsdp:  # gradients are reduced when the backwards are over
+            return max(start, self._gathered_once(layout, parameters))
         if self._states.sums_alone(layout):
             return max(start, self._message(layout, parameters, held))
-        if not fsdp or not self._states.wraps(layout):
+        if not self._states.wraps(layout):
             return start
         reduced = _FP32_BYTES * parameters
         if self._states.reduces_each_microbatch(layout):
             end = kept.heads + gathered + element * parameters - held
             before = max(self._root_reduction(layout), reduced - held)
             return max(start, end) + before
-        # In looped BFS each chunk's are reduced before the next chunk's backwards begin.
-        share = max(1, self._model.layers // (layout.stages if layout.forwards_first else layout.pp))
-        stayed = 0.0 if layout.stages_choose and reshard else element * parameters
-        return max(start, reduced * (1 + 1 / layout.shards) - share * (stayed + held))
+        return max(start, reduced * (1 + 1 / layout.shards) - self._model.layers * (element * parameters + held))
 
     def _message(self, layout: Layout, parameters: float, held: float) -> float:
-        """What the first message of [Note: Gradient sum] has beyond its layers' activations, which are gone when it is
-        packed; under a pipeline those of all layers are. With one microbatch a layer counts as the more of the two."""
-        gradients, layers = _FP32_BYTES * parameters, max(1, self._model.layers // layout.pp)
+        """Without a pipeline, what the first message of [Note: Gradient sum] has beyond its layers' activations, which
+        are gone when it is packed. With one microbatch a layer counts as the more of the two."""
+        gradients, layers = _FP32_BYTES * parameters, self._model.layers
         packed = min(float(layers), MESSAGE_BYTES / gradients)
-        if layout.pp > 1:
-            return packed * gradients - layers * held
         each = gradients - held
         if self._states.reduces_each_microbatch(layout):
             each = min(2 * gradients - held, gradients)
@@ -173,7 +182,14 @@ class MemoryModel:
         passing, held = max(self._table_gradient(layout), moments), NO_BYTES
         if self._model.embedding_norm:
             held = MemoryBytes(activations=self.boundary_bytes(layout))
-        return self._end(layout, parameters, held, held, passing)
+        # Its gradients come last of its chunk, when what passes in the first layer is gone.
+        summed = self._states.summed(layout, parameters)
+        if layout.pp > 1:
+            passes = passing + summed.total
+            return self._end(layout, parameters, held, held, passing, turned=NO_BYTES, passing_turned=passes)
+        gone = min(self._activations.layer(layout, segment.kind).transient for segment in self._model.segments)
+        turned = MemoryBytes(gradients=max(0.0, summed.total - gone))
+        return self._end(layout, parameters, held, held, passing, turned=turned)
 
     def _table_gradient(self, layout: Layout) -> float:
         """The gradient of the embedding's table is a tensor of its own before it is added to the sum."""
@@ -186,7 +202,9 @@ class MemoryModel:
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
         passing = max(passing, passing_moments_bytes(self._job, parameters / layout.shards))
-        return self._end(layout, parameters, held, weight, passing)
+        # Its gradients are there when its layers' backwards begin; without a pipeline its own count says when.
+        first = NO_BYTES if layout.pp == 1 else self._states.summed(layout, parameters)
+        return self._end(layout, parameters, held, weight, passing, first)
 
     def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
         """Embedding and head without what they hold of microbatches and what passes."""
@@ -200,11 +218,16 @@ class MemoryModel:
         held: MemoryBytes = NO_BYTES,
         held_weight: MemoryBytes = NO_BYTES,
         passing: float = 0.0,
+        first: MemoryBytes = NO_BYTES,
+        turned: MemoryBytes | None = None,
+        passing_turned: float = 0.0,
     ) -> PartMemory:
-        """Its gradients take no activations' place; without a pipeline the head's own count says when."""
-        summed = self._states.summed(layout, parameters)
+        states = self._states
+        summed, reduced = states.summed(layout, parameters), states.reduced(layout, parameters)
+        state = states.of(layout, parameters, root=True)
+        gathered = state.gathered_weights
         return PartMemory(
-            state=self._states.of(layout, parameters, root=True),
+            state=state,
             held=held,
             held_selective=held,
             held_recomputed=held,
@@ -213,9 +236,23 @@ class MemoryModel:
             transient_selective=passing,
             transient_recomputed=passing,
             summed=summed,
-            reduced=self._states.reduced(layout, parameters),
-            first=dict.fromkeys(RECOMPUTE_MODES, NO_BYTES if layout.pp == 1 else summed),
+            reduced=reduced,
+            first=first,
+            turned=summed if turned is None else turned,
+            passing_turned=passing_turned,
+            at_root=summed,
+            reducing=reduced + self._end_reducing(layout, parameters, gathered),
+            reduction=0.0 if states.sums_alone(layout) else states.reduction(layout, parameters, gathered),
         )
+
+    def _end_reducing(self, layout: Layout, parameters: float, gathered: float) -> MemoryBytes:
+        """What an end has besides its shard of gradients while a layer's are reduced: its weights are not gathered any
+        more, or its gradients are in the first message with those of all layers."""
+        if not self._states.sums_alone(layout):
+            return MemoryBytes(gathered_weights=-gathered)
+        layer = max(sum(self.block_parameters(layout, segment.kind)) for segment in self._model.segments)
+        left = MESSAGE_BYTES - self._states.reduction(layout, layer, 0.0)
+        return MemoryBytes(gradients=min(left, _FP32_BYTES * parameters))
 
     def _root_reduction(self, layout: Layout) -> float:
         """What went into FSDP2's last reduction of the microbatch before, that of embedding and head, in fp32."""
@@ -227,12 +264,15 @@ class MemoryModel:
 
     def _last_gather(self, layout: Layout) -> float:
         """The buffer that FSDP2 gathered the last layer into, which it keeps to the end of the forward it was for
-        (torch 2.13, `all_gather_state`): every microbatch's under zero 3, else the first's."""
-        gathers = layout.zero == 3 or (layout.zero > 0 and layout.microbatches(self._job.global_batch) == 1)
-        if not self._software.on_fsdp or layout.pp > 1 or layout.shards == 1 or not gathers:
-            return 0.0
-        dense, expert = self.block_parameters(layout, self._model.segments[-1].kind)
-        return self._element_bytes * (dense + expert)
+        (torch 2.13, `all_gather_state`): every microbatch's under zero 3 without a pipeline, else the first's."""
+        parameters = sum(self.block_parameters(layout, self._model.segments[-1].kind))
+        every = layout.zero == 3 and layout.pp == 1 and self._software.on_fsdp and layout.shards > 1
+        return self._element_bytes * parameters if every else self._gathered_once(layout, parameters)
+
+    def _gathered_once(self, layout: Layout, parameters: float) -> float:
+        """The same of these parameters in a step of one microbatch, whose forward is the fullest moment of some."""
+        once = layout.zero > 0 and layout.microbatches(self._job.global_batch) == 1
+        return self._element_bytes * parameters if once and self._software.on_fsdp and layout.shards > 1 else 0.0
 
     # ---- the rest --------------------------------------------------------------------------------------
 
@@ -310,6 +350,10 @@ class MemoryModel:
             outputs * (inputs + experts.expert_bias) for outputs, inputs in expert_linear_shapes(model, layout.etp)
         )
         return total, own * experts.number / layout.ep
+
+    def sums_alone(self, layout: Layout) -> bool:
+        """Whether gradients are summed over the ranks that have the same weights without FSDP2."""
+        return self._states.sums_alone(layout)
 
     def sent_together(self, layout: Layout) -> float:
         """A rank's share of all parameters if its pipeline held as many on each rank, where messages are of more than a

@@ -194,21 +194,27 @@ def certain_chunks(costs: LayoutCosts, segment: SegmentCosts) -> list[list[int]]
 def _moments(
     costs: LayoutCosts, rank: int, least_flight: int, phase: str, used: Sequence[float], certain: Sequence[int]
 ) -> Sequence[Moment]:
-    """Those of a rank that matter, with the bytes `used` at all or each; `phase` is of its chunks at all of them."""
+    """Those of a rank that matter, with the bytes `used` at all or each; `phase` is of its chunks at all of them, where
+    moments have none of their own."""
     if len(used) == 1 and costs.layout.virtual_stages == 1:
         return [Moment(used[0], least_flight, phase)]
-    vectors = [vector.full for vector in costs.in_flight[rank]]
+    vectors = costs.in_flight[rank]
     every = used if len(used) > 1 else [*used] * len(vectors)
     found = {
-        Moment(bytes_, min(full), phase, tuple(sorted(full[chunk] for chunk in certain)))
-        for bytes_, full in zip(every, vectors, strict=True)
+        Moment(
+            bytes_,
+            min(vector.full),
+            least_phases(((vector,),))[0] if vector.gradients else phase,
+            tuple(sorted(vector.full[chunk] for chunk in certain)),
+        )
+        for bytes_, vector in zip(every, vectors, strict=True)
     }
     return [one for one in found if not any(one != other and _within(one, other) for other in found)]
 
 
 def _within(one: Moment, other: Moment) -> bool:
     """Whether whatever fits at the other moment fits at this one."""
-    less = one.used_bytes <= other.used_bytes and one.flight <= other.flight
+    less = one.used_bytes <= other.used_bytes and one.flight <= other.flight and one.phase == other.phase
     return less and all(a <= b for a, b in zip(one.held, other.held, strict=True))
 
 

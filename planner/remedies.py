@@ -76,7 +76,7 @@ def what_forbids(question: Question) -> tuple[float | None, tuple[str, ...]]:
     groups = [one for group in layout_groups(rules) for one in one_state_each(group)]
     legal = sum(len(group) for group in groups)
     # A layout misses at least what its states, shared evenly, do not fit into a rank.
-    least = [(prices.least_state_bytes(group) / group.base.pp - limit, n) for n, group in enumerate(groups)]
+    least = [(prices.least_memory.state_bytes(group) / group.base.pp - limit, n) for n, group in enumerate(groups)]
     for bound, n in sorted(least):
         if best is not None and bound * (1 - ROUNDING) > best[0]:
             break

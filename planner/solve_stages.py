@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from .better_assignment import better_assignment
+from .ilp_solver import make_solver
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
 from .rank_branches import Branch, Cut, hold_whole, split_by_rank
 from .schedule import Pipeline
 from .simulation import Path, StageSeconds, known_paths, simulate
-from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program, make_solver
+from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program
 
 _MOST_CUTS = 1000
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.

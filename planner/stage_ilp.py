@@ -19,7 +19,8 @@ Subject to
   (order)      n[s,k+1,r] <= L·z[k,s],  n[s,k,r] <= L·(1 - z[k,s-1]),         segments_in_order
                z[k,s] rises with s
   (choice)     Σ_c x[s,c] = 1,  Σ_{k,r} n[s,k,r,c] <= L·x[s,c];  some stage frees  one_choice_a_stage
-  (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use         transient_in_use
+  (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use,        transient_in_use
+               but where one stage is a rank those of a segment's least r alone
   (memory)     fixed_q + y[q] + Σ n[s,k,r]·(state + v_s·held_r + gradients_v + ...) <= limit, every v   fits_memory
   (durations)  f_s, i_s, w_s, g_s, d_s linear in n; their sums over s         durations
   (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + sends·c, P      longer_than_path
@@ -44,12 +45,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pulp
 
 from .bounds import most_layers
+from .ilp_solver import make_solver
+from .in_flight import sums_nothing
+from .layout import RECOMPUTE_MODES
 from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, SegmentCosts, StageCount
+from .memory_bytes import LaterMoment
 from .part_seconds import PartSeconds
 from .rank_limits import empty_counts
 from .relaxed_program import RelaxedProgram
@@ -60,8 +65,6 @@ Way = tuple[str, bool | None]
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
-_NO_SMALLER_PROGRAMS: dict[str, Any] = {"mip_heuristic_effort": 0.0}  # and these, which the effort does not hold back
-_NO_SMALLER_PROGRAMS |= {f"mip_heuristic_run_{name}": False for name in ("rins", "rens", "root_reduced_cost")}
 
 
 class RelaxedAnswer(NamedTuple):
@@ -199,58 +202,81 @@ class Program:
         freed = pulp.lpSum(n for (_, _, way), n in self.n.items() if way[1] is not False)
         self.problem += freed >= 1, "some_stage_frees"
 
-    def transient_in_use(self) -> dict[int, pulp.LpVariable]:
-        """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has."""
-        nothing, slack = empty_counts(self.costs), 1.0 + self.costs.allocator_slack
-        y = {}
+    def transient_in_use(self, first: bool) -> dict[int, pulp.LpVariable]:
+        """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has. `first`:
+        in backwards that sum no gradients."""
+        slack, y = 1.0 + self.costs.allocator_slack, dict[int, pulp.LpVariable]()
         for q in range(self.costs.layout.pp):
             # Of its ends alone: what passes whatever a rank holds is among its fixed bytes.
-            never_summed = self.costs.never_sums(q)
-            least = self.costs.rank_memory(q, nothing).transient - self.costs.fixed_memory[q].transient
+            least = max((end.transient for _, end, _, _ in self.costs.end_parts(q)), default=0.0)
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
-                each = [
-                    segment.memory.transient_by(way[0], never_summed=never_summed) for _, way, segment in self._layers()
-                ]
+                each = [segment.memory.transient_by(way[0], never_summed=first) for _, way, segment in self._layers()]
                 least = max(least, min(each))
-            y[q] = self.problem.add_variable(f"y_{q}", slack * least / self.limit_bytes)
+            y[q] = self.problem.add_variable(f"y_{q}_{first}", slack * least / self.limit_bytes)
             for k, way, segment in self._layers():
-                transient = segment.memory.transient_by(way[0], never_summed=never_summed)
+                transient = segment.memory.transient_by(way[0], never_summed=first)
                 if transient <= least:
                     continue
-                name = "_".join((str(q), str(k), *_name(way)))
+                name = "_".join((str(q), str(k), *_name(way), str(first)))
                 u = self.problem.add_variable(f"u_{name}", cat=pulp.LpBinary)
                 held = [self.n[s, k, way] for s in self.costs.layout.stages_of(q)]
                 most = min(segment.layers, self._most[k] * len(held))
                 self.problem += pulp.lpSum(held) <= most * u, f"used_{name}"
-                self.problem += y[q] >= (slack * transient / self.limit_bytes) * u, f"transient_{name}"
+                others = self._lesser_in_use(q, k, way, name) if self.costs.last_recompute_least else ()
+                share = slack * transient / self.limit_bytes
+                self.problem += y[q] >= share * (u - pulp.lpSum(others)), f"transient_{name}"
         return y
+
+    def _lesser_in_use(self, rank: int, k: int, way: Way, name: str) -> list[pulp.LpVariable]:
+        """For each mode that recomputes less, 1 at most, and where the rank's stage has a layer so."""
+        found, (stage,) = [], self.costs.layout.stages_of(rank)
+        for lesser in RECOMPUTE_MODES[: RECOMPUTE_MODES.index(way[0])]:
+            if (lesser_n := self.n.get((stage, k, (lesser, way[1])))) is None:
+                continue
+            w = self.problem.add_variable(f"w_{name}_{lesser}", 0, 1)
+            self.problem += w <= lesser_n, f"lesser_{w.name}"
+            found.append(w)
+        return found
 
     def fits_memory(self) -> None:
         """Bytes as a share of the limit, one row for each in-flight vector of each rank."""
         costs, slack, nothing = self.costs, 1.0 + self.costs.allocator_slack, empty_counts(self.costs)
-        transient = self.transient_in_use()
+        differs = any(segment.memory.transient_first for _, _, segment in self._layers())
+        of_all = [one for q in range(costs.layout.pp) for one in costs.backward_moments(q)]
+        kinds = {differs and sums_nothing(one) for one in of_all}
+        transient = {first: self.transient_in_use(first) for first in kinds}
         for q in range(costs.layout.pp):
             ends = costs.rank_parts(q, nothing)
             fixed = costs.fixed_memory[q]
             kept = fixed.context + fixed.communicators + slack * (fixed.total - fixed.context - fixed.communicators)
             kept += slack * sum(part.state.total for _, part, _, _ in ends)
-            for number, vector in enumerate(costs.in_flight[q]):
+            passing = {kind: ({each[q]: 1.0}, 0.0) for kind, each in transient.items()}
+            moments = [(one, passing[differs and sums_nothing(one)]) for one in costs.backward_moments(q)]
+            moments += [(one.moment, self._besides(q, one)) for one in costs.later_moments(q)]
+            for number, (vector, (besides, always)) in enumerate(moments):
                 held = sum(
-                    part.held.total * vector.full[c]
-                    + part.held_weight.total * vector.weight_only[c]
+                    part.totals.held["none"] * vector.full[c]
+                    + part.totals.held_weight * vector.weight_only[c]
                     + part.totals.gradients[vector.phase(c)]["none"]
                     for c, part, _, _ in ends
                 )
-                terms: dict[pulp.LpVariable, float] = {}
+                terms = dict(besides)
                 for c, s in enumerate(costs.layout.stages_of(q)):
                     for k, way, segment in self._layers():
                         totals, mode = segment.memory.totals, way[0]
                         each = totals.state + totals.gradients[vector.phase(c)][mode]
                         each += totals.held[mode] * vector.full[c] + totals.held_weight * vector.weight_only[c]
                         terms[self.n[s, k, way]] = slack * each / self.limit_bytes
-                terms[transient[q]] = 1.0
-                row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes)
+                row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes + always)
                 self.problem += row <= 1.0, f"fits_memory_{q}_{number}"
+
+    def _besides(self, rank: int, one: LaterMoment) -> tuple[dict[pulp.LpVariable, float], float]:
+        """What a rank has besides its parts at a moment, as a share of the limit: terms and a constant."""
+        unit = (1.0 + self.costs.allocator_slack) / self.limit_bytes
+        if not self.x:
+            return {}, unit * one.besides[None].total
+        stage = self.costs.layout.stages_of(rank)[one.chunk]
+        return {self.x[stage, choice]: unit * size.total for choice, size in one.besides.items()}, 0.0
 
     def optimizer_of_slowest(self) -> None:
         for q in range(self.costs.layout.pp):
@@ -372,27 +398,3 @@ def _name(way: Way) -> tuple[str, ...]:
 
 def _of(part: PartSeconds, phase: str) -> float:
     return getattr(part, phase).total
-
-
-def make_solver(limit_seconds: float, whole: bool = True, heuristics: bool = True) -> Any:
-    """HiGHS, or CBC where HiGHS is missing; one thread, no gap, stopped after `limit_seconds`.
-
-    Not `whole`: numbers of layers may be fractions. Without `heuristics` HiGHS solves no smaller programs to find an
-    answer, which takes most of its time where a good one is known.
-    """
-    highs = pulp.HiGHS(
-        mip=whole,
-        msg=False,
-        gapRel=0.0,
-        threads=1,
-        timeLimit=limit_seconds,
-        primal_feasibility_tolerance=1e-9,
-        mip_feasibility_tolerance=1e-9,
-        mip_pscost_minreliable=2,  # many small nodes: trying branches out costs more than it tells
-        **({} if heuristics else _NO_SMALLER_PROGRAMS),
-    )
-    if highs.available():
-        return highs
-    # The CBC that pulp 3 ships, found by its path: PULP_CBC_CMD would warn that pulp 4 does not ship it.
-    bundled = pulp.apis.coin_api.pulp_cbc_path
-    return pulp.COIN_CMD(path=bundled, mip=whole, msg=False, gapRel=0.0, threads=1, timeLimit=limit_seconds)

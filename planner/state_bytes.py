@@ -8,7 +8,7 @@ from profiles.software import Software
 from .head_memory import reduces_each_microbatch
 from .in_flight import STAGES_GATHERED
 from .job import TrainingJob
-from .layout import Layout
+from .layout import MESSAGE_BYTES, Layout
 from .memory_bytes import NO_BYTES, MemoryBytes
 
 _FP32_BYTES = 4
@@ -96,20 +96,22 @@ class StateBytes:
         """Bytes of a gradient that must be widened."""
         return self._element_bytes if self._element_bytes != _FP32_BYTES else 0
 
-    def first(self, layout: Layout, parameters: float, activations: float, reshard: bool | None) -> MemoryBytes:
-        """What a layer's gradients, and gathered weights that its backward leaves, add in a chunk's first backward.
+    def turned(self, layout: Layout, dense: float, expert: float, reshard: bool | None) -> MemoryBytes:
+        """A layer's gradients after its chunk's first backward, and the gathered weights that this leaves."""
+        stayed = self._element_bytes * (dense + expert) if self.after_forwards(layout, reshard) else 0.0
+        return self.summed(layout, dense, expert) + MemoryBytes(gathered_weights=stayed)
 
-        With M in flight a layer holds M·A before its first backward and (M-1)·A + G after it; the layers change over
-        one by one, so the most is (M-1)·A + max(A, G) a layer.
-        """
-        if not self._software.on_fsdp:
-            return NO_BYTES
-        gradients = self.gradient_bytes(layout, parameters, layout.shards)
-        late = max(0.0, gradients - activations)
-        if not self.after_forwards(layout, reshard):
-            return MemoryBytes(gradients=late) if late else NO_BYTES
-        more = max(0.0, gradients + self._element_bytes * parameters - activations)
-        return MemoryBytes(gradients=late, gathered_weights=more - late)
+    def reduction(self, layout: Layout, parameters: float, gathered: float) -> float:
+        """What FSDP2's reduction of a group has besides all its gradients when they have been copied together, and the
+        group's `gathered` weights are gone. A group of one rank is divided in a third copy (torch 2.13,
+        `foreach_reduce`). Without FSDP2 the first message of [Note: Gradient sum]."""
+        reduced = _FP32_BYTES * parameters
+        if self.sums_alone(layout):
+            layers = max(1, self._model.layers // layout.pp)
+            return min(layers * reduced, MESSAGE_BYTES)
+        if not self._software.on_fsdp or not self.wraps(layout):
+            return 0.0
+        return reduced * (2 if layout.shards == 1 else 1) - gathered
 
     def _master_state(self, layout: Layout, parameters: float, shards: int) -> MemoryBytes:
         """Weights in the compute precision, a master copy and moments in fp32, as Megatron-LM keeps them.

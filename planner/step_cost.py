@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise, product
 
 from profiles.cluster import ClusterSpec
@@ -17,21 +18,22 @@ from profiles.software import Software, load_software
 from profiles.traced_model import TracedModel
 
 from .axis_cost import AxisModel, Passes
-from .bounds import LeastBytes
 from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group, described_seconds
 from .compute_cost import ComputeCost, ComputeModel
 from .contention import beside_others
 from .data_parallel_cost import DataParallelModel
-from .in_flight import SUMMED, InFlight, gradients_by_torch, in_flight, least_phases_by_torch
+from .in_flight import InFlight, gradients_by_torch, in_flight
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
+from .least_memory import LeastMemory
 from .local_shapes import joined_tensors
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .offload import transfer_seconds
 from .part_seconds import PartSeconds, Seconds, least_of
+from .reduction_moments import reduction_moments
 from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 from .space import LayoutGroup
 from .traced_cost import traced_parts
@@ -80,11 +82,13 @@ class CostModel:
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
             in_flight=self._held(costs.pipeline),
         )
-        if not choose:
+        if choose:
+            chosen = tuple(reshard) or (True,) * layout.stages
+            choices = tuple((each, self._segments(layout, each)) for each in RESHARD_CHOICES)
+            costs = replace(costs, reshard=chosen, choices=choices)
+        if not self._software.on_fsdp:
             return costs
-        chosen = tuple(reshard) or (True,) * layout.stages
-        choices = tuple((each, self._segments(layout, each)) for each in RESHARD_CHOICES)
-        return replace(costs, reshard=chosen, choices=choices)
+        return replace(costs, find_reductions=partial(reduction_moments, over=memory.sums_alone(layout)))
 
     def _segments(self, layout: Layout, reshard: bool | None) -> tuple[SegmentCosts, ...]:
         """The layers of a stage that has chosen so ([Note: Resharding])."""
@@ -141,20 +145,14 @@ class CostModel:
         return (gradients_by_torch if self._software.on_fsdp else in_flight)(pipeline)
 
     @property
+    def least_memory(self) -> LeastMemory:
+        """What layouts hold at least."""
+        return LeastMemory(self._model, self._job, self._software, self._memory)
+
+    @property
     def slack(self) -> float:
         """Bytes of tensors are multiplied by this for what the allocator loses."""
         return 1.0 + self._hardware.allocator_slack
-
-    def least_bytes(self, layout: Layout, chunks: Sequence[int]) -> LeastBytes:
-        """What no layer of the commonest kind and neither end holds less than with one of these numbers of chunks: with
-        more fewer weights are gathered at once, but split backwards have more gradients besides (`memory_cost`)."""
-        memory, commonest = self._memory, max(self._model.segments, key=lambda segment: segment.count)
-        each = [layout.but(virtual_stages=number) for number in sorted({min(chunks), max(chunks)})]
-        layers = [memory.block_standing(one, commonest.kind, one.stages_choose or None) for one in each]
-        pipeline = each[-1].pipeline(layout.microbatches(self._job.global_batch))
-        phases = least_phases_by_torch(pipeline) if self._software.on_fsdp else (SUMMED,) * layout.pp
-        least = min(layers, key=lambda layer: layer.totals.state)
-        return LeastBytes(commonest.count, least, *memory.ends_standing(each[0]), phases)
 
     def parts_like(self, layout: Layout) -> str:
         """A schedule whose layers, embedding and head take as long as under this layout's."""
@@ -233,31 +231,6 @@ class CostModel:
                 weight += number * cost.backward_weight.total
             self._once_cache[key] = (forward, backward, weight)
         return self._once_cache[key]
-
-    def least_state_bytes(self, group: LayoutGroup) -> float:
-        """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
-        assignment holds less on all its ranks together."""
-        memory, least = self._memory, float("inf")
-        # Gradients come late where all forwards are first, and more chunks have fewer weights gathered at once; those
-        # that split backwards have besides are left out (`memory_cost`).
-        most = {"gpipe": 0, "1f1b": 0}
-        for schedule, chunks in group.pipelines:
-            like = "gpipe" if schedule in FORWARDS_FIRST else "1f1b"
-            most[like] = max(most[like], chunks)
-        for schedule, chunks in most.items():
-            if not chunks:
-                continue
-            layout = group.base.but(schedule=schedule, virtual_stages=chunks)
-            choice = layout.stages_choose or None
-            kinds = self._model.segments
-            parts = [(each.count, memory.block_standing(layout, each.kind, choice)) for each in kinds]
-            parts += [(1, end) for end in memory.ends_standing(layout)]
-            total = sum(number * part.state.total for number, part in parts)
-            if schedule != "gpipe" and (layout.pp > 1 or layout.microbatches(self._job.global_batch) > 1):
-                # Sums, or in a first backward activations that they are not more than.
-                total += sum(number * part.summed.total for number, part in parts)
-            least = min(least, total)
-        return least
 
     # ---- compute ---------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound, most_layers
 from planner.first_assignment import first_assignment, least_missing_bytes
+from planner.group_bounds import least_of_any_schedule
 from planner.in_flight import InFlight
 from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
@@ -19,9 +20,10 @@ from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
 from planner.rank_limits import Moment, RankLimits, certain_chunks
 from planner.rules import recompute_modes
+from planner.space import layout_groups
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import candidates, fastest, priced
-from tests.oracles.small_world import counts, small_question
+from tests.oracles.small_world import counts, small_hardware, small_question
 from tests.plans import tiny_llama
 from tests.property.worlds import any_layout_costs, layout_costs
 from tests.thinned import examples
@@ -278,3 +280,19 @@ def test_which_chunks_are_certain_to_hold_a_layer_of_the_segment() -> None:
     assert certain_chunks(mixed, second) == [[1], [1], [1], [0]]
     assert certain_chunks(mixed, first) == [[], [], [], []]
     assert certain_chunks(replace(costs, segments=(second,)), second) == [[1], [0, 1], [0, 1], [0]]
+
+
+def test_a_group_of_one_state_is_bounded_in_that_state() -> None:
+    """Zero 3 is a group of its own under a pipeline; what its base says of zero is not its state."""
+    hardware = small_hardware(fsdp_backward_overhead_seconds=1e-3)
+    question = small_question(devices=4, hardware=hardware, precision="bf16")
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    groups = [group for group in layout_groups(question.rules) if [state[0] for state in group.states] == [3]]
+    assert len(groups) == 5
+    for group in groups:
+        fastest_of_group = least_of_any_schedule(prices, group, question)
+        assert fastest_of_group == least_of_any_schedule(prices, replace(group, base=next(iter(group))), question)
+        for layout in group:
+            bound = lower_bound(prices.price_seconds(layout), math.inf, recompute_modes(layout, question.rules))
+            assert bound is not None
+            assert fastest_of_group <= bound * (1 + 1e-12)

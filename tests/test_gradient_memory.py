@@ -14,6 +14,7 @@ from planner.in_flight import (
     NO_GRADIENTS,
     REDUCED,
     SUMMED,
+    TURNED,
     gradients_by_torch,
     least_phases,
 )
@@ -23,16 +24,17 @@ from tests.plans import tiny_gpt2, tiny_llama
 from tests.test_memory_cost import memory, parameters_of, sharded
 
 
-def test_gradients_that_come_as_activations_go_count_for_what_they_exceed() -> None:
-    """One microbatch, or gpipe: M·A before the first backward of a layer, (M-1)·A + G after it."""
+def test_a_first_backward_begins_without_gradients_and_ends_without_its_activations() -> None:
+    """One microbatch, or gpipe: M·A before it, (M-1)·A + G after it, whichever blocks recompute."""
     parameters = parameters_of(memory(), "block", Layout())
     for layout, number in ((Layout(micro_batch=8), 1), (Layout(pp=2, schedule="gpipe"), 8)):
-        block = memory().block(layout)
-        assert block.state.gradients == 0
-        for mode in RECOMPUTE_MODES:
-            held = block.held_by(mode).total
-            most = (number - 1) * held + max(held, 4 * parameters)
-            assert number * held + block.gradients_by(FIRST, mode).total == pytest.approx(most)
+        moments = gradients_by_torch(layout.pipeline(number))[0]
+        second = (((number - 1,), (0,), (SUMMED,)),) if number > 1 else ()
+        assert moments == (((number,), (0,), (FIRST,)), ((number - 1,), (0,), (TURNED,)), *second)
+        block, head = memory().block(layout), memory().head(layout)
+        assert block.state.gradients == block.gradients_by(FIRST, "none").total == 0
+        assert {block.gradients_by(TURNED, mode).total for mode in RECOMPUTE_MODES} == {4 * parameters}
+        assert (head.gradients_by(FIRST, "none").total > 0) == (layout.pp > 1)
     for layout in (Layout(micro_batch=4), Layout(pp=2)):
         assert memory().block(layout).gradients_by(SUMMED, "none").gradients == 4 * parameters
 
@@ -41,26 +43,44 @@ def test_of_looped_bfs_one_chunk_at_a_time_has_all_its_gradients() -> None:
     """zero 3: four chunks turn one after the other; the first, evicted meanwhile, is gathered ahead of its turn."""
     layout = replace(sharded(3, pp=2), schedule="looped-bfs", virtual_stages=4)
     moments = gradients_by_torch(layout.pipeline(8))[1]
-    assert [(moment.full, moment.gradients) for moment in moments] == [
+    begun = [moment for moment in moments if SUMMED in moment.gradients]
+    assert [moment.full for moment in begun] == [(8, 8, 8, 7), (8, 8, 7, 0), (8, 7, 0, 0), (7, 0, 0, 0)]
+    assert [(moment.full, moment.gradients) for moment in moments if moment not in begun] == [
         ((8, 8, 8, 8), (NO_GRADIENTS, NO_GRADIENTS, NO_GRADIENTS, FIRST)),
+        ((8, 8, 8, 7), (NO_GRADIENTS, NO_GRADIENTS, NO_GRADIENTS, TURNED)),
         ((8, 8, 8, 0), (AHEAD, NO_GRADIENTS, FIRST, REDUCED)),
+        ((8, 8, 7, 0), (AHEAD, NO_GRADIENTS, TURNED, REDUCED)),
         ((8, 8, 0, 0), (AHEAD, FIRST, REDUCED, REDUCED)),
+        ((8, 7, 0, 0), (AHEAD, TURNED, REDUCED, REDUCED)),
         ((8, 0, 0, 0), (FIRST_AHEAD, REDUCED, REDUCED, REDUCED)),
+        ((7, 0, 0, 0), (TURNED, REDUCED, REDUCED, REDUCED)),
     ]
     model = memory(precision="bf16")
     block, parameters = model.block(layout), parameters_of(model, "block", layout)
     assert block.gradients_by(NO_GRADIENTS, "none").total == block.state.gathered_weights == 0
     assert block.gradients_by(AHEAD, "none").gathered_weights == 2 * parameters
     assert block.gradients_by(FIRST_AHEAD, "full").gathered_weights == 2 * parameters
-    assert block.gradients_by(FIRST, "full").total == (4 + 2) * parameters - block.held_recomputed.total
+    assert block.gradients_by(TURNED, "full").total == (4 + 2) * parameters
     assert block.gradients_by(REDUCED, "none").total == parameters
 
 
 def test_the_first_rank_of_1f1b_with_as_many_microbatches_as_ranks_sums_nothing() -> None:
     """All its forwards come before its first backward; a microbatch more and the first sums are there with it full."""
-    for count, phases in ((4, (FIRST, SUMMED, SUMMED, SUMMED)), (5, (SUMMED,) * 4)):
+    for count, phases in ((4, (NO_GRADIENTS, SUMMED, SUMMED, SUMMED)), (5, (SUMMED,) * 4)):
         assert least_phases(gradients_by_torch(Layout(pp=4).pipeline(count))) == phases
-    assert least_phases(gradients_by_torch(Layout().pipeline(1))) == (FIRST,)
+    assert least_phases(gradients_by_torch(Layout().pipeline(1))) == (NO_GRADIENTS,)
+    phases = [moment.gradients for moment in gradients_by_torch(Layout(pp=4).pipeline(4))[0]]
+    assert phases == [(FIRST,), (TURNED,), (SUMMED,)]
+
+
+def test_chunks_of_one_microbatch_have_their_gradients_one_after_the_other() -> None:
+    """interleaved-1f1b runs one round of it: no moment at which two chunks have unreduced gradients."""
+    for moment in gradients_by_torch(Layout(pp=2, schedule="interleaved-1f1b", virtual_stages=4).pipeline(1))[1]:
+        turning = [phase in (FIRST, TURNED, SUMMED) for phase in moment.gradients]
+        assert sum(turning) == 1
+        chunk = turning.index(True)
+        assert moment.full[:chunk] == (1,) * chunk
+        assert moment.gradients[chunk + 1 :] == (REDUCED,) * (3 - chunk)
 
 
 def test_what_went_into_the_last_reduction_outlives_it() -> None:

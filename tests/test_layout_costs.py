@@ -102,7 +102,7 @@ def test_a_stages_memory_item_by_item() -> None:
     assert used.optimizer == 3 * block.state.optimizer + embedding.state.optimizer
     outputs = 16 * 32 * 4  # of the stage, a microbatch
     assert used.activations == 2 * (2 * block.held.activations + block.held_recomputed.activations + outputs)
-    assert used.transient == block.transient_recomputed
+    assert used.transient == block.transient
     assert used_by(0, 3, 0).transient == block.transient
     assert used_by(0, 0, 0).transient == embedding.transient == 4 * 61 * 32
     last = used_by(1, 1, 0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pulp
 import pytest
 
+from planner.ilp_solver import make_solver
 from planner.relaxed_program import RelaxedProgram
-from planner.stage_ilp import make_solver
 
 
 def problem() -> tuple[pulp.LpProblem, pulp.LpVariable, pulp.LpVariable]:

@@ -178,6 +178,14 @@ CASES |= {
     "wide bf16 pp2·v4 dp2 zero3 looped-bfs, last": _case(
         WIDE, "bf16", pp=2, dp=2, zero=3, virtual_stages=4, schedule="looped-bfs", at=1, batch=32
     ),
+    "gpt2 fp32 pp2 dp2 gpipe, first, recompute": _case(GPT2, "fp32", pp=2, dp=2, schedule="gpipe", recompute=2),
+    "bert bf16 pp2 dp2 zero0 gpipe, last, selective, one microbatch": _case(
+        BERT, "bf16", pp=2, dp=2, schedule="gpipe", micro_batch=4, batch=8, at=1, selective=2
+    ),
+    "llama fp32 pp4 1f1b, third, recompute 1 of 2": _case(LLAMA_8, "fp32", pp=4, micro_batch=4, at=2, recompute=1),
+    "llama fp32 pp2·v2 dualpipev, first, four microbatches": _case(
+        LLAMA_8, "fp32", pp=2, virtual_stages=2, schedule="dualpipev", micro_batch=4
+    ),
 }
 
 

@@ -218,7 +218,6 @@ def part_memories(draw: st.DrawFn) -> PartMemory:
     by_mode = dict(zip(RECOMPUTE_MODES, (held, selective, full), strict=True))
     gradients, gathered = draw(_sizes), draw(_sizes)
     left = {mode: max(0.0, gathered - kept) for mode, kept in by_mode.items()}
-    first = {mode: MemoryBytes(gradients=max(0.0, gradients + gathered - kept)) for mode, kept in by_mode.items()}
     passing = sorted(draw(_sizes) for _ in RECOMPUTE_MODES)
     return PartMemory(
         MemoryBytes(weights=draw(_sizes)),
@@ -232,7 +231,7 @@ def part_memories(draw: st.DrawFn) -> PartMemory:
         *left.values(),
         summed=MemoryBytes(gradients=gradients),
         reduced=MemoryBytes(gradients=gradients * draw(st.floats(0, 1))),
-        first=first,
+        turned=MemoryBytes(gradients=gradients, gathered_weights=gathered),
         ahead=gathered,
         transient_first={"none": passing[0], "selective": passing[1], "full": passing[2]},
     )
