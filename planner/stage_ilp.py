@@ -34,7 +34,7 @@ start from `simulation.known_paths`, solve, simulate the answer, and if the simu
 critical path as a cut. Each cut is violated by the answer it came from, so no answer returns unless it is
 best, and the loop ends when the relaxation's bound meets the best simulated step. First fractions of layers are
 allowed: such programs are solved at once, their simulations give valid cuts too, and most layouts that cannot beat
-the goal are ruled out by them alone.
+the goal are ruled out by them alone. With chunks, whole layers on ranks come next, branch by branch (`rank_branches`).
 
 Seconds are scaled by the bound and bytes by the limit, so that the solver sees numbers near 1.
 """
@@ -60,8 +60,9 @@ Way = tuple[str, bool | None]
 PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
-_NO_SMALLER_PROGRAMS: dict[str, Any] = {"mip_heuristic_effort": 0.0}  # and these, which the effort does not hold back
-_NO_SMALLER_PROGRAMS |= {f"mip_heuristic_run_{name}": False for name in ("rins", "rens", "root_reduced_cost")}
+# HiGHS's heuristics that solve programs of their own: the effort does not hold back all of them.
+_SMALLER = tuple(f"mip_heuristic_run_{name}" for name in ("rins", "rens", "root_reduced_cost"))
+_NO_SMALLER_PROGRAMS: dict[str, Any] = {"mip_heuristic_effort": 0.0, **dict.fromkeys(_SMALLER, False)}
 
 
 class RelaxedAnswer(NamedTuple):
