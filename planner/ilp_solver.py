@@ -6,8 +6,9 @@ from typing import Any
 
 import pulp
 
-_NO_SMALLER_PROGRAMS: dict[str, Any] = {"mip_heuristic_effort": 0.0}  # and these, which the effort does not hold back
-_NO_SMALLER_PROGRAMS |= {f"mip_heuristic_run_{name}": False for name in ("rins", "rens", "root_reduced_cost")}
+# HiGHS's heuristics that solve programs of their own: the effort does not hold back all of them.
+_SMALLER = tuple(f"mip_heuristic_run_{name}" for name in ("rins", "rens", "root_reduced_cost"))
+_NO_SMALLER_PROGRAMS: dict[str, Any] = {"mip_heuristic_effort": 0.0, **dict.fromkeys(_SMALLER, False)}
 
 
 def make_solver(limit_seconds: float, whole: bool = True, heuristics: bool = True) -> Any:

@@ -35,7 +35,7 @@ start from `simulation.known_paths`, solve, simulate the answer, and if the simu
 critical path as a cut. Each cut is violated by the answer it came from, so no answer returns unless it is
 best, and the loop ends when the relaxation's bound meets the best simulated step. First fractions of layers are
 allowed: such programs are solved at once, their simulations give valid cuts too, and most layouts that cannot beat
-the goal are ruled out by them alone.
+the goal are ruled out by them alone. With chunks, whole layers on ranks come next, branch by branch (`rank_branches`).
 
 Seconds are scaled by the bound and bytes by the limit, so that the solver sees numbers near 1.
 """
