@@ -180,7 +180,7 @@ bubble      2.99 ms  40.8%
 dp exposed   146 µs   2.0%
 optimizer    641 µs   8.7%
 
-no legal layout is faster: of 345 legal layouts 35 cannot fit, 282 have a bound above this plan, 28 were solved (9 ILPs,
+no legal layout is faster: of 345 legal layouts 35 cannot fit, 301 have a bound above this plan, 9 were solved (8 ILPs,
 HiGHS through pulp, 250 ms)
 
 next best
