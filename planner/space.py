@@ -70,6 +70,19 @@ def layout_groups(context: RuleContext) -> Iterator[LayoutGroup]:
                 yield LayoutGroup(base, together, apart)
 
 
+def fills_devices(job: TrainingJob, world_size: int) -> bool:
+    """Whether some degrees that pins and bans leave have a product of `world_size`, whatever else forbids them."""
+    return any(
+        job.allows("dp", world_size // (tp * cp * pp))
+        for tp in divisors(world_size)
+        if job.allows("tp", tp)
+        for cp in divisors(world_size // tp)
+        if job.allows("cp", cp)
+        for pp in divisors(world_size // (tp * cp))
+        if job.allows("pp", pp)
+    )
+
+
 class _Space:
     def __init__(self, context: RuleContext) -> None:
         self._context = context
