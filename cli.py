@@ -115,7 +115,8 @@ def plan(
     sequence: SequenceLength,
     devices: Devices = None,
     pin: Annotated[
-        list[str] | None, typer.Option("--pin", help="Hold a degree or knob: tp=8, pp=2|4, tp=4..16; repeatable.")
+        list[str] | None,
+        typer.Option("--pin", help="Hold a degree or knob: tp=8, pp=2|4, tp=4..16, reshard=true; repeatable."),
     ] = None,
     ban: Annotated[list[str] | None, typer.Option("--ban", help="Keep an axis at 1, as pp; repeatable.")] = None,
     precision: Precision = None,

@@ -161,6 +161,9 @@ class _Space:
         self, base: Layout, pipelines: tuple[tuple[str, int], ...], states: tuple[tuple[int, int, int, int], ...]
     ) -> Iterator[tuple[tuple[tuple[str, int], ...], tuple[tuple[int, int, int, int], ...]]]:
         """(pipelines, states) of which each goes with each; only zero 3 does not go with every schedule."""
+        if "reshard" in self._job.pins:  # of layouts whose stages have the choice
+            states = tuple(state for state in states if state[0] == 3)
+            pipelines = tuple(each for each in pipelines if base.but(zero=3, schedule=each[0]).stages_choose)
         freed = tuple(state for state in states if state[0] == 3)
         if not freed or base.pp == 1:
             yield pipelines, states

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 import pulp
 
 from .bounds import most_layers
-from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, SegmentCosts, StageCount
+from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
 from .part_seconds import PartSeconds
 from .rank_limits import empty_counts
 from .relaxed_program import RelaxedProgram
@@ -84,9 +84,9 @@ class Program:
 
     def __post_init__(self) -> None:
         stages, segments = range(self.costs.layout.stages), self.costs.segments
-        choices = RESHARD_CHOICES if self.costs.choices else (None,)
+        self._choices = tuple(choice for choice, _ in self.costs.choices)
         self._seconds: dict[str, list[tuple[int, Way, float]]] = {}
-        self._ways = [(r, choice) for r in self.modes for choice in choices]
+        self._ways = [(r, choice) for r in self.modes for choice in self._choices or (None,)]
         most = self._most = self._most_layers()
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
         new = self.problem.add_variable
@@ -177,20 +177,22 @@ class Program:
                     self.problem += z[s] >= z[s - 1], f"in_order_{k}_{s}"
 
     def one_choice_a_stage(self) -> None:
-        """Where stages choose. Not all keep their weights: that is zero 1."""
-        if not self.costs.choices:
+        """Where stages choose. Not all keep their weights, unless a pin says so: that is zero 1."""
+        if not self._choices:
             return
         stages = range(self.costs.layout.stages)
         self.x = {
             (s, choice): self.problem.add_variable(f"x_{s}_{choice}", cat=pulp.LpBinary)
             for s in stages
-            for choice in RESHARD_CHOICES
+            for choice in self._choices
         }
         for s in stages:
-            self.problem += pulp.lpSum(self.x[s, choice] for choice in RESHARD_CHOICES) == 1, f"one_choice_{s}"
-            for choice in RESHARD_CHOICES:
+            self.problem += pulp.lpSum(self.x[s, choice] for choice in self._choices) == 1, f"one_choice_{s}"
+            for choice in self._choices:
                 held = pulp.lpSum(n for (of, _, way), n in self.n.items() if of == s and way[1] == choice)
                 self.problem += held <= self.costs.layers * self.x[s, choice], f"choice_{s}_{choice}"
+        if self._choices == (False,):
+            return
         freed = pulp.lpSum(n for (_, _, way), n in self.n.items() if way[1] is not False)
         self.problem += freed >= 1, "some_stage_frees"
 
@@ -343,9 +345,9 @@ class Program:
 
     def as_chosen(self) -> LayoutCosts:
         """The layout with the choices of the last answer; a stage without layers has none to free."""
-        if not self.costs.choices:
+        if not self._choices:
             return self.costs
-        chosen: list[bool | None] = [False] * self.costs.layout.stages
+        chosen = list(self._choices[:1]) * self.costs.layout.stages
         for (s, _, way), n in self.n.items():
             if round(n.value() or 0):
                 chosen[s] = way[1]
