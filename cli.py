@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a verb runs: no traceback of the imports below
+
 from pathlib import Path
 from typing import Annotated
 
@@ -110,7 +115,8 @@ def plan(
     sequence: SequenceLength,
     devices: Devices = None,
     pin: Annotated[
-        list[str] | None, typer.Option("--pin", help="Hold a degree or knob: tp=8, pp=2|4, tp=4..16; repeatable.")
+        list[str] | None,
+        typer.Option("--pin", help="Hold a degree or knob: tp=8, pp=2|4, tp=4..16, reshard=true; repeatable."),
     ] = None,
     ban: Annotated[list[str] | None, typer.Option("--ban", help="Keep an axis at 1, as pp; repeatable.")] = None,
     precision: Precision = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cli_parts import print_json, print_report
+from cli_signals import INTERRUPTED, NO_READER, interruptible, nobody_reads, write_nowhere
 
 if TYPE_CHECKING:
     from planner.errors import NoPlanError
@@ -25,14 +26,27 @@ _LONG_NAME = 200  # of a path, in an error
 
 def exit_code_of(app: typer.Typer) -> int:
     """Run a verb; 0 done, 1 no plan or a failed run, 2 bad input, 75 a run that left when it was asked to, 128 + signal
-    when a signal ended it."""
+    when a signal ended it, or would have: SIGPIPE, where nobody reads what it prints."""
     try:
-        code = app(standalone_mode=False)
+        return _ended(app)
+    except (BrokenPipeError, SystemExit) as error:
+        if not nobody_reads(error):
+            raise
+        write_nowhere()
+        return NO_READER
+
+
+def _ended(app: typer.Typer) -> int:
+    try:
+        with interruptible():
+            code = app(standalone_mode=False)
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except Exception as error:
         code = _explain(error)
     except KeyboardInterrupt as error:
         say_interrupted(error)
-        code = 130
+        code = INTERRUPTED
     return code or 0
 
 
@@ -46,7 +60,7 @@ def _explain(error: Exception) -> int:
     # Usage errors come from click or from the copy of it inside newer typers, so they are known by what they can.
     if type(error).__name__ == "Abort":  # what click makes of Ctrl-C
         say_interrupted(error.__cause__ or error.__context__)
-        return 130
+        return INTERRUPTED
     if isinstance(error, OSError) and error.errno in _REFUSALS:
         as_json = as_json and error.filename is not None  # else it is standard output itself
         error = _refused(error)

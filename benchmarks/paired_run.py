@@ -27,6 +27,7 @@ from torch import multiprocessing as mp
 
 from planner.plan import Plan, Stage
 from profiles.model import ModelSpec
+from profiles.parent_process import die_with_parent
 from runtime.parameters import initialise, named_parameters
 from runtime.process_group import process_group
 from runtime.step import build_state, training_step
@@ -87,6 +88,7 @@ def run_pairs(plan: Plan, builder: Builder, pairs: int) -> Measured:
 
 
 def _rank(rank: int, plan: Plan, builder: Builder, pairs: int, port: int, folder: str) -> None:
+    die_with_parent()
     warnings.simplefilter("ignore")  # torch's own, of interfaces that both sides use
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": plan.layout.world_size, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}

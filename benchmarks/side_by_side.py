@@ -25,6 +25,7 @@ from torch import multiprocessing as mp
 
 from planner.plan import Plan, load, save
 from profiles.hardware import HardwareProfile
+from profiles.parent_process import die_with_parent
 from profiles.probes.pace import Pace
 from profiles.probes.timing import Rank
 from runtime.measure import StepMeter, busiest
@@ -182,6 +183,7 @@ def ranks_of_this_machine(folder: Path, world_size: int, count: int, turns: int,
 
 
 def _spawned(rank: int, world_size: int, port: int, folder: str, count: int, turns: int, rounds: int) -> None:
+    die_with_parent()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", **{key: str(value) for key, value in place.items()}}
     run_layouts(Path(folder), count, turns, rounds)

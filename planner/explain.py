@@ -18,17 +18,20 @@ from profiles.input_error import InputError
 from .assignment import counts_of
 from .comm_cost import Group
 from .errors import InfeasibleError
+from .job import TrainingJob
 from .layout import SCHEDULES, Layout
 from .parse import parse_pins
+from .pins import pin_text
 from .plan import Plan, Prediction
 from .question import Question
 from .remedies import what_forbids, why_nothing_fits
 from .search import Solved, best_plan, predict, solve_layout
 from .sensitivity import relaxed_questions
-from .space import divisors
+from .space import divisors, fills_devices
 from .step_cost import CostModel
 
 _RANKED = 8  # layouts of the first search, among which most runners-up are found
+_FILLING = ("tp", "cp", "pp", "dp")  # whose product is the number of devices
 AXES = ("tp", "cp", "pp", "dp", "ep", "zero", "schedule", "virtual_stages", "micro_batch")
 
 
@@ -175,7 +178,11 @@ def explain(question: Question, plan: Plan, time_limit_seconds: float = 120.0) -
 def compare(question: Question, plan: Plan, text: str, time_limit_seconds: float = 60.0) -> tuple[Prediction, Rival]:
     """The plan as priced today, and the best layout with the settings that a person wrote, as `tp=4,pp=8`.
 
-    Keys left out are chosen best; the job's own pins and bans hold for them.
+    Keys left out are chosen best; the job's own pins and bans hold for them. What a rule or the bytes forbid is an
+    answer too.
+
+    Raises:
+        InputError: the text is no settings, or no layout with them fills the devices.
     """
     pins, _ = parse_pins([word for word in text.split(",") if word.strip()], (), "--against")
     if not pins:
@@ -183,8 +190,22 @@ def compare(question: Question, plan: Plan, text: str, time_limit_seconds: float
     job = question.job
     kept = {key: pin for key, pin in job.pins.items() if key not in pins}
     wanted = replace(job, pins={**kept, **pins}, bans=tuple(key for key in job.bans if key not in pins))
+    if not fills_devices(wanted, question.cluster.devices):
+        raise _does_not_fill(text, wanted, question.cluster.devices)
     prediction = predict(question, _as_planned(question, plan))
     return prediction, _rival(text, replace(question, job=wanted), prediction, _Budget(time_limit_seconds, 1))
+
+
+def _does_not_fill(text: str, job: TrainingJob, devices: int) -> InputError:
+    held = [f"{key}={pin_text(pin)}" for key, pin in job.pins.items() if key in _FILLING]
+    held += [f"{key} banned" for key in job.bans if key in _FILLING]
+    return InputError(
+        "the settings do not fill the devices",
+        where="--against",
+        expected=f"tp·cp·pp·dp of {devices} devices",
+        got=text,
+        hint=f"what holds, with the plan's own pins and bans: {', '.join(held)}",
+    )
 
 
 def _as_planned(question: Question, plan: Plan) -> Solved:

@@ -9,7 +9,7 @@ from itertools import pairwise, product
 
 from .bounds import fits
 from .layout import RECOMPUTE_MODES
-from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, StageCount
+from .layout_costs import Blocks, LayoutCosts, StageCount
 
 
 def first_assignment(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[StageCount, ...]:
@@ -85,8 +85,9 @@ def quickest_start(
 ) -> tuple[LayoutCosts, tuple[StageCount, ...]] | None:
     """The first assignment that fits, with all stages' choice alike where they have one and the quickest that does."""
     alike = [costs]
-    if costs.choices:
-        alike = [replace(costs, reshard=(choice,) * costs.layout.stages) for choice in RESHARD_CHOICES[1:]]
+    if len(costs.choices) > 1:  # not all keep their weights: that is zero 1
+        freed = [choice for choice, _ in costs.choices if choice is not False]
+        alike = [replace(costs, reshard=(choice,) * costs.layout.stages) for choice in freed]
     for each in alike:
         counts = first_assignment(each, limit_bytes, modes)
         if fits(each, counts, limit_bytes):
@@ -179,7 +180,8 @@ def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[
 def _roomiest_assignment(costs: LayoutCosts, modes: Sequence[str]) -> tuple[LayoutCosts, tuple[StageCount, ...]]:
     """The assignment whose fullest rank holds least, and each stage's choice: bytes of a rank rise with its layers."""
     stages, nothing = costs.layout.pp, [tuple(Blocks() for _ in costs.segments)] * costs.layout.stages
-    choices = RESHARD_CHOICES[1:] if costs.choices else (None,)
+    pinned = tuple(choice for choice, _ in costs.choices)
+    choices = tuple(choice for choice in pinned if choice is not False) or pinned or (None,)
     alike = {each: replace(costs, reshard=(each,) * stages) if costs.choices else costs for each in choices}
 
     def least(stage: int, layers: int) -> tuple[float, StageCount, bool | None]:

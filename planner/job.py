@@ -7,7 +7,7 @@ from typing import Any
 
 from profiles.store import Reader
 
-from .layout import LAYOUT_KEYS, RECOMPUTE_MODES
+from .layout import LAYOUT_KEYS, RECOMPUTE_MODES, RESHARD_CHOICES
 from .pins import allows, pin_from_plain, plain_pin
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8")
@@ -15,9 +15,11 @@ TARGETS = ("meshwright", "megatron", "torchtitan")
 OPTIMIZERS = ("adamw",)
 OFFLOADS = ("none", "optimizer")
 
-# What a user may pin (any key of a layout) or ban (what has a plain value to stay at: 1, 0, off, none).
-PINNABLE = (*LAYOUT_KEYS, "recompute")
-BANNABLE = tuple(key for key in PINNABLE if key not in ("micro_batch", "schedule"))
+# What a user may pin (any key of a layout, and what its stages do) or ban (what has a plain value to stay at: 1, 0,
+# off, none).
+STAGE_KEYS = ("recompute", "reshard")
+PINNABLE = (*LAYOUT_KEYS, *STAGE_KEYS)
+BANNABLE = tuple(key for key in PINNABLE if key not in ("micro_batch", "schedule", "reshard"))
 MOST_SEQUENCES = 10**9  # of a batch; whose divisors are looked at one by one
 BANNED_VALUES = {"sequence_parallel": False, "zero": 0, "cp_style": "none", "recompute": "none"}  # of the others 1
 
@@ -60,6 +62,11 @@ class TrainingJob:
     def recompute_modes(self) -> tuple[str, ...]:
         """The recompute modes that pins and bans leave."""
         return tuple(mode for mode in RECOMPUTE_MODES if self.allows("recompute", mode))
+
+    @property
+    def reshard_choices(self) -> tuple[bool | None, ...]:
+        """What pins leave a stage to choose from, where it has a choice."""
+        return tuple(choice for choice in RESHARD_CHOICES if self.allows("reshard", choice))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -12,6 +12,8 @@ from .schedule import BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b", "looped-bfs", "zb1p", "zbv", "dualpipev")
 CP_STYLES = ("none", "ring", "all-to-all")
 RECOMPUTE_MODES = ("none", "selective", "full")
+# What a stage may do with gathered weights, from quick to small ([Note: Resharding] in `layout_costs`).
+RESHARD_CHOICES = (False, None, True)
 # Tokens whose logits our own runtime holds at once; fewer make the head's GEMM slower, more cost memory.
 LOSS_TOKENS = 1024
 # Gradients that our own runtime sums at once, at most ([Note: Gradient sum] in runtime/replicas.py): as many as torch's

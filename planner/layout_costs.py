@@ -26,8 +26,6 @@ from .part_seconds import PartSeconds, Seconds
 from .schedule import Pipeline
 from .simulation import Simulation, StageSeconds, simulate
 
-RESHARD_CHOICES = (False, None, True)  # from quick to small
-
 
 @dataclass(frozen=True, slots=True)
 class Blocks:

@@ -10,7 +10,7 @@ from typing import Any
 from profiles.input_error import InputError
 
 from .job import BANNABLE, PINNABLE
-from .layout import CP_STYLES, LAYOUT_KEYS, RECOMPUTE_MODES, SCHEDULES, Layout
+from .layout import CP_STYLES, RECOMPUTE_MODES, SCHEDULES, Layout
 from .pins import RANGE, pin_text
 
 _INTEGER_KEYS = ("tp", "cp", "pp", "dp", "dp_shard", "ep", "etp", "zero", "micro_batch", "virtual_stages")
@@ -50,7 +50,7 @@ def _value(key: str, value: str, flag: str) -> Any:
         if not re.fullmatch(r"\d{1,9}", value) or int(value) < least:
             raise InputError(f"{key} cannot be {value!r}", where=flag, expected=f"a whole number >= {least}", got=value)
         return int(value)
-    if key == "sequence_parallel":
+    if key in ("sequence_parallel", "reshard"):
         if value.lower() not in ("true", "false", "on", "off", "1", "0"):
             raise InputError(f"{key} cannot be {value!r}", where=flag, expected="true or false", got=value)
         return value.lower() in ("true", "on", "1")
@@ -119,18 +119,19 @@ def parse_pins(pins: Sequence[str], bans: Sequence[str], flag: str = "--pin") ->
     return found, tuple(bans)
 
 
-def parse_layout(text: str, world_size: int) -> tuple[Layout, str]:
-    """`tp=8,pp=8,zero=1,recompute=full` as a Layout and its recompute mode; dp follows from the world.
+def parse_layout(text: str, world_size: int) -> tuple[Layout, str, bool | None]:
+    """`tp=8,pp=8,zero=1,recompute=full` as a Layout, its recompute mode and what its stages do with gathered weights
+    (None: what is best); dp follows from the world.
 
     Keys left out are 1 or off. dp_shard follows from zero: dp where state is sharded, else 1.
     """
     settings: dict[str, Any] = {}
     for word in filter(None, (part.strip() for part in text.split(","))):
-        key, value = parse_setting(word, "--layout", (*LAYOUT_KEYS, "recompute"))
+        key, value = parse_setting(word, "--layout", PINNABLE)
         if key in settings:
             raise InputError(f"{key} is given twice", where="--layout", expected="each key once", got=text)
         settings[key] = value
-    recompute = settings.pop("recompute", "none")
+    recompute, reshard = settings.pop("recompute", "none"), settings.pop("reshard", None)
     if "dp" not in settings:
         others = settings.get("tp", 1) * settings.get("cp", 1) * settings.get("pp", 1)
         if world_size % others:
@@ -144,7 +145,7 @@ def parse_layout(text: str, world_size: int) -> tuple[Layout, str]:
     settings.setdefault("dp_shard", settings["dp"] if settings.get("zero", 0) else 1)
     if settings.get("cp", 1) > 1:
         settings.setdefault("cp_style", "ring")
-    return Layout(**settings), recompute
+    return Layout(**settings), recompute, reshard
 
 
 def parse_bytes(text: str, flag: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +100,11 @@ def estimate(question: Question, text: str, price: float | None = None) -> PlanA
         InputError: the layout is not legal; every rule that forbids it is named.
     """
     check_supported(question)
-    layout, recompute = parse_layout(text, question.cluster.devices)
-    require_legal(layout, recompute, question.rules)
+    layout, recompute, reshard = parse_layout(text, question.cluster.devices)
+    require_legal(layout, recompute, question.rules, reshard=reshard)
+    if reshard is not None:
+        pins = {**question.job.pins, "reshard": reshard}
+        question = replace(question, job=replace(question.job, pins=pins))
     solved, fits = solve_layout(question, layout, recompute)
     prediction, stages = predict(question, solved), stages_of(layout, solved.counts, solved.costs.reshard)
     document = {

@@ -9,6 +9,7 @@ from typing import Any
 from .bounds import fits, lower_bound
 from .first_assignment import first_assignment, least_missing_bytes
 from .group_bounds import least_of_one_state, one_state_each, states_too_large
+from .job import STAGE_KEYS
 from .layout import Layout
 from .offload import why_no_offload
 from .pins import pin_text, plainest
@@ -16,7 +17,7 @@ from .plan import Plan
 from .quantity_text import seconds_text
 from .question import Question
 from .rank_limits import ROUNDING
-from .rules import RuleContext, recompute_modes, violations, why_no_recompute, why_not_proposed
+from .rules import RuleContext, recompute_modes, violations, why_no_recompute, why_no_reshard, why_not_proposed
 from .space import layout_groups
 from .step_cost import CostModel
 
@@ -182,7 +183,9 @@ def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
     plain = [Layout(dp=world), Layout(pp=world), Layout(tp=world)]
     others = pins.get("tp", 1) * pins.get("cp", 1) * pins.get("pp", 1)
     if pins and world % others == 0:
-        settings = {"dp": world // others, **{key: value for key, value in pins.items() if key != "recompute"}}
+        settings = {"dp": world // others, **{key: value for key, value in pins.items() if key not in STAGE_KEYS}}
+        if "reshard" in pins:
+            settings.setdefault("zero", 3)
         settings.setdefault("dp_shard", settings["dp"] if settings.get("zero", 0) else 1)
         settings.setdefault("cp_style", "none" if settings.get("cp", 1) == 1 else "ring")
         plain = [Layout(**settings)]
@@ -191,6 +194,9 @@ def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
     if "recompute" in pins:
         again = [(layout, why_no_recompute(pins["recompute"], layout, rules)) for layout in plain]
         lines += [f"{layout.short()}: {reason}" for layout, reason in again if reason is not None]
+    if "reshard" in pins:
+        choice = f"reshard={pin_text(pins['reshard'])}"
+        lines += [f"{layout.short()}: {choice}: {reason}" for layout in plain if (reason := why_no_reshard(layout))]
     if world % others:
         lines = [f"tp·cp·pp = {others} does not divide {world} devices"]
     if pins:

@@ -350,11 +350,13 @@ def why_no_reshard(layout: Layout) -> str | None:
     return None
 
 
-def require_legal(layout: Layout, recompute: str, context: RuleContext) -> None:
-    """Raise an InputError with every reason that forbids a layout which a person wrote."""
+def require_legal(layout: Layout, recompute: str, context: RuleContext, *, reshard: bool | None = None) -> None:
+    """Raise an InputError with every reason that forbids a layout, and what its stages do, as a person wrote them."""
     reasons = list(violations(layout, context))
     if (reason := why_no_recompute(recompute, layout, context)) is not None:
         reasons.append(reason)
+    if reshard is not None and (reason := why_no_reshard(layout)) is not None:
+        reasons.append(f"reshard={str(reshard).lower()}: {reason}")
     if reasons:
         raise InputError(
             "the layout is not legal",

@@ -70,6 +70,19 @@ def layout_groups(context: RuleContext) -> Iterator[LayoutGroup]:
                 yield LayoutGroup(base, together, apart)
 
 
+def fills_devices(job: TrainingJob, world_size: int) -> bool:
+    """Whether some degrees that pins and bans leave have a product of `world_size`, whatever else forbids them."""
+    return any(
+        job.allows("dp", world_size // (tp * cp * pp))
+        for tp in divisors(world_size)
+        if job.allows("tp", tp)
+        for cp in divisors(world_size // tp)
+        if job.allows("cp", cp)
+        for pp in divisors(world_size // (tp * cp))
+        if job.allows("pp", pp)
+    )
+
+
 class _Space:
     def __init__(self, context: RuleContext) -> None:
         self._context = context
@@ -148,6 +161,9 @@ class _Space:
         self, base: Layout, pipelines: tuple[tuple[str, int], ...], states: tuple[tuple[int, int, int, int], ...]
     ) -> Iterator[tuple[tuple[tuple[str, int], ...], tuple[tuple[int, int, int, int], ...]]]:
         """(pipelines, states) of which each goes with each; only zero 3 does not go with every schedule."""
+        if "reshard" in self._job.pins:  # of layouts whose stages have the choice
+            states = tuple(state for state in states if state[0] == 3)
+            pipelines = tuple(each for each in pipelines if base.but(zero=3, schedule=each[0]).stages_choose)
         freed = tuple(state for state in states if state[0] == 3)
         if not freed or base.pp == 1:
             yield pipelines, states

@@ -53,7 +53,7 @@ from .bounds import most_layers
 from .ilp_solver import make_solver
 from .in_flight import sums_nothing
 from .layout import RECOMPUTE_MODES
-from .layout_costs import RESHARD_CHOICES, Blocks, LayoutCosts, SegmentCosts, StageCount
+from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import LaterMoment
 from .part_seconds import PartSeconds
 from .rank_limits import empty_counts
@@ -89,9 +89,9 @@ class Program:
 
     def __post_init__(self) -> None:
         stages, segments = range(self.costs.layout.stages), self.costs.segments
-        choices = RESHARD_CHOICES if self.costs.choices else (None,)
+        self._choices = tuple(choice for choice, _ in self.costs.choices)
         self._seconds: dict[str, list[tuple[int, Way, float]]] = {}
-        self._ways = [(r, choice) for r in self.modes for choice in choices]
+        self._ways = [(r, choice) for r in self.modes for choice in self._choices or (None,)]
         most = self._most = self._most_layers()
         self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
         new = self.problem.add_variable
@@ -185,22 +185,19 @@ class Program:
                     self.problem += z[s] >= z[s - 1], f"in_order_{k}_{s}"
 
     def one_choice_a_stage(self) -> None:
-        """Where stages choose. Not all keep their weights: that is zero 1."""
-        if not self.costs.choices:
+        """Where stages choose. Not all keep their weights, unless a pin says so: that is zero 1."""
+        if not self._choices:
             return
-        stages = range(self.costs.layout.stages)
-        self.x = {
-            (s, choice): self.problem.add_variable(f"x_{s}_{choice}", cat=pulp.LpBinary)
-            for s in stages
-            for choice in RESHARD_CHOICES
-        }
+        stages, new = range(self.costs.layout.stages), self.problem.add_variable
+        self.x = {(s, one): new(f"x_{s}_{one}", cat=pulp.LpBinary) for s in stages for one in self._choices}
         for s in stages:
-            self.problem += pulp.lpSum(self.x[s, choice] for choice in RESHARD_CHOICES) == 1, f"one_choice_{s}"
-            for choice in RESHARD_CHOICES:
+            self.problem += pulp.lpSum(self.x[s, choice] for choice in self._choices) == 1, f"one_choice_{s}"
+            for choice in self._choices:
                 held = pulp.lpSum(n for (of, _, way), n in self.n.items() if of == s and way[1] == choice)
                 self.problem += held <= self.costs.layers * self.x[s, choice], f"choice_{s}_{choice}"
-        freed = pulp.lpSum(n for (_, _, way), n in self.n.items() if way[1] is not False)
-        self.problem += freed >= 1, "some_stage_frees"
+        if self._choices != (False,):
+            freed = pulp.lpSum(n for (_, _, way), n in self.n.items() if way[1] is not False)
+            self.problem += freed >= 1, "some_stage_frees"
 
     def transient_in_use(self, first: bool) -> dict[int, pulp.LpVariable]:
         """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has. `first`:
@@ -377,9 +374,9 @@ class Program:
 
     def as_chosen(self) -> LayoutCosts:
         """The layout with the choices of the last answer; a stage without layers has none to free."""
-        if not self.costs.choices:
+        if not self._choices:
             return self.costs
-        chosen: list[bool | None] = [False] * self.costs.layout.stages
+        chosen = list(self._choices[:1]) * self.costs.layout.stages
         for (s, _, way), n in self.n.items():
             if round(n.value() or 0):
                 chosen[s] = way[1]

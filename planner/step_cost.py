@@ -26,7 +26,7 @@ from .data_parallel_cost import DataParallelModel
 from .in_flight import InFlight, gradients_by_torch, in_flight
 from .job import TrainingJob
 from .layout import Layout
-from .layout_costs import RESHARD_CHOICES, LayoutCosts, SegmentCosts
+from .layout_costs import LayoutCosts, SegmentCosts
 from .least_memory import LeastMemory
 from .local_shapes import joined_tensors
 from .memory_bytes import MemoryBytes, PartMemory
@@ -72,20 +72,22 @@ class CostModel:
         self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
     def price(self, layout: Layout, reshard: Sequence[bool | None] = ()) -> LayoutCosts:
-        """Every number of the layout. `reshard` is each stage's choice where stages have one, by default to free."""
+        """Every number of the layout. `reshard` is each stage's choice where stages have one, by default to free
+        as far as the job's pin has it."""
         costs, memory, choose = self.price_seconds(layout), self._memory, layout.stages_choose
+        choices = self._job.reshard_choices
         costs = replace(
             costs,
-            segments=self._with_bytes(layout, self._least_layers(layout), choose or None),
+            segments=self._with_bytes(layout, self._least_layers(layout), choices[-1] if choose else None),
             embedding_memory=memory.embedding(layout),
             head_memory=memory.head(layout),
             fixed_memory=self._fixed_memory(layout, costs.microbatches),
             in_flight=self._held(costs.pipeline),
         )
         if choose:
-            chosen = tuple(reshard) or (True,) * layout.stages
-            choices = tuple((each, self._segments(layout, each)) for each in RESHARD_CHOICES)
-            costs = replace(costs, reshard=chosen, choices=choices)
+            chosen = tuple(reshard) or choices[-1:] * layout.stages
+            priced = tuple((each, self._segments(layout, each)) for each in dict.fromkeys((*choices, *reshard)))
+            costs = replace(costs, reshard=chosen, choices=priced)
         if not self._software.on_fsdp:
             return costs
         return replace(costs, find_reductions=partial(reduction_moments, over=memory.sums_alone(layout)))
@@ -98,14 +100,11 @@ class CostModel:
     def _least_layers(self, layout: Layout, pace: Pace | None = None) -> dict[str, PartSeconds]:
         """Seconds by kind that no layer is below, whatever its stage chooses. Where FSDP2's own work takes nothing, one
         that keeps its weights takes least."""
-        hardware = self._hardware
-        if not layout.stages_choose:
-            return self._parts(layout, None, pace)[0]
-        kept = self._parts(layout, False, pace)[0]
+        hardware, choices = self._hardware, self._job.reshard_choices if layout.stages_choose else (None,)
         if hardware.fsdp_forward_overhead_seconds == hardware.fsdp_backward_overhead_seconds == 0.0:
-            return kept
-        every = [self._parts(layout, choice, pace)[0] for choice in RESHARD_CHOICES]
-        return {kind: least_of([layers[kind] for layers in every]) for kind in kept}
+            choices = choices[:1]
+        every = [self._parts(layout, choice, pace)[0] for choice in choices]
+        return every[0] if len(every) == 1 else {kind: least_of([e[kind] for e in every]) for kind in every[0]}
 
     def _with_bytes(
         self, layout: Layout, seconds: dict[str, PartSeconds], reshard: bool | None

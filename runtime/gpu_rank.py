@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from planner.plan import Plan
+from profiles.parent_process import die_with_parent
 
 from .dry_run import in_its_world, no_tokens, skip_vote
 from .step import build_state, training_step
@@ -59,6 +60,7 @@ def run_on_gpu(plan: Plan, rank: int) -> GpuRank | None:
 
 
 def _child(plan: Plan, rank: int, sender: Connection) -> None:
+    die_with_parent()
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     name = torch.cuda.get_device_name(device)

@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from planner.plan import Plan
 from profiles.input_error import InputError
+from profiles.parent_process import die_with_parent
 
 from . import run_folder, slurm, stacks
 from .checkpoint_folder import latest, step_of
@@ -39,7 +40,7 @@ from .host_moments import check_offload
 from .leaving import EXIT_CODE, Left, sigterm_is_a_wish
 from .metrics import METRICS_FILE
 from .post_mortem import log_path, waited, why
-from .rank_watch import RankWatch, Voice, die_with_launcher, die_with_parent
+from .rank_watch import RankWatch, Voice, die_with_launcher
 from .target import check_target
 from .trackers import check_installed, check_reachable
 from .trainer import Record, TrainOptions, open_data, run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -16,17 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from profiles.parent_process import die_with_parent
+
 LOOK_SECONDS = 0.5  # between two looks at who is alive
 PATIENCE_SECONDS = 5.0  # after the first failure, for a rank to obey SIGTERM
-_PR_SET_PDEATHSIG = 1  # prctl(2)
 _MOST_BYTES = 3500  # of a message; up to 4096 a pipe keeps the messages of several writers apart (pipe(7))
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
 
 
 def die_with_launcher() -> None:

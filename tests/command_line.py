@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from profiles.parent_process import die_with_parent
 
 _CLI = Path(__file__).parents[1] / "cli.py"
 
@@ -32,5 +33,10 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_before_it_starts,
     )
+
+
+def _before_it_starts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_parent()

@@ -289,6 +289,9 @@ def test_explain_and_against_answer_in_words_and_in_json(
     code, out, _ = run(capsys, monkeypatch, "explain", str(plan_file), "--against", "tp=8,pp=1")
     assert code == 0
     assert "tp=8 does not divide 12 attention heads" in out
+    code, out, err = run(capsys, monkeypatch, "explain", str(plan_file), "--against", "tp=999")
+    assert (code, out) == (2, "")
+    assert "the settings do not fill the devices" in err
 
 
 def test_a_front_is_one_document(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,16 +181,26 @@ def test_against_is_the_best_with_those_settings() -> None:
 
 
 def test_against_what_a_rule_or_the_bytes_forbid() -> None:
-    _, rival = compare(TWO_NODES, PLAN, "tp=3")
-    assert rival.layout is None
-    assert rival.reasons == ("tp·cp·pp = 3 does not divide 4 devices", "pinned: tp=3")
     _, rival = compare(TWO_NODES, PLAN, "zero=2,pp=2")
+    assert rival.layout is None
     assert any("zero 2 is zero 1 there" in reason for reason in rival.reasons)
     _, rival = compare(TWO_NODES, PLAN, "dp=4,zero=0,recompute=none")
     assert "without recomputation, stage 0 misses 0." in rival.reasons[0]
     assert rival.reasons[0].endswith(" MiB of 0.496 MiB per device")
     shown = text(against_report(PLAN, PLAN.prediction, rival))
     assert shown.startswith("dp=4,zero=0,recompute=none cannot be\n")
+
+
+@pytest.mark.parametrize("text", ["tp=999", "tp=3|6", "tp=2,dp=4", "pp=4"])
+def test_against_settings_that_do_not_fill_the_devices(text: str) -> None:
+    pinned = replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"cp": 2}, bans=("dp",)))
+    with pytest.raises(InputError) as caught:
+        compare(pinned, PLAN, text)
+    assert (caught.value.where, caught.value.got) == ("--against", text)
+    assert caught.value.expected == "tp·cp·pp·dp of 4 devices"
+    typed = ", ".join(text.split(","))
+    bans = "" if "dp=" in text else ", dp banned"
+    assert caught.value.hint == f"what holds, with the plan's own pins and bans: cp=2, {typed}{bans}"
 
 
 def test_against_overrides_the_jobs_own_pins_and_refuses_words() -> None:

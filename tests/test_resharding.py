@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from planner.assignment import counts_of
+from planner.errors import InfeasibleError
 from planner.explain import compare
 from planner.layout import Layout
 from planner.plan import Plan, load, save
+from planner.planning import estimate
 from planner.question import Question
 from planner.reduced_plan import reduce_plan
 from planner.search import search
@@ -52,6 +54,62 @@ def test_stages_choose_as_trying_everything_does(tmp_path: Path) -> None:
     # Not all as one: a stage keeps its weights where the other must free its own, from the last backward on or always.
     assert any(False in choices and set(choices) != {False} for choices in found), found
     assert (False, False) not in found  # that is zero 1
+
+
+@pytest.mark.parametrize("pin", [True, False, (True, False)])
+def test_a_pinned_choice_is_planned_as_trying_everything_does(pin: Any) -> None:
+    pins = {"pp": 2, "dp": 2, "schedule": ("1f1b", "zb1p"), "reshard": pin}  # zero and schedule follow
+    question = replace(PINNED, job=replace(PINNED.job, pins=pins))
+    tried = [candidate for of_layout in candidates(question).values() for candidate in of_layout]
+    assert {candidate.layout.zero for candidate in tried} == {3}
+    least, most = min(c.peak_bytes for c in tried), max(c.peak_bytes for c in tried)
+    for share in (0.0, 0.2, 1.0):
+        limit = least + share * (most - least)
+        best, plan = fastest(tried, limit), search(limited(question, limit))
+        assert best is not None
+        assert plan.certificate.objective_seconds == pytest.approx(best.step_seconds, rel=1e-6)
+        assert plan.certificate.gap == 0.0
+        allowed = pin if isinstance(pin, tuple) else (pin,)
+        assert {stage.reshard for stage in plan.stages} <= set(allowed)
+
+
+def test_a_pinned_choice_costs_what_it_holds() -> None:
+    def step(**pins: Any) -> float:
+        question = replace(PINNED, job=replace(PINNED.job, pins=PINNED.job.pins | pins))
+        return search(question).prediction.step_seconds
+
+    assert step(reshard=False) == step(zero=1) < step() < step(reshard=True)
+
+
+@pytest.mark.parametrize(
+    ("pins", "reason"),
+    [
+        (
+            {"zero": 1},
+            "pp2 dp2 zero1 mb1 1f1b: reshard=true: zero=1 keeps gathered weights, so only stages of zero=3 have",
+        ),
+        (
+            {"pp": 1, "dp": 4},
+            "dp4 zero3 mb1: reshard=true: pp=1 has one stage, which zero=3 reshards and zero=2 does not",
+        ),
+    ],
+)
+def test_a_pin_where_no_stage_has_the_choice(pins: dict[str, Any], reason: str) -> None:
+    question = replace(PINNED, job=replace(PINNED.job, pins=PINNED.job.pins | {"reshard": True} | pins))
+    assert not candidates(question)
+    with pytest.raises(InfeasibleError) as caught:
+        search(question)
+    assert any(line.startswith(reason) for line in caught.value.lines), caught.value.lines
+
+
+def test_estimate_holds_the_choice_of_its_layout() -> None:
+    for value in (True, False):
+        text = f"pp=2,zero=3,schedule=1f1b,reshard={str(value).lower()}"
+        stages = estimate(limited(PINNED, 1e9), text).document["stages"]
+        assert [stage["reshard"] for stage in stages] == [value, value]
+    with pytest.raises(InputError) as caught:
+        estimate(PINNED, "pp=2,zero=1,reshard=true")
+    assert caught.value.got == "reshard=true: zero=1 keeps gathered weights, so only stages of zero=3 have a choice"
 
 
 def test_what_each_choice_costs_and_saves() -> None:

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 from ..hardware import HardwareProfile
 from ..input_error import InputError
+from ..parent_process import die_with_parent
 from . import worker
 from .cases import DEFAULT, FULL, QUICK
 from .findings import Findings, Request
@@ -196,6 +197,7 @@ def _join(
 def _spawned(index: int, ranks: int, address: str, request: Request, messages: Any) -> None:
     """A rank's process; Ctrl-C is for the parent, which ends the ranks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
     try:
         worker.work(index, ranks, address, request, lambda kind, content: messages.put((kind, index, content)))
     except Exception as error:  # reported to the parent, which names the rank

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import filesystem
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
+from profiles.parent_process import die_with_parent
 from runtime import parallelize, step, trainer, transformer, verify
 from runtime.checkpoint_folder import complete_steps
 from runtime.data.byte_text import ByteText
@@ -208,6 +209,7 @@ def _in_fault_step(rank: int, act: Callable[[TrainState], None]) -> None:
 def main() -> None:
     """RUN_DIR: train until stopped, and print each step. RUN_DIR deaf: start `deaf_ranks`. RUN_DIR STEPS DATA: train
     so many steps with a checkpoint every five, and go on with those that are there."""
+    die_with_parent()  # of the tests, which may be killed
     options = TrainOptions(run_dir=Path(sys.argv[1]), steps=1_000_000)
     if len(sys.argv) == 4:
         resume = bool(complete_steps(options.run_dir))

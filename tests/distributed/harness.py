@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
+from profiles.parent_process import die_with_parent
+
 
 class RankError(AssertionError):
     """A rank raised, died or took too long."""
@@ -71,6 +73,7 @@ def _child(
 ) -> None:
     code = 1
     try:
+        die_with_parent()
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")  # the parent's test run judges our warnings; these are torch's own
         dist.init_process_group(

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from planner.plan import Plan, load, save
+from profiles.parent_process import die_with_parent
 from runtime.checkpoint_folder import FOLDER, complete_steps, latest, step_of
 from runtime.checkpoint_index import SafeReader
 from runtime.data.data_options import DataOptions
@@ -221,6 +222,7 @@ def test_sigterm_to_launcher_and_ranks_leaves_with_a_checkpoint(tmp_path: Path, 
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=die_with_parent,
     )
     until(lambda: newest_line(run_dir) >= 3)
     ranks = [process_of(run_dir, rank) for rank in (0, 1)]
@@ -251,6 +253,7 @@ def agent(port: int, folder: Path, text: Path, number: int) -> subprocess.Popen[
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=die_with_parent,
         )
 
 

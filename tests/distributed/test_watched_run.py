@@ -19,6 +19,7 @@ import yaml
 from planner.schedule import action_lists
 from planner.trace_names import UPDATE
 from profiles.input_error import InputError
+from profiles.parent_process import die_with_parent
 from runtime.launch import start_ranks, train
 from runtime.learning_rate import RateSchedule
 from runtime.parameters import named_parameters
@@ -132,6 +133,7 @@ def test_srun_joins(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=die_with_parent,
         )
         for rank in (0, 1)
     ]

@@ -92,7 +92,9 @@ def _expert_grids(layout: Layout, question: Question) -> list[dict[str, Any]]:
 
 
 def _as_pinned(layout: Layout, pins: Mapping[str, Any], bans: tuple[str, ...]) -> bool:
-    kept = all(_in_pin(pin, vars(layout)[key]) for key, pin in pins.items() if key != "recompute")
+    of_stages = ("recompute", "reshard")
+    kept = all(_in_pin(pin, vars(layout)[key]) for key, pin in pins.items() if key not in of_stages)
+    kept = kept and ("reshard" not in pins or stages_choose(layout))
     plain = {"zero": 0, "sequence_parallel": False, "cp_style": "none"}
     return kept and all(vars(layout)[key] == plain.get(key, 1) for key in bans if key != "recompute")
 
@@ -148,21 +150,26 @@ def candidates(question: Question) -> dict[Layout, list[Candidate]]:
     return {
         layout: [
             found
-            for costs in as_stages_choose(prices, layout)
+            for costs in as_stages_choose(prices, layout, question.job.pins.get("reshard", (True, None, False)))
             for found in priced(costs, modes_of(layout, question))
-            if some_layer_is_freed(costs, found.counts)
+            if question.job.pins.get("reshard") is False or some_layer_is_freed(costs, found.counts)
         ]
         for layout in all_layouts(question)
     }
 
 
-def as_stages_choose(prices: CostModel, layout: Layout) -> Iterator[LayoutCosts]:
-    """The layout's costs with every choice of its stages what to do with weights."""
-    if layout.zero < 3 or layout.pp == 1 or layout.schedule not in ("gpipe", "1f1b"):
+def as_stages_choose(prices: CostModel, layout: Layout, pin: Any) -> Iterator[LayoutCosts]:
+    """The layout's costs with every choice of its stages what to do with weights that the pin leaves."""
+    if not stages_choose(layout):
         yield prices.price(layout)
         return
-    for choice in product((True, None, False), repeat=layout.pp):
+    for choice in product([each for each in (True, None, False) if _in_pin(pin, each)], repeat=layout.pp):
         yield prices.price(layout, choice)
+
+
+def stages_choose(layout: Layout) -> bool:
+    """Under zero 3, and in pipelines that leave gathering to each layer."""
+    return layout.zero == 3 and layout.pp > 1 and layout.schedule in ("gpipe", "1f1b")
 
 
 def some_layer_is_freed(costs: LayoutCosts, counts: Sequence[StageCount]) -> bool:
