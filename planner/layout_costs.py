@@ -16,7 +16,7 @@ are more than those.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .in_flight import TURNED, InFlight, sums_nothing
@@ -89,7 +89,9 @@ class LayoutCosts:
     reshard: tuple[bool | None, ...] = ()
     choices: tuple[tuple[bool | None, tuple[SegmentCosts, ...]], ...] = ()
     receives_early: bool = False
-    find_reductions: Callable[[LayoutCosts], tuple[tuple[LaterMoment, ...], ...]] | None = None
+    find_reductions: Callable[[LayoutCosts], tuple[tuple[LaterMoment, ...], ...]] | None = field(
+        default=None, compare=False
+    )
 
     @cached_property
     def reductions(self) -> tuple[tuple[LaterMoment, ...], ...]:

@@ -205,7 +205,8 @@ class Program:
         slack, y = 1.0 + self.costs.allocator_slack, dict[int, pulp.LpVariable]()
         for q in range(self.costs.layout.pp):
             # Of its ends alone: what passes whatever a rank holds is among its fixed bytes.
-            least = max((end.transient for _, end, _, _ in self.costs.end_parts(q)), default=0.0)
+            ends = [end.transient_by(mode, never_summed=first) for _, end, _, mode in self.costs.end_parts(q)]
+            least = max(ends, default=0.0)
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
                 each = [segment.memory.transient_by(way[0], never_summed=first) for _, way, segment in self._layers()]
                 least = max(least, min(each))
