@@ -66,24 +66,24 @@ def test_a_front_of_nothing_is_refused() -> None:
 GOLDEN_FRONT = """
 step against devices
 devices     step  tokens/s  GPU-hours per billion tokens  peak memory  layout
-4         7.8 ms    16,408                         67.72      0.5 MiB  pp2 dp2 zero3 mb4 gpipe
-2        14.9 ms     8,563                         64.88      0.5 MiB  pp2 mb2 interleaved-1f1b
+4        7.33 ms    17,466                         63.62      0.5 MiB  pp2 dp2 zero3 mb4 gpipe
+2        14.9 ms     8,571                         64.82      0.5 MiB  pp2 mb2 interleaved-1f1b
 no plan on 1 devices
 
 a the front
        ┌───────────────────────────────────────────────────────────────────────────────────────────┐
- 0.0149┤a······                                                                                    │
-       │       ············                                                                        │
-       │                   ·············                                                           │
-       │                                ············                                               │
- 0.0112┤                                            ·············                                  │
-       │                                                         ·············                     │
-       │                                                                      ············         │
-       │                                                                                  ········a│
-0.00747┤                                                                                           │
+ 0.0149┤a·····                                                                                     │
+       │      ············                                                                         │
+       │                  ············                                                             │
+       │                              ············                                                 │
+ 0.0112┤                                          ············                                     │
+       │                                                      ···········                          │
+       │                                                                 ············              │
+       │                                                                             ············  │
+0.00747┤                                                                                         ·a│
        │                                                                                           │
        │                                                                                           │
-0.00374┤                                                                                           │
+0.00373┤                                                                                           │
        │                                                                                           │
        │                                                                                           │
        │                                                                                           │
