@@ -316,10 +316,10 @@ def load_document(path: Path, *, schema: str, kind: str) -> Reader:
     """A Reader over the YAML file at `path`, its `schema:` line checked and taken."""
     document = parse_yaml(read_text(path, kind), str(path))
     reader = Reader(document, source=str(path), remedy=_REMEDIES.get(kind, ""))
-    found = reader.text("schema")
+    found = reader._take("schema", _REQUIRED, schema)
     if found != schema:
         family, _, version = schema.rpartition("/")
-        older = found.rpartition("/")[0] == family
+        older = str(found).rpartition("/")[0] == family
         raise reader.fail(
             "schema",
             schema,

@@ -113,6 +113,16 @@ def test_a_missing_key_of_an_empty_document() -> None:
     ]
 
 
+def test_a_file_without_a_schema_is_told_which(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    for text, got in (("name: x\n", "keys name"), ("schema: 3\n", "3")):
+        path.write_text(text)
+        with pytest.raises(InputError) as caught:
+            load_document(path, schema="meshwright.model/v1", kind="model")
+        assert caught.value.expected.removeprefix("schema: ") == "meshwright.model/v1"
+        assert caught.value.got == got
+
+
 def test_finish_refuses_keys_that_nobody_asked_for() -> None:
     r = reader(span=8, latencyseconds=1)
     r.integer("span")
