@@ -15,6 +15,7 @@ from typing import NamedTuple
 from .simulation import StageSeconds
 from .stage_ilp import RELATIVE_TOLERANCE, Program
 
+AT_ONCE_SECONDS = 1.0  # that a program over whole numbers may take at first
 _MOST_BRANCHES = 120
 _CUTS = 4  # in a branch, at most
 _CUT_ENOUGH = 1e-3  # relative: a simulation that is no longer than this above the program's makespan
@@ -35,7 +36,7 @@ class Branch(NamedTuple):
     least_seconds: float
     held: tuple[tuple[str, int, int], ...] = ()
     split: tuple[str, float] | None = None
-    patience_seconds: float = 1.0
+    patience_seconds: float = AT_ONCE_SECONDS
 
 
 def split_by_rank(

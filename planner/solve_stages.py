@@ -13,7 +13,7 @@ from .better_assignment import better_assignment
 from .ilp_solver import make_solver
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
-from .rank_branches import Branch, Cut, hold_whole, split_by_rank
+from .rank_branches import AT_ONCE_SECONDS, Branch, Cut, hold_whole, split_by_rank
 from .schedule import Pipeline
 from .simulation import Path, StageSeconds, known_paths, simulate
 from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program
@@ -152,7 +152,8 @@ def solve_stages(
             best_seconds = chosen.step(best)
             continue
         program.better_than(goal)
-        if may_split:
+        # Whole numbers at once where they take no time: most of what is branched by rank takes longer.
+        if may_split and branches[0].patience_seconds > AT_ONCE_SECONDS:
             branches, may_split = split_by_rank(program, branches, aside_seconds * (1 + _SPLIT_ABOVE), deadline, cut)
             continue
         branch = heapq.heappop(branches)

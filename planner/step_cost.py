@@ -237,6 +237,8 @@ class CostModel:
         """The least of both of the group's pipelines."""
         layout = group.base
         count = layout.microbatches(self._job.global_batch)
+        if layout.pp == 1 or not self._hardware.contention_points:
+            return self._pace(layout, count)
         each = [self._pace(layout.but(schedule=s, virtual_stages=chunks), count) for s, chunks in group.pipelines]
         return min(compute for compute, _ in each), min(sent for _, sent in each)
 
