@@ -20,7 +20,7 @@ embedding and head (ROOT), then one layer after the other (REDUCING), of which t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import schedule_orders as orders
-from .schedule import BLOCKING, FORWARDS_FIRST, IN_ROUNDS, SPLIT_BACKWARD, V_SHAPED, Pipeline, order_of
+from .schedule import BLOCKING, FORWARDS_FIRST, IN_ROUNDS, SPLIT_BACKWARD, V_SHAPED, Action, Pipeline, order_of
 
 NO_GRADIENTS, AHEAD, FIRST, FIRST_AHEAD, TURNED, SUMMED, REDUCED, ROOT, REDUCING = PHASES = (
     "none",
@@ -116,30 +116,35 @@ def few_microbatches(pipeline: Pipeline) -> bool:
     return pipeline.schedule not in BLOCKING and pipeline.microbatches <= fewest
 
 
+def _parts_of(pipeline: Pipeline, rank: int) -> Iterator[tuple[Action, int]]:
+    """The actions of the rank's list, those that overlap apart, each with its chunk."""
+    chunk_of = {stage: chunk for chunk, stage in enumerate(pipeline.stages_of(rank))}
+    for action in order_of(pipeline, rank):
+        for part in action.parts or (action,):
+            yield part, chunk_of[part.stage]
+
+
 @lru_cache(maxsize=16384)
 def _phases_of_list(pipeline: Pipeline, rank: int) -> tuple[InFlight, ...]:
     """What is in flight, and the phase of each chunk, while each backward of the rank's list runs."""
-    chunk_of = {stage: chunk for chunk, stage in enumerate(pipeline.stages_of(rank))}
     chunks, moments = pipeline.chunks, dict[tuple[int, ...], InFlight]()
     full, weight_only, done = [0] * chunks, [0] * chunks, [0] * chunks
-    for action in order_of(pipeline, rank):
-        for part in action.parts or (action,):
-            chunk = chunk_of[part.stage]
-            if part.kind == orders.FORWARD:
-                full[chunk] += 1
-                continue
-            phases = [_phase(number, pipeline.microbatches) for number in done]
-            turns = part.kind != orders.INPUT and done[chunk] == 0
-            moment = _at(full, weight_only, phases, chunk, FIRST if turns else phases[chunk])
+    for part, chunk in _parts_of(pipeline, rank):
+        if part.kind == orders.FORWARD:
+            full[chunk] += 1
+            continue
+        phases = [_phase(number, pipeline.microbatches) for number in done]
+        turns = part.kind != orders.INPUT and done[chunk] == 0
+        moment = _at(full, weight_only, phases, chunk, FIRST if turns else phases[chunk])
+        moments.setdefault(_as_numbers(moment), moment)
+        # The first stage's input has no gradient ([Note: In flight], `held_by_torch`).
+        halves = part.stage > 0 and part.kind != orders.BACKWARD
+        full[chunk] -= part.kind == orders.INPUT if halves else part.kind != orders.INPUT
+        weight_only[chunk] += ((part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)) * halves
+        done[chunk] += part.kind != orders.INPUT
+        if turns:
+            moment = _at(full, weight_only, phases, chunk, TURNED)
             moments.setdefault(_as_numbers(moment), moment)
-            # The first stage's input has no gradient ([Note: In flight], `held_by_torch`).
-            halves = part.stage > 0 and part.kind != orders.BACKWARD
-            full[chunk] -= part.kind == orders.INPUT if halves else part.kind != orders.INPUT
-            weight_only[chunk] += ((part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)) * halves
-            done[chunk] += part.kind != orders.INPUT
-            if turns:
-                moment = _at(full, weight_only, phases, chunk, TURNED)
-                moments.setdefault(_as_numbers(moment), moment)
     numbers = np.array(list(moments))
     kept = (numbers[:, None, :] <= numbers[None, :, :]).all(axis=2).sum(axis=1) == 1  # in itself alone
     return tuple(moment for moment, stays in zip(moments.values(), kept.tolist(), strict=True) if stays)
@@ -211,21 +216,18 @@ def _reducing_as(moments: Sequence[InFlight]) -> tuple[InFlight, ...]:
 
 def _done_of_list(pipeline: Pipeline, rank: int) -> list[InFlight]:
     """What is in flight when each chunk's last backward is over, and the phases: TURNED is this chunk's."""
-    chunk_of = {stage: chunk for chunk, stage in enumerate(pipeline.stages_of(rank))}
     full, weight_only, done = ([0] * pipeline.chunks for _ in range(3))
     moments = []
-    for action in order_of(pipeline, rank):
-        for part in action.parts or (action,):
-            chunk = chunk_of[part.stage]
-            if part.kind == orders.FORWARD:
-                full[chunk] += 1
-                continue
-            full[chunk] -= part.kind != orders.WEIGHT
-            weight_only[chunk] += (part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)
-            done[chunk] += part.kind != orders.INPUT
-            if part.kind != orders.INPUT and done[chunk] == pipeline.microbatches:
-                phases = [_phase(number, pipeline.microbatches) for number in done]
-                moments.append(_at(full, weight_only, phases, chunk, TURNED))
+    for part, chunk in _parts_of(pipeline, rank):
+        if part.kind == orders.FORWARD:
+            full[chunk] += 1
+            continue
+        full[chunk] -= part.kind != orders.WEIGHT
+        weight_only[chunk] += (part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)
+        done[chunk] += part.kind != orders.INPUT
+        if part.kind != orders.INPUT and done[chunk] == pipeline.microbatches:
+            phases = [_phase(number, pipeline.microbatches) for number in done]
+            moments.append(_at(full, weight_only, phases, chunk, TURNED))
     return moments
 
 
@@ -262,7 +264,7 @@ def input_halves(pipeline: Pipeline, rank: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16384)
 def _input_halves(pipeline: Pipeline, rank: int) -> tuple[int, ...]:
-    order = [part for action in order_of(pipeline, rank) for part in action.parts or (action,)]
+    order = [part for part, _ in _parts_of(pipeline, rank)]
     last = max(n for n, part in enumerate(order) if part.kind == orders.FORWARD)
     after = [n for n, part in enumerate(order) if n > last and part.kind == orders.INPUT][:1]
     begun = [part.stage for part in order[: after[0] + 1 if after else last] if part.kind == orders.INPUT]
@@ -297,17 +299,14 @@ def _moments(pipeline: Pipeline, rank: int) -> NDArray[np.int64]:
 
 def _moments_of_list(pipeline: Pipeline, rank: int) -> NDArray[np.int64]:
     """What is in flight while each backward of the rank's list runs; during a forward it is never more than then."""
-    chunk_of = {stage: chunk for chunk, stage in enumerate(pipeline.stages_of(rank))}
     now, moments = [0] * (2 * pipeline.chunks), []
-    for action in order_of(pipeline, rank):
-        for part in action.parts or (action,):
-            chunk = chunk_of[part.stage]
-            if part.kind == orders.FORWARD:
-                now[chunk] += 1
-                continue
-            moments.append(tuple(now))
-            now[chunk] -= part.kind != orders.WEIGHT
-            now[pipeline.chunks + chunk] += (part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)
+    for part, chunk in _parts_of(pipeline, rank):
+        if part.kind == orders.FORWARD:
+            now[chunk] += 1
+            continue
+        moments.append(tuple(now))
+        now[chunk] -= part.kind != orders.WEIGHT
+        now[pipeline.chunks + chunk] += (part.kind == orders.INPUT) - (part.kind == orders.WEIGHT)
     return np.array(moments)
 
 

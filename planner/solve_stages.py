@@ -111,14 +111,7 @@ def solve_stages(
     program = Program(
         costs, limit_bytes, scale=bound_seconds, modes=tuple(modes), goal_seconds=min(best_seconds, cutoff_seconds)
     )
-    program.every_layer_once()
-    program.no_empty_stage()
-    program.layers_of_ranks()
-    program.segments_in_order()
-    program.one_choice_a_stage()
-    program.fits_memory()
-    program.durations()
-    program.optimizer_of_slowest()
+    write_rows(program)
     shared = shared or SharedCuts()
     for path in dict.fromkeys((*known_paths(costs.pipeline), *shared.of(costs.pipeline), *begun.cuts)):
         program.longer_than_path(path)
@@ -178,6 +171,18 @@ def solve_stages(
         found.append(simulation.critical_path)
         shared.add(costs.pipeline, simulation.critical_path)
         program.longer_than_path(simulation.critical_path)
+
+
+def write_rows(program: Program) -> None:
+    """All that holds for any assignment, whatever the paths."""
+    program.every_layer_once()
+    program.no_empty_stage()
+    program.layers_of_ranks()
+    program.segments_in_order()
+    program.one_choice_a_stage()
+    program.fits_memory()
+    program.durations()
+    program.optimizer_of_slowest()
 
 
 def _cut(program: Program, shared: SharedCuts, durations: Sequence[StageSeconds], above_seconds: float) -> float:

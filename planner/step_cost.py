@@ -347,7 +347,8 @@ class CostModel:
 
     def _message_work(self, layout: Layout) -> float:
         """What messages take from the compute of an action, a mean over the stages: of S at most S - 1 send."""
-        each, each_byte = (getattr(self._hardware, f"message_overhead_seconds{per}") for per in ("", "_per_byte"))
+        hardware = self._hardware
+        each, each_byte = hardware.message_overhead_seconds, hardware.message_overhead_seconds_per_byte
         if each == each_byte == 0.0:
             return 0.0
         ranks = [layout.pipeline(1).rank_of(stage) for stage in range(layout.stages)]

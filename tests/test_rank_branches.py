@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from planner.layout_costs import LayoutCosts
 from planner.rank_branches import Branch, split_by_rank
 from planner.simulation import StageSeconds, known_paths, simulate
+from planner.solve_stages import write_rows
 from planner.stage_ilp import Program
 from tests.oracles.brute_force import fastest, priced
 from tests.oracles.chunked_pipeline import interleaved
@@ -23,14 +24,7 @@ MODES = ("none", "full")
 
 def program_of(costs: LayoutCosts, limit: float, modes: tuple[str, ...]) -> Program:
     program = Program(costs, limit, scale=1.0, modes=modes, goal_seconds=math.inf)
-    program.every_layer_once()
-    program.no_empty_stage()
-    program.layers_of_ranks()
-    program.segments_in_order()
-    program.one_choice_a_stage()
-    program.fits_memory()
-    program.durations()
-    program.optimizer_of_slowest()
+    write_rows(program)
     for path in known_paths(costs.pipeline):
         program.longer_than_path(path)
     return program

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -106,7 +107,7 @@ def measure_contention(rank: Rank) -> list[ContentionPoint]:
 def _silent(rank: Rank, active: int) -> Rank:
     """The same rank, timing for itself beside so many: the others are not asked to join."""
     share = max(1.0, rank.ranks_per_core * active / rank.world_size)
-    return Rank(rank.rank, rank.world_size, rank.device, None, rank.effort_seconds * 0.5, share)
+    return replace(rank, control=None, effort_seconds=rank.effort_seconds * 0.5, ranks_per_core=share)
 
 
 def measure_stragglers(rank: Rank, placed: PlacedGroup) -> dict[str, Any]:
