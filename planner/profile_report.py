@@ -120,6 +120,16 @@ def _rates(hardware: HardwareProfile) -> Table:
     return table
 
 
+def _contention(hardware: HardwareProfile) -> list[tuple[str, str]]:
+    """(what, slowdowns): of a GEMM, and of what is bound by memory with all that were measured."""
+    points = hardware.contention_points
+    most = max((p.active for p in points), default=0)
+    beside = [(f"{p.active} computing", p.slowdown) for p in points if not p.memory_bytes]
+    memory = [(bytes_text(p.memory_bytes), p.slowdown) for p in points if p.memory_bytes and p.active == most]
+    rows = (("contention", beside), (f"of memory, {most} computing", memory))
+    return [(name, ", ".join(f"{what} × {slowdown:.2f}" for what, slowdown in each)) for name, each in rows]
+
+
 def _points(dtype: str, measured: Sequence[Any], models: Sequence[Any]) -> str:
     number = sum(point.dtype == dtype for point in measured)
     return str(number or ("modelled" if any(model.dtype == dtype for model in models) else "none"))
@@ -154,7 +164,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
         ("overheads", ", ".join(f"{name} {seconds_text(value)}" for name, value in overheads if value > 0)),
         ("overlap", overlap),
         ("stragglers", f"× {h.straggler_slowdown:.3f}"),
-        ("contention", ", ".join(f"{p.active} computing × {p.slowdown:.2f}" for p in h.contention_points)),
+        *_contention(h),
         ("memory held", held),
         ("corrections", ", ".join(f"{part} × {factor:.3f}" for part, factor in h.corrections.items())),
     ]

@@ -21,8 +21,9 @@ from .axis_cost import AxisModel, Passes
 from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group, described_seconds
 from .compute_cost import ComputeCost, ComputeModel
-from .contention import beside_others
+from .contention import Pace, least_pace, ranks_at_work, ranks_that_share, shares_with_stages
 from .data_parallel_cost import DataParallelModel
+from .first_assignment import first_assignment
 from .in_flight import InFlight, gradients_by_torch, in_flight
 from .job import TrainingJob
 from .layout import Layout
@@ -32,16 +33,22 @@ from .local_shapes import joined_tensors
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
 from .offload import transfer_seconds
+from .paced_compute import PacedCompute
 from .part_seconds import PartSeconds, Seconds, least_of
 from .reduction_moments import reduction_moments
 from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 from .space import LayoutGroup
-from .traced_cost import traced_parts
+from .traced_cost import TracedCompute, traced_parts
 
 # Layers by kind, embedding, head, and what a microbatch costs besides.
 _Parts = tuple[dict[str, PartSeconds], PartSeconds, PartSeconds, ComputeCost]
 _MOST_PARTS = 4096
-Pace = tuple[float, float]  # what multiplies compute, and what the axes send
+
+
+def _compute_model(model: ModelSpec, hardware: HardwareProfile, job: TrainingJob, software: Software) -> ComputeModel:
+    if isinstance(model, TracedModel):
+        return TracedCompute(model, hardware, job, software)
+    return ComputeModel(model, hardware, job, software)
 
 
 class CostModel:
@@ -59,17 +66,18 @@ class CostModel:
         self._comm = CommModel(cluster, hardware)
         if isinstance(model, TracedModel):
             software = replace(software, cross_entropy="eager")  # its loss is its own
-            self._compute, self._axes, self._memory = traced_parts(model, hardware, self._comm, job, software)
+            self._axes, self._memory = traced_parts(model, hardware, self._comm, job, software)
         else:
-            self._compute = ComputeModel(model, hardware, job, software)
             self._axes = AxisModel(model, hardware, self._comm, job, software)
             self._memory = MemoryModel(model, hardware, job, software)
+        self._paced = PacedCompute(hardware, partial(_compute_model, model, job=job, software=software))
+        self._compute = self._paced.measured
         self._model, self._job, self._hardware, self._software = model, job, hardware, software
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
         self._joined = 0 if software.separate_projections else joined_tensors(model)
+        self._paces: dict[Layout, Pace] = {}
         self._part_cache: dict[tuple[Layout, bool | None, Pace], _Parts] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
-        self._compute_cache: dict[tuple[object, ...], dict[str, ComputeCost]] = {}
 
     def price(self, layout: Layout, reshard: Sequence[bool | None] = ()) -> LayoutCosts:
         """Every number of the layout. `reshard` is each stage's choice where stages have one, by default to free
@@ -163,7 +171,7 @@ class CostModel:
         """Seconds of a layer by kind, of embedding and head, and of a microbatch. Of the pipeline they depend on
         nothing but whether logits are computed again and all backwards split, and on its pace, so others share them."""
         microbatches = layout.microbatches(self._job.global_batch)
-        pace = pace or self._pace(layout, microbatches)
+        pace = pace or self._pace(layout)
         key = (layout.but(virtual_stages=1, schedule=self.parts_like(layout)), reshard, pace)
         if key not in self._part_cache:
             if len(self._part_cache) >= _MOST_PARTS:
@@ -171,9 +179,8 @@ class CostModel:
             self._part_cache[key] = self._price_parts(*key, microbatches)
         return self._part_cache[key]
 
-    def _price_parts(self, layout: Layout, reshard: bool | None, paces: Pace, microbatches: int) -> _Parts:
-        memory, (pace, sent) = self._memory, paces
-        compute = self._part_compute(layout, pace)
+    def _price_parts(self, layout: Layout, reshard: bool | None, pace: Pace, microbatches: int) -> _Parts:
+        memory, sent, compute = self._memory, pace.sent, self._part_compute(layout, pace)
         layers = {
             kind: self._layer(layout, compute[kind], sent, kind, microbatches, reshard)
             for kind in {segment.kind for segment in self._model.segments}
@@ -183,7 +190,7 @@ class CostModel:
         before, after = {"tp": axes.embedding_tp(layout) * sent}, {"tp": axes.head_tp(layout) * sent}
         embedding = self._part(layout, compute["embedding"], before, embedded, microbatches, first, root=True)
         head = self._part(layout, compute["head"], after, headed, microbatches, last, root=True)
-        return layers, embedding, head, self._compute.microbatch() * pace
+        return layers, embedding, head, self._paced.microbatch(layout, pace)
 
     def least_work(self, group: LayoutGroup) -> float:
         """Seconds that no layout of the group is below, its compute and what its layers send alone.
@@ -216,13 +223,13 @@ class CostModel:
             *(layout.ep, layout.etp, self._logits_again(layout), pace, with_ep),
         )
         if key not in self._once_cache:
-            compute = self._part_compute(layout, pace[0])
+            compute = self._part_compute(layout, pace)
             forward = backward = weight = 0.0
             for kind, number in [*((s.kind, s.count) for s in self._model.segments), ("embedding", 1), ("head", 1)]:
                 cost = compute[kind]
                 passes: dict[str, Passes] = {}
                 if kind not in ("embedding", "head"):
-                    passes = self._axis_passes(layout, cost, pace[1], kind)
+                    passes = self._axis_passes(layout, cost, pace.sent, kind)
                     if not with_ep:
                         passes.pop("ep", None)
                 forward += number * (cost.forward.total + sum(p.forward for p in passes.values()))
@@ -234,37 +241,46 @@ class CostModel:
     # ---- compute ---------------------------------------------------------------------------------------
 
     def least_pace(self, group: LayoutGroup) -> Pace:
-        """The least of both of the group's pipelines."""
-        layout = group.base
-        count = layout.microbatches(self._job.global_batch)
-        if layout.pp == 1 or not self._hardware.contention_points:
-            return self._pace(layout, count)
-        each = [self._pace(layout.but(schedule=s, virtual_stages=chunks), count) for s, chunks in group.pipelines]
-        return min(compute for compute, _ in each), min(sent for _, sent in each)
+        """None of the group's layouts is faster."""
+        if not shares_with_stages(self._hardware, group.base):
+            return self._pace(group.base)
+        grids = {(ep, etp) for _, _, ep, etp in group.states}
+        return least_pace(
+            [
+                self._pace(group.base.but(schedule=schedule, virtual_stages=chunks, ep=ep, etp=etp))
+                for schedule, chunks in group.pipelines
+                for ep, etp in grids
+            ]
+        )
 
-    def _pace(self, layout: Layout, microbatches: int) -> Pace:
-        """How many times their measured seconds compute and what the axes send take: the slowest of the ranks, and
-        those that are idle. Where the host does the sending, what it leaves to the others it leaves to their messages.
-        """
+    def _pace(self, layout: Layout) -> Pace:
+        """That of the slowest rank, while those in their bubble are idle. Where the host does the sending, what it
+        leaves to the others it leaves to their messages."""
         slowest = self._hardware.straggler_slowdown if layout.world_size > 1 else 1.0
-        beside = beside_others(self._hardware, layout, microbatches)
-        return slowest * beside, beside if self._hardware.backend == "gloo" else 1.0
+        if not shares_with_stages(self._hardware, layout):
+            return Pace(slowest)
+        alike = layout.but(zero=0, dp_shard=1)  # what is sharded over dp has no say in it
+        if alike not in self._paces:
+            alone = self.price_seconds(alike, waits=False, pace=Pace())
+            durations = alone.durations(first_assignment(alone, float("inf"), ("none",)))
+            working, contention = (
+                ranks_at_work(self._hardware, alike, alone.pipeline, durations),
+                self._hardware.contention,
+            )
+            ranks = ranks_that_share(self._hardware, alike)
+            sent = sum(share * contention(active) for active, share in working) / contention(ranks)
+            self._paces[alike] = Pace(slowest, working, sent if self._hardware.backend == "gloo" else 1.0)
+        return self._paces[alike]
 
     def _logits_again(self, layout: Layout) -> bool:
         """What the head's compute depends on besides its shapes."""
         return self._software.loss_in_pieces and layout.logits_again(layout.microbatches(self._job.global_batch))
 
-    def _part_compute(self, layout: Layout, pace: float) -> dict[str, ComputeCost]:
-        key = (
-            *(layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
-            *(layout.ep, layout.etp, self._logits_again(layout)),
-        )
-        if key not in self._compute_cache:
-            costs = {segment.kind: self._compute.block(layout, segment.kind) for segment in self._model.segments}
-            costs |= {"embedding": self._compute.embedding(layout), "head": self._compute.head(layout)}
-            self._compute_cache[key] = costs
-        found = self._compute_cache[key]
-        return found if pace == 1.0 else {name: cost * pace for name, cost in found.items()}
+    def _part_compute(self, layout: Layout, pace: Pace) -> dict[str, ComputeCost]:
+        """Compute of a layer by kind, of embedding and head."""
+        again = self._logits_again(layout)
+        parts = [*{segment.kind for segment in self._model.segments}, "embedding", "head"]
+        return {part: self._paced.part(layout, part, again, pace) for part in parts}
 
     # ---- parts -----------------------------------------------------------------------------------------
 

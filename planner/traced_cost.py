@@ -195,10 +195,9 @@ class TracedMemory(MemoryModel):
 
 def traced_parts(
     model: TracedModel, hardware: HardwareProfile, comm: CommModel, job: TrainingJob, software: Software
-) -> tuple[TracedCompute, TracedAxes, TracedMemory]:
-    """What prices compute, axes and bytes of a traced module."""
+) -> tuple[TracedAxes, TracedMemory]:
+    """What prices axes and bytes of a traced module."""
     return (
-        TracedCompute(model, hardware, job, software),
         TracedAxes(model, hardware, comm, job, software),
         TracedMemory(model, hardware, job, software),
     )

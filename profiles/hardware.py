@@ -178,9 +178,16 @@ class HardwareProfile:
         points = self._collective_points.get((operation, ranks, stride), [])
         return points[0] if len(points) == 1 else None
 
-    def contention(self, active: float) -> float:
-        """What a kernel takes with `active` ranks of a node computing, in times of what it takes with one."""
-        return _on_line([(float(p.active), p.slowdown) for p in self.contention_points], active, 1.0)
+    def contention(self, active: float, memory_bytes: float = 0.0) -> float:
+        """What a kernel takes with `active` ranks of a node computing, in times of what it takes with one.
+
+        With `memory_bytes` one bound by memory on tensors of so many; where none was measured all take as a GEMM does.
+        """
+        curves = self._contention_curves
+        sizes = [(math.log(size), _on_line(curve, active, 1.0)) for size, curve in curves.items() if size]
+        if memory_bytes > 0 and sizes:
+            return _on_line(sizes, math.log(memory_bytes), 1.0)
+        return _on_line(curves.get(0, []), active, 1.0)
 
     def wait_seconds(self, compute_seconds: float) -> float:
         """What a collective after so much compute waits for the slowest rank beyond what its own points hold.
@@ -250,6 +257,14 @@ class HardwareProfile:
             if not p.uneven:
                 groups.setdefault((p.operation, p.ranks, p.stride), []).append((p.bytes, p.seconds))
         return {key: sorted(points) for key, points in groups.items()}
+
+    @cached_property
+    def _contention_curves(self) -> dict[int, list[tuple[float, float]]]:
+        """(active, slowdown) by bytes of what is bound by memory, 0 for a GEMM."""
+        curves: dict[int, list[tuple[float, float]]] = {}
+        for p in self.contention_points:
+            curves.setdefault(p.memory_bytes, []).append((float(p.active), p.slowdown))
+        return curves
 
     # ---- files -----------------------------------------------------------------------------------------
 

@@ -219,9 +219,13 @@ class OverlapPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ContentionPoint:
-    """How long a GEMM takes with `active` ranks computing, in times of what it takes with one."""
+    """How long a kernel takes with `active` ranks computing, in times of what it takes with one.
+
+    A GEMM, or where `memory_bytes` says so one bound by memory on tensors of so many bytes.
+    """
 
     active: int
+    memory_bytes: int = 0
     slowdown: float
 
 
@@ -240,7 +244,7 @@ _CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (CollectivePoint, "operation"): (*COLLECTIVES, *DATA_PARALLEL),
     (OverlapPoint, "operation"): COLLECTIVES,
 }
-_LEAST = {"ranks": 2, "kv_heads": 0}  # other whole numbers count something from 1 on
+_LEAST = {"ranks": 2, "kv_heads": 0, "memory_bytes": 0}  # other whole numbers count something from 1 on
 
 
 def read_point(kind: type, reader: Reader) -> Any:
@@ -254,7 +258,17 @@ def read_point(kind: type, reader: Reader) -> Any:
             "bool": reader.boolean,
         }
         options: dict[str, Any] = {}
-        if field.name in ("spread", "source", "kv_heads", "causal", "backend", "stride", "uneven", "kernel"):
+        if field.name in (
+            "spread",
+            "source",
+            "kv_heads",
+            "causal",
+            "backend",
+            "stride",
+            "uneven",
+            "kernel",
+            "memory_bytes",
+        ):
             options["default"] = field.default
         if field.type == "int":
             options["minimum"] = _LEAST.get(field.name, 1)

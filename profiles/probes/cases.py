@@ -115,6 +115,9 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     if rank.world_size == 1:
         return
     yield Case("contention", "overheads", QUICK, concurrency.measure_contention)
+    for size in () if cuda else concurrency.CONTENTION_BYTES:
+        run = partial(concurrency.measure_memory_contention, size_bytes=size)
+        yield Case(f"contention {size} bytes", "overheads", QUICK, run)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
     yield Case("stragglers", "overheads", QUICK, partial(concurrency.measure_stragglers, placed=groups[smallest]))
     yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))

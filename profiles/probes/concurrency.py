@@ -20,6 +20,8 @@ _CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
 MESSAGE_BYTES = (2**16, 2**19)  # of a microbatch between stages on CPUs
 _MESSAGES = 16  # each way in one timing
 _CONTENTION_TURNS = 9
+# Of a tensor: within each cache, around the size where those of several ranks no longer fit the last one, and beyond.
+CONTENTION_BYTES = (2**16, 2**20, 2**21, 2**22, 2**24)
 WAIT_SECONDS = (BETWEEN_SECONDS, 5e-3, 2e-2, 8e-2)  # of work between two meetings; a block's, a stage's, a step's
 
 
@@ -87,20 +89,30 @@ def measure_contention(rank: Rank) -> list[ContentionPoint]:
 
     Cores that ranks share, memory bandwidth and power limits make it rise.
     """
-    product = _product(rank)
+    return _contention(rank, _product(rank))
+
+
+def measure_memory_contention(rank: Rank, size_bytes: int) -> list[ContentionPoint]:
+    """The same of a sum of two tensors of so many bytes: ranks share the last cache and the memory behind it."""
+    one, other = (torch.randn(size_bytes // 4, device=rank.device) for _ in range(2))
+    return _contention(rank, lambda: one + other, size_bytes)
+
+
+def _contention(rank: Rank, kernel: Callable[[], object], memory_bytes: int = 0) -> list[ContentionPoint]:
     counts = sorted({1, *(2**i for i in range(1, 10) if 2**i < rank.world_size), rank.world_size})
     found: dict[int, list[float]] = {active: [] for active in counts}
     # In turn, since a machine's pace changes by more than what is looked for.
     for _ in range(_CONTENTION_TURNS):
         for active, seconds in found.items():
             rank.barrier()
-            own = time_alone(_silent(rank, active), product).seconds if rank.rank < active else 0.0
+            own = time_alone(_silent(rank, active), kernel).seconds if rank.rank < active else 0.0
             rank.barrier()
             seconds.append(rank.mean(own) * rank.world_size / active)
     points: list[ContentionPoint] = []
     for active, seconds in found.items():
         ratio = statistics.median(s / alone for s, alone in zip(seconds, found[1], strict=True))
-        points.append(ContentionPoint(active=active, slowdown=max(ratio, points[-1].slowdown if points else 1.0)))
+        slowdown = max(ratio, points[-1].slowdown if points else 1.0)
+        points.append(ContentionPoint(active=active, memory_bytes=memory_bytes, slowdown=slowdown))
     return points
 
 
