@@ -288,6 +288,21 @@ def test_contention_rises_on_the_lines_between_what_was_measured(active: float, 
     assert small_hardware().contention(active) == 1.0
 
 
+def test_contention_of_memory_rises_with_its_bytes() -> None:
+    """Between two sizes on a line over their logarithms; beyond them as at the nearest."""
+    memory = [
+        ContentionPoint(active=n, memory_bytes=size, slowdown=1 + (n - 1) * each)
+        for size, each in ((2**10, 0.1), (2**14, 0.5))
+        for n in (1, 4)
+    ]
+    hardware = small_hardware(contention_points=(*CONTENTION, *memory))
+    found = [hardware.contention(4, size) for size in (2**8, 2**10, 2**12, 2**14, 2**20)]
+    assert found == pytest.approx([1.3, 1.3, 1.9, 2.5, 2.5])
+    assert hardware.contention(2.5, 2**14) == pytest.approx(1.75)
+    assert hardware.contention(4) == 2.0
+    assert small_hardware(contention_points=CONTENTION).contention(4, 2**12) == 2.0  # as a GEMM
+
+
 def test_a_collective_waits_longer_after_more_work_than_where_it_was_measured() -> None:
     waits = tuple(
         WaitPoint(compute_seconds=c, wait_seconds=w)

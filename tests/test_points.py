@@ -63,7 +63,7 @@ FULL: dict[str, Any] = {
     "overlap": OverlapPoint(
         operation="all_reduce", ranks=8, bytes=1 << 20, compute_slowdown=1.1, communication_slowdown=1.7
     ),
-    "contention_points": ContentionPoint(active=4, slowdown=1.3),
+    "contention_points": ContentionPoint(active=4, memory_bytes=1 << 20, slowdown=1.3),
     "waits": WaitPoint(compute_seconds=0.005, wait_seconds=0.001),
 }
 NAMES = list(FULL)
@@ -119,6 +119,7 @@ def test_the_defaults() -> None:
         "stride": 1,
         "uneven": False,
         "kernel": "",
+        "memory_bytes": 0,
     }
 
 
@@ -193,7 +194,7 @@ points: dict[str, st.SearchStrategy[Any]] = {
         compute_slowdown=seconds,
         communication_slowdown=seconds,
     ),
-    "contention_points": st.builds(ContentionPoint, active=counts, slowdown=seconds),
+    "contention_points": st.builds(ContentionPoint, active=counts, memory_bytes=st.just(0) | counts, slowdown=seconds),
     "waits": st.builds(WaitPoint, compute_seconds=seconds, wait_seconds=seconds),
 }
 points["gemm_checks"] = points["gemm"]

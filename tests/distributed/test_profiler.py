@@ -69,6 +69,7 @@ def probe_the_rest() -> dict[str, Any]:
     found["shared"] = concurrency.measure_stragglers(replace(rank, ranks_per_core=2.0), groups[2, 1])
     found["fsdp"] = overheads.measure_data_parallel(rank, groups[2, 1], 2**18)
     found["contention"] = concurrency.measure_contention(rank)
+    found["memory contention"] = concurrency.measure_memory_contention(rank, 2**16)
     found["overlap"] = concurrency.measure_overlap(rank, groups[2, 1], "all_reduce", 2**16)
     found["gemm"] = [
         compute.measure_gemm(rank, "fp32", operation, 64, 32, 16) for operation in ("forward", "weight_grad")
@@ -90,6 +91,7 @@ def test_the_other_probes() -> None:
     assert {p.bytes for p in found["fsdp"]} == {4 * 7 * 16 * (2**18 // 4 // 7 // 16)}
     assert [p.active for p in found["contention"]] == [1, 2]
     assert found["contention"][0].slowdown == 1.0 <= found["contention"][1].slowdown
+    assert [(p.active, p.memory_bytes) for p in found["memory contention"]] == [(1, 2**16), (2, 2**16)]
     assert min(found["overlap"].compute_slowdown, found["overlap"].communication_slowdown) >= 1
     assert all(p.seconds > 0 for p in (*found["gemm"], *found["many"], *found["attention"]))
     assert [p.direction for p in found["attention"]] == ["forward", "backward"]
