@@ -7,6 +7,7 @@ across nodes as dp's or pp's are. All groups of one kind run at once, since that
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -73,7 +74,9 @@ def measure_collective(
     redistribution from shard to shard is an all-gather).
 
     A message from stage to stage comes after a microbatch's work, when a link that was shaped has saved up a burst and
-    the next message goes at full speed; and the schedule prices who waits for whom, so both sides start together.
+    the next message goes at full speed; and the schedule prices who waits for whom, so both sides start together. On
+    CPUs all go one way at once, the other way the next time, and are there when the last one is: those that share a
+    wire take turns on it, and the two ways at once would each have it to themselves.
     """
     n = placed.size
     elements = max(2 * n, size_bytes // 4 // (2 * n) * (2 * n))
@@ -81,8 +84,11 @@ def measure_collective(
     action = collective_action(rank, placed, operation, whole, uneven)
     rank.barrier()  # every rank has its buffers before any of them communicates
     alone = operation == "send_recv" and rank.device.type != "cuda"
-    timing = time_together(rank, action, _quiet(rank) if alone else work_between(rank, BETWEEN_SECONDS))
-    seconds = timing.seconds / 2 if operation == "send_recv" else timing.seconds
+    if alone:
+        timing = time_together(rank, _message(placed, whole), _quiet(rank), until_all=True)
+    else:
+        timing = time_together(rank, action, work_between(rank, BETWEEN_SECONDS))
+    seconds = timing.seconds / 2 if operation == "send_recv" and not alone else timing.seconds
     return CollectivePoint(
         operation=operation,
         ranks=n,
@@ -135,6 +141,20 @@ def collective_action(
         "send_recv": send_recv,
         "exchange": exchange,
     }[operation]
+
+
+def _message(placed: PlacedGroup, whole: torch.Tensor) -> Callable[[], object]:
+    """One message between each pair of neighbours, all up or all down in turn."""
+    position, turns = placed.ranks.index(dist.get_rank()), itertools.count()
+
+    def send_or_receive() -> None:
+        peer = placed.ranks[position ^ 1]
+        if (position + next(turns)) % 2 == 0:
+            dist.send(whole, peer, group=placed.group)
+        else:
+            dist.recv(whole, peer, group=placed.group)
+
+    return send_or_receive
 
 
 def work_between(rank: Rank, seconds: float) -> Callable[[], object] | None:

@@ -109,12 +109,14 @@ def time_alone(rank: Rank, action: Callable[[], object]) -> Timing:
     return Timing(trimmed_mean(samples), *_scatter(samples))
 
 
-def time_together(rank: Rank, action: Callable[[], object], between: Callable[[], object] | None = None) -> Timing:
+def time_together(
+    rank: Rank, action: Callable[[], object], between: Callable[[], object] | None = None, until_all: bool = False
+) -> Timing:
     """Time an action that communicates: every rank runs it equally often.
 
     `between` runs before each, untimed: in training a collective comes after compute, when the threads that serve
     it have gone to sleep. A step adds up many collectives, so it is their mean that counts; only the few samples
-    that a stray process has spoilt are left out.
+    that a stray process has spoilt are left out. `until_all`: each takes until the last of all ranks is done.
     """
     action()  # the first one opens connections
     rank.synchronize()
@@ -135,7 +137,8 @@ def time_together(rank: Rank, action: Callable[[], object], between: Callable[[]
     for _ in range(repeats):
         if between is not None:
             between()
-        samples.append(_sample(rank, action, loops))
+        own = _sample(rank, action, loops)
+        samples.append(rank.most(own) if until_all else own)
     # Where ranks share cores, waiting long for a turn is no accident.
     return Timing(trimmed_mean(samples, 0.0 if rank.shares_cores else 0.05), *_scatter(samples))
 
