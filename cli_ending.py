@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cli_parts import print_json, print_report
-from cli_signals import INTERRUPTED, NO_READER, interruptible, nobody_reads, write_nowhere
+from cli_signals import INTERRUPTED, NO_READER, interruptible, nobody_reads, open_streams, write_nowhere
 
 if TYPE_CHECKING:
     from planner.errors import NoPlanError
@@ -27,6 +27,7 @@ _LONG_NAME = 200  # of a path, in an error
 def exit_code_of(app: typer.Typer) -> int:
     """Run a verb; 0 done, 1 no plan or a failed run, 2 bad input, 75 a run that left when it was asked to, 128 + signal
     when a signal ended it, or would have: SIGPIPE, where nobody reads what it prints."""
+    open_streams()
     try:
         return _ended(app)
     except (BrokenPipeError, SystemExit) as error:

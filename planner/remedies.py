@@ -180,12 +180,13 @@ def _something_fits(question: Question) -> bool:
 def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
     """The rules that forbid the plainest layouts, and the pinned one, so that the user sees which number to change."""
     world, pins = rules.world_size, {key: plainest(pin) for key, pin in rules.job.pins.items()}
+    if "reshard" in pins and world > 1:  # of stages that have a choice
+        stages = next(pp for pp in range(2, world + 1) if world % pp == 0)
+        pins = {"pp": stages, "zero": 3, "schedule": "gpipe"} | pins
     plain = [Layout(dp=world), Layout(pp=world), Layout(tp=world)]
     others = pins.get("tp", 1) * pins.get("cp", 1) * pins.get("pp", 1)
     if pins and world % others == 0:
         settings = {"dp": world // others, **{key: value for key, value in pins.items() if key not in STAGE_KEYS}}
-        if "reshard" in pins:
-            settings.setdefault("zero", 3)
         settings.setdefault("dp_shard", settings["dp"] if settings.get("zero", 0) else 1)
         settings.setdefault("cp_style", "none" if settings.get("cp", 1) == 1 else "ring")
         plain = [Layout(**settings)]

@@ -69,3 +69,16 @@ def test_a_closed_pipe_ends_a_command_quietly(words: list[str]) -> None:
     )
     os.close(writer)
     assert (ended.returncode, ended.stdout or ended.stderr or "") == (NO_READER, "")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_the_shell_has_closed_is_no_error(closed: str) -> None:
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, str(CLI), "plan", "--bogus", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
