@@ -53,6 +53,7 @@ _PRELOAD = [
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "torch.utils.tensorboard",
+    f"{__package__}.trainer",
 ]
 MONITOR_SECONDS = 0.1  # how often the launcher looks whether a rank has died, and the tail for a new line
 
