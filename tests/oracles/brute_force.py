@@ -1,8 +1,8 @@
 """Every layout and every assignment of a small question, priced one by one: what the planner's answer must equal.
 
-Nothing is bounded, pruned or solved here. Of the planner it takes the prices (`CostModel`), what the events of a schedule
-wait for and the rules (`violations`, `why_no_recompute`); the loops over degrees and knobs, the splits of layers and the
-recomputed counts are its own.
+Nothing is bounded, pruned or solved here. Of the planner it takes the prices (`CostModel`), what the events of a
+schedule wait for and the rules (`violations`, `why_no_recompute`); the loops over degrees and knobs, the splits of
+layers and the recomputed counts are its own.
 """
 
 from __future__ import annotations
