@@ -52,11 +52,16 @@ def all_layouts(question: Question) -> list[Layout]:
     for layout in _degrees(question):
         for knobs in product(_pipelines(layout, question), _states(layout, question), _expert_grids(layout, question)):
             tried = Layout(**(vars(layout) | knobs[0] | knobs[1] | knobs[2]))
-            pinned = _as_pinned(tried, question.job.pins, question.job.bans) and modes_of(tried, question)
-            proposed = gcd(tried.cp, tried.micro_batch) == 1  # else the same with less of both and more of dp
-            if pinned and proposed and not violations(tried, question.rules):
+            if is_legal(tried, question):
                 legal.append(tried)
     return legal
+
+
+def is_legal(layout: Layout, question: Question) -> bool:
+    """Whether the rules and the pins allow it, and it is worth proposing. More pins never allow more."""
+    pinned = _as_pinned(layout, question.job.pins, question.job.bans) and modes_of(layout, question)
+    proposed = gcd(layout.cp, layout.micro_batch) == 1  # else the same with less of both and more of dp
+    return bool(pinned) and proposed and not violations(layout, question.rules)
 
 
 def _degrees(question: Question) -> Iterator[Layout]:
