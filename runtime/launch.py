@@ -48,11 +48,14 @@ from .trainer import Record, TrainOptions, open_data, run
 # What a rank imports for seconds. The fork server imports it once and the ranks are forked from there; unlike
 # this process it has no threads and no CUDA context that a fork would break.
 _PRELOAD = [
+    "networkx",
+    "safetensors",
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "torch.utils.tensorboard",
+    "yaml",
 ]
 MONITOR_SECONDS = 0.1  # how often the launcher looks whether a rank has died, and the tail for a new line
 

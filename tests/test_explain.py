@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
 from planner.comm_cost import Group
 from planner.errors import InfeasibleError
-from planner.explain import compare, explain, tightest_link
+from planner.explain import Explanation, compare, explain, tightest_link
 from planner.explain_report import against_report, explain_report, parts_text
 from planner.layout import Layout
+from planner.plan import Plan
 from planner.quantity_text import seconds_text
 from planner.question import Question
 from planner.search import search
@@ -21,17 +23,24 @@ from tests.oracles.brute_force import candidates, fastest
 from tests.oracles.small_world import small_cluster, small_hardware, small_question
 from tests.test_answers import TWO_NODES, text
 
-PLAN = search(TWO_NODES)
-FOUND = explain(TWO_NODES, PLAN)
+
+@cache
+def the_plan() -> Plan:
+    return search(TWO_NODES)
+
+
+@cache
+def the_explanation() -> Explanation:
+    return explain(TWO_NODES, the_plan())
 
 
 # ---- what binds -------------------------------------------------------------------------------------------
 
 
 def test_the_fullest_rank_and_its_bytes() -> None:
-    totals = [sum(items.values()) for items in PLAN.prediction.memory_bytes]
-    assert FOUND.binding.memory_bytes == max(totals) == totals[FOUND.binding.memory_rank]
-    assert FOUND.binding.limit_bytes == 5.2e5
+    totals = [sum(items.values()) for items in the_plan().prediction.memory_bytes]
+    assert the_explanation().binding.memory_bytes == max(totals) == totals[the_explanation().binding.memory_rank]
+    assert the_explanation().binding.limit_bytes == 5.2e5
 
 
 @pytest.mark.parametrize(
@@ -71,19 +80,19 @@ def test_a_link_is_blamed_only_where_it_is_the_tightest() -> None:
 def test_each_runner_up_is_the_best_layout_that_differs_there() -> None:
     best = {layout: fastest(tried, 5.2e5) for layout, tried in candidates(TWO_NODES).items()}
     checked = 0
-    for rival in FOUND.rivals:
+    for rival in the_explanation().rivals:
         axis, differs, _ = rival.condition.partition(" ≠ ")
         if not differs:
             continue
-        others = [c for layout, c in best.items() if c and vars(layout)[axis] != vars(PLAN.layout)[axis]]
+        others = [c for layout, c in best.items() if c and vars(layout)[axis] != vars(the_plan().layout)[axis]]
         assert rival.step_seconds == pytest.approx(min(c.step_seconds for c in others), rel=1e-6)
         checked += 1
     assert checked == 7  # tp, cp, pp, dp, zero, schedule, micro_batch
 
 
 def test_the_runner_up_in_recomputation() -> None:
-    assert any(stage.recompute_selective for stage in PLAN.stages)
-    (rival,) = [rival for rival in FOUND.rivals if "no recompute" in rival.condition]
+    assert any(stage.recompute_selective for stage in the_plan().stages)
+    (rival,) = [rival for rival in the_explanation().rivals if "no recompute" in rival.condition]
     without = search(replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"recompute": "none"})))
     assert rival.step_seconds == pytest.approx(without.prediction.step_seconds, rel=1e-9)
 
@@ -99,9 +108,9 @@ def test_the_runner_up_of_a_plan_that_recomputes_nothing() -> None:
 
 
 def test_the_parts_sum_to_what_a_runner_up_loses() -> None:
-    for rival in FOUND.rivals:
+    for rival in the_explanation().rivals:
         assert rival.step_seconds is not None
-        lost = rival.step_seconds - FOUND.prediction.step_seconds
+        lost = rival.step_seconds - the_explanation().prediction.step_seconds
         assert sum(rival.more_seconds.values()) == pytest.approx(lost, abs=1e-9)
         assert lost >= -1e-9
 
@@ -117,7 +126,8 @@ def test_an_axis_that_is_pinned_has_no_runner_up_and_one_that_cannot_be_says_why
     conditions = [rival.condition for rival in explain(question, search(question)).rivals]
     assert not any(condition.startswith("tp") for condition in conditions)
     free = small_question(devices=4)
-    need = min(c.peak_bytes for tried in candidates(free).values() for c in tried)
+    recomputing = replace(free, job=replace(free.job, pins={"recompute": "full"}))  # which needs the least
+    need = min(c.peak_bytes for tried in candidates(recomputing).values() for c in tried)
     tight = replace(free, job=replace(free.job, memory_limit_bytes=1.001 * need))
     plan = search(tight)
     (rival,) = [rival for rival in explain(tight, plan).rivals if rival.condition == "no recompute"]
@@ -130,15 +140,15 @@ def test_an_axis_that_is_pinned_has_no_runner_up_and_one_that_cannot_be_says_why
 
 def test_each_help_is_a_search_of_the_changed_question() -> None:
     changed = dict(relaxed_questions(TWO_NODES))
-    assert {each.change for each in FOUND.helps} == set(changed)
+    assert {each.change for each in the_explanation().helps} == set(changed)
     assert len(changed) == 5
-    for each in FOUND.helps:
+    for each in the_explanation().helps:
         seconds = search(changed[each.change]).prediction.step_seconds
         assert each.step_seconds == pytest.approx(seconds, rel=1e-6)
         tokens = changed[each.change].job.tokens
-        assert each.gain == pytest.approx(FOUND.prediction.step_seconds / 128 * tokens / seconds - 1)
+        assert each.gain == pytest.approx(the_explanation().prediction.step_seconds / 128 * tokens / seconds - 1)
         assert each.gain >= -1e-9
-    gains = {each.change: each.gain for each in FOUND.helps}
+    gains = {each.change: each.gain for each in the_explanation().helps}
     assert gains["device memory +10%"] > 0.005  # it recomputes to fit
     assert gains["compute +10%"] > 0.01
 
@@ -152,8 +162,8 @@ def test_what_is_relaxed() -> None:
     assert wider.links[0] == cluster.links[0]
     assert wider.links[1].bandwidth_bytes_per_second == pytest.approx(1.1e8)
     assert wider.links[1].latency_seconds == cluster.links[1].latency_seconds
-    job = replace(PLAN.job, memory_limit_bytes=None)
-    changed = dict(relaxed_questions(Question(PLAN.model, cluster, hardware, job)))
+    job = replace(the_plan().job, memory_limit_bytes=None)
+    changed = dict(relaxed_questions(Question(the_plan().model, cluster, hardware, job)))
     assert changed["device memory +10%"].limit_bytes == pytest.approx(1.1e9)
     assert changed["global batch 16"].job.global_batch == 16
 
@@ -173,21 +183,21 @@ def test_measured_collectives_of_a_wider_link_keep_their_latency() -> None:
 
 
 def test_against_is_the_best_with_those_settings() -> None:
-    prediction, rival = compare(TWO_NODES, PLAN, "tp=2,pp=2")
+    prediction, rival = compare(TWO_NODES, the_plan(), "tp=2,pp=2")
     wanted = search(replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"tp": 2, "pp": 2})))
     assert rival.layout == wanted.layout
     assert rival.step_seconds == wanted.prediction.step_seconds
-    assert prediction.step_seconds == PLAN.prediction.step_seconds
+    assert prediction.step_seconds == the_plan().prediction.step_seconds
 
 
 def test_against_what_a_rule_or_the_bytes_forbid() -> None:
-    _, rival = compare(TWO_NODES, PLAN, "zero=2,pp=2")
+    _, rival = compare(TWO_NODES, the_plan(), "zero=2,pp=2")
     assert rival.layout is None
     assert any("zero 2 is zero 1 there" in reason for reason in rival.reasons)
-    _, rival = compare(TWO_NODES, PLAN, "dp=4,zero=0,recompute=none")
+    _, rival = compare(TWO_NODES, the_plan(), "dp=4,zero=0,recompute=none")
     assert "without recomputation, stage 0 misses 0." in rival.reasons[0]
     assert rival.reasons[0].endswith(" MiB of 0.496 MiB per device")
-    shown = text(against_report(PLAN, PLAN.prediction, rival))
+    shown = text(against_report(the_plan(), the_plan().prediction, rival))
     assert shown.startswith("dp=4,zero=0,recompute=none cannot be\n")
 
 
@@ -195,7 +205,7 @@ def test_against_what_a_rule_or_the_bytes_forbid() -> None:
 def test_against_settings_that_do_not_fill_the_devices(text: str) -> None:
     pinned = replace(TWO_NODES, job=replace(TWO_NODES.job, pins={"cp": 2}, bans=("dp",)))
     with pytest.raises(InputError) as caught:
-        compare(pinned, PLAN, text)
+        compare(pinned, the_plan(), text)
     assert (caught.value.where, caught.value.got) == ("--against", text)
     assert caught.value.expected == "tp·cp·pp·dp of 4 devices"
     typed = ", ".join(text.split(","))
@@ -210,7 +220,7 @@ def test_against_overrides_the_jobs_own_pins_and_refuses_words() -> None:
     assert (rival.layout.tp, rival.layout.pp) == (1, 2)
     for wrong in ("", "tpp=2", "tp"):
         with pytest.raises(InputError) as caught:
-            compare(TWO_NODES, PLAN, wrong)
+            compare(TWO_NODES, the_plan(), wrong)
         assert caught.value.where == "--against"
 
 
@@ -222,20 +232,22 @@ def test_a_plan_that_is_beaten_says_by_what() -> None:
     edited = replace(slower, job=TWO_NODES.job)
     found = explain(TWO_NODES, edited)
     assert found.faster is not None
-    assert found.faster.layout == PLAN.layout
+    assert found.faster.layout == the_plan().layout
     assert "another layout is " in text(explain_report(found))
-    assert FOUND.faster is None
+    assert the_explanation().faster is None
 
 
 def test_a_profile_that_has_changed_is_said() -> None:
-    stale = replace(PLAN, prediction=replace(PLAN.prediction, step_seconds=2 * PLAN.prediction.step_seconds))
+    stale = replace(
+        the_plan(), prediction=replace(the_plan().prediction, step_seconds=2 * the_plan().prediction.step_seconds)
+    )
     found = explain(TWO_NODES, stale)
-    assert found.prediction.step_seconds == PLAN.prediction.step_seconds
-    stated = seconds_text(2 * PLAN.prediction.step_seconds)
+    assert found.prediction.step_seconds == the_plan().prediction.step_seconds
+    stated = seconds_text(2 * the_plan().prediction.step_seconds)
     assert f"the file says {stated}: profile or stages have changed" in text(explain_report(found))
     nowhere = replace(TWO_NODES, job=replace(TWO_NODES.job, memory_limit_bytes=1e4))
     with pytest.raises(InfeasibleError):
-        explain(nowhere, PLAN)
+        explain(nowhere, the_plan())
 
 
 # ---- text -----------------------------------------------------------------------------------------------------
@@ -277,7 +289,7 @@ node bandwidth +10%     7.32 ms         +0.10%  the same
 
 
 def test_the_report_of_an_explanation() -> None:
-    assert text(explain_report(FOUND)) == GOLDEN_EXPLAIN.strip("\n")
+    assert text(explain_report(the_explanation())) == GOLDEN_EXPLAIN.strip("\n")
 
 
 GOLDEN_AGAINST = """
@@ -297,4 +309,4 @@ peak memory  0.5 MiB    0.5 MiB
 
 
 def test_the_report_of_a_comparison() -> None:
-    assert text(against_report(PLAN, *compare(TWO_NODES, PLAN, "tp=2,pp=2"))) == GOLDEN_AGAINST.strip("\n")
+    assert text(against_report(the_plan(), *compare(TWO_NODES, the_plan(), "tp=2,pp=2"))) == GOLDEN_AGAINST.strip("\n")

@@ -21,15 +21,24 @@ from planner.step_cost import CostModel
 from profiles.catalogue import resolve_cluster, resolve_hardware_path, resolve_model
 from profiles.experts_spec import Experts
 from profiles.hardware import load_hardware
-from tests.oracles.brute_force import candidates, fastest
+from tests.oracles.brute_force import Candidate, candidates, fastest
 from tests.oracles.small_world import counts, small_cluster, small_hardware, small_question
 from tests.plans import tiny_bert, tiny_gpt2, tiny_llama
 
 ROOT = Path(__file__).parent.parent
 
 
-def least_need(question: Question) -> float:
-    return min(c.peak_bytes for of_layout in candidates(question).values() for c in of_layout)
+Tried = dict[Layout, list[Candidate]]
+
+
+@pytest.fixture(scope="module")
+def on_four() -> Tried:
+    """Everything that there is to try of `small_question(devices=4)`, which is the same whatever its memory limit."""
+    return candidates(small_question(devices=4))
+
+
+def least_need(tried: Tried) -> float:
+    return min(c.peak_bytes for of_layout in tried.values() for c in of_layout)
 
 
 # ---- golden ----------------------------------------------------------------------------------------------
@@ -128,12 +137,11 @@ def test_counts_become_ranges_of_blocks() -> None:
 
 
 @pytest.mark.parametrize("share", [None, 1.05])
-def test_runners_up_are_the_next_best_layouts(share: float | None) -> None:
+def test_runners_up_are_the_next_best_layouts(share: float | None, on_four: Tried) -> None:
     question = small_question(devices=4)
-    tried = candidates(question)
     if share is not None:
-        question = replace(question, job=replace(question.job, memory_limit_bytes=share * least_need(question)))
-    best = [fastest(of_layout, question.limit_bytes) for of_layout in tried.values()]
+        question = replace(question, job=replace(question.job, memory_limit_bytes=share * least_need(on_four)))
+    best = [fastest(of_layout, question.limit_bytes) for of_layout in on_four.values()]
     ranked = sorted((c for c in best if c is not None), key=lambda c: c.step_seconds)
     top = min(6, len(ranked))
     plan = search(question, top=6)
@@ -162,14 +170,13 @@ def test_of_a_masked_language_model_too_the_plan_is_the_best_there_is() -> None:
     assert len(found) == 4
 
 
-def test_one_layout_can_be_priced_whether_it_fits_or_not() -> None:
+def test_one_layout_can_be_priced_whether_it_fits_or_not(on_four: Tried) -> None:
     question = small_question(devices=4, memory_limit_bytes=1.2e6)
-    tried = candidates(question)
     for layout in (Layout(dp=4), Layout(pp=4), Layout(tp=2, pp=2)):
         solved, fitted = solve_layout(question, layout, None)
-        best = fastest(tried[layout], question.limit_bytes)
+        best = fastest(on_four[layout], question.limit_bytes)
         assert fitted == (best is not None)
-        wanted = best or fastest(tried[layout], float("inf"))
+        wanted = best or fastest(on_four[layout], float("inf"))
         assert wanted is not None
         assert solved.step_seconds == pytest.approx(wanted.step_seconds, rel=1e-6)
         assert solved.peak_memory_bytes == max(m.total for m in solved.costs.memory(solved.counts))
@@ -193,9 +200,9 @@ def test_a_time_limit_leaves_a_valid_plan_and_an_honest_gap(seconds: float) -> N
     assert plan.prediction.peak_memory_bytes <= 6e5 * (1 + 1e-9)
 
 
-def test_out_of_time_is_not_out_of_memory() -> None:
+def test_out_of_time_is_not_out_of_memory(on_four: Tried) -> None:
     question = small_question(devices=4)
-    question = replace(question, job=replace(question.job, memory_limit_bytes=1.01 * least_need(question)))
+    question = replace(question, job=replace(question.job, memory_limit_bytes=1.01 * least_need(on_four)))
     assert search(question).certificate.gap == 0.0
     try:
         search(question, time_limit_seconds=0.0)  # a plan, or an error that says that the time is up
@@ -245,7 +252,7 @@ def test_when_nothing_fits_the_closest_layout_and_what_it_misses_are_named(share
     """Large enough for GiB to show; zero 0 alone, where every block recomputed is the least."""
     model = tiny_llama(hidden_size=4096, ffn_hidden_size=16384, heads=32, head_dim=128, kv_heads=32, vocab_size=32000)
     question = small_question(model, devices=2, sequence=1024, pins={"pp": 1})
-    need = least_need(question)
+    need = least_need(candidates(question))
     question = replace(question, job=replace(question.job, memory_limit_bytes=share * need))
     what, lines = refused(question)
     assert what == "nothing fits: tiny-llama on 2 devices"
@@ -258,7 +265,7 @@ def test_when_nothing_fits_the_closest_layout_and_what_it_misses_are_named(share
 
 def test_no_remedy_is_offered_that_does_not_work() -> None:
     question = small_question(devices=4, pins={"tp": 1, "zero": 0, "pp": 1})
-    question = replace(question, job=replace(question.job, memory_limit_bytes=0.95 * least_need(question)))
+    question = replace(question, job=replace(question.job, memory_limit_bytes=0.95 * least_need(candidates(question))))
     _, lines = refused(question)
     offered = [line for line in lines if line.startswith("  without --pin ")]
     assert offered

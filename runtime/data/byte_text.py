@@ -186,9 +186,11 @@ def _documents(path: Path | None) -> Iterable[bytes]:
 
 def _standard_library() -> list[bytes]:
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        file for file in root.rglob("*.py") if not _SKIPPED_FOLDERS.intersection(file.relative_to(root).parts)
-    )
+    files: list[Path] = []
+    for folder, inside, names in os.walk(root):
+        inside[:] = set(inside) - _SKIPPED_FOLDERS  # not walked: all that is installed may be among them
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files.sort()
     if not files:
         raise InputError(
             "Python's standard library is not there as text",

@@ -55,7 +55,8 @@ def run_ranks(
 
 def fork() -> int:
     """os.fork, where it is safe: what a launch has left in cycles, a store with its thread among it, ends before; in
-    the fork, which has not that thread, it would wait for it for ever."""
+    the fork, which has not that thread, it would wait for it for ever. (Quick, since `conftest.py` has set aside what
+    imports leave.)"""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12's, of the thread that pytest-xdist has

@@ -67,6 +67,7 @@ FACTORS: dict[str, tuple[object, ...]] = {
     "cuts": ("even", "uneven"),
     "grid": GRIDS[:1],
 }
+_PLACES = {factor: place for place, factor in enumerate(FACTORS)}
 # For models with experts: every grid, and what has nothing to do with it in fewer ways.
 WITH_GRIDS: dict[str, tuple[object, ...]] = {
     "pp": (1, 2),
@@ -83,7 +84,7 @@ class Setting:
     values: tuple[object, ...]
 
     def __getitem__(self, factor: str) -> object:
-        return self.values[tuple(FACTORS).index(factor)]
+        return self.values[_PLACES[factor]]
 
     @property
     def pairs(self) -> frozenset[tuple[int, object, int, object]]:
@@ -180,7 +181,7 @@ def pairwise_settings(models: tuple[str, ...] = DECODERS) -> tuple[Setting, ...]
     chosen: list[Setting] = []
     while missing:
         rare = min(missing, key=repr)
-        able = [setting for setting in legal if rare in pairs[setting]][:80]
+        able = list(itertools.islice((setting for setting in legal if rare in pairs[setting]), 80))
         best = max(able, key=lambda setting: len(pairs[setting] & missing) / setting.layout().world_size ** 0.5)
         chosen.append(best)
         missing -= pairs[best]

@@ -1,24 +1,28 @@
 """Every layout and every assignment of a small question, priced one by one: what the planner's answer must equal.
 
-Nothing is bounded, pruned or solved here. Of the planner it takes the prices (`CostModel`), the simulation and the
-rules (`violations`, `why_no_recompute`); the loops over degrees and knobs, the splits of layers and the recomputed
-counts are its own.
+Nothing is bounded, pruned or solved here. Of the planner it takes the prices (`CostModel`), what the events of a
+schedule wait for and the rules (`violations`, `why_no_recompute`); the loops over degrees and knobs, the splits of
+layers and the recomputed counts are its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from math import gcd
 from typing import Any
 
+import numpy as np
+
+from planner.event_graph import build_graph
 from planner.layout import CP_STYLES, RECOMPUTE_MODES, SCHEDULES, Layout
 from planner.layout_costs import Blocks, LayoutCosts, StageCount
 from planner.question import Question
 from planner.rules import violations, why_no_recompute
-from planner.simulation import StageSeconds, simulate
+from planner.schedule import Pipeline
+from planner.simulation import StageSeconds
 from planner.step_cost import CostModel
 
 # Peaks this close to the limit fit: the rounding of a sum.
@@ -48,11 +52,16 @@ def all_layouts(question: Question) -> list[Layout]:
     for layout in _degrees(question):
         for knobs in product(_pipelines(layout, question), _states(layout, question), _expert_grids(layout, question)):
             tried = Layout(**(vars(layout) | knobs[0] | knobs[1] | knobs[2]))
-            pinned = _as_pinned(tried, question.job.pins, question.job.bans) and modes_of(tried, question)
-            proposed = gcd(tried.cp, tried.micro_batch) == 1  # else the same with less of both and more of dp
-            if pinned and proposed and not violations(tried, question.rules):
+            if is_legal(tried, question):
                 legal.append(tried)
     return legal
+
+
+def is_legal(layout: Layout, question: Question) -> bool:
+    """Whether the rules and the pins allow it, and it is worth proposing. More pins never allow more."""
+    pinned = _as_pinned(layout, question.job.pins, question.job.bans) and modes_of(layout, question)
+    proposed = gcd(layout.cp, layout.micro_batch) == 1  # else the same with less of both and more of dp
+    return bool(pinned) and proposed and not violations(layout, question.rules)
 
 
 def _degrees(question: Question) -> Iterator[Layout]:
@@ -188,9 +197,7 @@ def priced(costs: LayoutCosts, modes: Sequence[str]) -> Iterator[Candidate]:
 
     @cache
     def alone(stage: int, count: StageCount) -> tuple[StageSeconds, float]:
-        counts = [nothing] * len(stages)
-        counts[stage] = count
-        return costs.durations(counts)[stage], costs.stage_seconds(stage, count).optimizer.total
+        return costs.stage_durations(stage, count), costs.stage_seconds(stage, count).optimizer.total
 
     @cache
     def bytes_of(rank: int, own: tuple[StageCount, ...]) -> float:
@@ -199,12 +206,36 @@ def priced(costs: LayoutCosts, modes: Sequence[str]) -> Iterator[Candidate]:
             counts[stage] = count
         return costs.rank_memory(rank, counts).total
 
-    for counts in assignments([segment.layers for segment in costs.segments], len(stages), modes):
-        each = [alone(stage, count) for stage, count in enumerate(counts)]
-        seconds = simulate(costs.pipeline, [durations for durations, _ in each], costs.send_seconds).seconds
+    tried = list(assignments([segment.layers for segment in costs.segments], len(stages), modes))
+    figures = [[alone(stage, count) for stage, count in enumerate(counts)] for counts in tried]
+    played = makespans(costs.pipeline, [[durations for durations, _ in each] for each in figures], costs.send_seconds)
+    for counts, each, seconds in zip(tried, figures, played, strict=True):
         optimizer = max(sum(each[stage][1] for stage in held) for held in stages_of)
         peak = max(bytes_of(rank, tuple(counts[stage] for stage in held)) for rank, held in enumerate(stages_of))
         yield Candidate(layout, counts, seconds + optimizer + costs.step_seconds, peak)
+
+
+def makespans(pipeline: Pipeline, durations: Sequence[Sequence[StageSeconds]], send_seconds: float) -> list[float]:
+    """`simulate(pipeline, each, send_seconds).seconds` of each, to the last bit; all of them event by event."""
+    graph = _graph(pipeline)
+    if not durations:
+        return []
+    forward, first, second, gather, reduce = np.array(
+        [[(s.forward, s.backward_input, s.backward_weight, s.gather, s.reduce) for s in each] for each in durations]
+    ).transpose(2, 1, 0)  # each [stages, len(durations)]
+    of_stages = np.stack([gather + forward, forward, first + second, first, second, reduce], axis=1)
+    costs = [np.zeros(len(durations)), np.full(len(durations), send_seconds), *of_stages.reshape(-1, len(durations))]
+    over = [np.zeros(len(durations))]  # when each event is
+    for *waited, cost in zip(*graph.waits, graph.costs, strict=True):
+        start = over[waited[0]]
+        for other in waited[1:]:
+            if other:
+                start = np.maximum(start, over[other])
+        over.append(start + costs[cost])
+    return np.max([over[end] for end in graph.ends], axis=0).tolist()
+
+
+_graph = lru_cache(maxsize=16)(build_graph)  # layouts of one pipeline follow each other
 
 
 def fastest(of_layouts: Sequence[Candidate], limit_bytes: float) -> Candidate | None:

@@ -19,7 +19,7 @@ from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
 from profiles.points import DATA_PARALLEL, CollectivePoint, ContentionPoint, WaitPoint
-from tests.oracles.brute_force import all_layouts, assignments, modes_of
+from tests.oracles.brute_force import all_layouts, assignments, is_legal, modes_of
 from tests.oracles.small_world import small_cluster, small_hardware, small_question
 
 # Actions that brute force simulates for one question, about: a third of a second.
@@ -135,14 +135,14 @@ def _actions_of(segments: tuple[int, ...], stages: int, modes: tuple[str, ...]) 
     return stages * sum(1 for _ in assignments(segments, stages, modes))
 
 
-def actions(question: Question) -> int:
-    """Actions that brute force simulates for the question."""
+def actions(question: Question, layouts: Sequence[Layout]) -> int:
+    """Actions that brute force simulates for the question, whose layouts these are."""
     segments = tuple(segment.count for segment in question.model.segments)
     return sum(
         2
         * layout.microbatches(question.job.global_batch)
         * _actions_of(segments, layout.stages, modes_of(layout, question))
-        for layout in all_layouts(question)
+        for layout in layouts
     )
 
 
@@ -173,21 +173,28 @@ def questions(draw: st.DrawFn, target: str = "meshwright", most_actions: int = M
         expert_capacity=draw(st.sampled_from((None, 1.25))) if experts else None,
     )
     keys: list[str] = list(draw(st.permutations(_PINNED_FIRST)))
-    while actions(question) > most_actions:
-        question = _smaller(draw, question, keys)
+    layouts = all_layouts(question)
+    while actions(question, layouts) > most_actions:
+        if keys:
+            question = _pinned(draw, question, keys.pop(), layouts)
+            layouts = [layout for layout in layouts if is_legal(layout, question)]  # all that a pin can leave
+        else:
+            question = _smaller(question)
+            layouts = all_layouts(question)
     return question
 
 
 _PINNED_FIRST = ("tp", "cp", "pp", "schedule", "virtual_stages", "zero", "micro_batch", "ep", "cp_style", "recompute")
 
 
-def _smaller(draw: st.DrawFn, question: Question, keys: list[str]) -> Question:
+def _pinned(draw: st.DrawFn, question: Question, key: str, layouts: Sequence[Layout]) -> Question:
+    layout = draw(st.sampled_from(layouts))
+    value = draw(st.sampled_from(modes_of(layout, question))) if key == "recompute" else vars(layout)[key]
+    return replace(question, job=replace(question.job, pins={**question.job.pins, key: value}))
+
+
+def _smaller(question: Question) -> Question:
     model, job = question.model, question.job
-    if keys:
-        key = keys.pop()
-        layout = draw(st.sampled_from(all_layouts(question)))
-        value = draw(st.sampled_from(modes_of(layout, question))) if key == "recompute" else vars(layout)[key]
-        return replace(question, job=replace(job, pins={**job.pins, key: value}))
     dense = model.experts.dense_layers if model.experts else 0
     if model.layers > max(2, dense + 1):
         return replace(question, model=replace(model, layers=model.layers - 1))
