@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from .bounds import fits
 from .first_assignment import dealt_by_rank, moved, recompute_until_it_fits
 from .layout_costs import LayoutCosts, StageCount
-from .simulation import simulate
+from .simulation import Path, StageSeconds, simulate
 
 _CLIMBED = 3  # starts that are climbed from: which one leads farthest is not seen beforehand
 _SIMULATIONS = 300  # for each of them, and as many again for the best as long as they help
 _MOST_MOVES = 5000  # from one assignment, those that promise most
+_MOST_PATHS = 40  # that a climb remembers: reading one takes about a thousandth of a simulation
+_CERTAINLY_LONGER = 1 + 1e-9  # relative: a path's sum and the simulation's are rounded differently
 
 
 class _Move(NamedTuple):
@@ -52,6 +54,7 @@ class _Climb:
         self._durations = costs.durations(counts)
         simulation = simulate(costs.pipeline, self._durations, costs.send_seconds)
         self.seconds, self._path = simulation.seconds, simulation.critical_path
+        self._seen: dict[Path, float] = {}  # the latest that ruled a move out last, and their seconds as it is now
 
     def go_on(self) -> bool:
         """Take moves that shorten the pipeline for some simulations; whether there may be more of them."""
@@ -115,14 +118,42 @@ class _Climb:
         return counts if all(self._costs.rank_bytes(rank, counts) <= self._limit for rank in ranks) else None
 
     def _is_better(self, counts: list[StageCount]) -> bool:
-        """Whether the pipeline gets shorter; then it is the assignment from now on."""
-        durations = [
-            old if count is own else self._costs.stage_durations(stage, count)
-            for stage, (count, own, old) in enumerate(zip(counts, self.counts, self._durations, strict=True))
-        ]
+        """Whether the pipeline gets shorter; then it is the assignment from now on.
+
+        Most moves make some path long that ruled another out before, which spares their simulation: every path is a
+        lower bound (`simulation.Path`).
+        """
+        changed = {
+            stage: self._costs.stage_durations(stage, count)
+            for stage, (count, own) in enumerate(zip(counts, self.counts, strict=True))
+            if count is not own
+        }
+        if self._stays_long(changed):
+            return False
+        durations = [changed.get(stage, old) for stage, old in enumerate(self._durations)]
         simulation = simulate(self._costs.pipeline, durations, self._costs.send_seconds)
         if simulation.seconds >= self.seconds:
+            self._remember(simulation.critical_path)
             return False
         self.counts, self._durations = counts, durations
+        self._seen = {path: path.seconds(durations, self._costs.send_seconds) for path in self._seen}
         self.seconds, self._path = simulation.seconds, simulation.critical_path
         return True
+
+    def _stays_long(self, changed: Mapping[int, StageSeconds]) -> bool:
+        """Whether a path that is known is no shorter than the pipeline with these stages changed."""
+        least = self.seconds * _CERTAINLY_LONGER
+        for path, seconds in reversed(self._seen.items()):
+            for stage, new in changed.items():
+                seconds += path.stage_seconds(stage, new) - path.stage_seconds(stage, self._durations[stage])
+            if seconds >= least:
+                self._remember(path)
+                return True
+        return False
+
+    def _remember(self, path: Path) -> None:
+        """Behind all others, which is where the next look begins."""
+        seconds = self._seen.pop(path, None)
+        self._seen[path] = path.seconds(self._durations, self._costs.send_seconds) if seconds is None else seconds
+        if len(self._seen) > _MOST_PATHS:
+            del self._seen[next(iter(self._seen))]

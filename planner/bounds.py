@@ -41,6 +41,7 @@ from .rank_limits import ROUNDING, Moment, NoLimit, RankLimits, certain_chunks, 
 from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
 
+_MANY_LAYERS = 3  # of a rank
 # What passes before and after each rank works.
 Around = tuple[list[float], list[float]]
 
@@ -105,6 +106,8 @@ def any_chunks_dealt(
     of_held = {one: RankLimits(fewest, segment, [one], limit_bytes * (1 + ROUNDING), modes, size) for one in set(held)}
     limits = [of_held[one] for one in held]
     cost = _around(fewest, segment, *around, split=layout.schedule in SPLIT_BACKWARD)
+    if not _has_room(segment.layers, limits, cost, enough_seconds):
+        return math.nextafter(enough_seconds, math.inf) + fewest.step_seconds
     dealt = _deal(fewest, segment, limits, cost, enough_seconds)
     return None if dealt is None else dealt + fewest.step_seconds
 
@@ -186,6 +189,29 @@ def _deal(
         given += 1
         offer(rank)
     return most
+
+
+def _has_room(layers: int, limits: Sequence[RankLimits | NoLimit], cost: RankCost, enough: float) -> bool:
+    """Whether ranks that each take no longer than `enough` have room for the layers; where a rank has many, sooner to
+    say than how they are dealt. Without an end to the seconds, or with few layers a rank, nothing is looked at."""
+    if enough == math.inf or layers < _MANY_LAYERS * len(limits):
+        return True
+
+    def has(rank: int, number: int) -> bool:
+        again = limits[rank].least_recompute(number)
+        return again is not None and cost(rank, number, again) <= enough
+
+    left, most = layers, -(-layers // len(limits))
+    for rank in range(len(limits)):
+        most = min(most, left)
+        while most > 0 and not has(rank, most):
+            most -= 1
+        while most < left and has(rank, most + 1):
+            most += 1
+        left -= most
+        if left <= 0:
+            return True
+    return False
 
 
 def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:

@@ -39,6 +39,7 @@ class MemoryModel:
         self._states = StateBytes(model, self._element_bytes, job, software)
         self._head = HeadMemory(model, job, software, self._activations)
         self._standing: dict[tuple[Layout, str, bool | None], PartMemory] = {}
+        self._ends: dict[Layout, tuple[PartMemory, PartMemory]] = {}
 
     # ---- activations -----------------------------------------------------------------------------------
 
@@ -207,9 +208,14 @@ class MemoryModel:
         return self._end(layout, parameters, held, weight, passing, first)
 
     def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
-        """Embedding and head without what they hold of microbatches and what passes."""
-        embedding, head = self.embedding_parameters(layout), self.head_parameters(layout)
-        return self._end(layout, embedding), self._end(layout, head)
+        """Embedding and head without what they hold of microbatches and what passes; layouts share them as layers."""
+        key = layout.but(schedule=self._states.schedule_like(layout))
+        if key not in self._ends:
+            if len(self._ends) >= _MOST_STANDING:
+                self._ends.clear()
+            parameters = self.embedding_parameters(key), self.head_parameters(key)
+            self._ends[key] = (self._end(key, parameters[0]), self._end(key, parameters[1]))
+        return self._ends[key]
 
     def _end(
         self,

@@ -65,6 +65,7 @@ class RankLimits:
             gradients = totals.gradients[phase]
             return {mode: slack * (totals.state + flight * totals.held[mode] + gradients[mode]) for mode in modes}
 
+        self._found: dict[int, float | None] = {}
         self._moments: list[_Room] = []
         for used, flight, phase, held in moments:
             each = bytes_by_mode(flight, phase)
@@ -81,6 +82,11 @@ class RankLimits:
 
     def least_recompute(self, layers: int) -> float | None:
         """Seconds a microbatch that no fitting choice of modes is below; None when no choice fits."""
+        if layers not in self._found:  # ranks that hold the same besides their layers share this
+            self._found[layers] = self._least_recompute(layers)
+        return self._found[layers]
+
+    def _least_recompute(self, layers: int) -> float | None:
         most = 0.0
         for room in self._moments:
             least = room.least_recompute(layers)
@@ -209,7 +215,12 @@ def _moments(
         )
         for bytes_, vector in zip(every, vectors, strict=True)
     }
-    return [one for one in found if not any(one != other and _within(one, other) for other in found)]
+    kept: list[Moment] = []
+    # What one is within comes before it so, and is kept or within another that is.
+    for one in sorted(found, key=lambda one: (one.used_bytes, one.flight, sum(one.held), one.phase), reverse=True):
+        if not any(_within(one, other) for other in kept):
+            kept.append(one)
+    return kept
 
 
 def _within(one: Moment, other: Moment) -> bool:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 
 from profiles.catalogue import LOCAL
@@ -145,8 +146,9 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             continue
         costs, begun = item.costs, item.begun
         modes = recompute_modes(costs.layout, rules)
-        if begun.counts is None:
-            costs, counts = quickest_start(costs, question.limit_bytes, modes) or (costs, None)
+        start = partial(quickest_start, costs, question.limit_bytes, modes)
+        if begun.counts is None and cutoff == math.inf:
+            costs, counts = start() or (costs, None)
             begun = replace(begun, counts=counts)
         solution = solve_stages(
             costs,
@@ -155,6 +157,7 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
             cutoff_seconds=cutoff,
             aside_seconds=left[0][0] if left else math.inf,
             begun=begun,
+            start=start,
             modes=modes,
             shared=shared,
             deadline=deadline if best or first is not None or begun.counts is not None else float("inf"),

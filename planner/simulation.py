@@ -49,10 +49,14 @@ class Path:
     def seconds(self, durations: Sequence[StageSeconds], send_seconds: float) -> float:
         total = self.sends * send_seconds
         for i, stage in enumerate(durations):
-            total += self.forward[i] * stage.forward
-            total += self.backward_input[i] * stage.backward_input + self.backward_weight[i] * stage.backward_weight
-            total += self.gather[i] * stage.gather + self.reduce[i] * stage.reduce
+            total += self.stage_seconds(i, stage)
         return total
+
+    def stage_seconds(self, i: int, stage: StageSeconds) -> float:
+        """Of these, those that stage i takes."""
+        total = self.forward[i] * stage.forward
+        total += self.backward_input[i] * stage.backward_input + self.backward_weight[i] * stage.backward_weight
+        return total + self.gather[i] * stage.gather + self.reduce[i] * stage.reduce
 
 
 @dataclass(frozen=True)

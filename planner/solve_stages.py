@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -60,6 +60,8 @@ class Begun:
 
 
 NOTHING_BEGUN = Begun()
+# Finds the costs of an assignment, with what its stages choose, and the assignment; None where none fits.
+Start = Callable[[], tuple[LayoutCosts, tuple[StageCount, ...]] | None]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def solve_stages(
     cutoff_seconds: float = math.inf,
     aside_seconds: float = math.inf,
     begun: Begun = NOTHING_BEGUN,
+    start: Start | None = None,
     modes: Sequence[str] = RECOMPUTE_MODES,
     deadline: float = math.inf,
     shared: SharedCuts | None = None,
@@ -98,6 +101,7 @@ def solve_stages(
         cutoff_seconds: stop when no assignment can be faster than this.
         aside_seconds: put the layout aside when its bound is found to be above this.
         begun: what an earlier call kept, or just an assignment that fits, if one is known.
+        start: finds one where none is known, called where fractions do not rule the cut-off out.
         modes: what a layer may recompute.
         deadline: of `time.monotonic`; past it the best so far is returned with the bound reached.
         shared: cuts of other layouts, to which this one's are added.
@@ -116,12 +120,14 @@ def solve_stages(
     for path in dict.fromkeys((*known_paths(costs.pipeline), *shared.of(costs.pipeline), *begun.cuts)):
         program.longer_than_path(path)
     found = list(begun.cuts)
-    if best is not None and best_seconds == math.inf:
+    if best_seconds == math.inf and cutoff_seconds < math.inf:
         program.better_than(cutoff_seconds * (1 - RELATIVE_TOLERANCE))
         if program.relax() is None and program.impossible:
             return Solution(chosen, None, math.inf, cutoff_seconds, solved)
-        best_seconds = costs.step(best)
-    start_seconds = costs.durations(best) if best is not None else None
+        if best is None and start is not None:
+            chosen, best = start() or (costs, None)
+        best_seconds = chosen.step(best) if best is not None else math.inf
+    start_seconds = chosen.durations(best) if best is not None else None
     program.better_than(min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE))
     cut = partial(_cut, program, shared)
     relaxed = _cut_by_fractions(program, start_seconds, aside_seconds, deadline, cut)

@@ -239,6 +239,7 @@ class Program:
     def fits_memory(self) -> None:
         """Bytes as a share of the limit, one row for each in-flight vector of each rank."""
         costs, slack, nothing = self.costs, 1.0 + self.costs.allocator_slack, empty_counts(self.costs)
+        layers = [(k, way, segment.memory.totals) for k, way, segment in self._layers()]
         differs = any(segment.memory.transient_first for _, _, segment in self._layers())
         of_all = [one for q in range(costs.layout.pp) for one in costs.backward_moments(q)]
         kinds = {differs and sums_nothing(one) for one in of_all}
@@ -260,10 +261,10 @@ class Program:
                 )
                 terms = dict(besides)
                 for c, s in enumerate(costs.layout.stages_of(q)):
-                    for k, way, segment in self._layers():
-                        totals, mode = segment.memory.totals, way[0]
-                        each = totals.state + totals.gradients[vector.phase(c)][mode]
-                        each += totals.held[mode] * vector.full[c] + totals.held_weight * vector.weight_only[c]
+                    phase, full, weight_only = vector.phase(c), vector.full[c], vector.weight_only[c]
+                    for k, way, totals in layers:
+                        each = totals.state + totals.gradients[phase][way[0]]
+                        each += totals.held[way[0]] * full + totals.held_weight * weight_only
                         terms[self.n[s, k, way]] = slack * each / self.limit_bytes
                 row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes + always)
                 self.problem += row <= 1.0, f"fits_memory_{q}_{number}"

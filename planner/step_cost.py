@@ -77,6 +77,7 @@ class CostModel:
         self._joined = 0 if software.separate_projections else joined_tensors(model)
         self._paces: dict[Layout, Pace] = {}
         self._part_cache: dict[tuple[Layout, bool | None, Pace], _Parts] = {}
+        self._layer_cache: dict[tuple[Layout, bool | None, Pace], dict[str, PartSeconds]] = {}
         self._once_cache: dict[tuple[object, ...], tuple[float, float, float]] = {}
 
     def price(self, layout: Layout, reshard: Sequence[bool | None] = ()) -> LayoutCosts:
@@ -181,16 +182,27 @@ class CostModel:
 
     def _price_parts(self, layout: Layout, reshard: bool | None, pace: Pace, microbatches: int) -> _Parts:
         memory, sent, compute = self._memory, pace.sent, self._part_compute(layout, pace)
-        layers = {
-            kind: self._layer(layout, compute[kind], sent, kind, microbatches, reshard)
-            for kind in {segment.kind for segment in self._model.segments}
-        }
+        layers = self._price_layers(layout, reshard, pace, microbatches, compute)
         (first, last), axes = self._model.end_tensors, self._axes
         embedded, headed = (memory.embedding_parameters(layout), 0.0), (memory.head_parameters(layout), 0.0)
         before, after = {"tp": axes.embedding_tp(layout) * sent}, {"tp": axes.head_tp(layout) * sent}
         embedding = self._part(layout, compute["embedding"], before, embedded, microbatches, first, root=True)
         head = self._part(layout, compute["head"], after, headed, microbatches, last, root=True)
         return layers, embedding, head, self._paced.microbatch(layout, pace)
+
+    def _price_layers(
+        self, layout: Layout, reshard: bool | None, pace: Pace, microbatches: int, compute: dict[str, ComputeCost]
+    ) -> dict[str, PartSeconds]:
+        """Seconds of a layer by kind; whether logits are computed again is nothing to them."""
+        key = (layout if layout.schedule in ALL_SPLIT else layout.but(schedule="1f1b"), reshard, pace)
+        if key not in self._layer_cache:
+            if len(self._layer_cache) >= _MOST_PARTS:
+                self._layer_cache.clear()
+            self._layer_cache[key] = {
+                kind: self._layer(layout, compute[kind], pace.sent, kind, microbatches, reshard)
+                for kind in {segment.kind for segment in self._model.segments}
+            }
+        return self._layer_cache[key]
 
     def least_work(self, group: LayoutGroup) -> float:
         """Seconds that no layout of the group is below, its compute and what its layers send alone.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner import better_assignment as module
 from planner.better_assignment import better_assignment
 from planner.bounds import fits
 from planner.first_assignment import dealt_by_rank, first_assignment
 from planner.layout_costs import LayoutCosts
+from planner.schedule import Pipeline
+from planner.simulation import Simulation, StageSeconds, simulate
 from tests.oracles.brute_force import fastest, priced
 from tests.oracles.chunked_pipeline import interleaved
 from tests.property.worlds import any_layout_costs
@@ -57,3 +63,22 @@ def test_what_is_made_better_fits_and_is_never_slower(
     assert better in [candidate.counts for candidate in every]
     assert fits(costs, better, start.peak_bytes)
     assert costs.step(better) <= costs.step(start.counts)
+
+
+def test_paths_that_ruled_moves_out_spare_simulations_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = list[float]()
+
+    def counted(pipeline: Pipeline, durations: Sequence[StageSeconds], send_seconds: float) -> Simulation:
+        played.append(send_seconds)
+        return simulate(pipeline, durations, send_seconds)
+
+    monkeypatch.setattr(module, "simulate", counted)
+    costs = interleaved(19, 4, 3, head_seconds=2.0)
+    start, numbers, found = first_assignment(costs, 10.0, MODES), list[int](), list[object]()
+    for most in (0, 40):
+        monkeypatch.setattr(module, "_MOST_PATHS", most)
+        played.clear()
+        found.append(better_assignment(costs, start, 10.0, MODES))
+        numbers.append(len(played))
+    assert found[0] == found[1]
+    assert 2 * numbers[1] < numbers[0], numbers

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound, most_layers
 from planner.first_assignment import first_assignment, least_missing_bytes
-from planner.group_bounds import least_of_any_schedule
+from planner.group_bounds import least_of_any_schedule, least_of_one_state, one_state_each
 from planner.in_flight import InFlight
 from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
@@ -293,3 +293,22 @@ def test_a_group_of_one_state_is_bounded_in_that_state() -> None:
             bound = lower_bound(prices.price_seconds(layout), math.inf, recompute_modes(layout, question.rules))
             assert bound is not None
             assert fastest_of_group <= bound * (1 + 1e-12)
+
+
+def test_a_group_above_what_is_asked_is_above_it_without_being_dealt() -> None:
+    """`enough_seconds` decides which groups are opened: by it a group is above or not as by its whole bound."""
+    question = small_question(tiny_llama(layers=12), devices=8)
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    above = within = 0
+    for whole in layout_groups(question.rules):
+        for group in one_state_each(whole):
+            bound = least_of_one_state(prices, group, question)
+            if bound is None:
+                continue
+            for enough in (0.5 * bound, 0.99 * bound, 1.01 * bound):
+                found = least_of_one_state(prices, group, question, enough)
+                assert found is not None
+                assert found == bound if bound < enough else enough < found <= bound
+                above, within = above + (bound > enough), within + (bound < enough)
+    assert above > 100
+    assert within > 50
