@@ -50,7 +50,7 @@ class _Climb:
     def __init__(self, costs: LayoutCosts, counts: list[StageCount], limit_bytes: float, modes: Sequence[str]) -> None:
         self._costs, self._limit, self._modes, self.counts = costs, limit_bytes, modes, counts
         self._durations = costs.durations(counts)
-        simulation = simulate(costs.pipeline, self._durations, costs.send_seconds)
+        simulation = simulate(costs.pipeline, self._durations, costs.hop_seconds)
         self.seconds, self._path = simulation.seconds, simulation.critical_path
 
     def go_on(self) -> bool:
@@ -120,7 +120,7 @@ class _Climb:
             old if count is own else self._costs.stage_durations(stage, count)
             for stage, (count, own, old) in enumerate(zip(counts, self.counts, self._durations, strict=True))
         ]
-        simulation = simulate(self._costs.pipeline, durations, self._costs.send_seconds)
+        simulation = simulate(self._costs.pipeline, durations, self._costs.hop_seconds)
         if simulation.seconds >= self.seconds:
             return False
         self.counts, self._durations = counts, durations

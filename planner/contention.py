@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from profiles.hardware import HardwareProfile
 
-from .event_graph import COSTS, REDUCE, build_graph
+from .event_graph import COSTS, NOTHING, REDUCE, build_graph
 from .layout import Layout
 from .schedule import Pipeline
 from .simulation import StageSeconds, event_times
@@ -55,10 +55,10 @@ def stages_at_work(pipeline: Pipeline) -> tuple[float, ...]:
 def _steps_at_work(pipeline: Pipeline) -> tuple[float, ...]:
     """Units of time in which none, one, ... all of the ranks work; a forward takes one."""
     graph = build_graph(pipeline)
-    costs, times = event_times(graph, [_UNIT] * pipeline.stages, 0.0)
+    costs, times = event_times(graph, [_UNIT] * pipeline.stages, [0.0] * (pipeline.stages - 1))
     changes = Counter[float]()
     for event, cost in enumerate(graph.costs, start=1):
-        if cost >= 2 and (cost - 2) % COSTS != REDUCE - 2:
+        if cost != NOTHING and (cost - 1) % COSTS < REDUCE - 1:
             changes[times[event]] -= 1
             changes[times[event] - costs[cost]] += 1
     found, working, before = [0.0] * (pipeline.ranks + 1), 0, 0.0

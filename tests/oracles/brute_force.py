@@ -201,7 +201,7 @@ def priced(costs: LayoutCosts, modes: Sequence[str]) -> Iterator[Candidate]:
 
     for counts in assignments([segment.layers for segment in costs.segments], len(stages), modes):
         each = [alone(stage, count) for stage, count in enumerate(counts)]
-        seconds = simulate(costs.pipeline, [durations for durations, _ in each], costs.send_seconds).seconds
+        seconds = simulate(costs.pipeline, [durations for durations, _ in each], costs.hop_seconds).seconds
         optimizer = max(sum(each[stage][1] for stage in held) for held in stages_of)
         peak = max(bytes_of(rank, tuple(counts[stage] for stage in held)) for rank, held in enumerate(stages_of))
         yield Candidate(layout, counts, seconds + optimizer + costs.step_seconds, peak)
