@@ -15,9 +15,9 @@ those stages with a layer at least. Of GPipe and 1F1B, with a stage a rank and l
 
 W is one microbatch through the whole model without recomputation and with the first gathers of weights
 (GPipe: of stage s alone), late_s the forwards that stage s runs after its first backward, hop_s a message between s and
-the next stage, blocked_s the sends to either neighbour that s waits for. Memory gives the least R for each n. The largest, c_r(n), rises with n, so the least possible maximum over the
-ranks with Σ n = layers is found by giving one layer at a time to the rank where it costs least: exact for this
-relaxation.
+the next stage, blocked_s the sends to either neighbour that s waits for. Memory gives the least R for each n. The
+largest, c_r(n), rises with n, so the least possible maximum over the ranks with Σ n = layers is found by giving one
+layer at a time to the rank where it costs least: exact for this relaxation.
 
 Of any schedule too: one microbatch all the way, and M - 1 backwards more on the stage that has most.
 

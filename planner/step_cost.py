@@ -121,9 +121,14 @@ class CostModel:
         _, embedding, head, overhead = self._parts(layout, False if layout.stages_choose else None, pace)
         layers = self._least_layers(layout, pace)
         hops, software, nothing = self._hops(layout), self._software, PartMemory()
-        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
+        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do, for a
+        # mean of the messages from a rank to the next.
         alone = layout.schedule in BLOCKING or software.computes_meanwhile(layout.schedule in SPLIT_BACKWARD)
-        each = (self._message_work(layout) if alone else _mean_send(hops)) if waits else 0.0
+        each = (
+            (self._message_work(layout) if alone else sum(hops[: layout.pp - 1]) / max(1, layout.pp - 1))
+            if waits
+            else 0.0
+        )
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
@@ -379,9 +384,3 @@ class CostModel:
     def _clip_seconds(self, layout: Layout) -> float:
         """Loss and gradient norm, two float64 numbers, summed over all ranks."""
         return self._comm.collective_seconds("all_reduce", Group(layout.world_size, 1), 16.0)
-
-
-def _mean_send(hops: Sequence[float]) -> float:
-    """A message's seconds, a mean over the hops from rank to rank."""
-    sent = [seconds for seconds in hops if seconds]
-    return sum(sent) / len(sent) if sent else 0.0

@@ -104,6 +104,48 @@ def test_two_stages_by_hand() -> None:
     assert simulate(Pipeline("gpipe", 2, 1, 2), two, [0.5]).seconds == pytest.approx(8.0)
 
 
+def test_three_stages_with_a_slow_hop_by_hand() -> None:
+    """f = b = 1, 2 microbatches, 0.5 between stages 0 and 1 and 3 between 1 and 2; receives are posted early.
+
+    GPipe 1: F0 1.5-2.5, F1 2.5-3.5;  2: F0 5.5-6.5, F1 after the message that waited for the first 8.5-9.5
+          2: B0 9.5-10.5, B1 10.5-11.5;  1: B0 13.5-14.5, B1 16.5-17.5;  0: B0 15-16, B1 18-19
+    """
+    three = [StageSeconds(1.0, 1.0, 0.0)] * 3
+    simulation = simulate(Pipeline("gpipe", 3, 1, 2, receives_early=True), three, [0.5, 3.0])
+    assert simulation.seconds == pytest.approx(19.0)
+    path = simulation.critical_path
+    assert path.sends == (2, 4)
+    assert path.sent_seconds([0.5, 3.0]) == pytest.approx(13.0)
+
+
+def test_a_pipeline_s_messages_are_those_of_its_hops() -> None:
+    """One microbatch passes each hop once each way; round two ranks, or down and back up in a V."""
+    each = [StageSeconds(1.0, 1.0, 0.0)] * 4
+    for pipeline, hops, sent in (
+        (Pipeline("gpipe", 4, 1, 1), [1.0, 10.0, 100.0], 222.0),
+        (Pipeline("looped-bfs", 2, 2, 1), [1.0, 10.0, 100.0], 222.0),
+        (Pipeline("zbv", 2, 2, 1), [1.0, 10.0, 100.0], 202.0),  # stages 1 and 2 are of one rank
+    ):
+        assert simulate(pipeline, each, hops).critical_path.sent_seconds(hops) == pytest.approx(sent), pipeline
+
+
+@pytest.mark.parametrize("slow", [0.2, 1.5, 7.0])
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_equal_stages_with_unequal_hops_have_closed_forms(ranks: int, slow: float) -> None:
+    """GPipe is a line of queues twice over: stages and hops each serve one microbatch at a time.
+
+    1F1B of two stages: each action but the first waits for the message of the one before.
+    """
+    count, hops = 6, [0.1 + 0.1 * hop for hop in range(ranks - 1)]
+    hops[ranks // 2 - 1] = slow
+    durations = [StageSeconds(1.0, 1.5, 0.5)] * ranks
+    queues = sum(ranks * each + sum(hops) + (count - 1) * max(each, *hops) for each in (1.0, 2.0))
+    early = Pipeline("gpipe", ranks, 1, count, receives_early=True)
+    assert simulate(early, durations, hops).seconds == pytest.approx(queues)
+    two = simulate(Pipeline("1f1b", 2, 1, count), durations[:2], [slow])
+    assert two.seconds == pytest.approx((count + 1) * (3.0 + slow))
+
+
 def test_a_rank_waits_for_its_last_gradient_but_one_too() -> None:
     """In 1F1B's cool-down; it shows where a stage below has much to reduce and cannot send before."""
     stages = [(5.0, 9.0, 0.0), (1.0, 1.0, 0.0), (0.0, 0.1, 50.0), (1.0, 1.0, 0.0)]

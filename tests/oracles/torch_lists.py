@@ -82,11 +82,9 @@ def torch_listed_seconds(pipeline: Pipeline, durations: Sequence[StageSeconds], 
         received = 0.0 if pipeline.receives_early else posted.get((f"RECV_{direction}", stage, microbatch))
         first = ahead[direction, source, microbatch]
         before = arrival(*first) if first else 0.0
-        return (
-            None
-            if sent is None or received is None or before is None
-            else max(sent, received, before) + hops[min(source, stage)]
-        )
+        if sent is None or received is None or before is None:
+            return None
+        return max(sent, received, before) + hops[min(source, stage)]
 
     def compute(rank: int, action: Any) -> bool:
         stage, kind, microbatch = action.stage_index, action.computation_type.value, action.microbatch_index
