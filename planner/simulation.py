@@ -9,7 +9,6 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
 
 from . import event_graph as events
 from .event_graph import EventGraph, GraphCache, work_steps
@@ -104,7 +103,7 @@ def event_times(
 def _costs(durations: Sequence[StageSeconds], hop_seconds: Sequence[float]) -> list[float]:
     """Seconds by the numbers of `event_graph`."""
     costs = [0.0]
-    for each, send in zip_longest(durations, hop_seconds, fillvalue=0.0):
+    for each, send in zip(durations, (*hop_seconds, 0.0), strict=True):
         forward, first, second = each.forward, each.backward_input, each.backward_weight
         costs += [each.gather + forward, forward, first + second, first, second, each.reduce, send]
     return costs

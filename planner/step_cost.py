@@ -121,14 +121,10 @@ class CostModel:
         _, embedding, head, overhead = self._parts(layout, False if layout.stages_choose else None, pace)
         layers = self._least_layers(layout, pace)
         hops, software, nothing = self._hops(layout), self._software, PartMemory()
-        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do, for a
-        # mean of the messages from a rank to the next.
+        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do, and there the
+        # ranks at the slowest hop set the pace of all.
         alone = layout.schedule in BLOCKING or software.computes_meanwhile(layout.schedule in SPLIT_BACKWARD)
-        each = (
-            (self._message_work(layout) if alone else sum(hops[: layout.pp - 1]) / max(1, layout.pp - 1))
-            if waits
-            else 0.0
-        )
+        each = (self._message_work(layout) if alone else max(hops, default=0.0)) if waits else 0.0
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
