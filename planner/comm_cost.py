@@ -9,6 +9,8 @@ and so on with more tiers. All groups of an axis run at once, and
 each device's share of the link already counts for one device, so groups side by side need no further split.
 Points are measured the same way, every group of a (size, stride) at once, and outrank the formula
 ([Note: Alpha-beta with a ramp] in profiles/alpha_beta.py) wherever just this group was measured.
+A message from one stage to the next is carried by the narrowest tier that has both in one of its blocks of `span`
+neighbouring devices: of pp 4 on two nodes of 2 the first and the last hop stay inside, the middle one crosses.
 """
 
 from __future__ import annotations
