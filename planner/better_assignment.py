@@ -52,7 +52,7 @@ class _Climb:
     def __init__(self, costs: LayoutCosts, counts: list[StageCount], limit_bytes: float, modes: Sequence[str]) -> None:
         self._costs, self._limit, self._modes, self.counts = costs, limit_bytes, modes, counts
         self._durations = costs.durations(counts)
-        simulation = simulate(costs.pipeline, self._durations, costs.send_seconds)
+        simulation = simulate(costs.pipeline, self._durations, costs.hop_seconds)
         self.seconds, self._path = simulation.seconds, simulation.critical_path
         self._seen: dict[Path, float] = {}  # the latest that ruled a move out last, and their seconds as it is now
 
@@ -131,12 +131,12 @@ class _Climb:
         if self._stays_long(changed):
             return False
         durations = [changed.get(stage, old) for stage, old in enumerate(self._durations)]
-        simulation = simulate(self._costs.pipeline, durations, self._costs.send_seconds)
+        simulation = simulate(self._costs.pipeline, durations, self._costs.hop_seconds)
         if simulation.seconds >= self.seconds:
             self._remember(simulation.critical_path)
             return False
         self.counts, self._durations = counts, durations
-        self._seen = {path: path.seconds(durations, self._costs.send_seconds) for path in self._seen}
+        self._seen = {path: path.seconds(durations, self._costs.hop_seconds) for path in self._seen}
         self.seconds, self._path = simulation.seconds, simulation.critical_path
         return True
 
@@ -154,6 +154,6 @@ class _Climb:
     def _remember(self, path: Path) -> None:
         """Behind all others, which is where the next look begins."""
         seconds = self._seen.pop(path, None)
-        self._seen[path] = path.seconds(self._durations, self._costs.send_seconds) if seconds is None else seconds
+        self._seen[path] = path.seconds(self._durations, self._costs.hop_seconds) if seconds is None else seconds
         if len(self._seen) > _MOST_PATHS:
             del self._seen[next(iter(self._seen))]

@@ -11,13 +11,13 @@ seconds in all, f and b its forward and backward of one microbatch, o its optimi
 head_r is the forwards above its first stage, tail_r, where the backward is whole, the backwards up from it, each of
 those stages with a layer at least. Of GPipe and 1F1B, with a stage a rank and layers of one kind, more is known:
 
-    round trip   W + (M-1)·b(n) + late_s·f(n) + M·R + (2(p-1) + blocked_s)·send + o_s(n)
+    round trip   W + (M-1)·b(n) + late_s·f(n) + M·R + 2·Σ hops + blocked_s·(hop_s-1 + hop_s) + o_s(n)
 
 W is one microbatch through the whole model without recomputation and with the first gathers of weights
-(GPipe: of stage s alone), late_s the forwards that stage s runs after its first backward, blocked_s the sends it waits
-for. Memory gives the least R for each n. The largest, c_r(n), rises with n, so the least possible maximum over the
-ranks with Σ n = layers is found by giving one layer at a time to the rank where it costs least: exact for this
-relaxation.
+(GPipe: of stage s alone), late_s the forwards that stage s runs after its first backward, hop_s a message between s and
+the next stage, blocked_s the sends to either neighbour that s waits for. Memory gives the least R for each n. The
+largest, c_r(n), rises with n, so the least possible maximum over the ranks with Σ n = layers is found by giving one
+layer at a time to the rank where it costs least: exact for this relaxation.
 
 Of any schedule too: one microbatch all the way, and M - 1 backwards more on the stage that has most.
 
@@ -29,8 +29,8 @@ from __future__ import annotations
 
 import heapq
 import math
+import operator
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from .in_flight import least_of_any_chunks
 from .layout_costs import LayoutCosts, SegmentCosts, StageCount
@@ -221,9 +221,10 @@ def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     forward, backward = layer.forward.total, layer.backward_total
     whole = sum(e.forward.total + e.backward_total for e in ends) + segment.layers * (forward + backward)
     gathers = sum(e.gather.total for e in ends) + segment.layers * layer.gather.total
-    schedule, send = costs.layout.schedule, costs.send_seconds
+    schedule, sent = costs.layout.schedule, costs.sent_before
+    trips, beside = 2 * sent[-1], list(map(operator.add, (0.0, *costs.hop_seconds), (*costs.hop_seconds, 0.0)))
     late = [late_forwards(schedule, s, stages, count) for s in range(stages)]
-    blocked = [send * blocked_sends(schedule, s, stages, count) for s in range(stages)]
+    blocked = [beside[s] * blocked_sends(schedule, s, stages, count) for s in range(stages)]
     first_forward = ends[0].forward.total
 
     def cost(stage: int, layers: int, again: float) -> float:
@@ -233,10 +234,10 @@ def _round_trip(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
         update = end.optimizer.total + layers * layer.optimizer.total
         gather = end.gather.total + layers * layer.gather.total
         trip = whole + (gathers if schedule == "1f1b" else gather)
-        trip += (count - 1) * b + late[stage] * f + 2 * (stages - 1) * send + ends[0].reduce.total
+        trip += (count - 1) * b + late[stage] * f + trips + ends[0].reduce.total
         own = count * (f + b) + end.reduce.total + layers * layer.reduce.total
         own += gather
-        own += first_forward + stage * send if stage else 0.0
+        own += first_forward + sent[stage] if stage else 0.0
         return max(trip, own) + blocked[stage] + count * again + update
 
     return cost
@@ -279,10 +280,9 @@ def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:
     Microbatch 0's forwards through all stages, which gather their weights, and a microbatch's backwards (where they are
     split, the halves for the inputs) up from the last stage to t + 1, each inner one with a layer at least.
     """
-    layout, bare, send = costs.layout, costs.microbatch, costs.send_seconds
+    layout, bare, sent = costs.layout, costs.microbatch, costs.sent_before
     stages = layout.stages
-    hops = sum(a != b for a, b in pairwise(map(costs.pipeline.rank_of, range(stages))))
-    forward = stages * bare.forward.total + costs.embedding.forward.total + costs.head.forward.total + hops * send
+    forward = stages * bare.forward.total + costs.embedding.forward.total + costs.head.forward.total + sent[-1]
     forward += costs.embedding.gather.total + costs.head.gather.total
     for segment in costs.segments:
         forward += segment.layers * (segment.seconds.forward.total + segment.seconds.gather.total)
@@ -293,7 +293,7 @@ def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:
     each = min(back(segment.seconds) for segment in costs.segments) + back(bare)
     pipeline, last = costs.pipeline, back(costs.head)
     below = [stages - 1 - max(pipeline.stages_of(rank)) for rank in range(layout.pp)]
-    return [forward + (last + (n - 1) * each + n * send if n else 0.0) for n in below]
+    return [forward + (last + (n - 1) * each + sent[-1] - sent[-1 - n] if n else 0.0) for n in below]
 
 
 # ---- heads, tails and water ----------------------------------------------------------------------------------
@@ -303,14 +303,14 @@ def heads_and_tails(costs: LayoutCosts) -> Around:
     """What passes before and after rank r works: the forwards down to its first stage, the backwards up from it."""
     each = min(s.seconds.forward.total for s in costs.segments) + costs.microbatch.forward.total
     back = min(s.seconds.backward_total for s in costs.segments) + costs.microbatch.backward_total
-    first, send = costs.stage_ends[0], costs.send_seconds
+    first, sent = costs.stage_ends[0], costs.sent_before
     ranks = range(1, costs.layout.pp)
     ahead = first.forward.total
-    heads = [0.0] + [ahead + (rank - 1) * each + rank * send for rank in ranks]
+    heads = [0.0] + [ahead + (rank - 1) * each + sent[rank] for rank in ranks]
     if costs.layout.schedule in SPLIT_BACKWARD:
         return heads, [0.0] * len(heads)
     first_back = first.backward_total
-    return heads, [0.0] + [first_back + (rank - 1) * back + rank * send for rank in ranks]
+    return heads, [0.0] + [first_back + (rank - 1) * back + sent[rank] for rank in ranks]
 
 
 def _poured(costs: LayoutCosts, modes: Sequence[str], heads: Sequence[float], tails: Sequence[float]) -> float:

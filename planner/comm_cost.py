@@ -9,6 +9,8 @@ and so on with more tiers. All groups of an axis run at once, and
 each device's share of the link already counts for one device, so groups side by side need no further split.
 Points are measured the same way, every group of a (size, stride) at once, and outrank the formula
 ([Note: Alpha-beta with a ramp] in profiles/alpha_beta.py) wherever just this group was measured.
+A message from one stage to the next is carried by the narrowest tier that has both in one of its blocks of `span`
+neighbouring devices: of pp 4 on two nodes of 2 the first and the last hop stay inside, the middle one crosses.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class CommModel:
         measured, here = hardware.devices_per_node, cluster.devices_per_node
         self._widest_span = cluster.devices if measured in (0, here) else min(measured, here)
         self._found: dict[tuple[str, Group, int], AlphaBeta] = {}
+        self._tiers: dict[Group, tuple[int, ...]] = {}
 
     def collective_seconds(self, operation: str, group: Group, bytes_total: float) -> float:
         """Seconds of a collective; `bytes_total` is the gathered, reduced or unscattered tensor."""
@@ -84,14 +87,33 @@ class CommModel:
         operation = "exchange" if "exchange" in known else "send_recv"
         return self._figures(operation, group).seconds(operation, group.size, size_bytes)
 
-    def send_seconds(self, group: Group, size_bytes: float) -> float:
-        """Seconds of one message between neighbours of the group, the slowest pair of them.
+    def hop_seconds(self, group: Group, size_bytes: float) -> tuple[float, ...]:
+        """Seconds of one message from each rank of the group to the next, and from the last round to the first.
 
-        Of a group that spans several nodes some neighbours lie in two.
+        Of a group that spans several nodes some neighbours lie in one and some in two.
         """
-        link = self._cluster.link_within(group.size * group.stride)
-        if self._cluster.link_within(2 * group.stride) == link:
-            measured = self._measured("send_recv", Group(2, group.stride), size_bytes)
+        tiers = self._hop_tiers(group)
+        seconds = {tier: self._message_seconds(tier, group.stride, size_bytes) for tier in set(tiers)}
+        return tuple(seconds[tier] for tier in tiers)
+
+    def _hop_tiers(self, group: Group) -> tuple[int, ...]:
+        """The number of the narrowest tier that joins both sides of each hop wholly."""
+        if group not in self._tiers:
+            stride, last = group.stride, group.size * group.stride
+            hops = [(begin, begin + 2 * stride) for begin in range(0, last - stride, stride)]
+            self._tiers[group] = tuple(self._tier(begin, end) for begin, end in [*hops, (0, last)])
+        return self._tiers[group]
+
+    def _tier(self, begin: int, end: int) -> int:
+        """The number of the narrowest tier that joins devices `begin` to `end` - 1."""
+        spans = [link.span for link in self._cluster.links]
+        return next((i for i, span in enumerate(spans) if begin // span == (end - 1) // span), len(spans) - 1)
+
+    def _message_seconds(self, tier: int, stride: int, size_bytes: float) -> float:
+        """Seconds of one message over the tier between two ranks of a group."""
+        group, link = Group(2, stride), self._cluster.links[tier]
+        if self._tier(0, 2 * stride) == tier:
+            measured = self._measured("send_recv", group, size_bytes)
             if measured is not None:
                 return measured
         figures = link.operation("send_recv", 2).figures
@@ -135,12 +157,13 @@ class CommModel:
         return replace(figures, bandwidth_bytes_per_second=min(bandwidths))
 
 
-def described_seconds(hardware: HardwareProfile, comm: CommModel, group: Group) -> float:
-    """What a message between stages takes besides its bytes where two messages before it say what it is.
+def described_seconds(hardware: HardwareProfile, comm: CommModel, group: Group) -> tuple[float, ...]:
+    """What a message of each hop takes besides its bytes where two messages before it say what it is.
 
     The host of either stage reads and writes them number by number, with nothing of the device to hide behind; a mean
     over the forward, which sends a mask besides, and the backward.
     """
     tensors, described_bytes = 1.5, 7 * 8.0  # a message; seven numbers of 8 bytes in the first, six in the second
     operations = sum(HOST_OPERATIONS["described"]) / 2
-    return operations * hardware.host_operation_seconds + tensors * 2 * comm.send_seconds(group, described_bytes)
+    host = operations * hardware.host_operation_seconds
+    return tuple(host + tensors * 2 * sent for sent in comm.hop_seconds(group, described_bytes))

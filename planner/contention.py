@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from profiles.hardware import HardwareProfile
 from profiles.points import DTYPE_BYTES, MemoryPoint
 
-from .event_graph import COSTS, REDUCE, build_graph
+from .event_graph import COSTS, NOTHING, REDUCE, build_graph
 from .layout import Layout
 from .schedule import Pipeline
 from .simulation import StageSeconds, event_times
@@ -125,10 +125,10 @@ def stages_at_work(pipeline: Pipeline, durations: Sequence[StageSeconds]) -> tup
 def _seconds_at_work(pipeline: Pipeline, durations: Sequence[StageSeconds]) -> list[float]:
     """Seconds in which none, one, ... all of the ranks work."""
     graph = build_graph(pipeline)
-    costs, times = event_times(graph, durations, 0.0)
+    costs, times = event_times(graph, durations, [0.0] * (pipeline.stages - 1))
     changes = Counter[float]()
     for event, cost in enumerate(graph.costs, start=1):
-        if cost >= 2 and (cost - 2) % COSTS != REDUCE - 2:
+        if cost != NOTHING and (cost - 1) % COSTS < REDUCE - 1:
             changes[times[event]] -= 1
             changes[times[event] - costs[cost]] += 1
     found, working, before = [0.0] * (pipeline.ranks + 1), 0, 0.0

@@ -38,11 +38,12 @@ from collections.abc import Sequence
 from .schedule import BLOCKING, Action, Pipeline, action_lists
 from .schedule_orders import BACKWARD, FORWARD, INPUT, WEIGHT
 
-# What an event costs is a number: NOTHING, SEND, or COSTS·stage + one of these.
-NOTHING, SEND = 0, 1
-GATHERED_FORWARD, RUN_FORWARD, RUN_BACKWARD, RUN_INPUT, RUN_WEIGHT, REDUCE = range(2, 8)
-COSTS = 6
-ACTION_KINDS = (FORWARD, FORWARD, BACKWARD, INPUT, WEIGHT, "R")  # of the six, "R" for a reduction
+# What an event costs is a number: NOTHING, or COSTS·stage + one of these. SEND is a message between the stage and the
+# next one, either way.
+NOTHING = 0
+GATHERED_FORWARD, RUN_FORWARD, RUN_BACKWARD, RUN_INPUT, RUN_WEIGHT, REDUCE, SEND = range(1, 8)
+COSTS = 7
+ACTION_KINDS = (FORWARD, FORWARD, BACKWARD, INPUT, WEIGHT, "R")  # of the first six, "R" for a reduction
 _RUNS = {FORWARD: RUN_FORWARD, BACKWARD: RUN_BACKWARD, INPUT: RUN_INPUT, WEIGHT: RUN_WEIGHT}
 # torch gathers the weights of this many stages ahead (`_add_unshard_reshard`).
 _STAGES_AHEAD = 3
@@ -150,6 +151,8 @@ def _blocking(pipeline: Pipeline) -> EventGraph:
     waiting: list[tuple[int, ...]] = [()] * ranks  # transfers that the next run waits for too
     transfers = 2 * pipeline.stages * pipeline.microbatches
     poster, posted, ended = [-1] * transfers, [0] * transfers, [0] * transfers
+    # By direction and sender: down to the next stage, up from it.
+    hops = [COSTS * stage + SEND for way in (0, 1) for stage in range(-way, ranks - way)]
     ready = list(range(ranks))
 
     def settle(rank: int) -> int:
@@ -180,7 +183,7 @@ def _blocking(pipeline: Pipeline) -> EventGraph:
                         sides = {other: posted[transfer], rank: settle(rank)}
                         if pipeline.receives_early:
                             sides = {0: sides[transfer // pipeline.microbatches % ranks]}
-                        ended[transfer] = add(SEND, before, *sides.values())
+                        ended[transfer] = add(hops[transfer // pipeline.microbatches], before, *sides.values())
                         ready.append(other)
                     complete = complete and ended[transfer] > 0
                 if operation == _WAIT:
@@ -287,7 +290,8 @@ def _posted(pipeline: Pipeline) -> EventGraph:
             arrivals[to][microbatch] = 0
             return
         before, there = queued.get((rank, receiver), 0), 0 if pipeline.receives_early else now[receiver]
-        arrivals[to][microbatch] = queued[rank, receiver] = add(SEND, now[rank], there, before)
+        hop = COSTS * min(stage, to) + SEND
+        arrivals[to][microbatch] = queued[rank, receiver] = add(hop, now[rank], there, before)
 
     left = list(range(pipeline.ranks))
     while left:

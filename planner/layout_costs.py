@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 from .in_flight import TURNED, InFlight, sums_nothing
 from .layout import RECOMPUTE_MODES, Layout
@@ -62,7 +63,8 @@ _RankPart = tuple[int, PartMemory, int, str]
 
 @dataclass(frozen=True)
 class LayoutCosts:
-    """One layout, priced. `microbatch` is what a microbatch costs any stage besides its layers.
+    """One layout, priced. `microbatch` is what a microbatch costs any stage besides its layers, `hop_seconds` of each
+    stage but the last what a message between it and the next takes, nothing on one rank.
 
     `fixed_memory` and `in_flight` have an entry a pipeline rank, the latter the vectors of [Note: In-flight
     activations] of which none is below another. `find_reductions` tells of each rank the moments at which it may be
@@ -79,7 +81,7 @@ class LayoutCosts:
     embedding: PartSeconds
     head: PartSeconds
     microbatch: PartSeconds
-    send_seconds: float
+    hop_seconds: tuple[float, ...]
     step_seconds: float
     embedding_memory: PartMemory
     head_memory: PartMemory
@@ -110,6 +112,11 @@ class LayoutCosts:
     def pipeline(self) -> Pipeline:
         pipeline = self.layout.pipeline(self.microbatches)
         return replace(pipeline, receives_early=True) if self.receives_early else pipeline
+
+    @cached_property
+    def sent_before(self) -> tuple[float, ...]:
+        """What one message each down to the stage takes, of every stage."""
+        return tuple(accumulate(self.hop_seconds, initial=0.0))
 
     @property
     def layers(self) -> int:
@@ -329,7 +336,7 @@ class LayoutCosts:
 
     def simulate(self, counts: Sequence[StageCount]) -> Simulation:
         """The step up to the last gradient reduction."""
-        return simulate(self.pipeline, self.durations(counts), self.send_seconds)
+        return simulate(self.pipeline, self.durations(counts), self.hop_seconds)
 
     def step(self, counts: Sequence[StageCount]) -> float:
         """Seconds of the optimizer step under this assignment: the one objective of planner and brute force."""
@@ -356,7 +363,7 @@ class LayoutCosts:
         busiest = max(range(self.layout.pp), key=lambda rank: work[rank].total)
         spent = work[busiest]
         waiting = max(0.0, simulation.seconds - spent.total) if self.layout.pp > 1 else 0.0
-        sends = min(waiting, simulation.critical_path.sends * self.send_seconds)
+        sends = min(waiting, simulation.critical_path.sent_seconds(self.hop_seconds))
         return {
             "compute": spent.compute - recompute[busiest],
             "recompute": recompute[busiest],

@@ -5,6 +5,7 @@ How torch runs a schedule is in `event_graph.py`; here durations meet it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,10 +45,10 @@ class Path:
     backward_weight: tuple[int, ...]
     gather: tuple[int, ...]
     reduce: tuple[int, ...]
-    sends: int
+    sends: tuple[int, ...]  # messages of each hop
 
-    def seconds(self, durations: Sequence[StageSeconds], send_seconds: float) -> float:
-        total = self.sends * send_seconds
+    def seconds(self, durations: Sequence[StageSeconds], hop_seconds: Sequence[float]) -> float:
+        total = self.sent_seconds(hop_seconds)
         for i, stage in enumerate(durations):
             total += self.stage_seconds(i, stage)
         return total
@@ -57,6 +58,10 @@ class Path:
         total = self.forward[i] * stage.forward
         total += self.backward_input[i] * stage.backward_input + self.backward_weight[i] * stage.backward_weight
         return total + self.gather[i] * stage.gather + self.reduce[i] * stage.reduce
+
+    def sent_seconds(self, hop_seconds: Sequence[float]) -> float:
+        """Of them those of messages."""
+        return sum(map(operator.mul, self.sends, hop_seconds))
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,16 @@ class Simulation:
         return tuple(1.0 - busy / self.seconds if self.seconds > 0 else 0.0 for busy in self.busy_seconds)
 
 
-def simulate(pipeline: Pipeline, durations: Sequence[StageSeconds], send_seconds: float) -> Simulation:
+def simulate(pipeline: Pipeline, durations: Sequence[StageSeconds], hop_seconds: Sequence[float]) -> Simulation:
     """Play the schedule with these durations.
 
     Args:
         durations: one per stage (not per rank), in seconds.
-        send_seconds: one message between stages of different ranks.
+        hop_seconds: of each stage but the last, one message between it and the next where that is of another rank.
     """
-    assert len(durations) == pipeline.stages, (len(durations), pipeline)
+    assert len(durations) == len(hop_seconds) + 1 == pipeline.stages, (len(durations), len(hop_seconds), pipeline)
     graph = _GRAPHS.graph(pipeline)
-    times = _times(graph, _costs(durations, send_seconds))
+    times = _times(graph, _costs(durations, hop_seconds))
     last = max(graph.ends, key=times.__getitem__)
     busy = [0.0] * pipeline.ranks
     for stage, each in enumerate(durations):
@@ -92,19 +97,19 @@ def simulate(pipeline: Pipeline, durations: Sequence[StageSeconds], send_seconds
 
 
 def event_times(
-    graph: EventGraph, durations: Sequence[StageSeconds], send_seconds: float
+    graph: EventGraph, durations: Sequence[StageSeconds], hop_seconds: Sequence[float]
 ) -> tuple[list[float], list[float]]:
     """(seconds by the numbers of `event_graph`, when each event is over)."""
-    costs = _costs(durations, send_seconds)
+    costs = _costs(durations, hop_seconds)
     return costs, _times(graph, costs)
 
 
-def _costs(durations: Sequence[StageSeconds], send_seconds: float) -> list[float]:
+def _costs(durations: Sequence[StageSeconds], hop_seconds: Sequence[float]) -> list[float]:
     """Seconds by the numbers of `event_graph`."""
-    costs = [0.0, send_seconds]
-    for each in durations:
+    costs = [0.0]
+    for each, send in zip(durations, (*hop_seconds, 0.0), strict=True):
         forward, first, second = each.forward, each.backward_input, each.backward_weight
-        costs += [each.gather + forward, forward, first + second, first, second, each.reduce]
+        costs += [each.gather + forward, forward, first + second, first, second, each.reduce, send]
     return costs
 
 
@@ -125,7 +130,7 @@ def _times(graph: EventGraph, costs: Sequence[float]) -> list[float]:
 def _trace(graph: EventGraph, times: Sequence[float], last: int, stages: int) -> Path:
     """The path that ends in event `last`, going back by what was waited for longest, the own rank where equal."""
     first, second, third = graph.waits
-    counts = [0] * (2 + events.COSTS * stages)
+    counts = [0] * (1 + events.COSTS * stages)
     at = last
     while at:
         counts[graph.costs[at - 1]] += 1
@@ -143,7 +148,7 @@ def _trace(graph: EventGraph, times: Sequence[float], last: int, stages: int) ->
         backward_weight=_sums(whole, of(events.RUN_WEIGHT)),
         gather=tuple(gathered),
         reduce=tuple(of(events.REDUCE)),
-        sends=counts[events.SEND],
+        sends=tuple(of(events.SEND)[:-1]),
     )
 
 
@@ -155,15 +160,12 @@ def _sums(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 
 def blocked_sends(schedule: str, stage: int, stages: int, microbatches: int) -> int:
-    """Sends that the stage itself waits for in 1F1B's steady state, after its first backward; GPipe: none.
+    """Sends to either neighbour that the stage itself waits for in 1F1B's steady state; GPipe: none.
 
-    Each steady forward follows a fused wait for the gradient just sent up, each steady backward one for the
-    activation just sent down.
+    That is after its first backward. Each steady forward follows a fused wait for the gradient just sent up, each
+    steady backward one for the activation just sent down.
     """
-    if schedule == "gpipe":
-        return 0
-    steady = microbatches - min(microbatches, stages - stage)
-    return steady * ((stage > 0) + (stage < stages - 1))
+    return 0 if schedule == "gpipe" else microbatches - min(microbatches, stages - stage)
 
 
 def late_forwards(schedule: str, stage: int, stages: int, microbatches: int) -> int:
@@ -195,11 +197,13 @@ def _blocking_paths(schedule: str, stages: int, microbatches: int) -> list[Path]
         forward = tuple(1 + late * at for at in at_s)
         backward = tuple(microbatches if at else 1 for at in at_s)
         down = tuple(1 if i <= s else 0 for i in range(stages))
-        paths.append(Path(through, through, through, down, first, 2 * s + blocked))
+        sends = [tuple(n * (i < s) + blocked * (s - 1 <= i <= s) for i in range(stages - 1)) for n in (2, 1)]
+        paths.append(Path(through, through, through, down, first, sends[0]))
         # GPipe's later microbatches find the weights below s gathered already.
         round_trip = (1,) * stages if schedule == "1f1b" else down
-        paths.append(Path(forward, backward, backward, round_trip, first, 2 * (stages - 1) + blocked))
-        paths.append(Path(through, own, own, down, at_s, s + blocked))
+        around = tuple(2 + blocked * (s - 1 <= i <= s) for i in range(stages - 1))
+        paths.append(Path(forward, backward, backward, round_trip, first, around))
+        paths.append(Path(through, own, own, down, at_s, sends[1]))
     return paths
 
 
@@ -237,9 +241,11 @@ def _counted(pipeline: Pipeline, path: Sequence[tuple[int, str, int]]) -> Path:
     """Where the path changes rank it waits for a send; a stage's first forward is of microbatch 0."""
     counts: dict[str, list[int]] = {kind: [0] * pipeline.stages for kind in (*"FBIWR", "gather")}
     ranks = [pipeline.rank_of(stage) for stage in range(pipeline.stages)]
-    sends, before = 0, path[0][0]
+    sends, before = [0] * (pipeline.stages - 1), path[0][0]
     for stage, kind, microbatch in path:
-        sends += ranks[stage] != ranks[before]
+        if ranks[stage] != ranks[before]:
+            assert abs(stage - before) == 1, (pipeline, before, stage)
+            sends[min(stage, before)] += 1
         before = stage
         counts[kind][stage] += 1
         if kind == FORWARD and microbatch == 0:
@@ -251,5 +257,5 @@ def _counted(pipeline: Pipeline, path: Sequence[tuple[int, str, int]]) -> Path:
         backward_weight=_sums(whole, counts[WEIGHT]),
         gather=tuple(counts["gather"]),
         reduce=tuple(counts["R"]),
-        sends=sends,
+        sends=tuple(sends),
     )

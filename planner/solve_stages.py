@@ -194,7 +194,7 @@ def write_rows(program: Program) -> None:
 def _cut(program: Program, shared: SharedCuts, durations: Sequence[StageSeconds], above_seconds: float) -> float:
     """Seconds of the pipeline with these durations; its critical path is added if it is longer than `above_seconds`."""
     pipeline = program.costs.pipeline
-    simulation = simulate(pipeline, durations, program.costs.send_seconds)
+    simulation = simulate(pipeline, durations, program.costs.hop_seconds)
     if simulation.seconds > above_seconds:
         program.longer_than_path(simulation.critical_path)
         shared.add(pipeline, simulation.critical_path)

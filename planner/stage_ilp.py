@@ -23,8 +23,8 @@ Subject to
                but where one stage is a rank those of a segment's least r alone
   (memory)     fixed_q + y[q] + Σ n[s,k,r]·(state + v_s·held_r + gradients_v + ...) <= limit, every v   fits_memory
   (durations)  f_s, i_s, w_s, g_s, d_s linear in n; their sums over s         durations
-  (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + sends·c, P      longer_than_path
-                 F, I, W, G, D how often P passes them, c one send
+  (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + C_s·c_s, P      longer_than_path
+                 F, I, W, G, D, C how often P passes them, c_s one send from s to s + 1
   (optimizer)  O >= o_q(n)                                                    optimizer_of_slowest
   (head start) Z >= the bound known                                           not_below_bound
   (goal)       Z <= just below the best simulated step so far                 better_than
@@ -314,7 +314,7 @@ class Program:
             for s, number in enumerate(times):
                 if number != base:
                     terms[self.phase[phase, s]] = number - base
-        sent = path.sends * self.costs.send_seconds / self.scale
+        sent = path.sent_seconds(self.costs.hop_seconds) / self.scale
         constraint = pulp.LpAffineExpression(terms) <= -sent
         self.problem += constraint
         if self.relaxed is not None:

@@ -6,6 +6,7 @@ parallelism, the pipeline and the state.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -36,7 +37,7 @@ from .offload import transfer_seconds
 from .paced_compute import PacedCompute
 from .part_seconds import PartSeconds, Seconds, least_of
 from .reduction_moments import reduction_moments
-from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
+from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, V_SHAPED, Pipeline
 from .space import LayoutGroup
 from .traced_cost import TracedCompute, traced_parts
 
@@ -128,10 +129,11 @@ class CostModel:
         microbatches = layout.microbatches(self._job.global_batch)
         _, embedding, head, overhead = self._parts(layout, False if layout.stages_choose else None, pace)
         layers = self._least_layers(layout, pace)
-        send, software, nothing = self._send(layout), self._software, PartMemory()
-        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do.
+        hops, software, nothing = self._hops(layout), self._software, PartMemory()
+        # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do, and there the
+        # ranks at the slowest hop set the pace of all.
         alone = layout.schedule in BLOCKING or software.computes_meanwhile(layout.schedule in SPLIT_BACKWARD)
-        each = (self._message_work(layout) if alone else send) if waits else 0.0
+        each = (self._message_work(layout) if alone else max(hops, default=0.0)) if waits else 0.0
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
@@ -139,7 +141,7 @@ class CostModel:
             embedding=embedding,
             head=head,
             microbatch=PartSeconds(Seconds(overhead.forward.total, pp=each), Seconds(overhead.backward.total, pp=each)),
-            send_seconds=send,
+            hop_seconds=hops,
             step_seconds=self._tied_seconds(layout) + self._transform_seconds(layout) + self._clip_seconds(layout),
             embedding_memory=nothing,
             head_memory=nothing,
@@ -362,16 +364,21 @@ class CostModel:
         middle = [max(inner, key=lambda held: held.total)] * (layout.pp - 2) if inner else []
         return (ends[0], *middle, *ends[1:])
 
-    def _send(self, layout: Layout) -> float:
-        """One message between stages; cut over tp and gathered again where the trainer does so."""
+    def _hops(self, layout: Layout) -> tuple[float, ...]:
+        """One message of each stage to the next; cut over tp and gathered again where the trainer does so."""
         if layout.pp == 1:
-            return 0.0
+            return (0.0,) * (layout.stages - 1)
         group, size = Group(layout.pp, layout.tp * layout.cp * layout.dp), self._memory.boundary_bytes(layout)
         if self._software.scatter_gather and layout.tp > 1 and not layout.sequence_parallel:
             gathered = self._comm.collective_seconds("all_gather", Group(layout.tp, 1), size)
-            return self._comm.send_seconds(group, size / layout.tp) + gathered
-        described = self._software.p2p == "described"
-        return self._comm.send_seconds(group, size) + (described_seconds(self._hardware, self._comm, group) * described)
+            of_ranks = tuple(sent + gathered for sent in self._comm.hop_seconds(group, size / layout.tp))
+        else:
+            of_ranks = self._comm.hop_seconds(group, size)
+            if self._software.p2p == "described":
+                of_ranks = tuple(map(operator.add, of_ranks, described_seconds(self._hardware, self._comm, group)))
+        if layout.schedule in V_SHAPED:
+            return (*of_ranks[:-1], 0.0, *of_ranks[-2::-1])[: layout.stages - 1]
+        return (of_ranks * layout.virtual_stages)[:-1]
 
     def _message_work(self, layout: Layout) -> float:
         """What messages take from the compute of an action, a mean over the stages: of S at most S - 1 send."""

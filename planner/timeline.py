@@ -10,7 +10,7 @@ from typing import Any
 from profiles.store import load_json, write_atomically
 
 from .assignment import counts_of
-from .event_graph import ACTION_KINDS, COSTS, build_graph
+from .event_graph import ACTION_KINDS, COSTS, NOTHING, SEND, build_graph
 from .layout_costs import LayoutCosts, StageCount
 from .plan import Plan
 from .question import question_of
@@ -37,7 +37,7 @@ def spans_of(costs: LayoutCosts, counts: Sequence[StageCount]) -> list[Span]:
     """As `planned_spans`, of an assignment to a priced layout."""
     pipeline = costs.pipeline
     graph = build_graph(pipeline)
-    durations, times = event_times(graph, costs.durations(counts), costs.send_seconds)
+    durations, times = event_times(graph, costs.durations(counts), costs.hop_seconds)
     # A stage's events come in the order of its rank's list, so the n-th of a kind is the list's n-th of that kind.
     order: dict[tuple[int, str], list[str]] = {}
     for actions in action_lists(pipeline):
@@ -46,9 +46,9 @@ def spans_of(costs: LayoutCosts, counts: Sequence[StageCount]) -> list[Span]:
     names = {key: iter(actions) for key, actions in order.items()}
     spans: list[Span] = []
     for event, cost in enumerate(graph.costs, start=1):
-        stage, kind = divmod(cost - 2, COSTS)
-        if cost < 2:
-            continue  # a message, or nothing
+        stage, kind = divmod(cost - 1, COSTS)
+        if cost == NOTHING or kind == SEND - 1:
+            continue
         letter = ACTION_KINDS[kind]
         name = f"{stage}R" if letter == "R" else next(names[stage, letter])
         end = times[event]

@@ -56,5 +56,5 @@ def test_without_tp_and_dp_nothing_is_sent() -> None:
     costs = price(Layout())
     for part in (block_of(costs), costs.embedding, costs.head):
         assert all(getattr(part, phase).tp == getattr(part, phase).dp == 0.0 for phase in PHASES)
-    assert costs.send_seconds == 0.0
+    assert costs.hop_seconds == ()
     assert costs.step_seconds == 0.0

@@ -111,7 +111,8 @@ def test_more_bytes_are_never_cheaper(operation: str, size: int, stride: int, le
     )
     cheaper = comm.collective_seconds(operation, group, less)
     assert 0 < cheaper <= comm.collective_seconds(operation, group, less + more)
-    assert comm.send_seconds(group, less) <= comm.send_seconds(group, less + more)
+    sent = zip(comm.hop_seconds(group, less), comm.hop_seconds(group, less + more), strict=True)
+    assert all(one <= other for one, other in sent)
 
 
 def ramped(operation: str) -> LinkOperation:
@@ -142,12 +143,14 @@ def test_nothing_is_sent_for_nothing() -> None:
 
 def test_a_send_to_a_neighbour_goes_over_the_tier_that_joins_both() -> None:
     comm = nodes_of_8(2)
-    assert comm.send_seconds(Group(2, 4), 200e6) == pytest.approx(40e-6 + 3e-6 + 1e-3, rel=1e-12)
-    assert comm.send_seconds(Group(2, 8), 20e6) == pytest.approx(10e-6 + 1e-3, rel=1e-12)
+    assert comm.hop_seconds(Group(2, 4), 200e6) == pytest.approx((40e-6 + 3e-6 + 1e-3,) * 2, rel=1e-12)
+    assert comm.hop_seconds(Group(2, 8), 20e6) == pytest.approx((10e-6 + 1e-3,) * 2, rel=1e-12)
     fast = LinkOperation(operation="send_recv", ranks=2, bandwidth_bytes_per_second=50e9, latency_seconds=0.0)
     comm = nodes_of_8(2, across={"operations": (fast,)})
-    # Of 16 stages one boundary crosses nodes; a send moves all its bytes, not (n-1)/n of them.
-    assert comm.send_seconds(Group(16, 1), 50e6) == pytest.approx(1e-3, rel=1e-12)
+    # Of 16 stages one boundary crosses nodes, and the way back; a send moves all its bytes, not (n-1)/n of them.
+    hops = comm.hop_seconds(Group(16, 1), 50e6)
+    assert (hops[7], hops[15]) == pytest.approx((1e-3, 1e-3), rel=1e-12)
+    assert {*hops[:7], *hops[8:15]} == {comm.hop_seconds(Group(2, 1), 50e6)[0]}
 
 
 def test_the_first_and_the_last_rank_sum_over_the_tier_that_joins_them() -> None:
@@ -213,23 +216,26 @@ def test_points_hold_for_groups_inside_a_node_here_and_where_they_were_measured(
     comm = measured(small_cluster(8, 2), *points, devices_per_node=devices_per_node)
     group = Group(4, 1)
     assert (comm.collective_seconds("all_reduce", group, 1000) == 0.5) == holds
-    assert comm.send_seconds(group, 1000) == 0.5  # neighbours lie in one node of any of these widths
+    assert comm.hop_seconds(group, 1000) == (0.5,) * 4  # neighbours lie in one node of any of these widths
     assert (comm.pair_sum_seconds(group, 1000) == 0.5) == holds
     assert comm.fsdp_seconds("fsdp_all_gather", group, 1000) == (0.5 if holds else None)
 
 
-def test_a_measured_send_holds_where_no_pair_of_neighbours_lies_in_two_tiers() -> None:
+def test_a_measured_send_holds_for_the_hops_within_its_tier() -> None:
     """3 nodes of 4; inside 1 GB/s and 10 us, across 0.1 GB/s and 100 us."""
     points = (point("send_recv", 2, 1, 0.25), point("send_recv", 2, 2, 0.5), point("send_recv", 2, 4, 0.75))
     comm = measured(small_cluster(12, 3), *points)
-    assert comm.send_seconds(Group(4, 1), 1000) == 0.25  # all in one node
-    assert comm.send_seconds(Group(2, 2), 2000) == 1.0
-    assert comm.send_seconds(Group(3, 4), 1000) == 0.75  # every pair in two nodes
+    assert comm.hop_seconds(Group(4, 1), 1000) == (0.25,) * 4  # all in one node
+    assert comm.hop_seconds(Group(2, 2), 2000) == (1.0, 1.0)
+    assert comm.hop_seconds(Group(3, 4), 1000) == (0.75,) * 3  # every pair in two nodes
     # Stages 3 and 4 lie in different nodes, which the point of neighbours in a node knows nothing of.
     network = 1e-4 + 1000 / 1e8
-    assert comm.send_seconds(Group(12, 1), 1000) == pytest.approx(network, rel=1e-12)
-    assert comm.send_seconds(Group(6, 2), 1000) == pytest.approx(network, rel=1e-12)
-    assert measured(small_cluster(12, 3)).send_seconds(Group(3, 4), 1000) == pytest.approx(network, rel=1e-12)
+    over_12 = (*(0.25,) * 3, network) * 3
+    assert comm.hop_seconds(Group(12, 1), 1000) == pytest.approx(over_12, rel=1e-12)
+    assert comm.hop_seconds(Group(6, 2), 1000) == pytest.approx((0.5, network) * 3, rel=1e-12)
+    # Of three devices a stage the second lies in two nodes, and with it both its hops.
+    assert comm.hop_seconds(Group(4, 3), 1000) == pytest.approx((network,) * 4, rel=1e-12)
+    assert measured(small_cluster(12, 3)).hop_seconds(Group(3, 4), 1000) == pytest.approx((network,) * 3, rel=1e-12)
 
 
 def test_points_of_groups_across_nodes_hold_only_for_nodes_as_wide() -> None:
@@ -250,8 +256,8 @@ def test_a_message_alone_on_a_shared_wire_has_all_of_it() -> None:
     own = small_cluster(8, 2, across=(1e8, 1e-4))
     wire = replace(own, links=(own.links[0], replace(own.links[1], shared=True)))
     for group, share in ((Group(8, 1), 4), (Group(4, 2), 2), (Group(2, 4), 1)):
-        assert measured(own).send_seconds(group, 1e8) == pytest.approx(1 + 1e-4)
-        assert measured(wire).send_seconds(group, 1e8) == pytest.approx(1 / share + 1e-4)
+        assert max(measured(own).hop_seconds(group, 1e8)) == pytest.approx(1 + 1e-4)
+        assert max(measured(wire).hop_seconds(group, 1e8)) == pytest.approx(1 / share + 1e-4)
 
 
 def test_what_fsdp_does_is_measured() -> None:
@@ -289,7 +295,7 @@ def test_with_three_tiers_a_ring_across_nodes_has_the_shares_of_the_whole_node()
     assert comm.collective_seconds("all_gather", Group(32, 1), 32e9) == pytest.approx(31e9 / 40e9)
 
 
-def test_the_slowest_hop_of_a_pipeline_over_two_nodes_is_the_network() -> None:
+def test_of_a_pipeline_over_two_nodes_one_hop_is_the_network() -> None:
     """pp=16 on 2 nodes of 8, stride 1: stages 7 and 8 lie in different nodes."""
     from planner.layout import Layout
     from planner.step_cost import CostModel
@@ -299,7 +305,8 @@ def test_the_slowest_hop_of_a_pipeline_over_two_nodes_is_the_network() -> None:
     cluster = small_cluster(16, 2, inside=(1e9, 0.0), across=(1e6, 0.0))
     question = small_question(tiny_llama(layers=16), cluster=cluster, global_batch=16)
     costs = CostModel(question.model, cluster, question.hardware, question.job).price(Layout(pp=16))
-    assert costs.send_seconds == pytest.approx(16 * 32 * 4 / 1e6)
+    inside, across = 16 * 32 * 4 / 1e9, 16 * 32 * 4 / 1e6
+    assert costs.hop_seconds == pytest.approx((*(inside,) * 7, across, *(inside,) * 7))
 
 
 def test_a_ring_s_step_is_an_exchange_and_a_message_where_none_was_measured() -> None:

@@ -34,7 +34,7 @@ def bound_by_ranks(program: Program, most_seconds: float = math.inf) -> tuple[fl
     """(the least of the branches, all of them, whether there is more to split)."""
 
     def cut(durations: Sequence[StageSeconds], above_seconds: float) -> float:
-        simulation = simulate(program.costs.pipeline, durations, program.costs.send_seconds)
+        simulation = simulate(program.costs.pipeline, durations, program.costs.hop_seconds)
         if simulation.seconds > above_seconds:
             program.longer_than_path(simulation.critical_path)
         return simulation.seconds

@@ -197,7 +197,7 @@ def test_cuts_of_another_layout_with_the_same_pipeline_change_no_answer() -> Non
         durations = costs.durations(solution.counts or ())
         # A path is no longer than the step, whichever layout it came from.
         longest = costs.simulate(solution.counts or ()).seconds * (1 + 1e-9)
-        assert all(path.seconds(durations, costs.send_seconds) <= longest for path in before)
+        assert all(path.seconds(durations, costs.hop_seconds) <= longest for path in before)
         assert len(shared.of(costs.pipeline)) > 0
 
 

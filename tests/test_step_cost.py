@@ -19,7 +19,7 @@ from tests.plans import tiny_bert, tiny_gpt2, tiny_llama
 
 def test_a_boundary_is_sent_once_a_microbatch() -> None:
     layout = Layout(pp=2, dp=2, micro_batch=2)
-    assert price(layout).send_seconds == pytest.approx(1e-5 + 4 * 2 * 16 * 32 / 1e9)
+    assert price(layout).hop_seconds == pytest.approx((1e-5 + 4 * 2 * 16 * 32 / 1e9,))
 
 
 def test_loss_and_gradient_norm_are_summed_over_all_ranks() -> None:

@@ -208,23 +208,26 @@ def priced(costs: LayoutCosts, modes: Sequence[str]) -> Iterator[Candidate]:
 
     tried = list(assignments([segment.layers for segment in costs.segments], len(stages), modes))
     figures = [[alone(stage, count) for stage, count in enumerate(counts)] for counts in tried]
-    played = makespans(costs.pipeline, [[durations for durations, _ in each] for each in figures], costs.send_seconds)
+    played = makespans(costs.pipeline, [[durations for durations, _ in each] for each in figures], costs.hop_seconds)
     for counts, each, seconds in zip(tried, figures, played, strict=True):
         optimizer = max(sum(each[stage][1] for stage in held) for held in stages_of)
         peak = max(bytes_of(rank, tuple(counts[stage] for stage in held)) for rank, held in enumerate(stages_of))
         yield Candidate(layout, counts, seconds + optimizer + costs.step_seconds, peak)
 
 
-def makespans(pipeline: Pipeline, durations: Sequence[Sequence[StageSeconds]], send_seconds: float) -> list[float]:
-    """`simulate(pipeline, each, send_seconds).seconds` of each, to the last bit; all of them event by event."""
+def makespans(
+    pipeline: Pipeline, durations: Sequence[Sequence[StageSeconds]], hop_seconds: Sequence[float]
+) -> list[float]:
+    """`simulate(pipeline, each, hop_seconds).seconds` of each, to the last bit; all of them event by event."""
     graph = _graph(pipeline)
     if not durations:
         return []
     forward, first, second, gather, reduce = np.array(
         [[(s.forward, s.backward_input, s.backward_weight, s.gather, s.reduce) for s in each] for each in durations]
     ).transpose(2, 1, 0)  # each [stages, len(durations)]
-    of_stages = np.stack([gather + forward, forward, first + second, first, second, reduce], axis=1)
-    costs = [np.zeros(len(durations)), np.full(len(durations), send_seconds), *of_stages.reshape(-1, len(durations))]
+    sends = np.repeat(np.array([[*hop_seconds, 0.0]]).T, len(durations), axis=1)
+    of_stages = np.stack([gather + forward, forward, first + second, first, second, reduce, sends], axis=1)
+    costs = [np.zeros(len(durations)), *of_stages.reshape(-1, len(durations))]
     over = [np.zeros(len(durations))]  # when each event is
     for *waited, cost in zip(*graph.waits, graph.costs, strict=True):
         start = over[waited[0]]

@@ -23,7 +23,7 @@ def interleaved(layers: int, pp: int, chunks: int, head_seconds: float = 0.0) ->
         embedding=nothing,
         head=replace(nothing, forward=Seconds(head_seconds / 3), backward_input=Seconds(head_seconds * 2 / 3)),
         microbatch=nothing,
-        send_seconds=0.0,
+        hop_seconds=(0.0,) * (layout.stages - 1),
         step_seconds=0.0,
         embedding_memory=none,
         head_memory=none,

@@ -48,7 +48,7 @@ def torch_lists(pipeline: Pipeline) -> list[list[str]]:
     ]
 
 
-def torch_listed_seconds(pipeline: Pipeline, durations: Sequence[StageSeconds], send: float) -> float:
+def torch_listed_seconds(pipeline: Pipeline, durations: Sequence[StageSeconds], hops: Sequence[float]) -> float:
     """Seconds until every rank is through its list: sends posted and left, receives waited for by their consumers.
 
     Sends from one rank to another go one after the other. A pipeline that receives early has posted all receives at
@@ -82,7 +82,9 @@ def torch_listed_seconds(pipeline: Pipeline, durations: Sequence[StageSeconds], 
         received = 0.0 if pipeline.receives_early else posted.get((f"RECV_{direction}", stage, microbatch))
         first = ahead[direction, source, microbatch]
         before = arrival(*first) if first else 0.0
-        return None if sent is None or received is None or before is None else max(sent, received, before) + send
+        if sent is None or received is None or before is None:
+            return None
+        return max(sent, received, before) + hops[min(source, stage)]
 
     def compute(rank: int, action: Any) -> bool:
         stage, kind, microbatch = action.stage_index, action.computation_type.value, action.microbatch_index

@@ -1,7 +1,7 @@
 """torch 2.13's GPipe and 1F1B loops, transcribed as coroutines and run against a clock: a second simulator.
 
 `yield ("run", seconds)` computes, `yield ("post", transfers)` starts sends or receives, `yield ("wait", transfers)`
-blocks until they are done. A transfer ("F" or "B", sender, microbatch) takes `send` seconds from when both of its
+blocks until they are done. A transfer ("F" or "B", sender, microbatch) takes its hop's seconds from when both of its
 sides have posted it and the sender's transfer before it that way is over. Source:
 torch/distributed/pipelining/schedules.py, `_step_microbatches` of `ScheduleGPipe` and `Schedule1F1B`;
 `_wait_batch_p2p(_batch_p2p(ops))` is a post and a wait of the same transfers.
@@ -92,7 +92,7 @@ _LOOPS = {"gpipe": _gpipe, "1f1b": _one_forward_one_backward}
 
 
 def torch_seconds(
-    schedule: str, durations: Sequence[StageSeconds], microbatches: int, send: float, *, early: bool = False
+    schedule: str, durations: Sequence[StageSeconds], microbatches: int, hops: Sequence[float], *, early: bool = False
 ) -> float:
     """Seconds until the last rank has reduced its gradients; with `early` all receives were posted at the start."""
     ranks = len(durations)
@@ -104,7 +104,7 @@ def torch_seconds(
         kind, sender, microbatch = transfer
         before = arrived((kind, sender, microbatch - 1)) if microbatch else 0.0
         sides = [posted[transfer][sender]] if early else posted[transfer].values()
-        return max(before, *sides) + send
+        return max(before, *sides) + hops[sender if kind == "F" else sender - 1]
 
     def known(transfer: Transfer) -> bool:
         return transfer[1] in posted[transfer] if early else len(posted[transfer]) == 2

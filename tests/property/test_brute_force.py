@@ -21,6 +21,8 @@ from planner.solve_stages import solve_stages
 from planner.space import enumerate_layouts, layout_groups
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import Candidate, candidates, fastest, modes_of
+from tests.oracles.small_world import small_cluster, small_question
+from tests.plans import tiny_llama
 from tests.property.worlds import questions
 from tests.thinned import examples
 
@@ -90,6 +92,20 @@ def test_the_plan_is_the_best_that_trying_everything_finds(target: str, data: st
     assert certificate.layouts_pruned_memory <= impossible, (certificate, impossible, limit)
     solved = certificate.layouts_legal - certificate.layouts_pruned_memory - certificate.layouts_pruned_bound
     assert 1 <= solved <= len(tried) - certificate.layouts_pruned_memory
+
+
+def test_the_best_pipeline_with_one_slow_hop_is_found() -> None:
+    """Of three hops over two nodes of two only the middle one crosses the network, and takes longer than a stage."""
+    cluster = small_cluster(4, 2, across=(1e7, 1e-4))
+    question = small_question(tiny_llama(layers=5), cluster=cluster, pins={"pp": 4}, global_batch=4)
+    tried = candidates(question)
+    best = fastest([candidate for of_layout in tried.values() for candidate in of_layout], 1e15)
+    plan = search(question)
+    prices = CostModel(question.model, cluster, question.hardware, question.job)
+    near, network, other, *_ = prices.price_seconds(plan.layout).hop_seconds
+    assert near == other < network
+    assert best is not None
+    assert plan.certificate.objective_seconds == pytest.approx(best.step_seconds, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("target", TARGETS)

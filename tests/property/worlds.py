@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 from hypothesis import strategies as st
 
@@ -245,6 +246,14 @@ def part_memories(draw: st.DrawFn) -> PartMemory:
 
 
 @st.composite
+def _hops(draw: st.DrawFn, pipeline: Pipeline) -> tuple[float, ...]:
+    """Seconds of a message of each hop, each as its ranks are placed; the same ranks' stages need none."""
+    ranks = list(map(pipeline.rank_of, range(pipeline.stages)))
+    seconds = {pair: draw(_seconds) for pair in dict.fromkeys(map(frozenset, pairwise(ranks)))}
+    return tuple(seconds[frozenset(pair)] if pair[0] != pair[1] else 0.0 for pair in pairwise(ranks))
+
+
+@st.composite
 def layout_costs(draw: st.DrawFn, schedules: Sequence[str] = ("gpipe", "1f1b"), segments: int = 1) -> LayoutCosts:
     """Any seconds and bytes at all, on up to 4 pipeline ranks, 6 stages and 5 layers."""
     ranks, schedule = draw(st.integers(1, 4)), draw(st.sampled_from(schedules))
@@ -269,7 +278,7 @@ def layout_costs(draw: st.DrawFn, schedules: Sequence[str] = ("gpipe", "1f1b"), 
         embedding=draw(_parts),
         head=draw(_parts),
         microbatch=PartSeconds(forward=Seconds(draw(_seconds)), backward_input=Seconds(draw(_seconds))),
-        send_seconds=draw(_seconds) if ranks > 1 else 0.0,
+        hop_seconds=draw(_hops(pipeline)),
         step_seconds=draw(_seconds),
         embedding_memory=draw(part_memories()),
         head_memory=draw(part_memories()),
