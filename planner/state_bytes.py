@@ -5,8 +5,8 @@ from __future__ import annotations
 from profiles.model import ModelSpec
 from profiles.software import Software
 
+from .gradient_moments import STAGES_GATHERED
 from .head_memory import reduces_each_microbatch
-from .in_flight import STAGES_GATHERED
 from .job import TrainingJob
 from .layout import MESSAGE_BYTES, Layout
 from .memory_bytes import NO_BYTES, MemoryBytes

@@ -23,7 +23,8 @@ from .comm_cost import CommModel, Group, described_seconds
 from .compute_cost import ComputeCost, ComputeModel
 from .contention import beside_others
 from .data_parallel_cost import DataParallelModel
-from .in_flight import InFlight, gradients_by_torch, in_flight
+from .gradient_moments import gradients_by_torch
+from .in_flight import InFlight, in_flight
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts
