@@ -25,6 +25,7 @@ from .in_flight import (
     AHEAD,
     FIRST,
     FIRST_AHEAD,
+    LEAST,
     NO_GRADIENTS,
     REDUCED,
     REDUCING,
@@ -111,12 +112,14 @@ def _phase(backwards: int, microbatches: int) -> str:
 
 
 def _as_numbers(moment: InFlight) -> tuple[int, ...]:
-    """Of two moments one holds no less than the other where none of these is less: sums are more than anything."""
+    """Of two moments one holds no less than the other where none of these is less: sums are more than anything, and
+    weights go when they are reduced."""
     phases = moment.gradients
     early = [phase in (FIRST, TURNED, SUMMED) for phase in phases]
     late = [phase in (REDUCED, TURNED, SUMMED) for phase in phases]
     summed = [phase == SUMMED for phase in phases]  # an embedding has more then than when its chunk has turned
-    return (*moment.full, *moment.weight_only, *map(int, early + late + summed))
+    gathered = [phase != REDUCED for phase in phases]
+    return (*moment.full, *moment.weight_only, *map(int, early + late + summed + gathered))
 
 
 @lru_cache(maxsize=4096)
@@ -188,7 +191,8 @@ def least_phases_by_torch(pipeline: Pipeline) -> tuple[str, ...]:
 
 
 def least_phases(moments: tuple[tuple[InFlight, ...], ...]) -> tuple[str, ...]:
-    """Per rank, the phase of all its chunks at all moments; NO_GRADIENTS, of the fewest bytes, where they differ."""
+    """Per rank, the phase of all its chunks at all moments; where they differ NO_GRADIENTS, of the fewest bytes, or
+    LEAST, of fewer yet, where at each some have been reduced and their gathered weights are gone."""
     return tuple(_one_phase(of_rank) for of_rank in moments)
 
 
@@ -198,4 +202,6 @@ def _one_phase(moments: tuple[InFlight, ...]) -> str:
         return SUMMED
     first = moments[0].gradients[0]
     alike = all(phase == first for moment in moments for phase in moment.gradients)
-    return first if alike else NO_GRADIENTS
+    if alike:
+        return first
+    return LEAST if all(REDUCED in moment.gradients for moment in moments) else NO_GRADIENTS

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from . import schedule_orders as orders
 from .schedule import FORWARDS_FIRST, IN_ROUNDS, SPLIT_BACKWARD, V_SHAPED, Action, Pipeline, order_of
 
-NO_GRADIENTS, AHEAD, FIRST, FIRST_AHEAD, TURNED, SUMMED, REDUCED, ROOT, REDUCING = PHASES = (
+NO_GRADIENTS, LEAST, AHEAD, FIRST, FIRST_AHEAD, TURNED, SUMMED, REDUCED, ROOT, REDUCING = PHASES = (
     "none",
+    "least",
     "ahead",
     "first",
     "first-ahead",

@@ -67,7 +67,7 @@ class MemoryModel:
     def _passing_turned(self, layout: Layout, parameters: float, kept: KeptBytes, reshard: bool | None) -> float:
         """What a chunk's first layer, which turns last, has when its backward begins beyond what it leaves: all that it
         recomputes has come back, and its gradients are not there yet."""
-        whole, states = kept.transient + kept.none, self._states
+        whole, states = kept.passing(self._narrow_bytes(layout)) + kept.none, self._states
         if states.frees(layout, reshard) and layout.zero == 3 and not states.after_forwards(layout, reshard):
             whole += self._element_bytes * parameters
         return max(0.0, whole - states.summed(layout, parameters).total)
@@ -106,7 +106,9 @@ class MemoryModel:
             left_selective=left[1],
             left_recomputed=left[2],
             summed=states.summed(layout, dense, expert),
-            reduced=states.reduced(layout, dense, expert),
+            reduced=states.reduced(layout, dense, expert) + states.freed(layout, state),
+            first=states.not_yet(state),
+            nothing=states.not_yet(state),
             turned=turned,
             at_root=turned,
             reducing=turned,
@@ -129,7 +131,8 @@ class MemoryModel:
         activations are `whole` once what it recomputes has come back. `summed`: gradients are there already.
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it; under a pipeline where nothing has
-        been left of them, or activations are more than what has. Under a pipeline gradients are reduced when the
+        been left of them, or activations are more than what has. One that is alone on its stage is gathered in a
+        buffer, which stays while its forward runs. Under a pipeline gradients are reduced when the
         backwards are over (`reduction_moments`). Without one, where each microbatch's gradients are reduced, what went
         into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13, `reduce_scatter_state`),
         but that layer's activations are gone; for the last layer it is what the microbatch before reduced last, the
@@ -140,10 +143,13 @@ class MemoryModel:
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or self._states.frees(layout, reshard))
-        gathered = 2 * element * parameters if gathers else 0.0
+        alone = layout.stages == self._model.layers
+        gathered = (1 if alone else 2) * element * parameters if gathers else 0.0
         if self._states.after_forwards(layout, reshard) and summed:
             gathered = min(gathered, 2 * held)  # two layers' activations are not yet weights that were left
-        start = kept.transient + gathered + whole - held
+        start = kept.passing(self._narrow_bytes(layout)) + gathered + whole - held
+        if gathers and alone:
+            start = max(start, 2 * element * parameters + kept.none - held)
         if fsdp and self._states.halves_apart(layout):
             start += self._states.narrow_bytes * parameters - self._left_between(kept)
         if layout.pp > 1 or not fsdp:  # gradients are reduced when the backwards are over
@@ -169,6 +175,10 @@ class MemoryModel:
             each = min(2 * gradients - held, gradients)
         ends = _FP32_BYTES * (self.embedding_parameters(layout) + self.head_parameters(layout))
         return packed * each + (min(ends, MESSAGE_BYTES - packed * gradients) if packed == layers else 0.0)
+
+    def _narrow_bytes(self, layout: Layout) -> int:
+        """Bytes of a weight's gradient that waits for the end of its layer's backward."""
+        return self._states.narrow_bytes if self._states.wraps(layout) else 0
 
     def _left_between(self, kept: KeptBytes) -> float:
         """Of a layer's passing gradients those that a split backward leaves between its halves: there they are held,
@@ -202,9 +212,21 @@ class MemoryModel:
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
         passing = max(passing, passing_moments_bytes(self._job, parameters / layout.shards))
-        # Its gradients are there when its layers' backwards begin; without a pipeline its own count says when.
-        first = NO_BYTES if layout.pp == 1 else self._states.summed(layout, parameters)
-        return self._end(layout, parameters, held, weight, passing, first)
+        first, turned = self._gradients_of_head(layout, parameters)
+        summed = self._states.summed(layout, parameters).total
+        passes = summed - turned.total
+        return self._end(layout, parameters, held, weight, passing, first, turned, passes)
+
+    def _gradients_of_head(self, layout: Layout, parameters: float) -> tuple[MemoryBytes, MemoryBytes]:
+        """When its layers' backwards begin, and when the last of a first one does. Those of 16 bits are widened when all
+        of the chunk is over; the matrix's is first with what the head holds. Without a pipeline that says when."""
+        summed, narrow = self._states.summed(layout, parameters), self._states.narrow_bytes
+        if layout.pp == 1:
+            return NO_BYTES, summed
+        if not (self._states.wraps(layout) and narrow):
+            return summed, summed
+        beside = max(0.0, parameters - self._head_matrix(layout))
+        return MemoryBytes(gradients=narrow * beside), MemoryBytes(gradients=narrow * parameters)
 
     def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
         """Embedding and head without what they hold of microbatches and what passes."""
@@ -223,8 +245,8 @@ class MemoryModel:
         passing_turned: float = 0.0,
     ) -> PartMemory:
         states = self._states
-        summed, reduced = states.summed(layout, parameters), states.reduced(layout, parameters)
         state = states.of(layout, parameters, root=True)
+        summed, shard = states.summed(layout, parameters), states.reduced(layout, parameters)
         gathered = state.gathered_weights
         return PartMemory(
             state=state,
@@ -236,12 +258,12 @@ class MemoryModel:
             transient_selective=passing,
             transient_recomputed=passing,
             summed=summed,
-            reduced=reduced,
+            reduced=shard + states.freed(layout, state),
             first=first,
             turned=summed if turned is None else turned,
             passing_turned=passing_turned,
             at_root=summed,
-            reducing=reduced + self._end_reducing(layout, parameters, gathered),
+            reducing=shard + self._end_reducing(layout, parameters, gathered),
             reduction=0.0 if states.sums_alone(layout) else states.reduction(layout, parameters, gathered),
         )
 

@@ -85,6 +85,19 @@ class StateBytes:
             return NO_BYTES
         return MemoryBytes(gradients=_FP32_BYTES * (dense / layout.shards + expert / layout.expert_shards))
 
+    def not_yet(self, state: MemoryBytes) -> MemoryBytes:
+        """Gradients among the state that no backward has left yet."""
+        return MemoryBytes(gradients=-state.gradients) if self._software.on_fsdp else NO_BYTES
+
+    def freed(self, layout: Layout, state: MemoryBytes) -> MemoryBytes:
+        """The part of the state that goes when a chunk is reduced under a pipeline: gradients in the compute precision,
+        and gathered weights (torch 2.13, `post_backward` of the last backward). With more chunks than are gathered at
+        once others are gathered in their place."""
+        if layout.pp == 1 or not self._software.on_fsdp:
+            return NO_BYTES
+        stays = layout.virtual_stages > STAGES_GATHERED
+        return self.not_yet(state) + MemoryBytes(gathered_weights=0.0 if stays else -state.gathered_weights)
+
     def halves_apart(self, layout: Layout) -> bool:
         """Whether weights' halves of backwards leave gradients in the compute precision, which FSDP2 widens and adds to
         its sums at the end of the layer's next input's half. By then those of the rank's other chunks have had theirs.
