@@ -96,7 +96,8 @@ class PartMemory:
     that come back for one layer at a time; `transient_first`, by mode, is that of a backward that `sums_nothing`,
     where it differs.
 
-    `nothing` takes off `state` what of it comes with gradients. `passing_turned` is what passes, under a pipeline, when all of a chunk has turned but what turns last.
+    `nothing` takes off `state` what of it comes with gradients. `passing_turned` is what passes, under a pipeline, when
+    all of a chunk has turned but what turns last.
     `at_root` and `reducing` are its gradients, and gathered weights besides `state`, in the two phases of a reduction;
     `reduction` is what its own has beyond those of its chunk.
     """

@@ -212,21 +212,9 @@ class MemoryModel:
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
         passing = max(passing, passing_moments_bytes(self._job, parameters / layout.shards))
-        first, turned = self._gradients_of_head(layout, parameters)
-        summed = self._states.summed(layout, parameters).total
-        passes = summed - turned.total
+        first, turned = self._states.of_head(layout, parameters, self._head_matrix(layout))
+        passes = self._states.summed(layout, parameters).total - turned.total
         return self._end(layout, parameters, held, weight, passing, first, turned, passes)
-
-    def _gradients_of_head(self, layout: Layout, parameters: float) -> tuple[MemoryBytes, MemoryBytes]:
-        """When its layers' backwards begin, and when the last of a first one does. Those of 16 bits are widened when all
-        of the chunk is over; the matrix's is first with what the head holds. Without a pipeline that says when."""
-        summed, narrow = self._states.summed(layout, parameters), self._states.narrow_bytes
-        if layout.pp == 1:
-            return NO_BYTES, summed
-        if not (self._states.wraps(layout) and narrow):
-            return summed, summed
-        beside = max(0.0, parameters - self._head_matrix(layout))
-        return MemoryBytes(gradients=narrow * beside), MemoryBytes(gradients=narrow * parameters)
 
     def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
         """Embedding and head without what they hold of microbatches and what passes."""

@@ -114,6 +114,18 @@ class StateBytes:
         stayed = self._element_bytes * (dense + expert) if self.after_forwards(layout, reshard) else 0.0
         return self.summed(layout, dense, expert) + MemoryBytes(gathered_weights=stayed)
 
+    def of_head(self, layout: Layout, parameters: float, matrix: float) -> tuple[MemoryBytes, MemoryBytes]:
+        """A head's gradients when its layers' backwards begin, and when the last of a first one does. Those of 16 bits
+        are widened when all of the chunk is over; the matrix's is first with what the head holds, which without a
+        pipeline says when."""
+        summed, narrow = self.summed(layout, parameters), self.narrow_bytes
+        if layout.pp == 1:
+            return NO_BYTES, summed
+        if not (self.wraps(layout) and narrow):
+            return summed, summed
+        beside = max(0.0, parameters - matrix)
+        return MemoryBytes(gradients=narrow * beside), MemoryBytes(gradients=narrow * parameters)
+
     def reduction(self, layout: Layout, parameters: float, gathered: float) -> float:
         """What FSDP2's reduction of a group has besides all its gradients when they have been copied together, and the
         group's `gathered` weights are gone. A group of one rank is divided in a third copy (torch 2.13,
