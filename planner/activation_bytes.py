@@ -28,7 +28,8 @@ class KeptBytes:
     split backward; `heads` what goes into attention and comes out; `transient` while its backward runs.
 
     `unclaimed` is what selective recomputation keeps and does not ask for, so that it stays while all else comes back.
-    `moments` are others of its backward than that of `transient`, of a dense layer under FSDP2.
+    `moments` are those of its backward, of a dense layer under FSDP2, where `transient` is of one.
+    `output` is that of its last product, which sequence parallelism sums from a rearranged copy.
     """
 
     none: float
@@ -39,11 +40,13 @@ class KeptBytes:
     transient: float
     unclaimed: float = 0.0
     moments: tuple[BackwardMoment, ...] = ()
+    output: float = 0.0
 
     def passing(self, narrow_bytes: float) -> float:
         """The most that its backward has beyond what it keeps; gradients of weights wait in so many bytes each."""
-        each = (one.passing - one.gone + narrow_bytes * one.weights for one in self.moments)
-        return max(self.transient, *each, 0.0)
+        if not self.moments:
+            return self.transient
+        return max(one.passing - one.gone + narrow_bytes * one.weights for one in self.moments)
 
 
 class ActivationModel:
@@ -90,9 +93,10 @@ class ActivationModel:
             weight = min(none, weight)
         moments: tuple[BackwardMoment, ...] = ()
         if software.on_torch_pipeline and kind == "dense" and model.latent_attention is None:
-            parts = KeptOfLayer(none, feed_forward, norms / 2, heads)
+            parts = KeptOfLayer(none, feed_forward, norms / 2, heads, transient)
             moments = backward_moments(model, layout, tokens, outside, e, parts, self.composite_norm)
-        return KeptBytes(none, selective, stream, weight, heads, transient, unclaimed, moments)
+        output = stream + (2 * e * tokens * model.hidden_size if layout.sequence_parallel else 0.0)
+        return KeptBytes(none, selective, stream, weight, heads, transient, unclaimed, moments, output)
 
     def _gradients_between(self, layout: Layout, tokens: float, outside: float) -> float:
         """What torch's split backward holds of a layer besides all that it kept, from the input's half to the weights'.

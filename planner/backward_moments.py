@@ -1,9 +1,9 @@
 """What passes within a layer's backward, moment by moment, where FSDP2 keeps the weights.
 
-The order is that of autograd: the feed-forward, the norm before it, attention, and the first norm. What an operation
-kept goes when its backward is over (but not in the input's half of a split one, `stage_backward_input`). Gradients of
-weights in 16 bits stay until the layer's backward is over and FSDP2 widens them (torch 2.13,
-`to_accumulated_grad_if_needed`).
+The order is that of autograd: the feed-forward's last product and activation, the norm before it, attention, the first
+norm. What an operation kept goes when its backward is over (but not in the input's half of a split one,
+`stage_backward_input`). Gradients of weights in 16 bits stay until the layer's backward is over and FSDP2 widens them
+(torch 2.13, `to_accumulated_grad_if_needed`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class BackwardMoment(NamedTuple):
 
 
 class KeptOfLayer(NamedTuple):
-    """Bytes that a layer keeps in all, of its feed-forward, of one norm, and of attention's inputs and outputs."""
+    """Bytes that a layer keeps in all, of its feed-forward, of one norm, of attention's inputs and outputs; and those
+    that pass in its activation's backward."""
 
     whole: float
     feed_forward: float
     norm: float
     heads: float
+    activation: float
 
 
 def backward_moments(
@@ -49,13 +51,16 @@ def backward_moments(
     # Of the last product: its gradient, which sequence parallelism gathers first, and those of both its factors.
     gathered = tokens * hidden if layout.sequence_parallel else 0.0
     stream = outside * hidden if model.norm_placement == "post" else 0.0
-    product = element_bytes * (gathered + stream + tokens * model.ffn_hidden_size / layout.tp + sizes["w2"])
+    factor = element_bytes * tokens * model.ffn_hidden_size / layout.tp
+    product = element_bytes * (gathered + stream + sizes["w2"]) + factor
     attention = _ring(model, layout, tokens, element_bytes) if layout.cp_style == "ring" else kept.heads
     if layout.splits_backward:
-        return BackwardMoment(product - element_bytes * sizes["w2"]), BackwardMoment(attention)
+        product -= element_bytes * sizes["w2"]
+        return BackwardMoment(product), BackwardMoment(kept.activation), BackwardMoment(attention)
     norm = _WIDENED_BY_A_NORM * _FP32_BYTES * outside * hidden if wide else 0.0
     return (
         BackwardMoment(product),
+        BackwardMoment(kept.activation, factor, float(sizes["w2"])),
         BackwardMoment(norm, kept.feed_forward, feed_forward),
         BackwardMoment(attention, kept.feed_forward + kept.norm, feed_forward),
         BackwardMoment(norm, kept.whole - kept.norm, float(sum(sizes.values()))),

@@ -22,6 +22,7 @@ from .layout import MESSAGE_BYTES, RECOMPUTE_MODES, Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
 from .offload import passing_moments_bytes
+from .schedule import BLOCKING
 from .state_bytes import StateBytes
 
 _FP32_BYTES = 4
@@ -149,7 +150,7 @@ class MemoryModel:
             gathered = min(gathered, 2 * held)  # two layers' activations are not yet weights that were left
         start = kept.passing(self._narrow_bytes(layout)) + gathered + whole - held
         if gathers and alone:
-            start = max(start, 2 * element * parameters + kept.none - held)
+            start = max(start, 2 * element * parameters + kept.none - held + kept.output)
         if fsdp and self._states.halves_apart(layout):
             start += self._states.narrow_bytes * parameters - self._left_between(kept)
         if layout.pp > 1 or not fsdp:  # gradients are reduced when the backwards are over
@@ -280,8 +281,10 @@ class MemoryModel:
         return self._element_bytes * parameters if every else self._gathered_once(layout, parameters)
 
     def _gathered_once(self, layout: Layout, parameters: float) -> float:
-        """The same of these parameters in a step of one microbatch, whose forward is the fullest moment of some."""
+        """The same of these parameters in a step of one microbatch, whose forward is the fullest moment of some. Where
+        the schedule gathers a chunk as a whole before its forward no buffer stays (torch 2.13, `UNSHARD`)."""
         once = layout.zero > 0 and layout.microbatches(self._job.global_batch) == 1
+        once = once and (layout.pp == 1 or layout.schedule in BLOCKING)
         return self._element_bytes * parameters if once and self._software.on_fsdp and layout.shards > 1 else 0.0
 
     # ---- the rest --------------------------------------------------------------------------------------
