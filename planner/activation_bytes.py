@@ -29,7 +29,7 @@ class KeptBytes:
 
     `unclaimed` is what selective recomputation keeps and does not ask for, so that it stays while all else comes back.
     `moments` are those of its backward, of a dense layer under FSDP2, where `transient` is of one.
-    `output` is that of its last product, which sequence parallelism sums from a rearranged copy.
+    `last_input` and `output` are of the last product of its forward; sequence parallelism sums a rearranged copy.
     """
 
     none: float
@@ -40,7 +40,13 @@ class KeptBytes:
     transient: float
     unclaimed: float = 0.0
     moments: tuple[BackwardMoment, ...] = ()
+    last_input: float = 0.0
     output: float = 0.0
+
+    def in_forward(self, held: float) -> float:
+        """The most while its forward runs, of which `held` stays: at its last product, where all else is gone that it
+        recomputes."""
+        return min(self.none, held + self.last_input) + self.output
 
     def passing(self, narrow_bytes: float) -> float:
         """The most that its backward has beyond what it keeps; gradients of weights wait in so many bytes each."""
@@ -96,7 +102,8 @@ class ActivationModel:
             parts = KeptOfLayer(none, feed_forward, norms / 2, heads, transient)
             moments = backward_moments(model, layout, tokens, outside, e, parts, self.composite_norm)
         output = stream + (2 * e * tokens * model.hidden_size if layout.sequence_parallel else 0.0)
-        return KeptBytes(none, selective, stream, weight, heads, transient, unclaimed, moments, output)
+        last = e * tokens * model.ffn_hidden_size / layout.tp if kind == "dense" else none
+        return KeptBytes(none, selective, stream, weight, heads, transient, unclaimed, moments, last, output)
 
     def _gradients_between(self, layout: Layout, tokens: float, outside: float) -> float:
         """What torch's split backward holds of a layer besides all that it kept, from the input's half to the weights'.

@@ -132,25 +132,26 @@ class MemoryModel:
         activations are `whole` once what it recomputes has come back. `summed`: gradients are there already.
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it; under a pipeline where nothing has
-        been left of them, or activations are more than what has. One that is alone on its stage is gathered in a
-        buffer, which stays while its forward runs. Under a pipeline gradients are reduced when the
-        backwards are over (`reduction_moments`). Without one, where each microbatch's gradients are reduced, what went
-        into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13, `reduce_scatter_state`),
-        but that layer's activations are gone; for the last layer it is what the microbatch before reduced last, the
-        root group. At the end of the backward this layer's activations are gone too, and its gradients are there in the
-        compute precision. Where gradients are reduced after the last microbatch, input and output of one layer's
+        been left of them, or activations are more than what has. One that is alone on its stage comes in a buffer that
+        stays while its forward runs, unless it has been left or its chunk is gathered as a whole. Under a pipeline
+        gradients are reduced when the backwards are over (`reduction_moments`). Without one, where each microbatch's are
+        reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
+        `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
+        before reduced last, the root group. At its end this layer's activations are gone too, and its gradients are in
+        the compute precision. Where gradients are reduced after the last microbatch, input and output of one layer's
         reduction come on top of all sums, when all is gone that the layers gather and hold.
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or self._states.frees(layout, reshard))
         alone = layout.stages == self._model.layers
+        left = self._states.after_forwards(layout, reshard) and summed
         gathered = (1 if alone else 2) * element * parameters if gathers else 0.0
-        if self._states.after_forwards(layout, reshard) and summed:
+        if left:
             gathered = min(gathered, 2 * held)  # two layers' activations are not yet weights that were left
         start = kept.passing(self._narrow_bytes(layout)) + gathered + whole - held
-        if gathers and alone:
-            start = max(start, 2 * element * parameters + kept.none - held + kept.output)
+        if gathers and alone and not left and layout.schedule in BLOCKING:
+            start = max(start, 2 * element * parameters + kept.in_forward(held) - held)
         if fsdp and self._states.halves_apart(layout):
             start += self._states.narrow_bytes * parameters - self._left_between(kept)
         if layout.pp > 1 or not fsdp:  # gradients are reduced when the backwards are over

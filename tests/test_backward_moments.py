@@ -86,3 +86,16 @@ def test_a_layer_alone_on_its_stage_is_gathered_once() -> None:
     passing = two.transient - 2 * 4 * parameters
     output = 4 * 64 * 32  # of the last product, in its forward
     assert alone.transient == 4 * parameters + max(passing, 4 * parameters + output)
+
+
+def test_what_a_layer_recomputes_is_gone_in_its_forward_and_left_weights_are_gathered_no_more() -> None:
+    """Alone on its stage under zero 3, one token a sequence."""
+    layout = replace(sharded(3, pp=2), schedule="gpipe")
+    model = memory(tiny_llama(layers=2), sequence=1)
+    freed, left = (model.block(layout, reshard=reshard) for reshard in (True, None))
+    weights, output, last_input = freed.summed.total, 4 * 32, 4 * 64
+    assert freed.transient == 2 * weights + output
+    assert freed.transient_recomputed == 2 * weights + last_input + output
+    assert left.transient_first["full"] == freed.transient_recomputed > left.transient_recomputed
+    whole = model.block(replace(layout, schedule="looped-bfs"))
+    assert whole.transient_first["full"] < freed.transient_recomputed
