@@ -134,8 +134,8 @@ class MemoryModel:
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it; under a pipeline where nothing has
         been left of them, or activations are more than what has. One that is alone on its stage comes in a buffer that
         stays while its forward runs, unless it has been left or its chunk is gathered as a whole. Under a pipeline
-        gradients are reduced when the backwards are over (`reduction_moments`). Without one, where each microbatch's are
-        reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
+        gradients are reduced when the backwards are over (`reduction_moments`). Without one, where each microbatch's
+        are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
         `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
         before reduced last, the root group. At its end this layer's activations are gone too, and its gradients are in
         the compute precision. Where gradients are reduced after the last microbatch, input and output of one layer's
