@@ -12,6 +12,7 @@ from profiles.model import ModelSpec
 from profiles.points import DTYPE_BYTES
 from profiles.software import Software
 
+from .backward_moments import BackwardMoment, KeptOfLayer, backward_moments
 from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import local_kv_width, local_linear_shape, local_tokens, outside_tokens, routed_tokens
@@ -27,6 +28,8 @@ class KeptBytes:
     split backward; `heads` what goes into attention and comes out; `transient` while its backward runs.
 
     `unclaimed` is what selective recomputation keeps and does not ask for, so that it stays while all else comes back.
+    `moments` are those of its backward, of a dense layer under FSDP2, where `transient` is of one.
+    `last_input` and `output` are of the last product of its forward; sequence parallelism sums a rearranged copy.
     """
 
     none: float
@@ -36,6 +39,20 @@ class KeptBytes:
     heads: float
     transient: float
     unclaimed: float = 0.0
+    moments: tuple[BackwardMoment, ...] = ()
+    last_input: float = 0.0
+    output: float = 0.0
+
+    def in_forward(self, held: float) -> float:
+        """The most while its forward runs, of which `held` stays: at its last product, where all else is gone that it
+        recomputes."""
+        return min(self.none, held + self.last_input) + self.output
+
+    def passing(self, narrow_bytes: float) -> float:
+        """The most that its backward has beyond what it keeps; gradients of weights wait in so many bytes each."""
+        if not self.moments:
+            return self.transient
+        return max(one.passing - one.gone + narrow_bytes * one.weights for one in self.moments)
 
 
 class ActivationModel:
@@ -80,7 +97,13 @@ class ActivationModel:
             products = self._products(layout, kind, tokens, outside)
             weight = norms / 2 + feed_forward / 2 + e * tokens * model.attention_output_width / layout.tp + products
             weight = min(none, weight)
-        return KeptBytes(none, selective, stream, weight, heads, transient, unclaimed)
+        moments: tuple[BackwardMoment, ...] = ()
+        if software.on_torch_pipeline and kind == "dense" and model.latent_attention is None:
+            parts = KeptOfLayer(none, feed_forward, norms / 2, heads, transient)
+            moments = backward_moments(model, layout, tokens, outside, e, parts, self.composite_norm)
+        output = stream + (2 * e * tokens * model.hidden_size if layout.sequence_parallel else 0.0)
+        last = e * tokens * model.ffn_hidden_size / layout.tp if kind == "dense" else none
+        return KeptBytes(none, selective, stream, weight, heads, transient, unclaimed, moments, last, output)
 
     def _gradients_between(self, layout: Layout, tokens: float, outside: float) -> float:
         """What torch's split backward holds of a layer besides all that it kept, from the input's half to the weights'.

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from profiles.model import ModelSpec
 from profiles.software import Software
 
-from .in_flight import SUMMED, few_microbatches, least_phases_by_torch
+from .gradient_moments import few_microbatches, least_phases_by_torch
+from .in_flight import SUMMED
 from .job import TrainingJob
 from .layout import Layout
 from .memory_bytes import PartMemory

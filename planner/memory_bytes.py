@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-from .in_flight import AHEAD, FIRST, FIRST_AHEAD, NO_GRADIENTS, REDUCING, ROOT, SUMMED, TURNED, InFlight
+from .in_flight import AHEAD, FIRST, FIRST_AHEAD, LEAST, NO_GRADIENTS, REDUCING, ROOT, SUMMED, TURNED, InFlight
 from .layout import RECOMPUTE_MODES
 
 
@@ -96,7 +96,8 @@ class PartMemory:
     that come back for one layer at a time; `transient_first`, by mode, is that of a backward that `sums_nothing`,
     where it differs.
 
-    `passing_turned` is what passes, under a pipeline, when all of a chunk has turned but what turns last.
+    `nothing` takes off `state` what of it comes with gradients. `passing_turned` is what passes, under a pipeline, when
+    all of a chunk has turned but what turns last.
     `at_root` and `reducing` are its gradients, and gathered weights besides `state`, in the two phases of a reduction;
     `reduction` is what its own has beyond those of its chunk.
     """
@@ -120,6 +121,7 @@ class PartMemory:
     transient_first: Mapping[str, float] = field(default_factory=dict[str, float])
     passing_turned: float = 0.0
     at_root: MemoryBytes = NO_BYTES
+    nothing: MemoryBytes = NO_BYTES
     reducing: MemoryBytes = NO_BYTES
     reduction: float = 0.0
 
@@ -141,7 +143,9 @@ class PartMemory:
     def gradients_by(self, phase: str, mode: str) -> MemoryBytes:
         """What comes with gradients: themselves, and gathered weights that backwards leave."""
         if phase == NO_GRADIENTS:
-            return NO_BYTES
+            return self.nothing
+        if phase == LEAST:
+            return min(self.reduced, self.nothing, key=lambda size: size.total)
         if phase == AHEAD:
             return MemoryBytes(gathered_weights=self.ahead)
         if phase == FIRST:

@@ -22,6 +22,7 @@ from .layout import MESSAGE_BYTES, RECOMPUTE_MODES, Layout
 from .local_shapes import expert_linear_shapes, local_linear_shape, outside_tokens
 from .memory_bytes import NO_BYTES, MemoryBytes, PartMemory
 from .offload import passing_moments_bytes
+from .schedule import BLOCKING
 from .state_bytes import StateBytes
 
 _FP32_BYTES = 4
@@ -68,7 +69,7 @@ class MemoryModel:
     def _passing_turned(self, layout: Layout, parameters: float, kept: KeptBytes, reshard: bool | None) -> float:
         """What a chunk's first layer, which turns last, has when its backward begins beyond what it leaves: all that it
         recomputes has come back, and its gradients are not there yet."""
-        whole, states = kept.transient + kept.none, self._states
+        whole, states = kept.passing(self._narrow_bytes(layout)) + kept.none, self._states
         if states.frees(layout, reshard) and layout.zero == 3 and not states.after_forwards(layout, reshard):
             whole += self._element_bytes * parameters
         return max(0.0, whole - states.summed(layout, parameters).total)
@@ -107,7 +108,9 @@ class MemoryModel:
             left_selective=left[1],
             left_recomputed=left[2],
             summed=states.summed(layout, dense, expert),
-            reduced=states.reduced(layout, dense, expert),
+            reduced=states.reduced(layout, dense, expert) + states.freed(layout, state),
+            first=states.not_yet(state),
+            nothing=states.not_yet(state),
             turned=turned,
             at_root=turned,
             reducing=turned,
@@ -130,21 +133,26 @@ class MemoryModel:
         activations are `whole` once what it recomputes has come back. `summed`: gradients are there already.
 
         FSDP2 under zero 3 gathers the layer and, ahead of time, the one before it; under a pipeline where nothing has
-        been left of them, or activations are more than what has. Under a pipeline gradients are reduced when the
-        backwards are over (`reduction_moments`). Without one, where each microbatch's gradients are reduced, what went
-        into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13, `reduce_scatter_state`),
-        but that layer's activations are gone; for the last layer it is what the microbatch before reduced last, the
-        root group. At the end of the backward this layer's activations are gone too, and its gradients are there in the
-        compute precision. Where gradients are reduced after the last microbatch, input and output of one layer's
+        been left of them, or activations are more than what has. One that is alone on its stage comes in a buffer that
+        stays while its forward runs, unless it has been left or its chunk is gathered as a whole. Under a pipeline
+        gradients are reduced when the backwards are over (`reduction_moments`). Without one, where each microbatch's
+        are reduced, what went into the reduction of the layer after is alive, in fp32, until this one's (torch 2.13,
+        `reduce_scatter_state`), but that layer's activations are gone; for the last layer it is what the microbatch
+        before reduced last, the root group. At its end this layer's activations are gone too, and its gradients are in
+        the compute precision. Where gradients are reduced after the last microbatch, input and output of one layer's
         reduction come on top of all sums, when all is gone that the layers gather and hold.
         """
         parameters, element = dense + expert, self._element_bytes
         fsdp = self._software.on_fsdp
         gathers = layout.zero == 3 and (layout.pp == 1 or not fsdp or self._states.frees(layout, reshard))
-        gathered = 2 * element * parameters if gathers else 0.0
-        if self._states.after_forwards(layout, reshard) and summed:
+        alone = layout.stages == self._model.layers
+        left = self._states.after_forwards(layout, reshard) and summed
+        gathered = (1 if alone else 2) * element * parameters if gathers else 0.0
+        if left:
             gathered = min(gathered, 2 * held)  # two layers' activations are not yet weights that were left
-        start = kept.transient + gathered + whole - held
+        start = kept.passing(self._narrow_bytes(layout)) + gathered + whole - held
+        if gathers and alone and not left and layout.schedule in BLOCKING:
+            start = max(start, 2 * element * parameters + kept.in_forward(held) - held)
         if fsdp and self._states.halves_apart(layout):
             start += self._states.narrow_bytes * parameters - self._left_between(kept)
         if layout.pp > 1 or not fsdp:  # gradients are reduced when the backwards are over
@@ -170,6 +178,10 @@ class MemoryModel:
             each = min(2 * gradients - held, gradients)
         ends = _FP32_BYTES * (self.embedding_parameters(layout) + self.head_parameters(layout))
         return packed * each + (min(ends, MESSAGE_BYTES - packed * gradients) if packed == layers else 0.0)
+
+    def _narrow_bytes(self, layout: Layout) -> int:
+        """Bytes of a weight's gradient that waits for the end of its layer's backward."""
+        return self._states.narrow_bytes if self._states.wraps(layout) else 0
 
     def _left_between(self, kept: KeptBytes) -> float:
         """Of a layer's passing gradients those that a split backward leaves between its halves: there they are held,
@@ -203,9 +215,9 @@ class MemoryModel:
         held, weight, passing = self._head.bytes_of(layout)
         passing += self._root_reduction(layout) + self._last_gather(layout)
         passing = max(passing, passing_moments_bytes(self._job, parameters / layout.shards))
-        # Its gradients are there when its layers' backwards begin; without a pipeline its own count says when.
-        first = NO_BYTES if layout.pp == 1 else self._states.summed(layout, parameters)
-        return self._end(layout, parameters, held, weight, passing, first)
+        first, turned = self._states.of_head(layout, parameters, self._head_matrix(layout))
+        passes = self._states.summed(layout, parameters).total - turned.total
+        return self._end(layout, parameters, held, weight, passing, first, turned, passes)
 
     def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
         """Embedding and head without what they hold of microbatches and what passes; layouts share them as layers."""
@@ -229,8 +241,8 @@ class MemoryModel:
         passing_turned: float = 0.0,
     ) -> PartMemory:
         states = self._states
-        summed, reduced = states.summed(layout, parameters), states.reduced(layout, parameters)
         state = states.of(layout, parameters, root=True)
+        summed, shard = states.summed(layout, parameters), states.reduced(layout, parameters)
         gathered = state.gathered_weights
         return PartMemory(
             state=state,
@@ -242,12 +254,12 @@ class MemoryModel:
             transient_selective=passing,
             transient_recomputed=passing,
             summed=summed,
-            reduced=reduced,
+            reduced=shard + states.freed(layout, state),
             first=first,
             turned=summed if turned is None else turned,
             passing_turned=passing_turned,
             at_root=summed,
-            reducing=reduced + self._end_reducing(layout, parameters, gathered),
+            reducing=shard + self._end_reducing(layout, parameters, gathered),
             reduction=0.0 if states.sums_alone(layout) else states.reduction(layout, parameters, gathered),
         )
 
@@ -276,8 +288,10 @@ class MemoryModel:
         return self._element_bytes * parameters if every else self._gathered_once(layout, parameters)
 
     def _gathered_once(self, layout: Layout, parameters: float) -> float:
-        """The same of these parameters in a step of one microbatch, whose forward is the fullest moment of some."""
+        """The same of these parameters in a step of one microbatch, whose forward is the fullest moment of some. Where
+        the schedule gathers a chunk as a whole before its forward no buffer stays (torch 2.13, `UNSHARD`)."""
         once = layout.zero > 0 and layout.microbatches(self._job.global_batch) == 1
+        once = once and (layout.pp == 1 or layout.schedule in BLOCKING)
         return self._element_bytes * parameters if once and self._software.on_fsdp and layout.shards > 1 else 0.0
 
     # ---- the rest --------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from .in_flight import SUMMED, least_in_flight, least_phases
+from .gradient_moments import least_phases
+from .in_flight import SUMMED, least_in_flight
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
 

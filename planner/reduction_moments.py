@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .in_flight import REDUCING, ROOT, SUMMED, TURNED, InFlight, reducing_by_torch, sums_nothing
+from .gradient_moments import reducing_by_torch
+from .in_flight import REDUCING, ROOT, SUMMED, TURNED, InFlight, sums_nothing
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts
 from .memory_bytes import LaterMoment, MemoryBytes, PartMemory

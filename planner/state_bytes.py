@@ -5,8 +5,8 @@ from __future__ import annotations
 from profiles.model import ModelSpec
 from profiles.software import Software
 
+from .gradient_moments import STAGES_GATHERED
 from .head_memory import reduces_each_microbatch
-from .in_flight import STAGES_GATHERED
 from .job import TrainingJob
 from .layout import MESSAGE_BYTES, Layout
 from .memory_bytes import NO_BYTES, MemoryBytes
@@ -85,6 +85,19 @@ class StateBytes:
             return NO_BYTES
         return MemoryBytes(gradients=_FP32_BYTES * (dense / layout.shards + expert / layout.expert_shards))
 
+    def not_yet(self, state: MemoryBytes) -> MemoryBytes:
+        """Gradients among the state that no backward has left yet."""
+        return MemoryBytes(gradients=-state.gradients) if self._software.on_fsdp else NO_BYTES
+
+    def freed(self, layout: Layout, state: MemoryBytes) -> MemoryBytes:
+        """The part of the state that goes when a chunk is reduced under a pipeline: gradients in the compute precision,
+        and gathered weights (torch 2.13, `post_backward` of the last backward). With more chunks than are gathered at
+        once others are gathered in their place."""
+        if layout.pp == 1 or not self._software.on_fsdp:
+            return NO_BYTES
+        stays = layout.virtual_stages > STAGES_GATHERED
+        return self.not_yet(state) + MemoryBytes(gathered_weights=0.0 if stays else -state.gathered_weights)
+
     def halves_apart(self, layout: Layout) -> bool:
         """Whether weights' halves of backwards leave gradients in the compute precision, which FSDP2 widens and adds to
         its sums at the end of the layer's next input's half. By then those of the rank's other chunks have had theirs.
@@ -100,6 +113,18 @@ class StateBytes:
         """A layer's gradients after its chunk's first backward, and the gathered weights that this leaves."""
         stayed = self._element_bytes * (dense + expert) if self.after_forwards(layout, reshard) else 0.0
         return self.summed(layout, dense, expert) + MemoryBytes(gathered_weights=stayed)
+
+    def of_head(self, layout: Layout, parameters: float, matrix: float) -> tuple[MemoryBytes, MemoryBytes]:
+        """A head's gradients when its layers' backwards begin, and when the last of a first one does. Those of 16 bits
+        are widened when all of the chunk is over; the matrix's is first with what the head holds, which without a
+        pipeline says when."""
+        summed, narrow = self.summed(layout, parameters), self.narrow_bytes
+        if layout.pp == 1:
+            return NO_BYTES, summed
+        if not (self.wraps(layout) and narrow):
+            return summed, summed
+        beside = max(0.0, parameters - matrix)
+        return MemoryBytes(gradients=narrow * beside), MemoryBytes(gradients=narrow * parameters)
 
     def reduction(self, layout: Layout, parameters: float, gathered: float) -> float:
         """What FSDP2's reduction of a group has besides all its gradients when they have been copied together, and the

@@ -25,7 +25,8 @@ from .compute_cost import ComputeCost, ComputeModel
 from .contention import Pace, least_pace, ranks_at_work, ranks_that_share, shares_with_stages
 from .data_parallel_cost import DataParallelModel
 from .first_assignment import first_assignment
-from .in_flight import InFlight, gradients_by_torch, in_flight
+from .gradient_moments import gradients_by_torch
+from .in_flight import InFlight, in_flight
 from .job import TrainingJob
 from .layout import Layout
 from .layout_costs import LayoutCosts, SegmentCosts

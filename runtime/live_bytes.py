@@ -42,6 +42,8 @@ class LiveBytes(TorchDispatchMode):
             return NotImplemented  # DTensor unfolds first; its plain ops come back here
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._number_read if args[0].dtype.is_floating_point else int(self._number_read)
+        if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
+            return args[0]  # as the real one does; that of fake tensors makes another (torch 2.13, `_wait_tensor_meta`)
         output = (seen_through(self, func) or func)(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):

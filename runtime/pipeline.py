@@ -138,11 +138,13 @@ class TimedStage(PipelineStage):
     """A pipeline stage that books its forward, backward and gradient reduction on a clock.
 
     Actions are named as torch writes them ([Note: Action lists] in planner/schedule.py). `frees` are the modules whose
-    weights go after each backward; torch's own stage keeps all of them until the gradients are reduced.
+    weights go after each backward; torch's own stage keeps all of them until the gradients are reduced. Where gradients
+    are `summed_later`, by `Replicas` for all stages of the rank at once, torch reduces nothing and nothing is booked.
     """
 
     clock: Clock
     frees: Sequence[FSDPModule] = ()
+    summed_later: bool = False
     early: EarlyReceives | None = None
 
     def receives(self, kind: str, microbatch: int) -> list[dist.P2POp]:
@@ -210,7 +212,8 @@ class TimedStage(PipelineStage):
             return
         start = self.clock.point()
         super().perform_reduce_grad(grad_scale_factor)
-        self.clock.add("reduce", start, f"{self.stage_index}R")
+        if not self.summed_later:
+            self.clock.add("reduce", start, f"{self.stage_index}R")
 
 
 class PipelineRunner:
@@ -256,7 +259,7 @@ class PipelineRunner:
         inputs, outputs = _boundaries(plan, place, dtype)
         group, stages = mesh.axis("pp").get_group(), plan.layout.stages
         stage = TimedStage(chunk, place, stages, device, input_args=inputs, output_args=outputs, group=group)
-        stage.clock = self.clock
+        stage.clock, stage.summed_later = self.clock, self.replicas is not None
         return stage
 
     def step(self, inputs: torch.Tensor, targets: torch.Tensor, documents: Documents = NO_DOCUMENTS) -> torch.Tensor:

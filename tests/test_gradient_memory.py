@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from planner.gradient_moments import gradients_by_torch, least_phases
 from planner.in_flight import (
     AHEAD,
     FIRST,
@@ -15,8 +16,6 @@ from planner.in_flight import (
     REDUCED,
     SUMMED,
     TURNED,
-    gradients_by_torch,
-    least_phases,
 )
 from planner.layout import RECOMPUTE_MODES, Layout
 from profiles.model import ModelSpec

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -64,3 +66,12 @@ def test_a_number_can_be_read_from_a_fake_tensor() -> None:
         assert torch.ones(3, dtype=torch.int64).sum().item() == 1
     with LiveBytes("rest"):
         assert torch.ones(3).sum().item() == 3.0
+
+
+def test_what_a_collective_is_waited_for_is_no_second_tensor() -> None:
+    """Fake or real: the wait gives back what it waited for."""
+    for fake in (FakeTensorMode(), nullcontext()):
+        with fake, LiveBytes("rest") as live:
+            waited = torch.ops._c10d_functional.wait_tensor(kib(4))
+        assert live.peak(0) == {"rest": 4 * KIB}
+        assert waited.numel() == 4 * KIB

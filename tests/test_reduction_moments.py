@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from unittest.mock import patch
 
 import pytest
 
 from planner import reduction_moments
-from planner.in_flight import NO_GRADIENTS, REDUCED, REDUCING, ROOT, SUMMED, reducing_by_torch
+from planner.gradient_moments import _done_of_list, _phases_of_list, reducing_by_torch
+from planner.in_flight import NO_GRADIENTS, REDUCED, REDUCING, ROOT, SUMMED
 from planner.layout import MESSAGE_BYTES, Layout
 from planner.layout_costs import Blocks, LayoutCosts, StageCount
+from planner.schedule import Action, Pipeline
 from planner.step_cost import CostModel
 from tests.oracles.small_world import small_hardware, small_question
 from tests.plans import tiny_llama
@@ -73,6 +76,19 @@ def test_what_turns_last_passes_before_its_gradients_are_there() -> None:
             assert end - begin == pytest.approx(
                 layer.summed.total + layer.passing_turned - held - layer.transient_by(mode)
             )
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_first_stage_has_no_inputs_half_in_either_count(stage: int) -> None:
+    """I W of chunk 0 around B of chunk 1, as no list of ours has it: what the first stage held stays until its W."""
+    parts = [(stage, "F"), (3, "F"), (stage, "I"), (3, "B"), (stage, "W")]
+    actions = [(Action(own, kind, 0), int(own == 3)) for own, kind in parts]
+    with patch("planner.gradient_moments.parts_of", lambda *_: actions):
+        pipeline = Pipeline("zb1p", 2, 2, 1)
+        done = _done_of_list(pipeline, stage)
+        during = _phases_of_list.__wrapped__(pipeline, stage)
+    assert (done[0].full, done[0].weight_only) == (((1, 0), (0, 0)) if stage == 0 else ((0, 0), (1, 0)))
+    assert (done[0].full, done[0].weight_only) in [(one.full, one.weight_only) for one in during]
 
 
 def test_chunks_are_reduced_one_after_the_other() -> None:

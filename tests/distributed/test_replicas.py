@@ -14,6 +14,7 @@ from torch import nn
 from planner.layout import Layout
 from planner.plan import Plan
 from runtime import replicas
+from runtime.clock import Clock
 from runtime.mesh import RankMesh
 from runtime.transformer import Chunk
 from tests.distributed.harness import run_ranks
@@ -24,18 +25,26 @@ from tests.plans import make_plan, tiny_llama
 MODEL, STEPS = tiny_llama(), 2
 
 
-def run_with_messages_of(most_bytes: int, plan: Plan) -> tuple[Any, int]:
-    """The run on this rank, and its number of messages."""
+def run_with_messages_of(most_bytes: int, plan: Plan) -> tuple[Any, int, list[str]]:
+    """The run on this rank, its number of messages, and the reductions that its timeline shows."""
     found: list[int] = []
-    made = replicas._messages_of
+    reduced: list[str] = []
+    made, add = replicas._messages_of, Clock.add
 
     def counted(*arguments: Any) -> Any:
         messages = made(*arguments)
         found.append(len(messages))
         return messages
 
-    with mock.patch.multiple(replicas, MESSAGE_BYTES=most_bytes, _messages_of=counted):
-        return run_plan(plan, STEPS, torch.float64), found[0]
+    def booked(clock: Clock, name: str, start: Any, action: str = "") -> None:
+        add(clock, name, start, action)
+        reduced.extend([action] if action.endswith("R") else [])
+
+    with (
+        mock.patch.multiple(replicas, MESSAGE_BYTES=most_bytes, _messages_of=counted),
+        mock.patch.object(Clock, "add", booked),
+    ):
+        return run_plan(plan, STEPS, torch.float64), found[0], reduced
 
 
 @pytest.mark.parametrize("most_bytes", [1, 20_000, 2**30])
@@ -43,10 +52,14 @@ def run_with_messages_of(most_bytes: int, plan: Plan) -> tuple[Any, int]:
 def test_no_size_of_a_message_changes_what_is_trained(most_bytes: int, pp: int) -> None:
     layout = Layout(pp=pp, dp=2, micro_batch=JOB.global_batch // 4)
     expected = run_plain(make_plan(MODEL, Layout(), JOB), STEPS, torch.float64)
-    run, messages = run_ranks(run_with_messages_of, layout.world_size, most_bytes, make_plan(MODEL, layout, JOB))[0]
+    ranks = run_ranks(run_with_messages_of, layout.world_size, most_bytes, make_plan(MODEL, layout, JOB))
+    run, messages, _ = ranks[0]
     assert run.losses == pytest.approx(expected.losses, rel=1e-9)
     assert run.norms == pytest.approx(expected.norms, rel=1e-9)
     assert (messages == 1) == (most_bytes == 2**30)
+    # Without a pipeline it is a part of the backward; under one there is one a step, not torch's empty one besides.
+    stages = [rank // 2 for rank in range(layout.world_size)]
+    assert [reduced for *_, reduced in ranks] == [STEPS * [f"{stage}R"] if pp > 1 else [] for stage in stages]
 
 
 def gradients_where_some_are_missing(most_bytes: int) -> list[list[float] | None]:

@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from planner.in_flight import gradients_by_torch, in_flight
+from planner.gradient_moments import gradients_by_torch
+from planner.in_flight import in_flight
 from planner.layout import RECOMPUTE_MODES, SCHEDULES, Layout
 from planner.layout_costs import LayoutCosts, SegmentCosts
 from planner.memory_bytes import MemoryBytes, PartMemory
