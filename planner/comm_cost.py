@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from profiles.alpha_beta import AlphaBeta
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
-from profiles.points import FSDP_COLLECTIVES, HOST_OPERATIONS
+from profiles.points import FSDP_COLLECTIVES
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,3 @@ class CommModel:
             below = link.span
         figures = links[widest].operation(operation, group.size).figures
         return replace(figures, bandwidth_bytes_per_second=min(bandwidths))
-
-
-def described_seconds(hardware: HardwareProfile, comm: CommModel, group: Group) -> tuple[float, ...]:
-    """What a message of each hop takes besides its bytes where two messages before it say what it is.
-
-    The host of either stage reads and writes them number by number, with nothing of the device to hide behind; a mean
-    over the forward, which sends a mask besides, and the backward.
-    """
-    tensors, described_bytes = 1.5, 7 * 8.0  # a message; seven numbers of 8 bytes in the first, six in the second
-    operations = sum(HOST_OPERATIONS["described"]) / 2
-    host = operations * hardware.host_operation_seconds
-    return tuple(host + tensors * 2 * sent for sent in comm.hop_seconds(group, described_bytes))

@@ -6,11 +6,10 @@ parallelism, the pipeline and the state.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
@@ -20,8 +19,8 @@ from profiles.traced_model import TracedModel
 
 from .axis_cost import AxisModel, Passes
 from .capabilities import CAPABILITIES
-from .comm_cost import CommModel, Group, described_seconds
-from .compute_cost import ComputeCost, ComputeModel
+from .comm_cost import CommModel, Group
+from .compute_cost import ComputeCost
 from .contention import Pace, least_pace, ranks_at_work, ranks_that_share, shares_with_stages
 from .data_parallel_cost import DataParallelModel
 from .first_assignment import first_assignment
@@ -34,23 +33,18 @@ from .least_memory import LeastMemory
 from .local_shapes import joined_tensors
 from .memory_bytes import MemoryBytes, PartMemory
 from .memory_cost import MemoryModel
+from .message_cost import MessageModel
 from .offload import transfer_seconds
 from .paced_compute import PacedCompute
 from .part_seconds import PartSeconds, Seconds, least_of
 from .reduction_moments import reduction_moments
-from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, V_SHAPED, Pipeline
+from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 from .space import LayoutGroup
-from .traced_cost import TracedCompute, traced_parts
+from .traced_cost import compute_model, traced_parts
 
 # Layers by kind, embedding, head, and what a microbatch costs besides.
 _Parts = tuple[dict[str, PartSeconds], PartSeconds, PartSeconds, ComputeCost]
 _MOST_PARTS = 4096
-
-
-def _compute_model(model: ModelSpec, hardware: HardwareProfile, job: TrainingJob, software: Software) -> ComputeModel:
-    if isinstance(model, TracedModel):
-        return TracedCompute(model, hardware, job, software)
-    return ComputeModel(model, hardware, job, software)
 
 
 class CostModel:
@@ -72,10 +66,11 @@ class CostModel:
         else:
             self._axes = AxisModel(model, hardware, self._comm, job, software)
             self._memory = MemoryModel(model, hardware, job, software)
-        self._paced = PacedCompute(hardware, partial(_compute_model, model, job=job, software=software))
+        self._paced = PacedCompute(hardware, partial(compute_model, model, job=job, software=software))
         self._compute = self._paced.measured
         self._model, self._job, self._hardware, self._software = model, job, hardware, software
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
+        self._messages = MessageModel(hardware, self._comm, self._memory, software)
         self._joined = 0 if software.separate_projections else joined_tensors(model)
         self._paces: dict[Layout, Pace] = {}
         self._part_cache: dict[tuple[Layout, bool | None, Pace], _Parts] = {}
@@ -130,11 +125,11 @@ class CostModel:
         microbatches = layout.microbatches(self._job.global_batch)
         _, embedding, head, overhead = self._parts(layout, False if layout.stages_choose else None, pace)
         layers = self._least_layers(layout, pace)
-        hops, software, nothing = self._hops(layout), self._software, PartMemory()
+        hops, software, nothing = self._messages.hops(layout), self._software, PartMemory()
         # gpipe and 1f1b wait for their messages in the simulation; of the others those trainers that do, and there the
         # ranks at the slowest hop set the pace of all.
         alone = layout.schedule in BLOCKING or software.computes_meanwhile(layout.schedule in SPLIT_BACKWARD)
-        each = (self._message_work(layout) if alone else max(hops, default=0.0)) if waits else 0.0
+        each = (self._messages.work(layout) if alone else max(hops, default=0.0)) if waits else 0.0
         return LayoutCosts(
             layout=layout,
             microbatches=microbatches,
@@ -278,11 +273,8 @@ class CostModel:
         if alike not in self._paces:
             alone = self.price_seconds(alike, waits=False, pace=Pace())
             durations = alone.durations(first_assignment(alone, float("inf"), ("none",)))
-            working, contention = (
-                ranks_at_work(self._hardware, alike, alone.pipeline, durations),
-                self._hardware.contention,
-            )
-            ranks = ranks_that_share(self._hardware, alike)
+            working = ranks_at_work(self._hardware, alike, alone.pipeline, durations)
+            contention, ranks = self._hardware.contention, ranks_that_share(self._hardware, alike)
             sent = sum(share * contention(active) for active, share in working) / contention(ranks)
             self._paces[alike] = Pace(slowest, working, sent if self._hardware.backend == "gloo" else 1.0)
         return self._paces[alike]
@@ -364,32 +356,6 @@ class CostModel:
         inner = [self._memory.fixed(layout, rank, microbatches) for rank in {1, layout.pp - 2} if layout.pp > 2]
         middle = [max(inner, key=lambda held: held.total)] * (layout.pp - 2) if inner else []
         return (ends[0], *middle, *ends[1:])
-
-    def _hops(self, layout: Layout) -> tuple[float, ...]:
-        """One message of each stage to the next; cut over tp and gathered again where the trainer does so."""
-        if layout.pp == 1:
-            return (0.0,) * (layout.stages - 1)
-        group, size = Group(layout.pp, layout.tp * layout.cp * layout.dp), self._memory.boundary_bytes(layout)
-        if self._software.scatter_gather and layout.tp > 1 and not layout.sequence_parallel:
-            gathered = self._comm.collective_seconds("all_gather", Group(layout.tp, 1), size)
-            of_ranks = tuple(sent + gathered for sent in self._comm.hop_seconds(group, size / layout.tp))
-        else:
-            of_ranks = self._comm.hop_seconds(group, size)
-            if self._software.p2p == "described":
-                of_ranks = tuple(map(operator.add, of_ranks, described_seconds(self._hardware, self._comm, group)))
-        if layout.schedule in V_SHAPED:
-            return (*of_ranks[:-1], 0.0, *of_ranks[-2::-1])[: layout.stages - 1]
-        return (of_ranks * layout.virtual_stages)[:-1]
-
-    def _message_work(self, layout: Layout) -> float:
-        """What messages take from the compute of an action, a mean over the stages: of S at most S - 1 send."""
-        hardware = self._hardware
-        each, each_byte = hardware.message_overhead_seconds, hardware.message_overhead_seconds_per_byte
-        if each == each_byte == 0.0:
-            return 0.0
-        ranks = [layout.pipeline(1).rank_of(stage) for stage in range(layout.stages)]
-        crossed = sum(one != other for one, other in pairwise(ranks))
-        return (each + each_byte * self._memory.boundary_bytes(layout)) * crossed / layout.stages
 
     def _tied_seconds(self, layout: Layout) -> float:
         """First and last stage sum the gradients of their copies of a tied matrix, of its shards under FSDP2."""

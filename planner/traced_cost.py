@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from profiles.hardware import HardwareProfile
+from profiles.model import ModelSpec
 from profiles.points import DTYPE_BYTES, HOST_OPERATIONS
 from profiles.software import Software
 from profiles.traced_model import AttentionWork, Product, TracedModel, TracedPart
@@ -191,6 +192,13 @@ class TracedMemory(MemoryModel):
 
     def _head_matrix(self, layout: Layout) -> int:
         return self._traced.before.largest_parameter
+
+
+def compute_model(model: ModelSpec, hardware: HardwareProfile, job: TrainingJob, software: Software) -> ComputeModel:
+    """What prices compute of a traced module, or of any other model."""
+    if isinstance(model, TracedModel):
+        return TracedCompute(model, hardware, job, software)
+    return ComputeModel(model, hardware, job, software)
 
 
 def traced_parts(

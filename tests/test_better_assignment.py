@@ -68,9 +68,7 @@ def test_what_is_made_better_fits_and_is_never_slower(
 def test_paths_that_ruled_moves_out_spare_simulations_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     played = list[float]()
 
-    def counted(
-        pipeline: Pipeline, durations: Sequence[StageSeconds], hop_seconds: Sequence[float]
-    ) -> Simulation:
+    def counted(pipeline: Pipeline, durations: Sequence[StageSeconds], hop_seconds: Sequence[float]) -> Simulation:
         played.append(sum(hop_seconds))
         return simulate(pipeline, durations, hop_seconds)
 

@@ -172,7 +172,7 @@ def test_pins_and_bans_are_kept_and_never_make_it_better(data: st.DataObject) ->
         return
     limit = data.draw(memory_limits([candidate for of_layout in tried.values() for candidate in of_layout]))
     layout = data.draw(st.sampled_from(list(tried)))
-    values = vars(layout) | {"recompute": data.draw(st.sampled_from(("none", "full")))}
+    values = vars(layout) | {"recompute": job.pins.get("recompute", data.draw(st.sampled_from(("none", "full"))))}
     keys = ("tp", "pp", "dp", "sequence_parallel", "zero", "micro_batch", "schedule", "recompute")
     more = {key: values[key] for key in data.draw(st.lists(st.sampled_from(keys), unique=True, max_size=3))}
     pins = job.pins | more
