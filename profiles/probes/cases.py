@@ -115,9 +115,6 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     if rank.world_size == 1:
         return
     yield Case("contention", "overheads", QUICK, concurrency.measure_contention)
-    for size in () if cuda else concurrency.CONTENTION_BYTES:
-        run = partial(concurrency.measure_memory_contention, size_bytes=size)
-        yield Case(f"contention {size} bytes", "overheads", QUICK, run)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
     yield Case("stragglers", "overheads", QUICK, partial(concurrency.measure_stragglers, placed=groups[smallest]))
     yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))
@@ -126,6 +123,9 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
             yield Case("messages", "overheads", QUICK, partial(concurrency.measure_messages, placed=pair))
         run = partial(overheads.measure_unsynchronised, placed=groups[smallest])
         yield Case("FSDP without collectives", "overheads", QUICK, run)
+        for size in concurrency.CONTENTION_BYTES:
+            run = partial(concurrency.measure_memory_contention, size_bytes=size)
+            yield Case(f"contention {size} bytes", "overheads", QUICK, run)
     fsdp = {2**18: QUICK, 2**20: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
     if cuda:
         fsdp |= {2**28: QUICK, 2**29: FULL}

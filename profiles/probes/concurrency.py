@@ -19,9 +19,9 @@ from .timing import Rank, time_alone, trimmed_mean
 _CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
 MESSAGE_BYTES = (2**16, 2**19)  # of a microbatch between stages on CPUs
 _MESSAGES = 16  # each way in one timing
-_CONTENTION_TURNS = 9
-# Of a tensor: within each cache, around the size where those of several ranks no longer fit the last one, and beyond.
-CONTENTION_BYTES = (2**16, 2**20, 2**21, 2**22, 2**24)
+_CONTENTION_TURNS, _MEMORY_TURNS = 9, 5
+# Of a tensor: where those of several ranks fit the last cache, where they no longer do, and where one does not.
+CONTENTION_BYTES = (2**21, 2**22, 2**24)
 WAIT_SECONDS = (BETWEEN_SECONDS, 5e-3, 2e-2, 8e-2)  # of work between two meetings; a block's, a stage's, a step's
 
 
@@ -99,10 +99,11 @@ def measure_memory_contention(rank: Rank, size_bytes: int) -> list[ContentionPoi
 
 
 def _contention(rank: Rank, kernel: Callable[[], object], memory_bytes: int = 0) -> list[ContentionPoint]:
+    turns = _MEMORY_TURNS if memory_bytes else _CONTENTION_TURNS
     counts = sorted({1, *(2**i for i in range(1, 10) if 2**i < rank.world_size), rank.world_size})
     found: dict[int, list[float]] = {active: [] for active in counts}
     # In turn, since a machine's pace changes by more than what is looked for.
-    for _ in range(_CONTENTION_TURNS):
+    for _ in range(turns):
         for active, seconds in found.items():
             rank.barrier()
             own = time_alone(_silent(rank, active), kernel).seconds if rank.rank < active else 0.0
