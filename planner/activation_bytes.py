@@ -43,6 +43,12 @@ class KeptBytes:
     last_input: float = 0.0
     output: float = 0.0
 
+    @property
+    def left_between(self) -> float:
+        """Of what passes in its backward the gradients that a split one leaves between its halves: there they are held,
+        and that moment comes after each input's half."""
+        return min(self.transient, self.weight - self.none)
+
     def in_forward(self, held: float) -> float:
         """The most while its forward runs, of which `held` stays: at its last product, where all else is gone that it
         recomputes."""

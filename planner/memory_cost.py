@@ -154,7 +154,7 @@ class MemoryModel:
         if gathers and alone and not left and layout.schedule in BLOCKING:
             start = max(start, 2 * element * parameters + kept.in_forward(held) - held)
         if fsdp and self._states.halves_apart(layout):
-            start += self._states.narrow_bytes * parameters - self._left_between(kept)
+            start += self._states.narrow_bytes * parameters - kept.left_between
         if layout.pp > 1 or not fsdp:  # gradients are reduced when the backwards are over
             return max(start, self._gathered_once(layout, parameters))
         if self._states.sums_alone(layout):
@@ -182,11 +182,6 @@ class MemoryModel:
     def _narrow_bytes(self, layout: Layout) -> int:
         """Bytes of a weight's gradient that waits for the end of its layer's backward."""
         return self._states.narrow_bytes if self._states.wraps(layout) else 0
-
-    def _left_between(self, kept: KeptBytes) -> float:
-        """Of a layer's passing gradients those that a split backward leaves between its halves: there they are held,
-        and that moment comes after each input's half."""
-        return min(kept.transient, kept.weight - kept.none)
 
     def embedding(self, layout: Layout) -> PartMemory:
         """A norm behind it keeps its input, as one of a layer does."""
@@ -324,7 +319,7 @@ class MemoryModel:
         )
 
     def _first_stage_passing(self, layout: Layout) -> float:
-        """The first stage has no input's half: what `_left_between` takes off its layers' backward passes there, as far
+        """The first stage has no input's half: what `left_between` takes off its layers' backward passes there, as far
         as the table's gradient does not pass anyway."""
         if not (self._software.on_torch_pipeline and self._states.halves_apart(layout)):
             return 0.0
@@ -332,7 +327,7 @@ class MemoryModel:
         for kind in {segment.kind for segment in self._model.segments}:
             kept, parameters = self._activations.layer(layout, kind), sum(self.block_parameters(layout, kind))
             whole = kept.transient + self._states.narrow_bytes * parameters
-            most = max(most, min(self._left_between(kept), whole - table))
+            most = max(most, min(kept.left_between, whole - table))
         return most
 
     def _beside_buffers(self, layout: Layout, rank: int, microbatches: int) -> int:
