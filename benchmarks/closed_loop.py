@@ -115,7 +115,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--global-batch", type=int, default=8)
     options.add_argument("--seq", type=int, default=256)
     options.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    options.add_argument("--recompute", choices=("none", "selective", "full"), help="of all blocks; default none")
+    options.add_argument(
+        "--recompute", choices=("none", "selective", "full"), help="of all blocks; default: as memory asks"
+    )
     options.add_argument("--parts", action="store_true", help="predicted/measured ms of each part of every layout")
     options.add_argument("--keep", type=Path, metavar="FOLDER", help="leave profiles, plans and measurements here")
     options.add_argument("--only", action="append", metavar="TEXT", help="layouts whose line has the text; repeatable")

@@ -4,9 +4,8 @@
 Kernels are measured with all ranks computing. In a pipeline with stages in their bubble the others run faster: a kernel
 with k of the p stages at work takes c(k·n)/c(p·n) times as long as measured, with n ranks a stage and the profile's
 contention c of its kind. Cores are shared evenly, so a product's is about the ranks a core; what streams through memory
-gains more, since fewer tensors fit a cache better (four ranks on two cores with tensors of 8 MiB each: 6.4 times as
-long as alone, and 2.1 times a product). How long k stages work is counted on the schedule itself, with layers dealt out
-evenly and no messages.
+gains more, since fewer tensors fit a cache better (four ranks on two cores: benchmarks/README.md). How long k stages
+work is counted on the schedule itself, with layers dealt out evenly and no messages.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from .cluster import COLLECTIVES
@@ -258,17 +258,7 @@ def read_point(kind: type, reader: Reader) -> Any:
             "bool": reader.boolean,
         }
         options: dict[str, Any] = {}
-        if field.name in (
-            "spread",
-            "source",
-            "kv_heads",
-            "causal",
-            "backend",
-            "stride",
-            "uneven",
-            "kernel",
-            "memory_bytes",
-        ):
+        if field.default is not MISSING:
             options["default"] = field.default
         if field.type == "int":
             options["minimum"] = _LEAST.get(field.name, 1)

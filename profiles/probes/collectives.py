@@ -81,13 +81,11 @@ def measure_collective(
     n = placed.size
     elements = max(2 * n, size_bytes // 4 // (2 * n) * (2 * n))
     whole = torch.zeros(elements, device=rank.device)
-    action = collective_action(rank, placed, operation, whole, uneven)
-    rank.barrier()  # every rank has its buffers before any of them communicates
     alone = operation == "send_recv" and rank.device.type != "cuda"
-    if alone:
-        timing = time_together(rank, _message(placed, whole), _quiet(rank), until_all=True)
-    else:
-        timing = time_together(rank, action, work_between(rank, BETWEEN_SECONDS))
+    action = _message(placed, whole) if alone else collective_action(rank, placed, operation, whole, uneven)
+    rank.barrier()  # every rank has its buffers before any of them communicates
+    between = _quiet(rank) if alone else work_between(rank, BETWEEN_SECONDS)
+    timing = time_together(rank, action, between, until_all=alone)
     seconds = timing.seconds / 2 if operation == "send_recv" and not alone else timing.seconds
     return CollectivePoint(
         operation=operation,
@@ -114,15 +112,12 @@ def collective_action(
     splits = [half, *rest] if uneven else [len(whole) // n] * n
     received = [splits[position]] * n
 
+    message = _message(placed, whole)
+
     def send_recv() -> None:
         """One way and back over each pair of neighbours; half of it is one way."""
-        peer = placed.ranks[position ^ 1]
-        if position % 2 == 0:
-            dist.send(whole, peer, group=group)
-            dist.recv(other, peer, group=group)
-        else:
-            dist.recv(other, peer, group=group)
-            dist.send(whole, peer, group=group)
+        message()
+        message()
 
     def exchange() -> None:
         """As the ring of context parallelism does it: to the next rank and from the one before."""
