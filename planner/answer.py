@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from profiles.lists_in_words import first_of
 from profiles.masked_language import MASKED_SHARE
 
 from .assignment import counts_of
@@ -124,6 +125,11 @@ def assumptions(question: Question) -> tuple[str, ...]:
     said.append(
         f"{hardware.name} is {kind}" + (f"; nominal in it and its links: {', '.join(figures)}" if figures else "")
     )
+    if left_out := hardware.left_out.get("overheads"):
+        said.append(
+            f"what {hardware.name} had no time to measure costs too little here: {first_of(left_out, 4)}; "
+            "`cli.py profile --resume` measures it"
+        )
     return tuple(said)
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from profiles.alpha_beta import Sample, fit
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
+from profiles.lists_in_words import first_of
 from profiles.model import ModelSpec
 from profiles.points import DIRECTIONS, DTYPES, CollectivePoint
 
@@ -78,13 +79,11 @@ def _head(hardware: HardwareProfile) -> Text:
     if skipped:
         items = [f"{name}, {why}" for name, why in skipped.items()] if isinstance(skipped, dict) else skipped
         items = [str(item) for item in items] if isinstance(items, list | tuple) else [str(items)]
-        head.append(f"skipped, {len(items)}: {_words(items)}\n", style="yellow")
+        head.append(f"skipped, {len(items)}: {first_of(items, _MOST_NAMED, '; ')}\n", style="yellow")
+    if left_out := [name for names in hardware.left_out.values() for name in names]:
+        named = f"no time for {len(left_out)}: {first_of(left_out, _MOST_NAMED)}"
+        head.append(f"{named}; `cli.py profile --resume` measures them\n", style="yellow")
     return head
-
-
-def _words(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else ""
-    return "; ".join(items[:_MOST_NAMED]) + more
 
 
 def _range(values: Sequence[float], unit: str) -> str:

@@ -99,6 +99,14 @@ class HardwareProfile:
     gemm_checks: tuple[GemmPoint, ...] = ()
     many_gemm: tuple[ManyGemmPoint, ...] = ()
 
+    @property
+    def left_out(self) -> dict[str, tuple[str, ...]]:
+        """What the profiler had no time for though plans want it: cases by phase, as its provenance has them."""
+        cases = self.provenance.get("cases")
+        found = cases.get("left_out") if isinstance(cases, dict) else None
+        found = found if isinstance(found, dict) else {}
+        return {str(phase): tuple(map(str, names)) for phase, names in found.items() if isinstance(names, list)}
+
     # ---- seconds ---------------------------------------------------------------------------------------
 
     def gemm_seconds(self, operation: str, dtype: str, m: int, n: int, k: int, count: int = 1) -> float:

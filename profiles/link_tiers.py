@@ -11,6 +11,7 @@ from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
 
 from .input_error import InputError
+from .lists_in_words import first_of
 
 if TYPE_CHECKING:
     import networkx
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 # Two bandwidths belong to different levels where one is this many times the other. Links of one kind measured
 # ±15 % apart differ by at most 1.15 / 0.85 = 1.35; PCIe and NVLink, or NVLink and a network, by 2 and more.
 LEVEL_RATIO = 1.5
-_MOST_NAMED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def tiers_from_matrix(bandwidth: Sequence[Sequence[float]]) -> LinkTiers:
         tiers.append(Tier(span=span, bandwidth_bytes_per_second=median))
         slow = [f"{i}-{j}" for (i, j), speed in pairs.items() if speed * LEVEL_RATIO <= median]
         if slow:
-            notes.append(f"slower than the others of their tier ({median:.3g} bytes/s): links {_named(slow)}")
+            notes.append(f"slower than the others of their tier ({median:.3g} bytes/s): links {first_of(slow)}")
     return LinkTiers(tiers=tuple(tiers), notes=tuple(notes))
 
 
@@ -107,16 +107,11 @@ def _broken(groups: list[list[int]], graph: networkx.Graph) -> str:
     size = Counter(len(group) for group in groups).most_common(1)[0][0]
     odd = [group for group in groups if len(group) != size]
     if odd:
-        return f"ranks {_named(odd[0])} form a group of {len(odd[0])} where others are of {size}"
+        return f"ranks {first_of(odd[0])} form a group of {len(odd[0])} where others are of {size}"
     scattered = [group for group in groups if group[-1] - group[0] + 1 != size]
     if scattered:
-        return f"ranks {_named(scattered[0])} share them and are not neighbours; number the ranks node by node"
+        return f"ranks {first_of(scattered[0])} share them and are not neighbours; number the ranks node by node"
     loose = [group for group in groups if 4 * graph.subgraph(group).number_of_edges() < size * (size - 1)]
     if loose:
-        return f"they join ranks {_named(loose[0])} through others, most pairs of which have no such link"
+        return f"they join ranks {first_of(loose[0])} through others, most pairs of which have no such link"
     return ""
-
-
-def _named(items: Sequence[object]) -> str:
-    shown = ", ".join(str(item) for item in items[:_MOST_NAMED])
-    return shown + (f" and {len(items) - _MOST_NAMED} more" if len(items) > _MOST_NAMED else "")

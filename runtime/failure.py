@@ -14,6 +14,7 @@ RAISED = 1  # exit code of a rank that ended with an exception
 LOG_LINES = 20  # of the rank that is to blame, in the error
 _MOST_CHARACTERS = 600  # of a text that a rank tells the launcher, which must fit a pipe's atomic write
 _TIMED_OUT = re.compile(r"timed out|timeout", re.IGNORECASE)  # how gloo, NCCL and the store say it
+_LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited", re.IGNORECASE)  # likewise
 
 
 class RunFailed(Exception):
@@ -49,8 +50,17 @@ class Interrupted(KeyboardInterrupt):
 
 def is_timeout(error: BaseException | None) -> bool:
     """Whether a collective gave up waiting, or the meeting before the first; torch's pipeline wraps such errors."""
+    return _says(_TIMED_OUT, error)
+
+
+def lost_peer(error: BaseException | None) -> bool:
+    """Whether a collective failed since another of its ranks is gone, or gave up waiting: gloo's pair closes then."""
+    return _says(_LOST_PEER, error)
+
+
+def _says(what: re.Pattern[str], error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, RuntimeError) and _TIMED_OUT.search(str(error)):
+        if isinstance(error, RuntimeError) and what.search(str(error)):
             return True
         error = error.__cause__
     return False
@@ -66,7 +76,7 @@ def told(error: BaseException) -> dict[str, Any]:
     if is_timeout(error):
         return {"kind": "timeout", "at": _own_frame(error)}
     lines = "".join(traceback.format_exception(error)).splitlines()
-    return {"kind": "raised", "lines": [line[:150] for line in lines[-LOG_LINES:]]}
+    return {"kind": "lost peer" if lost_peer(error) else "raised", "lines": [line[:150] for line in lines[-LOG_LINES:]]}
 
 
 def _own_frame(error: BaseException) -> str:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from profiles.hf_config import CONFIG_FILE
 from profiles.input_error import InputError
+from profiles.lists_in_words import first_of
 from profiles.store import Reader, load_json
 
 from .hf_names import Box
@@ -149,4 +150,4 @@ def _no_weights(folder: Path, got: str) -> InputError:
 
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
+    return first_of(names) if names else "nothing"

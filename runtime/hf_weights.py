@@ -12,6 +12,7 @@ import torch
 from planner.plan import Plan, Stage
 from profiles.hf_config import CONFIG_FILE, read_hf_config
 from profiles.input_error import InputError
+from profiles.lists_in_words import first_of
 from profiles.model import ModelSpec
 from profiles.traced_model import TracedModel
 
@@ -155,9 +156,8 @@ def _matched(files: TensorFiles, places: Places, family: str, model: ModelSpec) 
 
 
 def _wrong(files: TensorFiles, what: str, tensors: list[str], expected: str, got: str) -> InputError:
-    shown = ", ".join(tensors[:_SHOWN]) + (f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else "")
     return InputError(
-        f"{files.folder} {what}: {shown}",
+        f"{files.folder} {what}: {first_of(tensors, _SHOWN)}",
         where=f"{files.file_of.get(tensors[0], files.folder)}: {tensors[0]}",
         expected=expected,
         got=got,

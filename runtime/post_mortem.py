@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 from planner.layout import Layout
+from profiles.lists_in_words import first_of
 
 from . import flight_recorder, stacks, whereabouts
 from .failure import LOG_LINES, RAISED, RunFailed, retold
@@ -27,11 +28,12 @@ def why(rank: int, exit_code: int, layout: Layout, logs: Path, watch: RankWatch,
     """The error for a run in which torch found `rank` dead with `exit_code`, a signal's number if negative.
 
     torch reports one of the dead, and the others are only a consequence. A rank that was killed is the one that torch
-    names, since those that raise linger; of ranks that raised, the first that said so.
+    names, since those that raise linger; of ranks that raised, the first that said so and did not only lose a peer,
+    which a rank may know before that peer has said anything.
     """
     killed = exit_code < 0 and -exit_code not in _CONSEQUENCES
     if not killed and watch.failures:
-        first, said = watch.failures[0]
+        first, said = next((it for it in watch.failures if it[1]["kind"] != "lost peer"), watch.failures[0])
         if said["kind"] == "timeout":
             return _hang(first, layout, logs, watch, timeout_seconds)
         known = retold(said)
@@ -117,10 +119,7 @@ def _hang(first: int, layout: Layout, logs: Path, watch: RankWatch, timeout_seco
 
 
 def _names(ranks: list[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    shown = ", ".join(map(str, ranks[:8]))
-    return f"ranks {shown}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {first_of(ranks)}"
 
 
 def _log(logs: Path, rank: int) -> str:

@@ -4,12 +4,15 @@
 RUN/trace/rank_N.json.gz is what torch's profiler saw on rank N. RUN/trace/measured.json has the actions of all ranks,
 as Chrome-trace JSON: a process a rank, in it a thread that `planner/timeline.py` lays the planned actions beside, under
 the same names (`1F0` is the forward of microbatch 0 on stage 1). Seconds count from a barrier before the window, on a
-GPU those of its stream. While the window is open no operation is timed on its own, since that would take away overlap.
+GPU those of its stream. Ranks leave a barrier one after another, on busy processors some milliseconds apart; those of
+one machine share its clock, and count from when the first of them by number left. While the window is open no operation
+is timed on its own, since that would take away overlap.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from planner.layout import Layout
 from planner.trace_names import MEASURED, action_event, track_names
+from profiles.probes.topology import node_identity
 from profiles.store import write_atomically
 
 from .clock import Clock
@@ -34,6 +38,7 @@ class TraceWindow:
         self._folder, self._clock, self._layout = run_dir / TRACE_FOLDER, clock, layout
         self._profiler: Any = None
         self._zero: Any = None
+        self._zero_seconds = 0.0  # of the machine's own
         self._events: list[dict[str, Any]] = []
 
     def before(self, step: int, last_of_run: int) -> None:
@@ -47,14 +52,16 @@ class TraceWindow:
             self._profiler = profile(activities=activities)
             self._profiler.start()
             dist.barrier()
-            self._zero = self._clock.point()
+            self._zero, now = self._clock.point(), time.perf_counter()
+            self._zero_seconds = now - _first_of_machine(now)
 
     def after(self, step: int) -> None:
         """Keep the step's actions, and at the end of the window write what was seen. Before the clock is read."""
         if step not in self.steps:
             return
         rank = dist.get_rank()
-        for action, start, end in self._clock.actions(self._zero):
+        for action, *span in self._clock.actions(self._zero):
+            start, end = (self._zero_seconds + seconds for seconds in span)
             self._events.append(action_event(rank, MEASURED, action, start, end) | {"args": {"step": step}})
         if step == self.steps[-1]:
             self._profiler.stop()
@@ -67,3 +74,11 @@ class TraceWindow:
             if rank == 0:
                 events = [*track_names(self._layout), *(event for events in every for event in events)]
                 write_atomically(self._folder / MEASURED_FILE, json.dumps({"traceEvents": events}))
+
+
+def _first_of_machine(now: float) -> float:
+    """What `now` is on the first rank that runs on this rank's machine. Every rank must call it."""
+    machine = node_identity().boot_id
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (machine, now))
+    return next(at for other, at in every if other == machine)

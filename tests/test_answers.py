@@ -155,6 +155,14 @@ def test_the_imbalance_of_experts_is_stated() -> None:
     assert "expert" not in assumptions(TWO_NODES)[0]
 
 
+def test_what_the_profiler_had_no_time_for_is_stated() -> None:
+    hardware = TWO_NODES.hardware
+    known = replace(hardware, provenance={"cases": {"left_out": {"overheads": ["messages", "chain"], "links": ["x"]}}})
+    (line,) = [line for line in assumptions(replace(TWO_NODES, hardware=known)) if "no time" in line]
+    assert "costs too little here: messages, chain; `cli.py profile --resume`" in line
+    assert not any("no time" in line for line in assumptions(TWO_NODES))
+
+
 # ---- golden -------------------------------------------------------------------------------------------------
 
 GOLDEN_PLAN = """

@@ -94,6 +94,21 @@ def test_an_unfinished_profile_is_gone_on_with(tmp_path: Path) -> None:
     assert [p.seconds for p in hardware.gemm] == pytest.approx([1e-3, 1e-3, 1e-3, 4e-3])
 
 
+def test_what_time_did_not_hold_is_kept_by_phase_until_it_is_measured(tmp_path: Path) -> None:
+    found = findings()
+    found.facts = FACTS | {"quick_cases": [("overheads", "messages"), ("overheads", "chain"), ("links", "bandwidths")]}
+    found.add_case("chain", {"operation_overhead_seconds": 1e-6}, "", 0.1)
+    save_hardware(found.hardware(), tmp_path / "h.yaml")
+    earlier = load_hardware(tmp_path / "h.yaml")
+    assert earlier.left_out == {"overheads": ("messages",), "links": ("bandwidths",)}
+    again = Findings.of_profile(earlier, "cli.py profile --resume", 2)
+    again.facts = found.facts
+    for name in ("messages", "bandwidths"):
+        again.add_case(name, {}, "", 0.1)
+    assert again.hardware().left_out == {}
+    assert "left_out" not in again.hardware().provenance["cases"]
+
+
 def test_a_tier_for_each_kind_of_link_and_always_one_for_the_node() -> None:
     def cluster(matrix: list[list[float]] | None, runs: list[int]) -> list[tuple[str, int]]:
         found = findings(runs=runs)

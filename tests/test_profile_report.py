@@ -207,6 +207,20 @@ def test_a_profile_says_what_it_lacks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("left_out", "expected"),
+    [
+        ({"overheads": ["messages"]}, "no time for 1: messages; `cli.py profile --resume` measures them"),
+        ({"links": list("abc"), "overheads": list("de")}, "no time for 5: a, b, c, d and 1 more; `cli.py profile"),
+        ({"overheads": []}, ""),
+        (7, ""),
+    ],
+)
+def test_what_there_was_no_time_for_is_said(left_out: object, expected: str) -> None:
+    shown = text(profile_report(replace(measured(), provenance={"cases": {"left_out": left_out}})))
+    assert expected in shown if expected else "no time" not in shown
+
+
+@pytest.mark.parametrize(
     ("skipped", "expected"),
     [
         ({"gemm": "no memory", "fp8": "no kernel"}, "skipped, 2: gemm, no memory; fp8, no kernel"),

@@ -192,8 +192,16 @@ class Findings:
             "topology": facts["topology"],
             "pace": self._pace(),
             "conditions": {"before": facts["conditions_before"], **(self.ended or {})},
-            "cases": {"figures": figures, "skipped": self.skipped, "done": self.done},
+            "cases": {"figures": figures, "skipped": self.skipped, "done": self.done} | self._left_out(),
         }
+
+    def _left_out(self) -> dict[str, Any]:
+        """The quick cases by phase that time did not hold; nothing where it held all."""
+        found: dict[str, list[str]] = {}
+        for phase, name in self.facts.get("quick_cases", ()):
+            if name not in self.done:
+                found.setdefault(phase, []).append(name)
+        return {"left_out": found} if found else {}
 
     def _pace(self) -> dict[str, float] | None:
         """Seconds of the reference work in this session; None where nothing was scaled by it."""

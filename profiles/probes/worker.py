@@ -64,9 +64,9 @@ def work(rank_index: int, world_size: int, init_method: str, request: Request, t
     facts = _facts(rank)
     share = 1.0 if cuda else facts["ranks_per_machine"] / len(os.sched_getaffinity(0))
     rank = replace(rank, ranks_per_core=max(1.0, share), effort_seconds=_EFFORT_SECONDS.get(request.level, 0.15))
-    if rank_index == 0:
-        tell("facts", facts)
     cases = [case for case in all_cases(rank, make_groups(rank), request.dtypes) if case.level <= request.level]
+    if rank_index == 0:
+        tell("facts", facts | {"quick_cases": [(case.phase, case.name) for case in cases if case.level == QUICK]})
     _measure(rank, [case for case in cases if case.name not in request.done], request, tell)
     if rank_index == 0:
         tell("end", {"conditions_after": device_conditions()})

@@ -150,6 +150,23 @@ def test_a_timeout_of_nccl_is_a_hang_too(tmp_path: Path) -> None:
     assert "was killed by signal 6" in str(why(0, -6, Layout(pp=2), tmp_path, RankWatch(), 30.0))
 
 
+def test_a_rank_that_only_lost_a_peer_is_not_the_one_to_blame(tmp_path: Path) -> None:
+    """Whoever says so first: gloo closes its pair before the rank that gave up waiting, or raised, can say a word."""
+
+    def said(*errors: BaseException) -> RunFailed:
+        watch = RankWatch()
+        watch.failures.extend((rank, told(error)) for rank, error in enumerate(errors))
+        error = why(0, 1, Layout(dp=2), tmp_path, watch, 30.0)
+        assert isinstance(error, RunFailed)
+        return error
+
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]:65162")
+    late = said(lost, RuntimeError("Timed out waiting 30000ms for recv operation to complete"))
+    assert late.how.startswith("waited 30 s (--timeout) for others in a collective, and so did every other rank")
+    assert said(lost, ValueError("shapes")).log_lines[-1] == "ValueError: shapes"
+    assert said(lost, lost).rank == 0  # nobody said more
+
+
 def test_under_torchrun_a_timeout_names_the_rank_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def time_out(*_: object) -> None:
         for rank, step in enumerate((9, 8)):
@@ -335,6 +352,8 @@ def test_what_a_rank_knows_reaches_the_launcher() -> None:
     wrapped.__cause__ = RuntimeError("Timed out waiting 2000ms for recv operation to complete")
     assert is_timeout(wrapped)
     assert not is_timeout(ValueError("timed out"))
+    assert told(RuntimeError("Connection closed by peer"))["kind"] == "lost peer"
+    assert told(RuntimeError("no such operator"))["kind"] == "raised"
     assert told(RuntimeError("Connection closed by peer"))["lines"][-1] == "RuntimeError: Connection closed by peer"
     assert retold(told(RuntimeError("Connection closed"))) is None
     assert [Interrupted(end).exit_code for end in (signal.SIGINT, signal.SIGTERM)] == [130, 143]

@@ -66,8 +66,8 @@ def test_a_run_leaves_its_log_and_traces(tmp_path: Path) -> None:
             assert [event["name"] for event in own] == [*map(str, actions), f"{rank}R", UPDATE]
             for event, after in pairwise(own):
                 assert 0 <= event["ts"] < event["ts"] + event["dur"] <= after["ts"] + 1e-3
-    # A stage's action cannot end before what it waits for has begun. (It may before that has ended: rank 0 writes down
-    # the end of its forward when what the forward has sent is long there.)
+    # On the one clock of both ranks no action ends before what it waits for has begun. (It may before that has ended:
+    # rank 0 writes down the end of its forward when what the forward has sent is long there.)
     begins = {(e["args"]["step"], e["name"]): e["ts"] for e in spans}
     ends = {(e["args"]["step"], e["name"]): e["ts"] + e["dur"] for e in spans}
     assert all(begins[step, "0F0"] < ends[step, "1F0"] < ends[step, "0B0"] for step in (6, 7))
