@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,3 +36,34 @@ def test_ranks_that_share_a_core_take_turns() -> None:
 
 def test_what_ranks_do_together_is_timed_by_the_clock() -> None:
     assert time_together(this_rank(2.0), nap).seconds >= 2e-3
+
+
+def test_what_scatters_is_timed_for_as_long_as_patience_lasts() -> None:
+    calls: list[float] = []
+
+    def uneven() -> None:
+        calls.append(1e-2 if len(calls) % 9 == 0 else 1e-4)
+        time.sleep(calls[-1])
+
+    def even() -> None:
+        calls.append(1e-3)
+        time.sleep(1e-3)
+
+    def times(action: Callable[[], None], patience_seconds: float) -> int:
+        calls.clear()
+        time_together(replace(this_rank(), patience_seconds=patience_seconds), action)
+        return len(calls)
+
+    few = times(uneven, 0.0)
+    assert times(uneven, 0.5) > 2 * few
+    assert times(even, 0.5) == times(even, 0.0)
+
+
+def test_a_thread_that_waits_takes_no_time_of_its_own() -> None:
+    rank = this_rank(2.0)
+    start = rank.own_thread()
+    spin()
+    spent = rank.own_thread() - start
+    nap()
+    assert spent == pytest.approx(2e-3, rel=0.1)
+    assert rank.own_thread() - start < spent + 1e-3

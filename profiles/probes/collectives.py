@@ -126,16 +126,26 @@ def collective_action(
         for work in dist.batch_isend_irecv([sent, dist.P2POp(dist.irecv, other, before, group)]):
             work.wait()
 
-    wait = functional.wait_tensor
+    of = collective_functions(placed)
     return {
-        "all_reduce": lambda: wait(functional.all_reduce(whole, "sum", group)),
-        "all_gather": lambda: wait(_all_gather(part, 0, group)),
-        "reduce_scatter": lambda: wait(_reduce_scatter(whole, "sum", 0, group)),
-        "all_to_all": lambda: wait(functional.all_to_all_single(whole, received, splits, group)),
+        "all_reduce": lambda: of["all_reduce"](whole),
+        "all_gather": lambda: of["all_gather"](part),
+        "reduce_scatter": lambda: of["reduce_scatter"](whole),
+        "all_to_all": lambda: functional.wait_tensor(functional.all_to_all_single(whole, received, splits, group)),
         "broadcast": lambda: dist.broadcast(whole, placed.ranks[0], group=group),
         "send_recv": send_recv,
         "exchange": exchange,
     }[operation]
+
+
+def collective_functions(placed: PlacedGroup) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The collectives of tp by name, of a vector, as DTensor issues them."""
+    group, wait = placed.group, functional.wait_tensor
+    return {
+        "all_reduce": lambda vector: wait(functional.all_reduce(vector, "sum", group)),
+        "all_gather": lambda vector: wait(_all_gather(vector, 0, group)),
+        "reduce_scatter": lambda vector: wait(_reduce_scatter(vector, "sum", 0, group)),
+    }
 
 
 def _message(placed: PlacedGroup, whole: torch.Tensor) -> Callable[[], object]:

@@ -18,7 +18,7 @@ from .timing import Rank, time_alone, trimmed_mean
 
 _CPU_SIDE, _CUDA_SIDE = 256, 4096  # of the square GEMM that stands for compute
 MESSAGE_BYTES = (2**16, 2**19)  # of a microbatch between stages on CPUs
-_MESSAGES = 16  # each way in one timing
+_MESSAGES, _MESSAGE_TURNS = 16, 8  # each way in one timing; timings at least
 _CONTENTION_TURNS, _MEMORY_TURNS = 9, 5
 # Of a tensor: where those of several ranks fit the last cache, where they no longer do, and where one does not.
 CONTENTION_BYTES = (2**21, 2**22, 2**24)
@@ -173,7 +173,8 @@ def measure_messages(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
 
     The receives are posted beforehand and nothing is waited for until the end, as in a pipeline on CPUs; what the core
     does for the messages (Python, the copies to and from the sockets, the threads that serve them) the compute beside
-    them does not get. A straight line through two sizes.
+    them does not get. So it is timed in seconds of the processor, of which what ranks wait for each other is none. A
+    straight line through two sizes.
     """
     assert placed.size == 2, placed
     partner = placed.ranks[1 - placed.ranks.index(rank.rank)]
@@ -183,13 +184,12 @@ def measure_messages(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
     for size in MESSAGE_BYTES:
         out = torch.zeros(size // 4)
         into = [torch.zeros(size // 4) for _ in range(_MESSAGES)]
-        alone, beside = [], []
-        for _ in range(max(4, round(rank.effort_seconds / 1e-2))):
-            alone.append(_timed(rank, lambda: [compute() for _ in range(_MESSAGES)], rank.computing))
-            exchange = partial(_exchange_beside, compute, out, into, partner, placed.group)
-            beside.append(_timed(rank, exchange, rank.computing))
-        lost = (trimmed_mean(beside) - trimmed_mean(alone)) / _MESSAGES
-        found.append(max(0.0, rank.mean(lost)))
+        exchange = partial(_exchange_beside, compute, out, into, partner, placed.group)
+        lost = []
+        for _ in range(max(_MESSAGE_TURNS, round(rank.effort_seconds / 4e-3))):
+            alone = _timed(rank, lambda: [compute() for _ in range(_MESSAGES)], time.process_time)
+            lost.append(_timed(rank, exchange, time.process_time) - alone)
+        found.append(max(0.0, rank.mean(statistics.median(lost)) * rank.ranks_per_core / _MESSAGES))
     (small, large), (fewer, more) = MESSAGE_BYTES, found
     each_byte = max(0.0, more - fewer) / (large - small)
     return {

@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..points import CollectivePoint
-from .collectives import PlacedGroup, collective_action, measure_collective, work_between
+from .collectives import PlacedGroup, collective_functions, work_between
 from .timing import Rank, time_alone, trimmed_mean
 
 _WIDTH, _TOKENS = 16, 16
@@ -29,6 +29,7 @@ _TOUCHED_BYTES = 2**19  # around each linear on CPUs: about what one of a small 
 _LINEARS = 7  # of a block: wq, wk, wv, wo, w1, w3, w2
 _MODULE_SECONDS = 3e-3  # of compute in a measured module on CPUs, each way
 _MOST_SECONDS = 3.0  # after which two turns of passes are enough
+_Function = Callable[[torch.Tensor], torch.Tensor]
 _UNITS = 4  # modules that FSDP2 handles one by one in a measured pass
 
 
@@ -106,31 +107,56 @@ def _block(rank: Rank) -> nn.Sequential:
 def measure_sharded_block(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
     """What DTensor adds to one forward or backward of a block cut over tp, without and with sequence parallelism.
 
-    Passes with and without it take turns, so that a change of the machine's pace meets both; the collectives
-    inside, measured the same way, are taken out.
+    Beside a pass with it goes one that issues the same collectives by hand; they take turns, so that a change of the
+    machine's pace meets both. On CPUs what differs is Python of the rank's own thread, and by its seconds the passes
+    are told apart: what ranks wait for each other in either scatters by more.
     """
     mesh = DeviceMesh.from_group(placed.group, rank.device.type, mesh_dim_names=("tp",))
-    n = placed.size
-    tokens = _TOKENS * n
-    x = torch.randn(1, tokens, _WIDTH, device=rank.device, requires_grad=True)
+    x = torch.randn(1, _TOKENS * placed.size, _WIDTH, device=rank.device, requires_grad=True)
     shard = torch.randn(1, _TOKENS, _WIDTH, device=rank.device, requires_grad=True)
-    plain, whole, cut = _block(rank), _sharded(_block(rank), mesh, Replicate()), _sharded(_block(rank), mesh, Shard(1))
-    turns = max(24 if rank.shares_cores else 12, round(rank.effort_seconds / 4e-3))
-    passes = _seconds_in_turn(rank, [_pass_of(plain, x), _pass_of(whole, x), _pass_of(cut, shard)], turns)
-
-    def small(operation: str) -> float:
-        if rank.shares_cores:  # as the passes are timed then, without what ranks wait for each other
-            action = collective_action(rank, placed, operation, torch.zeros(tokens, _WIDTH))
-            return _seconds_in_turn(rank, [action], 2 * turns)[0]
-        return rank.mean(measure_collective(rank, placed, operation, 4 * tokens * _WIDTH).seconds)
-
-    # Two pairs, each with one collective (or one of two kinds) forward and one backward.
-    summed = passes[1] - passes[0] - 4 * small("all_reduce")
-    scattered = passes[2] - passes[0] - 4 * (small("all_gather") + small("reduce_scatter"))
+    passes = []
+    for stream, inputs in ((Replicate(), x), (Shard(1), shard)):
+        passes.append(_pass_of(_ByHand(_block(rank), placed, stream), inputs))
+        passes.append(_pass_of(_sharded(_block(rank), mesh, stream), inputs))
+    by_hand, whole, cut_by_hand, cut = _seconds_in_turn(rank, passes, max(24, round(rank.effort_seconds / 2e-3)))
     return {
-        "shard_overhead_seconds": max(0.0, summed) / 2,
-        "sequence_shard_overhead_seconds": max(0.0, scattered) / 2,
+        "shard_overhead_seconds": max(0.0, whole - by_hand) / 2,
+        "sequence_shard_overhead_seconds": max(0.0, cut - cut_by_hand) / 2,
     }
+
+
+class _ByHand(nn.Module):
+    """The block with the collectives that cutting it over tp takes, before and after each pair and in the backward."""
+
+    def __init__(self, block: nn.Sequential, placed: PlacedGroup, stream: Placement) -> None:
+        super().__init__()
+        self.block = block
+        functions = collective_functions(placed)
+        if isinstance(stream, Shard):
+            self.before, self.after = functions["all_gather"], functions["reduce_scatter"]
+        else:
+            self.before, self.after = None, functions["all_reduce"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for pair in self.block:
+            x = _Collective.apply(x, self.before, self.after)
+            x = _Collective.apply(pair(x), self.after, self.before)
+        return x
+
+
+class _Collective(torch.autograd.Function):
+    """One collective forward and one backward, None for nothing; what of the tokens lies where does not matter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, there: _Function | None, back: _Function | None) -> torch.Tensor:
+        ctx.back = back
+        return there(x.view(-1)).view(1, -1, _WIDTH) if there is not None else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        flat = gradient.contiguous().view(-1)
+        return (ctx.back(flat).view(1, -1, _WIDTH) if ctx.back is not None else gradient), None, None
 
 
 def _sharded(block: nn.Sequential, mesh: DeviceMesh, stream: Placement) -> nn.Sequential:
@@ -278,14 +304,14 @@ def _passes_in_turn(
 
 
 def _seconds_in_turn(rank: Rank, actions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Mean seconds of each action over ranks and turns; all are run once before."""
+    """Mean seconds of each action on the rank's own thread, over ranks and turns; all are run once before."""
     samples: list[list[float]] = [[] for _ in actions]
     for turn in range(repeats + 1):
         for action, found in zip(actions, samples, strict=True):
             rank.synchronize()
-            start = rank.computing()
+            start = rank.own_thread()
             action()
             rank.synchronize()
             if turn:
-                found.append(rank.computing() - start)
+                found.append(rank.own_thread() - start)
     return [rank.mean(trimmed_mean(found)) for found in samples]

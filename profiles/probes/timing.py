@@ -10,6 +10,7 @@ much later the last rank is than that is a figure of its own (`concurrency.measu
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ import torch.distributed as dist
 _LEAST_SAMPLE_SECONDS = 1e-4  # actions shorter than this are looped: the clock and its reading cost about 1e-7
 _SHORT_SECONDS = 5e-3  # what takes less on a core of its own is ruled by who woke when, and scatters by as much
 _SHARING_SECONDS = 0.1  # at least, where ranks share cores: several of the scheduler's slices
+_SURE = 0.05  # relative standard error of a mean that needs no more samples
 _TRIMMED = 0.1  # share of the samples left out at either end of the mean
 
 
@@ -42,7 +44,8 @@ class Rank:
     """This process among the ranks that are measured together.
 
     `control` is a gloo group of all ranks for what the profiler itself has to agree on. `effort_seconds` is how
-    long one measurement may take. `ranks_per_core` is more than 1 where the ranks of a machine are more than its cores.
+    long one measurement takes; up to `patience_seconds` go to a collective whose samples scatter. `ranks_per_core` is
+    more than 1 where the ranks of a machine are more than its cores.
 
     Every agreement carries a flag: a rank that failed says so in its next one (`give_up`), and the others, whichever
     agreement they are in, raise CaseFailed there. So none waits for a rank that has run out of memory.
@@ -54,6 +57,7 @@ class Rank:
     control: dist.ProcessGroup | None = None
     effort_seconds: float = 0.05
     ranks_per_core: float = 1.0
+    patience_seconds: float = 0.0
 
     @property
     def shares_cores(self) -> bool:
@@ -62,6 +66,10 @@ class Rank:
     def computing(self) -> float:
         """A clock, in seconds, of what this rank computes while all do ([Note: Shared cores])."""
         return time.process_time() * self.ranks_per_core if self.shares_cores else time.perf_counter()
+
+    def own_thread(self) -> float:
+        """The same of this thread alone, which takes no time where it waits for other ranks."""
+        return time.perf_counter() if self.device.type == "cuda" else time.thread_time() * self.ranks_per_core
 
     def barrier(self) -> None:
         self._agree(0.0, dist.ReduceOp.MAX)
@@ -117,6 +125,7 @@ def time_together(
     `between` runs before each, untimed: in training a collective comes after compute, when the threads that serve
     it have gone to sleep. A step adds up many collectives, so it is their mean that counts; only the few samples
     that a stray process has spoilt are left out. `until_all`: each takes until the last of all ranks is done.
+    Who wakes when makes one sample several times another on CPUs, so more are taken while the ranks' patience lasts.
     """
     action()  # the first one opens connections
     rank.synchronize()
@@ -133,14 +142,25 @@ def time_together(
     fewest = 24 if took < _SHORT_SECONDS and not rank.shares_cores else 8 if took < effort else 3
     repeats = int(min(200, max(fewest, effort / took / loops)))
     rank.barrier()
-    samples = []
-    for _ in range(repeats):
-        if between is not None:
-            between()
-        own = _sample(rank, action, loops)
-        samples.append(rank.most(own) if until_all else own)
+    samples: list[float] = []
+    started = time.perf_counter()
+    while True:
+        for _ in range(repeats):
+            if between is not None:
+                between()
+            own = _sample(rank, action, loops)
+            samples.append(rank.most(own) if until_all else own)
+        if rank.patience_seconds == 0.0 or rank.most(_doubt(samples)) < _SURE:
+            break
+        if rank.most(time.perf_counter() - started) * (1 + repeats / len(samples)) > rank.patience_seconds:
+            break
     # Where ranks share cores, waiting long for a turn is no accident.
     return Timing(trimmed_mean(samples, 0.0 if rank.shares_cores else 0.05), *_scatter(samples))
+
+
+def _doubt(samples: Sequence[float]) -> float:
+    """Standard error of the mean, relative."""
+    return statistics.stdev(samples) / math.sqrt(len(samples)) / statistics.fmean(samples)
 
 
 def trimmed_mean(samples: Sequence[float], share: float = _TRIMMED) -> float:

@@ -33,6 +33,7 @@ _TRAINING_MODULES = (
     "torch.utils.tensorboard",
 )
 _EFFORT_SECONDS = {QUICK: 0.03, DEFAULT: 0.06}  # of one measurement; 0.15 in full
+_TIMED = 0.25  # share of a collective's time that its samples may take
 _SLOW_SECONDS = 5.0  # a case that takes longer is ruled by its bytes and not by the effort
 _COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
 
@@ -65,6 +66,7 @@ def work(rank_index: int, world_size: int, init_method: str, request: Request, t
     share = 1.0 if cuda else facts["ranks_per_machine"] / len(os.sched_getaffinity(0))
     rank = replace(rank, ranks_per_core=max(1.0, share), effort_seconds=_EFFORT_SECONDS.get(request.level, 0.15))
     cases = [case for case in all_cases(rank, make_groups(rank), request.dtypes) if case.level <= request.level]
+    rank = replace(rank, patience_seconds=_patience(cases, rank.most(request.deadline - time.time())))
     if rank_index == 0:
         tell("facts", facts | {"quick_cases": [(case.phase, case.name) for case in cases if case.level == QUICK]})
     _measure(rank, [case for case in cases if case.name not in request.done], request, tell)
@@ -95,6 +97,12 @@ def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> Non
         took.setdefault(case.ladder, []).append((case.size, rank.most(time.time()) - now))
         if rank.rank == 0:
             tell("case", {"name": case.name, "found": found, "skipped": reason, "pace": paced})
+
+
+def _patience(cases: list[Case], left_seconds: float) -> float:
+    """For one collective, so that all the quick ones together find the time of their phase, warm-up and quiet too."""
+    links = sum(case.phase == "links" and case.level == QUICK for case in cases)
+    return _TIMED * PHASES["links"] * left_seconds / max(1, links)
 
 
 def _expected(case: Case, took: dict[str, list[tuple[int, float]]]) -> float:
