@@ -39,14 +39,6 @@ def merge_profiles(profiles: Sequence[HardwareProfile]) -> HardwareProfile:
 
 
 def _medians(lists: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
-    """Points that measured the same (all but their decimal fields agree; the n-th such of each list) as one."""
-    found: dict[tuple[Any, ...], list[Any]] = {}
-    for points in lists:
-        seen: dict[tuple[Any, ...], int] = {}
-        for point in points:
-            what = tuple(getattr(point, f.name) for f in fields(point) if f.type != "float")
-            seen[what] = seen.get(what, 0) + 1
-            found.setdefault((*what, seen[what]), []).append(point)
     return tuple(
         replace(
             same[0],
@@ -56,5 +48,17 @@ def _medians(lists: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
                 if f.type == "float"
             },
         )
-        for same in found.values()
+        for same in same_points(lists)
     )
+
+
+def same_points(lists: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Points that measured the same (all but their decimal fields agree; the n-th such of each list) together."""
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for points in lists:
+        seen: dict[tuple[Any, ...], int] = {}
+        for point in points:
+            what = tuple(getattr(point, f.name) for f in fields(point) if f.type != "float")
+            seen[what] = seen.get(what, 0) + 1
+            found.setdefault((*what, seen[what]), []).append(point)
+    return list(found.values())
