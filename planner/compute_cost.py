@@ -5,7 +5,7 @@ from __future__ import annotations
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import CHECKPOINT_OPERATIONS, FORK_OPERATIONS, FUNCTION_OPERATIONS, HOST_OPERATIONS
+from profiles.points import CHECKPOINT_OPERATIONS, DTYPE_BYTES, FORK_OPERATIONS, FUNCTION_OPERATIONS, HOST_OPERATIONS
 from profiles.software import Software
 
 from .attention_chain import chain_attention
@@ -144,8 +144,9 @@ class ComputeModel(Kernels):
         parts += [self._residual(hidden), self._residual(hidden)]
         parts.append(self._meeting_gradients({"wq", "wk", "wv"}, tokens * model.hidden_size))
         if layout.tp > 1:
-            whole, cut = self._hardware.shard_overhead_seconds, self._hardware.sequence_shard_overhead_seconds
-            shard = ComputeSeconds(overhead=cut if layout.sequence_parallel else whole)
+            moved = [tokens * (outputs + inputs) + outputs * inputs for outputs, inputs in shapes.values()]
+            touched = DTYPE_BYTES[self._dtype] * sum(moved) / len(moved)
+            shard = ComputeSeconds(overhead=self._hardware.shard_seconds(layout.sequence_parallel, touched))
             parts.append(ComputeCost(shard, shard))
         return parts
 

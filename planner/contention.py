@@ -93,6 +93,7 @@ def with_ranks_at_work(hardware: HardwareProfile, active: float, of: int) -> Har
         many_gemm=scaled(hardware.many_gemm),
         attention=scaled(hardware.attention),
         memory=tuple(memory),
+        shard_overheads=scaled(hardware.shard_overheads),
         gemm_models=slower(hardware.gemm_models),
         attention_models=slower(hardware.attention_models),
         memory_bandwidth_bytes_per_second=hardware.memory_bandwidth_bytes_per_second / whole,

@@ -144,6 +144,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
         ("microbatch", h.microbatch_overhead_seconds),
         ("tp shard", h.shard_overhead_seconds),
         ("with sequence", h.sequence_shard_overhead_seconds),
+        ("of large blocks", max((p.seconds for p in h.shard_overheads), default=0.0)),
         ("parameter", h.parameter_overhead_seconds),
         ("operation", h.operation_overhead_seconds),
         ("in a split backward", h.split_overhead_seconds),

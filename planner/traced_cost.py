@@ -59,7 +59,10 @@ class TracedCompute(ComputeModel):
     def block(self, layout: Layout, kind: str = "dense") -> ComputeCost:
         cost = self._part(self._traced.block, layout, layout.tp)
         if layout.tp > 1:
-            cut = ComputeSeconds(overhead=self._hardware.shard_overhead_seconds)
+            products = self._traced.block.products
+            moved = [layout.micro_batch * p.rows * (p.inputs + p.outputs / layout.tp) for p in products]
+            touched = DTYPE_BYTES[self._dtype] * sum(moved) / max(1, len(moved))
+            cut = ComputeSeconds(overhead=self._hardware.shard_seconds(False, touched))
             cost = cost + ComputeCost(cut, cut)
         return cost.issued(self._hardware)
 

@@ -25,6 +25,7 @@ from .points import (
     ManyGemmPoint,
     MemoryPoint,
     OverlapPoint,
+    ShardPoint,
     WaitPoint,
     read_point,
 )
@@ -45,7 +46,7 @@ class HardwareProfile:
     group with more than one rank; `allocator_slack` the share of tensor bytes lost to the allocator.
     What no kernel and no collective explains: `microbatch_overhead_seconds` for each forward and backward of
     a microbatch; `shard_overhead_seconds` for each forward or backward of one block whose weights are cut
-    over tp, `sequence_shard_overhead_seconds` instead under sequence parallelism;
+    over tp, `sequence_shard_overhead_seconds` instead under sequence parallelism (`shard_overheads` by size, if any);
     `parameter_overhead_seconds` for each parameter tensor that a step clips and updates. Where kernels run behind the
     host (GPUs), `host_operation_seconds` is what the host takes to issue one operation: a pass is no shorter than that.
     Where the host is the device, `operation_overhead_seconds` is what each operation of a block takes besides its
@@ -91,6 +92,7 @@ class HardwareProfile:
     attention_models: tuple[AttentionModel, ...] = ()
     contention_points: tuple[ContentionPoint, ...] = ()
     waits: tuple[WaitPoint, ...] = ()
+    shard_overheads: tuple[ShardPoint, ...] = ()
     overlap: tuple[OverlapPoint, ...] = ()
     collectives: tuple[CollectivePoint, ...] = ()
     memory: tuple[MemoryPoint, ...] = ()
@@ -204,6 +206,12 @@ class HardwareProfile:
         """
         points = [(p.compute_seconds, p.wait_seconds) for p in self.waits]
         return max(0.0, _on_line(points, compute_seconds, 0.0) - min(points)[1]) if points else 0.0
+
+    def shard_seconds(self, sequence: bool, linear_bytes: float) -> float:
+        """What cutting it over tp adds to a pass of a block one of whose linears reads and writes so many bytes."""
+        known = self.sequence_shard_overhead_seconds if sequence else self.shard_overhead_seconds
+        points = [(float(p.bytes), p.seconds) for p in self.shard_overheads if p.sequence == sequence]
+        return _on_line(points, linear_bytes, known)
 
     def correction(self, part: str) -> float:
         """What measured runs multiply this part's seconds by (`profile --calibrate`); 1 where they say nothing."""
@@ -353,6 +361,7 @@ POINT_LISTS: dict[str, type] = {
     "attention_models": AttentionModel,
     "contention_points": ContentionPoint,
     "waits": WaitPoint,
+    "shard_overheads": ShardPoint,
     "overlap": OverlapPoint,
     "collectives": CollectivePoint,
     "memory": MemoryPoint,

@@ -237,6 +237,16 @@ class WaitPoint:
     wait_seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardPoint:
+    """What DTensor adds to one forward or backward of a block cut over tp, on CPUs by the bytes that one of its linears
+    reads and writes: they drive out of the caches what Python needs. `sequence`: under sequence parallelism."""
+
+    sequence: bool = False
+    bytes: int
+    seconds: float
+
+
 _CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (GemmPoint, "operation"): GEMM_OPERATIONS,
     (ManyGemmPoint, "kind"): ("batched", "grouped"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from ..points import ContentionPoint, OverlapPoint, WaitPoint
 from .collectives import BETWEEN_SECONDS, PlacedGroup, work_between
@@ -126,19 +127,32 @@ def _silent(rank: Rank, active: int) -> Rank:
 def measure_stragglers(rank: Rank, placed: PlacedGroup) -> dict[str, Any]:
     """What ranks of equal work wait for the slowest of them, after little and after much of it.
 
-    `straggler_slowdown` is how many times its mean rank's seconds the longest stretch takes until all are there. Where
-    ranks share cores those of `placed` meet, and what others compute meanwhile is not lost.
+    `straggler_slowdown` is how many times its mean rank's seconds the longest stretch takes until all are there. On
+    CPUs those of `placed` meet in a collective, since who wakes when its threads do is part of what is waited for; what
+    others compute meanwhile is not lost where ranks share cores.
     """
-    product = _product(rank)
-    once = rank.mean(time_alone(rank, product).seconds)
-    stretch_to_all = partial(_until_met, placed=placed) if rank.shares_cores else _until_all
+    on_cpus = rank.device.type == "cpu"
+    work = _block_work() if on_cpus else _product(rank)
+    once = rank.mean(time_alone(rank, work).seconds)
+    stretch_to_all = partial(_until_met, placed=placed) if on_cpus else _until_all
     waits = []
     for wanted in WAIT_SECONDS:
-        loops, repeats = max(1, round(wanted / once)), max(6, min(40, round(rank.effort_seconds * 10 / wanted)))
-        stretch, wait = stretch_to_all(rank, lambda loops=loops: [product() for _ in range(loops)], repeats)
+        loops, repeats = max(1, round(wanted / once)), max(12, min(150, round(rank.effort_seconds * 30 / wanted)))
+        stretch, wait = stretch_to_all(rank, lambda loops=loops: [work() for _ in range(loops)], repeats)
         waits.append(WaitPoint(compute_seconds=stretch, wait_seconds=max(0.0, wait)))
-    longest = waits[-1].wait_seconds - (waits[0].wait_seconds if rank.shares_cores else 0.0)
+    longest = waits[-1].wait_seconds - (waits[0].wait_seconds if on_cpus else 0.0)
     return {"waits": waits, "straggler_slowdown": 1.0 + max(0.0, longest) / waits[-1].compute_seconds}
+
+
+def _block_work() -> Callable[[], object]:
+    """As a block works on a CPU: products and what is between them, over more than a core's own cache holds."""
+    x, up, down = torch.randn(512, 192), torch.randn(192, 256), torch.randn(256, 192)
+
+    def work() -> torch.Tensor:
+        y = torch.mm(x, up)
+        return torch.mm(F.silu(y) * y, down) + x
+
+    return work
 
 
 def _until_all(rank: Rank, work: Callable[[], object], repeats: int) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from ..points import (
     ManyGemmPoint,
     MemoryPoint,
     OverlapPoint,
+    ShardPoint,
     WaitPoint,
 )
 from .pace import local_pace
@@ -35,6 +36,7 @@ LIST_OF: dict[type, str] = {
     OverlapPoint: "overlap",
     ContentionPoint: "contention_points",
     WaitPoint: "waits",
+    ShardPoint: "shard_overheads",
 }
 _POINT_OF = {name: kind for kind, name in LIST_OF.items()} | {"gemm_checks": GemmPoint}
 _NCCL_COMMUNICATOR_BYTES = 616e6  # middle of the 544 to 688 MB that one was seen to take; gloo's buffers are small

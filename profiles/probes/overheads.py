@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -20,12 +20,14 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ..points import CollectivePoint
+from ..points import CollectivePoint, ShardPoint
 from .collectives import PlacedGroup, collective_functions, work_between
 from .timing import Rank, time_alone, trimmed_mean
 
 _WIDTH, _TOKENS = 16, 16
-_TOUCHED_BYTES = 2**19  # around each linear on CPUs: about what one of a small block reads and writes
+TOUCHED_BYTES = (2**19, 2**23)  # that a linear of a block reads and writes
+_FEW_TURNS = 8  # where a pass takes long
+_TOUCHING_WIDTH = 32  # of products that touch many bytes in little time
 _LINEARS = 7  # of a block: wq, wk, wv, wo, w1, w3, w2
 _MODULE_SECONDS = 3e-3  # of compute in a measured module on CPUs, each way
 _MOST_SECONDS = 3.0  # after which two turns of passes are enough
@@ -66,25 +68,26 @@ def _update_seconds(rank: Rank, count: int) -> float:
 
 
 class _Passing(torch.autograd.Function):
-    """x, while as much memory is read as a linear reads and writes: in a step that drives out of the caches of a host
-    that is the device what it needs to issue the next one ([Note: Chains])."""
+    """x, while a product reads and writes as much as a linear of a block, and two in the backward: in a step they drive
+    out of the caches of a host that is the device what it needs to issue the next one ([Note: Chains])."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, touched: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, touched: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         ctx.touched = touched
-        touched.sum()
+        torch.mm(*touched)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        ctx.touched.sum()
+        for _ in range(2):
+            torch.mm(*ctx.touched)
         return gradients[0], None
 
 
 class _Pair(nn.Module):
     """Some linears cut by columns and one by rows, small enough that only what surrounds the kernels costs."""
 
-    def __init__(self, columns: int, touched: torch.Tensor | None) -> None:
+    def __init__(self, columns: int, touched: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         super().__init__()
         self.up = nn.ModuleList(nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(columns))
         self.down = nn.Linear(_WIDTH, _WIDTH, bias=False)
@@ -98,13 +101,31 @@ class _Pair(nn.Module):
         return x if self.touched is None else _Passing.apply(x, self.touched)
 
 
-def _block(rank: Rank) -> nn.Sequential:
+class _Normed(nn.Module):
+    """A pair behind its norm, whose weight is used as a plain tensor though it may be one of DTensor's."""
+
+    def __init__(self, pair: _Pair) -> None:
+        super().__init__()
+        self.pair = pair
+        self.scale = nn.Parameter(torch.ones(_WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.scale
+        if isinstance(scale, DTensor):
+            scale = scale.to_local(grad_placements=[Partial()])
+        return self.pair(x * scale)
+
+
+def _block(rank: Rank, touched_bytes: int) -> nn.Sequential:
     """The linears of a block: wq, wk, wv and wo; w1, w3 and w2."""
-    touched = None if rank.device.type == "cuda" else torch.zeros(_TOUCHED_BYTES // 4)
-    return nn.Sequential(_Pair(3, touched), _Pair(2, touched)).to(rank.device)
+    touched = None
+    if rank.device.type != "cuda":
+        rows = touched_bytes // 4 // (2 * _TOUCHING_WIDTH)
+        touched = torch.ones(rows, _TOUCHING_WIDTH), torch.ones(_TOUCHING_WIDTH, _TOUCHING_WIDTH)
+    return nn.Sequential(_Normed(_Pair(3, touched)), _Normed(_Pair(2, touched))).to(rank.device)
 
 
-def measure_sharded_block(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
+def measure_sharded_block(rank: Rank, placed: PlacedGroup) -> dict[str, Any]:
     """What DTensor adds to one forward or backward of a block cut over tp, without and with sequence parallelism.
 
     Beside a pass with it goes one that issues the same collectives by hand; they take turns, so that a change of the
@@ -114,15 +135,21 @@ def measure_sharded_block(rank: Rank, placed: PlacedGroup) -> dict[str, float]:
     mesh = DeviceMesh.from_group(placed.group, rank.device.type, mesh_dim_names=("tp",))
     x = torch.randn(1, _TOKENS * placed.size, _WIDTH, device=rank.device, requires_grad=True)
     shard = torch.randn(1, _TOKENS, _WIDTH, device=rank.device, requires_grad=True)
-    passes = []
-    for stream, inputs in ((Replicate(), x), (Shard(1), shard)):
-        passes.append(_pass_of(_ByHand(_block(rank), placed, stream), inputs))
-        passes.append(_pass_of(_sharded(_block(rank), mesh, stream), inputs))
-    by_hand, whole, cut_by_hand, cut = _seconds_in_turn(rank, passes, max(24, round(rank.effort_seconds / 2e-3)))
-    return {
-        "shard_overhead_seconds": max(0.0, whole - by_hand) / 2,
-        "sequence_shard_overhead_seconds": max(0.0, cut - cut_by_hand) / 2,
+    points = []
+    for size in TOUCHED_BYTES if rank.device.type == "cpu" else (0,):
+        passes = []
+        for stream, inputs in ((Replicate(), x), (Shard(1), shard)):
+            passes.append(_pass_of(_ByHand(_block(rank, size), placed, stream), inputs))
+            passes.append(_pass_of(_sharded(_block(rank, size), mesh, stream), inputs))
+        turns = max(16, round(rank.effort_seconds / 2e-3)) if size < TOUCHED_BYTES[-1] else _FEW_TURNS
+        by_hand, whole, cut_by_hand, cut = _seconds_in_turn(rank, passes, turns)
+        for sequence, added in ((False, whole - by_hand), (True, cut - cut_by_hand)):
+            points.append(ShardPoint(sequence=sequence, bytes=max(1, size), seconds=max(1e-9, added / 2)))
+    found: dict[str, Any] = {
+        "shard_overhead_seconds": points[0].seconds,
+        "sequence_shard_overhead_seconds": points[1].seconds,
     }
+    return found | ({"shard_overheads": points} if rank.device.type == "cpu" else {})
 
 
 class _ByHand(nn.Module):
@@ -161,13 +188,15 @@ class _Collective(torch.autograd.Function):
 
 def _sharded(block: nn.Sequential, mesh: DeviceMesh, stream: Placement) -> nn.Sequential:
     """The block cut over `mesh` as a training rank cuts it; `stream` is the placement between the pairs."""
-    for pair in block:
+    for normed in block:
+        assert isinstance(normed, _Normed)
+        normed.scale = nn.Parameter(distribute_tensor(normed.scale, mesh, [Replicate()]))
         plan: dict[str, ParallelStyle] = {
             "": PrepareModuleInput(input_layouts=(stream,), desired_input_layouts=(Replicate(),)),
             "up.*": ColwiseParallel(),
             "down": RowwiseParallel(output_layouts=stream),
         }
-        parallelize_module(pair, mesh, plan)
+        parallelize_module(normed.pair, mesh, plan)
     return block
 
 

@@ -141,7 +141,7 @@ def _attempt(rank: Rank, case: Case) -> tuple[dict[str, Any], str]:
             torch.cuda.empty_cache()
     merged: dict[str, Any] = {}
     for key, content in own.items():
-        if isinstance(content, list) and content and hasattr(content[0], "seconds"):
+        if isinstance(content, list) and content and hasattr(content[0], "spread"):
             merged[key] = _merged(rank, content)
         else:
             merged[key] = content
