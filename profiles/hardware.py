@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .interpolate import RateGrid, causal_seconds_at, line_at, seconds_at, tiled_flops, tiled_seconds
+from .interpolate import RateGrid, causal_seconds_at, held_at, line_at, seconds_at, tiled_flops, tiled_seconds
 from .points import (
     DIRECTIONS,
     DTYPE_BYTES,
@@ -194,10 +193,10 @@ class HardwareProfile:
         With `memory_bytes` one bound by memory on tensors of so many; where none was measured all take as a GEMM does.
         """
         curves = self._contention_curves
-        sizes = [(math.log(size), _on_line(curve, active, 1.0)) for size, curve in curves.items() if size]
+        sizes = [(math.log(size), held_at(curve, active, 1.0)) for size, curve in curves.items() if size]
         if memory_bytes > 0 and sizes:
-            return _on_line(sizes, math.log(memory_bytes), 1.0)
-        return _on_line(curves.get(0, []), active, 1.0)
+            return held_at(sizes, math.log(memory_bytes), 1.0)
+        return held_at(curves.get(0, []), active, 1.0)
 
     def wait_seconds(self, compute_seconds: float) -> float:
         """What a collective after so much compute waits for the slowest rank beyond what its own points hold.
@@ -205,13 +204,13 @@ class HardwareProfile:
         Collectives are measured after as much compute as the first of `waits` has.
         """
         points = [(p.compute_seconds, p.wait_seconds) for p in self.waits]
-        return max(0.0, _on_line(points, compute_seconds, 0.0) - min(points)[1]) if points else 0.0
+        return max(0.0, held_at(points, compute_seconds, 0.0) - min(points)[1]) if points else 0.0
 
     def shard_seconds(self, sequence: bool, linear_bytes: float) -> float:
         """What cutting it over tp adds to a pass of a block one of whose linears reads and writes so many bytes."""
         known = self.sequence_shard_overhead_seconds if sequence else self.shard_overhead_seconds
         points = [(float(p.bytes), p.seconds) for p in self.shard_overheads if p.sequence == sequence]
-        return _on_line(points, linear_bytes, known)
+        return held_at(points, linear_bytes, known)
 
     def correction(self, part: str) -> float:
         """What measured runs multiply this part's seconds by (`profile --calibrate`); 1 where they say nothing."""
@@ -375,17 +374,6 @@ POINT_LISTS: dict[str, type] = {
 def _short(point: Any) -> dict[str, Any]:
     """A point as it stands in the file: what is at its default is left out."""
     return {f.name: getattr(point, f.name) for f in fields(point) if getattr(point, f.name) != f.default}
-
-
-def _on_line(points: list[tuple[float, float]], x: float, missing: float) -> float:
-    """y at x on the straight lines between the points, constant beyond the ends."""
-    points = sorted(points)
-    if not points or x <= points[0][0]:
-        return points[0][1] if points else missing
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return points[-1][1]
 
 
 def _number_or_null(reader: Reader, key: str) -> float | None:

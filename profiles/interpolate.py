@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import product
+from itertools import pairwise, product
 
 
 def line_at(points: Sequence[tuple[float, float]], size: float) -> float:
@@ -34,6 +34,17 @@ def seconds_at(points: Sequence[tuple[float, float]], size: float) -> float:
     (x0, y0), (x1, y1) = points[right - 1], points[right]
     weight = math.log(size / x0) / math.log(x1 / x0)
     return y0 * (y1 / y0) ** weight
+
+
+def held_at(points: Sequence[tuple[float, float]], x: float, missing: float) -> float:
+    """y at x on the straight lines between the points, as at the ends beyond them; `missing` where there are none."""
+    points = sorted(points)
+    if not points or x <= points[0][0]:
+        return points[0][1] if points else missing
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]
 
 
 def causal_seconds_at(points: Sequence[tuple[float, float]], sequence: float) -> float:

@@ -14,7 +14,7 @@ from planner.layout import Layout
 from planner.local_shapes import local_kv_width, local_linear_shape
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import MemoryPoint
+from profiles.points import MemoryPoint, ShardPoint
 from profiles.software import load_software
 from tests.oracles.small_world import our_software, small_hardware
 from tests.plans import tiny_bert, tiny_gpt2, tiny_llama, tiny_megatron_bert
@@ -196,6 +196,21 @@ def test_a_sharded_block_costs_its_overhead_once_a_pass() -> None:
     )
     assert some.forward.total - none.forward.total == pytest.approx(0.5)
     assert some.backward.total - none.backward.total == pytest.approx(0.5)
+
+
+def test_a_sharded_block_of_more_tokens_costs_more() -> None:
+    model = tiny_llama()
+    shards = tuple(ShardPoint(bytes=size, seconds=size) for size in (1, 2**30))  # as many seconds as bytes
+
+    def overhead(layout: Layout) -> float:
+        priced = (price(model, layout, shard_overheads=points)["block"].forward.total for points in (shards, ()))
+        return next(priced) - next(priced)
+
+    linears = [local_linear_shape(model, name, 2) for name in model.linear_shapes]
+    touched = [16 * (outputs + inputs) + outputs * inputs for outputs, inputs in linears]
+    assert overhead(Layout(tp=2)) == pytest.approx(4 * sum(touched) / len(touched))
+    more = [3 * 16 * (outputs + inputs) + outputs * inputs for outputs, inputs in linears]
+    assert overhead(Layout(tp=2, micro_batch=3)) == pytest.approx(4 * sum(more) / len(more))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])

@@ -20,6 +20,7 @@ from profiles.points import (
     GemmModel,
     GemmPoint,
     MemoryPoint,
+    ShardPoint,
     WaitPoint,
 )
 from tests.oracles.small_world import small_hardware
@@ -315,6 +316,19 @@ def test_a_collective_waits_longer_after_more_work_than_where_it_was_measured() 
     assert hardware.wait_seconds(1e-2) == pytest.approx(8e-4)
     assert hardware.wait_seconds(1.0) == pytest.approx(3.8e-3)
     assert small_hardware().wait_seconds(1.0) == 0.0
+
+
+def test_cutting_a_block_costs_more_the_more_its_linears_touch() -> None:
+    shards = tuple(
+        ShardPoint(sequence=sequence, bytes=size, seconds=seconds)
+        for sequence, size, seconds in ((False, 2**10, 1.0), (False, 2**12, 2.5), (True, 2**10, 4.0))
+    )
+    hardware = small_hardware(shard_overheads=shards, shard_overhead_seconds=9.0, sequence_shard_overhead_seconds=9.0)
+    found = [hardware.shard_seconds(False, size) for size in (1, 2**10, 2**11, 2**12, 2**20)]
+    assert found == pytest.approx([1.0, 1.0, 1.5, 2.5, 2.5])
+    assert hardware.shard_seconds(True, 2**20) == 4.0
+    plain = small_hardware(shard_overhead_seconds=7.0, sequence_shard_overhead_seconds=8.0)
+    assert [plain.shard_seconds(sequence, 2**10) for sequence in (False, True)] == [7.0, 8.0]
 
 
 def test_what_a_profile_supports() -> None:

@@ -28,6 +28,7 @@ from profiles.points import (
     ManyGemmPoint,
     MemoryPoint,
     OverlapPoint,
+    ShardPoint,
     WaitPoint,
     read_point,
 )
@@ -65,6 +66,7 @@ FULL: dict[str, Any] = {
     ),
     "contention_points": ContentionPoint(active=4, memory_bytes=1 << 20, slowdown=1.3),
     "waits": WaitPoint(compute_seconds=0.005, wait_seconds=0.001),
+    "shard_overheads": ShardPoint(sequence=True, bytes=1 << 19, seconds=0.002),
 }
 NAMES = list(FULL)
 REQUIRED = {name: [f.name for f in fields(point) if f.default is MISSING] for name, point in FULL.items()}
@@ -196,6 +198,7 @@ points: dict[str, st.SearchStrategy[Any]] = {
     ),
     "contention_points": st.builds(ContentionPoint, active=counts, memory_bytes=st.just(0) | counts, slowdown=seconds),
     "waits": st.builds(WaitPoint, compute_seconds=seconds, wait_seconds=seconds),
+    "shard_overheads": st.builds(ShardPoint, sequence=st.booleans(), bytes=counts, seconds=seconds),
 }
 points["gemm_checks"] = points["gemm"]
 

@@ -20,7 +20,7 @@ from planner.schedule import SPLIT_BACKWARD, Pipeline, why_illegal
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.points import DATA_PARALLEL, CollectivePoint, ContentionPoint, WaitPoint
+from profiles.points import DATA_PARALLEL, CollectivePoint, ContentionPoint, ShardPoint, WaitPoint
 from tests.oracles.brute_force import all_layouts, assignments, is_legal, modes_of
 from tests.oracles.small_world import small_cluster, small_hardware, small_question
 
@@ -83,6 +83,7 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         collectives += draw(measured_sizes(draw(st.sampled_from(DATA_PARALLEL)), (2, 3, 4)))
     slowdowns = [1.0, *draw(st.sampled_from(((), (1.1,), (1.1, 1.6))))]
     waits = [WaitPoint(compute_seconds=10.0**-e, wait_seconds=draw(powers(-6, -3))) for e in (4, 3, 2)]
+    shards = [ShardPoint(bytes=size, seconds=draw(powers(-6, -3))) for size in (2**6, 2**10)]
     contention = [ContentionPoint(active=2**i, slowdown=slowdown) for i, slowdown in enumerate(slowdowns)]
     return small_hardware(
         flops=draw(powers(7, 13)),
@@ -109,6 +110,7 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         corrections=draw(st.sampled_from(({}, {"gemm": 1.3, "memory": 0.8, "optimizer": 2.0, "tp": 1.2, "dp": 0.7}))),
         contention_points=tuple(contention) if draw(st.booleans()) else (),
         waits=tuple(waits) if draw(st.booleans()) else (),
+        shard_overheads=tuple(shards) if draw(st.booleans()) else (),
         collectives=tuple(collectives),
     )
 
