@@ -15,6 +15,7 @@ from profiles.software import Software
 
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost
+from .compute_seconds import ComputeSeconds
 from .job import TrainingJob
 from .layout import Layout
 from .local_shapes import attended_width, cut_shares, local_tokens, loss_pieces, outside_tokens, predicted_by_head
@@ -72,8 +73,7 @@ class AxisModel:
         """
         if layout.tp == 1:
             return Passes()
-        wait = self._hardware.wait_seconds
-        there, back = wait(compute.forward.total / 2), wait(compute.backward.total / 2)
+        there, back = self._wait(compute.forward, 2), self._wait(compute.backward, 2)
         size, shared = self._whole_bytes(layout), self._model.experts is not None and bool(self._model.experts.shared)
         halves = 2 if kind == "dense" or shared else 1
         sums_again = halves - (self._software.recomputed == "as_needed" and self._model.norm_placement == "pre")
@@ -192,7 +192,8 @@ class AxisModel:
     def block_cp(self, layout: Layout, compute: ComputeCost) -> Passes:
         """Ring: cp - 1 exchanges of keys and values (and of their gradients), each behind one step's attention.
 
-        All-to-all (arXiv 2309.14509): queries, keys, values in, outputs out, and their gradients back.
+        All-to-all (arXiv 2309.14509): queries, keys, values in, outputs out, and their gradients back; the ranks meet
+        before attention and after it.
         """
         if layout.cp == 1:
             return Passes()
@@ -203,8 +204,13 @@ class AxisModel:
             return self._ring(layout, group, keys_values, compute)
         queries = tokens * model.query_width / layout.tp
         outputs = tokens * model.attention_output_width / layout.tp
-        forward = sum(self._comm.collective_seconds("all_to_all", group, s) for s in (queries, keys_values, outputs))
-        return Passes(forward, forward, forward, forward)
+        sent = sum(self._comm.collective_seconds("all_to_all", group, s) for s in (queries, keys_values, outputs))
+        forward, backward = sent + 2 * self._wait(compute.forward, 2), sent + 2 * self._wait(compute.backward, 2)
+        return Passes(forward, backward, forward, forward)
+
+    def _wait(self, compute: ComputeSeconds, meetings: int) -> float:
+        """For the slowest rank, each of so many times in a pass of a block."""
+        return self._hardware.wait_seconds(compute.total / meetings)
 
     def _ring(self, layout: Layout, group: Group, keys_values: float, compute: ComputeCost) -> Passes:
         """Our own starts its backward with the keys that the rank holds: the gradients of others set out a step later
@@ -213,19 +219,21 @@ class AxisModel:
         one, both = (self._comm.neighbour_seconds(group, times * keys_values) for times in (1, 2))
         exposed, steps = self._hardware.exposed_seconds, layout.cp - 1
         there, back = compute.forward.attention / layout.cp, compute.backward.attention / layout.cp
-        forward = steps * exposed(one, there)
+        forward = steps * exposed(one, there) + self._wait(compute.forward, 1)
         if not self._software.own_context_parallelism:
             return Passes(forward, steps * exposed(both, back), forward, forward)
         alone = 1 if layout.cp == 2 else 3  # keys in the first two steps, gradients in the last
         backward = alone * exposed(one, back) + max(0, layout.cp - 3) * exposed(both, back) + one
+        backward += self._wait(compute.backward, 1)
         return Passes(forward, backward, 0.0, forward)
 
     # ---- ep --------------------------------------------------------------------------------------------
 
-    def block_ep(self, layout: Layout) -> Passes:
+    def block_ep(self, layout: Layout, compute: ComputeCost) -> Passes:
         """Tokens to their experts and back, two all-to-alls each way; with etp gathered and summed over it besides.
 
-        The rank whose experts are asked for most receives `expert_imbalance` times its share.
+        The rank whose experts are asked for most receives `expert_imbalance` times its share. The ranks meet before
+        the experts and after them.
         """
         experts = self._model.experts
         if experts is None or layout.ep * layout.etp == 1:
@@ -239,4 +247,5 @@ class AxisModel:
             inner = Group(layout.etp, 1)
             for operation in ("all_gather", "reduce_scatter"):
                 one_way += self._comm.collective_seconds(operation, inner, layout.etp * size)
-        return Passes(one_way, one_way, one_way if self._software.selective_keeps_matmuls else 0.0, one_way)
+        forward, backward = one_way + 2 * self._wait(compute.forward, 2), one_way + 2 * self._wait(compute.backward, 2)
+        return Passes(forward, backward, forward if self._software.selective_keeps_matmuls else 0.0, forward)

@@ -23,7 +23,7 @@ from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost
 from .contention import Pace, least_pace, ranks_at_work, ranks_that_share, shares_with_stages
 from .data_parallel_cost import DataParallelModel
-from .first_assignment import first_assignment
+from .first_assignment import first_assignment, quicker_by_neighbours
 from .gradient_moments import gradients_by_torch
 from .in_flight import InFlight, in_flight
 from .job import TrainingJob
@@ -45,6 +45,7 @@ from .traced_cost import compute_model, traced_parts
 # Layers by kind, embedding, head, and what a microbatch costs besides.
 _Parts = tuple[dict[str, PartSeconds], PartSeconds, PartSeconds, ComputeCost]
 _MOST_PARTS = 4096
+_PACE_ROUNDS = 3  # of moved layers before it is counted how many ranks work at once
 
 
 class CostModel:
@@ -272,8 +273,8 @@ class CostModel:
         alike = layout.but(zero=0, dp_shard=1)  # what is sharded over dp has no say in it
         if alike not in self._paces:
             alone = self.price_seconds(alike, waits=False, pace=Pace())
-            durations = alone.durations(first_assignment(alone, float("inf"), ("none",)))
-            working = ranks_at_work(self._hardware, alike, alone.pipeline, durations)
+            counts = quicker_by_neighbours(alone, first_assignment(alone, float("inf"), ("none",)), _PACE_ROUNDS)
+            working = ranks_at_work(self._hardware, alike, alone.pipeline, alone.durations(counts))
             contention, ranks = self._hardware.contention, ranks_that_share(self._hardware, alike)
             sent = sum(share * contention(active) for active, share in working) / contention(ranks)
             self._paces[alike] = Pace(slowest, working, sent if self._hardware.backend == "gloo" else 1.0)
@@ -301,7 +302,7 @@ class CostModel:
     def _axis_passes(self, layout: Layout, compute: ComputeCost, sent: float, kind: str) -> dict[str, Passes]:
         axes = {"tp": self._axes.block_tp(layout, compute, kind), "cp": self._axes.block_cp(layout, compute)}
         if kind == "experts":
-            axes["ep"] = self._axes.block_ep(layout)
+            axes["ep"] = self._axes.block_ep(layout, compute)
         return axes if sent == 1.0 else {name: passes * sent for name, passes in axes.items()}
 
     def _part(

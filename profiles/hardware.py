@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,13 @@ class HardwareProfile:
     def wait_seconds(self, compute_seconds: float) -> float:
         """What a collective after so much compute waits for the slowest rank beyond what its own points hold.
 
-        Collectives are measured after as much compute as the first of `waits` has.
+        Collectives are measured after as much compute as the first of `waits` has. It never falls with more compute.
         """
-        points = [(p.compute_seconds, p.wait_seconds) for p in self.waits]
-        return max(0.0, held_at(points, compute_seconds, 0.0) - min(points)[1]) if points else 0.0
+        if not self.waits:
+            return 0.0
+        by_compute, waited = zip(*sorted((p.compute_seconds, p.wait_seconds) for p in self.waits), strict=True)
+        risen = list(accumulate(waited, max))
+        return held_at(list(zip(by_compute, risen, strict=True)), compute_seconds, 0.0) - risen[0]
 
     def shard_seconds(self, sequence: bool, linear_bytes: float) -> float:
         """What cutting it over tp adds to a pass of a block one of whose linears reads and writes so many bytes."""

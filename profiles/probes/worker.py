@@ -7,7 +7,7 @@ import importlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -83,15 +83,24 @@ def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> Non
     started: set[str] = set()
     took: dict[str, list[tuple[int, float]]] = {}  # ladder -> (size, seconds) of its cases so far
     pace = Pace(rank) if rank.device.type == "cpu" else None
-    for number, case in enumerate(cases):
+    quick = [case for case in cases if case.level == QUICK]
+    put_off: list[Case] = []
+
+    def turns() -> Iterator[tuple[Case, float]]:
+        yield from ((case, ends[case.phase]) for case in quick)
+        # What some phases leave over goes first to the quick cases that others had no time for.
+        yield from ((case, deadline) for case in (*put_off, *(case for case in cases if case.level != QUICK)))
+
+    for number, (case, until) in enumerate(turns()):
         now = rank.most(time.time())
-        first = case.level == QUICK and case.phase not in started
+        first = number < len(quick) and case.phase not in started
         started.add(case.phase)
-        until = ends[case.phase] if case.level == QUICK else deadline
         if not (first or case.needed) and now + _expected(case, took) > until:
+            if number < len(quick):
+                put_off.append(case)
             continue
         if rank.rank == 0:
-            tell("progress", (case.phase, case.name, number / len(cases)))
+            tell("progress", (case.phase, case.name, min(1.0, number / len(cases))))
         paced = pace.seconds() if pace is not None else 1.0
         found, reason = _attempt(rank, case)
         took.setdefault(case.ladder, []).append((case.size, rank.most(time.time()) - now))

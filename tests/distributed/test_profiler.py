@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from profiles.cluster import load_cluster_file
 from profiles.hardware import HardwareProfile, load_hardware
 from profiles.points import CollectivePoint
 from profiles.probes import compute, concurrency, overheads
-from profiles.probes.cases import QUICK, Case, all_cases
+from profiles.probes.cases import DEFAULT, QUICK, Case, all_cases
 from profiles.probes.collectives import PlacedGroup, make_groups, measure_bandwidths, measure_collective, placements
 from profiles.probes.findings import Request
 from profiles.probes.timing import CaseFailed, Rank
@@ -173,6 +174,27 @@ def _raise(error: Exception) -> Any:
 
 def test_a_bug_in_a_probe_is_not_taken_for_a_shape_that_does_not_fit() -> None:
     assert run_ranks(bug, 2) == [["ZeroDivisionError", "RuntimeError", "RuntimeError", "AttributeError"]] * 2
+
+
+def test_what_a_phase_had_no_time_for_comes_before_what_only_refines() -> None:
+    def spend(seconds: float) -> Callable[[Rank], dict[str, float]]:
+        return lambda rank: {"spent_seconds": time.sleep(seconds) or seconds}
+
+    cases = [
+        Case("links, slow", "links", QUICK, spend(1.0)),
+        Case("links, put off", "links", QUICK, spend(0.01)),
+        Case("gemm", "gemm", QUICK, spend(0.01)),
+        Case("gemm, more", "gemm", DEFAULT, spend(0.01)),
+    ]
+    measured: list[str] = []
+
+    def tell(kind: str, content: Any) -> None:
+        if kind == "case":
+            measured.append(content["name"])
+
+    rank = Rank(0, 1, torch.device("cpu"), effort_seconds=1e-3)
+    _measure(rank, cases, Request(DEFAULT, time.time() + 3.0, ()), tell)
+    assert measured == ["links, slow", "gemm", "links, put off", "gemm, more"]
 
 
 def test_operands_are_cold_and_a_residual_sum_costs_the_same_both_ways() -> None:
