@@ -122,6 +122,7 @@ def test_the_defaults() -> None:
         "uneven": False,
         "kernel": "",
         "memory_bytes": 0,
+        "sequence": False,
     }
 
 
@@ -224,7 +225,7 @@ FSDP = "fsdp_all_gather, fsdp_reduce_scatter, replicate_all_reduce"
         *((name, "dtype", "fp64", DTYPE) for name in NAMES if "dtype" in REQUIRED[name]),
         *((name, "dtype", 16, DTYPE) for name in NAMES if "dtype" in REQUIRED[name]),
         *((name, "seconds", 0, "a finite number > 0") for name in NAMES if "seconds" in REQUIRED[name]),
-        *((name, "spread", -0.1, "a finite number >= 0") for name in NAMES if "seconds" in REQUIRED[name]),
+        *((name, "spread", -0.1, "a finite number >= 0") for name in NAMES if hasattr(FULL[name], "spread")),
         *((name, "source", 3, "text") for name in ("gemm_models", "attention_models")),
         ("gemm", "operation", "backward", "one of forward, input_grad, weight_grad"),
         ("gemm", "m", 0, "a whole number >= 1"),
