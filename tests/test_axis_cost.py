@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from planner.axis_cost import AxisModel
+from planner.axis_cost import AxisModel, Passes
 from planner.comm_cost import CommModel, Group
+from planner.compute_seconds import ComputeCost, ComputeSeconds
 from planner.layout import Layout
 from planner.part_seconds import PHASES
+from profiles.experts_spec import Experts
+from profiles.points import WaitPoint
 from profiles.software import load_software
-from tests.oracles.small_world import block_of, price, small_question
+from tests.oracles.small_world import block_of, price, small_hardware, small_question
 from tests.plans import tiny_llama
 
 
@@ -50,6 +54,27 @@ def test_the_loss_is_agreed_on_piece_by_piece_or_in_three_sums() -> None:
     assert ours.forward == pytest.approx(sum(gathers))
     assert titan.forward == pytest.approx(3 * comm.collective_seconds("all_reduce", Group(4, 1), 4.0 * 2 * 1040))
     assert ours.backward == titan.backward > 0
+
+
+def test_ranks_wait_for_the_slowest_wherever_they_meet() -> None:
+    """A hundredth of the compute since they met last; all-to-all and experts meet twice a pass, a ring once."""
+    waits = tuple(WaitPoint(compute_seconds=c, wait_seconds=c / 100) for c in (1e-9, 1.0))
+    experts = tiny_llama(experts=Experts(number=4, top_k=2, ffn_hidden_size=64))
+    compute = ComputeCost(ComputeSeconds(gemm=0.2), ComputeSeconds(gemm=0.3), ComputeSeconds(gemm=0.3))
+
+    def passes(layout: Layout, **changes: Any) -> Passes:
+        question = small_question(experts, hardware=small_hardware(**changes))
+        comm, software = CommModel(question.cluster, question.hardware), load_software("meshwright").software
+        axes = AxisModel(experts, question.hardware, comm, question.job, software)
+        if layout.ep > 1:
+            return axes.block_ep(layout, compute)
+        return axes.block_tp(layout, compute, "dense") if layout.tp > 1 else axes.block_cp(layout, compute)
+
+    cp = [Layout(cp=2, cp_style=style) for style in ("all-to-all", "ring")]
+    for layout in (Layout(tp=2), *cp, Layout(dp=2, ep=2)):
+        waiting, alone = passes(layout, waits=waits), passes(layout)
+        assert waiting.forward - alone.forward == pytest.approx(0.002, rel=1e-6)
+        assert waiting.backward - alone.backward == pytest.approx(0.006, rel=1e-6)
 
 
 def test_without_tp_and_dp_nothing_is_sent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from planner import better_assignment as module
 from planner.better_assignment import better_assignment
 from planner.bounds import fits
-from planner.first_assignment import dealt_by_rank, first_assignment
-from planner.layout_costs import LayoutCosts
+from planner.first_assignment import dealt_by_rank, first_assignment, quicker_by_neighbours
+from planner.layout_costs import Blocks, LayoutCosts, StageCount
 from planner.schedule import Pipeline
 from planner.simulation import Simulation, StageSeconds, simulate
 from tests.oracles.brute_force import fastest, priced
@@ -49,6 +50,34 @@ def test_moves_find_what_is_better() -> None:
         assert costs.step(better) == best.step_seconds
         found.append((costs.step(start), costs.step(better)))
     assert found == [(52.0, 51.0), (52.0, 49.0), (52.0, 49.0)]
+
+
+def test_layers_go_to_the_neighbour_that_is_done_sooner() -> None:
+    """Eight layers on two stages, of which the last has a long head: as good as the best of all splits."""
+    costs = interleaved(8, 2, 1, head_seconds=6.0)
+
+    def split(first: int) -> tuple[StageCount, ...]:
+        return (Blocks(none=first),), (Blocks(none=8 - first),)
+
+    best = min(map(split, range(9)), key=costs.step)
+    assert costs.step(best) < costs.step(split(4))
+    assert costs.step(quicker_by_neighbours(costs, split(4), 3)) == costs.step(best)
+    assert quicker_by_neighbours(costs, split(4), 0) == split(4)
+
+
+@examples(60, 5)
+@given(any_layout_costs())
+def test_layers_that_go_to_neighbours_take_no_longer(costs_and_modes: tuple[LayoutCosts, tuple[str, ...]]) -> None:
+    costs, modes = costs_and_modes
+    start = first_assignment(costs, math.inf, modes)
+    quicker = quicker_by_neighbours(costs, start, 3)
+    assert costs.step(quicker) <= costs.step(start)
+    assert [sum(stage[k].total for stage in quicker) for k in range(len(costs.segments))] == [
+        segment.layers for segment in costs.segments
+    ]
+    assert all(sum(blocks.total for blocks in stage) for stage in quicker[1:-1])
+    held = [k for stage in quicker for k, blocks in enumerate(stage) if blocks.total]
+    assert held == sorted(held)
 
 
 @examples(60, 5)
