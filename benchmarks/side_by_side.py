@@ -10,6 +10,7 @@ namespace see too.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import statistics
 import sys
@@ -145,20 +146,30 @@ def one_step(plan: Plan, state: TrainState, meter: StepMeter, number: int) -> No
 
 
 class Turns:
-    """The ranks' side of the folder as the one that has them started sees it."""
+    """The ranks' side of the folder as the one that has them started sees it.
 
-    def __init__(self, folder: Path, check: Callable[[], None]) -> None:
-        self._folder, self._check, self._taken = folder, check, 0
+    Between two turns the `processes` are stopped: gloo's threads, of which the groups of all layouts have a hundred,
+    look around a hundred times a second each, and what is profiled meanwhile would seem slower than it is.
+    """
+
+    def __init__(self, folder: Path, check: Callable[[], None], processes: Sequence[int] = ()) -> None:
+        self._folder, self._check, self._processes, self._taken = folder, check, processes, 0
 
     def take(self) -> None:
         """Let the ranks work for one turn; back when it is over. `check` raises if they are no more."""
-        (self._folder / f"turn{self._taken}").touch()
+        self.watch()
         _wait_for(self._folder / f"done{self._taken}", self._check)
+        self._send(signal.SIGSTOP)
         self._taken += 1
 
     def watch(self) -> None:
         """Let them go on to the watched rounds and end."""
         (self._folder / f"turn{self._taken}").touch()
+        self._send(signal.SIGCONT)
+
+    def _send(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            os.kill(process, number)
 
 
 @contextmanager
@@ -175,7 +186,7 @@ def ranks_of_this_machine(folder: Path, world_size: int, count: int, turns: int,
     def check() -> None:
         started.join(timeout=0)  # raises what a rank has raised
 
-    work = Turns(folder, check)
+    work = Turns(folder, check, started.pids())
     yield work
     work.watch()
     while not started.join():

@@ -5,8 +5,8 @@ A kernel that is timed over and over finds its code and torch's way to it in the
 around it; in a block each operation follows another one. Where the host is the device, on CPUs, the difference is part
 of the step: so much for each operation that the host issues, as the cost model counts them. The block here is as large
 as a core's own cache, so that code and tensors drive each other out as in training; one that fits shows less of it.
-Both are measured in turns, each with a difference of its own, of which the median counts: a slow spell of the machine
-that meets the one and not the other is a third of what is looked for.
+Its passes come before the kernels and after them, so that a drift of the machine's pace meets both; the kernels are
+timed for as long as the profile's own are, since the first of them after a pause take up to a tenth longer.
 A backward in halves (zero bubble) walks the graph in Python besides, once for the gradients of the input and once more
 for those of the weights.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +28,7 @@ from .timing import Rank
 _TOKENS, _HIDDEN, _HEADS, _FFN = 256, 128, 4, 352
 _BLOCKS = 4
 _KERNELS = {"linear": 7, "memory": 8, "flash": 1}  # of one block
-_TURNS = 5
-_PASS_SECONDS = 0.03  # of effort for one pass before the kernels of a turn and one after them
+_PASS_SECONDS = 0.012  # of effort for one pass before the kernels and one after them
 _MEETING = 3  # sums of gradients that a backward has besides
 
 
@@ -87,21 +85,17 @@ def measure_chain(rank: Rank) -> dict[str, float]:
 
     whole()
     halves()
-    passes = max(1, round(rank.effort_seconds / _PASS_SECONDS))
-    among, split = [], []  # beyond the kernels, and beyond a whole backward, turn by turn
-    for _ in range(_TURNS):
-        pairs = [(block_seconds(whole), block_seconds(halves)) for _ in range(passes)]
-        kernels = sum(_kernel_seconds(replace(rank, effort_seconds=rank.effort_seconds / _TURNS)))
-        pairs += [(block_seconds(whole), block_seconds(halves)) for _ in range(passes)]
-        together, apart = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-        among.append(rank.mean(together - kernels))
-        split.append(rank.mean(apart - together))
+    repeats = max(4, round(rank.effort_seconds / _PASS_SECONDS))
+    passes = [(block_seconds(whole), block_seconds(halves)) for _ in range(repeats)]
+    kernels = sum(_kernel_seconds(rank))
+    passes += [(block_seconds(whole), block_seconds(halves)) for _ in range(repeats)]
+    together, apart = (rank.mean(statistics.median(seconds)) for seconds in zip(*passes, strict=True))
     forward, backward = (
         sum(number * HOST_OPERATIONS[kind][way] for kind, number in _KERNELS.items()) for way in (0, 1)
     )
     return {
-        "operation_overhead_seconds": max(0.0, statistics.median(among)) / (forward + backward + _MEETING),
-        "split_overhead_seconds": max(0.0, statistics.median(split)) / backward,
+        "operation_overhead_seconds": max(0.0, together - rank.mean(kernels)) / (forward + backward + _MEETING),
+        "split_overhead_seconds": max(0.0, apart - together) / backward,
     }
 
 
