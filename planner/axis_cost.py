@@ -55,6 +55,10 @@ class AxisModel:
         self._cut = {segment.kind: cut_shares(model, segment.kind) for segment in model.segments}
         self._element_bytes = DTYPE_BYTES["bf16" if job.precision == "fp8" else job.precision]
 
+    def _wait(self, compute: ComputeSeconds, meetings: int) -> float:
+        """For the slowest rank, each of so many times in a pass of a block."""
+        return self._hardware.wait_seconds(compute.total / meetings)
+
     # ---- tp --------------------------------------------------------------------------------------------
 
     def _whole_bytes(self, layout: Layout) -> float:
@@ -207,10 +211,6 @@ class AxisModel:
         sent = sum(self._comm.collective_seconds("all_to_all", group, s) for s in (queries, keys_values, outputs))
         forward, backward = sent + 2 * self._wait(compute.forward, 2), sent + 2 * self._wait(compute.backward, 2)
         return Passes(forward, backward, forward, forward)
-
-    def _wait(self, compute: ComputeSeconds, meetings: int) -> float:
-        """For the slowest rank, each of so many times in a pass of a block."""
-        return self._hardware.wait_seconds(compute.total / meetings)
 
     def _ring(self, layout: Layout, group: Group, keys_values: float, compute: ComputeCost) -> Passes:
         """Our own starts its backward with the keys that the rank holds: the gradients of others set out a step later

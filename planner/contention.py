@@ -5,7 +5,7 @@ Kernels are measured with all ranks computing. In a pipeline with stages in thei
 with k of the p stages at work takes c(k·n)/c(p·n) times as long as measured, with n ranks a stage and the profile's
 contention c of its kind. Cores are shared evenly, so a product's is about the ranks a core; what streams through memory
 gains more, since fewer tensors fit a cache better (four ranks on two cores: benchmarks/README.md). How long k stages
-work is counted on the schedule itself, with layers dealt out evenly and no messages.
+work is counted on the schedule itself, with layers dealt out so that it is short and no messages.
 """
 
 from __future__ import annotations

@@ -164,10 +164,11 @@ def quicker_by_neighbours(costs: LayoutCosts, counts: Sequence[StageCount], roun
     """The assignment after so many times the layer that shortens the step most went from a stage to one beside it."""
     best, seconds = tuple(counts), costs.step(counts)
     for _ in range(rounds):
-        shortest = min(_neighbours(best), key=costs.step, default=best)
-        if costs.step(shortest) >= seconds:
+        priced = ((costs.step(other), other) for other in _neighbours(best))
+        least, shortest = min(priced, key=lambda pair: pair[0], default=(seconds, best))
+        if least >= seconds:
             break
-        best, seconds = shortest, costs.step(shortest)
+        best, seconds = shortest, least
     return best
 
 

@@ -204,11 +204,7 @@ class HardwareProfile:
 
         Collectives are measured after as much compute as the first of `waits` has. It never falls with more compute.
         """
-        if not self.waits:
-            return 0.0
-        by_compute, waited = zip(*sorted((p.compute_seconds, p.wait_seconds) for p in self.waits), strict=True)
-        risen = list(accumulate(waited, max))
-        return held_at(list(zip(by_compute, risen, strict=True)), compute_seconds, 0.0) - risen[0]
+        return held_at(self._risen_waits, compute_seconds, 0.0)
 
     def shard_seconds(self, sequence: bool, linear_bytes: float) -> float:
         """What cutting it over tp adds to a pass of a block one of whose linears reads and writes so many bytes."""
@@ -236,6 +232,13 @@ class HardwareProfile:
         return not self._memory_points or any(key[0] == dtype for key in self._memory_points)
 
     # ---- indices over the points -----------------------------------------------------------------------
+
+    @cached_property
+    def _risen_waits(self) -> list[tuple[float, float]]:
+        """(seconds of compute, seconds waited more than at the least of it), none below one before it."""
+        points = sorted((p.compute_seconds, p.wait_seconds) for p in self.waits)
+        risen = accumulate((wait for _, wait in points), max)
+        return [(compute, wait - points[0][1]) for (compute, _), wait in zip(points, risen, strict=True)]
 
     @cached_property
     def _gemm_grids(self) -> dict[tuple[str, str], RateGrid]:

@@ -316,6 +316,8 @@ def test_a_collective_waits_longer_after_more_work_than_where_it_was_measured() 
     assert hardware.wait_seconds(1e-2) == pytest.approx(8e-4)
     assert hardware.wait_seconds(1.0) == pytest.approx(3.8e-3)
     assert small_hardware().wait_seconds(1.0) == 0.0
+    falling = (*waits, WaitPoint(compute_seconds=0.2, wait_seconds=1e-3))
+    assert small_hardware(waits=falling).wait_seconds(1.0) == pytest.approx(3.8e-3)
 
 
 def test_cutting_a_block_costs_more_the_more_its_linears_touch() -> None:
