@@ -1,4 +1,4 @@
-"""A better assignment from good ones, for pipelines with chunks: layers move one at a time off the critical path."""
+"""A better assignment from a good one: layers move one at a time, off the critical path or to the stage beside."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .bounds import fits
 from .first_assignment import dealt_by_rank, moved, recompute_until_it_fits
+from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
 from .simulation import Path, StageSeconds, simulate
 
@@ -30,7 +31,8 @@ class _Move(NamedTuple):
 def better_assignment(
     costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float, modes: Sequence[str]
 ) -> tuple[StageCount, ...]:
-    """The best found from `counts`, which fit, and from layers dealt out by rank with the wider chunks anywhere."""
+    """The best found from `counts`, which fit, and, with chunks, from layers dealt out by rank with the wider chunks
+    anywhere."""
     starts = [list(counts)]
     for widest in range(costs.layout.virtual_stages):
         start = dealt_by_rank(costs, modes, widest)
@@ -44,6 +46,33 @@ def better_assignment(
     while best.go_on():
         pass
     return min((tuple(best.counts), tuple(counts)), key=costs.step)
+
+
+def quicker_by_neighbours(costs: LayoutCosts, counts: Sequence[StageCount], rounds: int) -> tuple[StageCount, ...]:
+    """The assignment after so many times the layer that shortens the step most went from a stage to one beside it."""
+    best, seconds = tuple(counts), costs.step(counts)
+    for _ in range(rounds):
+        priced = ((costs.step(other), other) for other in _neighbours(best))
+        least, shortest = min(priced, key=lambda pair: pair[0], default=(seconds, best))
+        if least >= seconds:
+            break
+        best, seconds = shortest, least
+    return best
+
+
+def _neighbours(counts: tuple[StageCount, ...]) -> Iterator[tuple[StageCount, ...]]:
+    """One layer at a boundary goes across it, in the mode it has; no inner stage is left empty."""
+    for here in range(len(counts) - 1):
+        for source, target, order in ((here, here + 1, -1), (here + 1, here, 1)):
+            held = counts[source]
+            inner = 0 < source < len(counts) - 1
+            if sum(blocks.total for blocks in held) <= inner:
+                continue
+            k = next(k for k in range(len(held))[::order] if held[k].total)
+            mode = next(mode for mode in RECOMPUTE_MODES if held[k].of(mode))
+            changed = list(counts)
+            changed[source], changed[target] = moved(held, k, {mode: -1}), moved(counts[target], k, {mode: 1})
+            yield tuple(changed)
 
 
 class _Climb:

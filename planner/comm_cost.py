@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from profiles.alpha_beta import AlphaBeta
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
-from profiles.points import FSDP_COLLECTIVES
+from profiles.points import FSDP_COLLECTIVES, SCALARS_BYTES, SUM_OF_SCALARS
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,13 @@ class CommModel:
         collective = FSDP_COLLECTIVES[operation]
         beyond = seconds - self.collective_seconds(collective, group, size_bytes)
         return self.collective_seconds(collective, group, bytes_total) + max(0.0, beyond)
+
+    def scalars_seconds(self, group: Group) -> float:
+        """Seconds of summing a step's loss and gradient norm over the group."""
+        if group.size == 1:
+            return 0.0
+        measured = self._measured(SUM_OF_SCALARS, group, SCALARS_BYTES)
+        return self.collective_seconds("all_reduce", group, SCALARS_BYTES) if measured is None else measured
 
     def pair_sum_seconds(self, group: Group, size_bytes: float) -> float:
         """Seconds of an all-reduce between the first and the last rank of the group alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 
@@ -158,33 +158,6 @@ def moved(count: StageCount, segment: int, more: Mapping[str, int]) -> StageCoun
     """The stage with so many layers more, or fewer, of the segment in each mode."""
     blocks = {mode: count[segment].of(mode) + more.get(mode, 0) for mode in RECOMPUTE_MODES}
     return (*count[:segment], Blocks(**blocks), *count[segment + 1 :])
-
-
-def quicker_by_neighbours(costs: LayoutCosts, counts: Sequence[StageCount], rounds: int) -> tuple[StageCount, ...]:
-    """The assignment after so many times the layer that shortens the step most went from a stage to one beside it."""
-    best, seconds = tuple(counts), costs.step(counts)
-    for _ in range(rounds):
-        priced = ((costs.step(other), other) for other in _neighbours(best))
-        least, shortest = min(priced, key=lambda pair: pair[0], default=(seconds, best))
-        if least >= seconds:
-            break
-        best, seconds = shortest, least
-    return best
-
-
-def _neighbours(counts: tuple[StageCount, ...]) -> Iterator[tuple[StageCount, ...]]:
-    """One layer at a boundary goes across it, in the mode it has; no inner stage is left empty."""
-    for here in range(len(counts) - 1):
-        for source, target, order in ((here, here + 1, -1), (here + 1, here, 1)):
-            held = counts[source]
-            inner = 0 < source < len(counts) - 1
-            if sum(blocks.total for blocks in held) <= inner:
-                continue
-            k = next(k for k in range(len(held))[::order] if held[k].total)
-            mode = next(mode for mode in RECOMPUTE_MODES if held[k].of(mode))
-            changed = list(counts)
-            changed[source], changed[target] = moved(held, k, {mode: -1}), moved(counts[target], k, {mode: 1})
-            yield tuple(changed)
 
 
 def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[int, float]:

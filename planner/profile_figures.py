@@ -6,14 +6,7 @@ from collections.abc import Sequence
 
 from profiles.alpha_beta import ONE_STEP, PASSES
 from profiles.hardware import HardwareProfile
-from profiles.points import CollectivePoint
-
-# What FSDP2 does around a collective moves as many bytes as that collective does.
-RINGS = {
-    "fsdp_all_gather": "all_gather",
-    "fsdp_reduce_scatter": "reduce_scatter",
-    "replicate_all_reduce": "all_reduce",
-}
+from profiles.points import FSDP_COLLECTIVES, SUM_OF_SCALARS, CollectivePoint
 
 
 def flops_unit(hardware: HardwareProfile) -> tuple[str, float]:
@@ -55,9 +48,14 @@ def best_attention(hardware: HardwareProfile, dtype: str, direction: str) -> flo
     return max(measured or [getattr(m, key) for m in hardware.attention_models if m.dtype == dtype], default=None)
 
 
+def by_size(hardware: HardwareProfile) -> list[CollectivePoint]:
+    """What was measured of messages: all but the sum of a step's two numbers, which has one size and no bandwidth."""
+    return [point for point in hardware.collectives if point.operation != SUM_OF_SCALARS]
+
+
 def bus_bandwidth(point: CollectivePoint) -> float:
     """Bytes per second on the busiest link, as nccl-tests prints it: 2(n-1)/n of the bytes for an all-reduce."""
-    operation, n = RINGS.get(point.operation, point.operation), point.ranks
+    operation, n = FSDP_COLLECTIVES.get(point.operation, point.operation), point.ranks
     share = 1.0 if operation in ("broadcast", *ONE_STEP) else PASSES[operation] * (n - 1) / n
     return share * point.bytes / point.seconds
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from profiles.hardware import HardwareProfile
 from profiles.points import DTYPES, CollectivePoint
 
-from .profile_figures import best_gemm, bus_bandwidth, flops_unit
+from .profile_figures import best_gemm, bus_bandwidth, by_size, flops_unit
 from .quantity_text import figure_text, size_text
 
 _WIDTH, _HEIGHT = 100, 20
@@ -57,7 +57,7 @@ def profile_plots(hardware: HardwareProfile) -> list[RenderableType]:
     if modelled:
         parts += [_sources(hardware), Text("\nGEMM: FLOP/s of square products, by the model", style="bold")]
         parts += [_modelled_efficiency(hardware, modelled)]
-    if any(not p.uneven for p in hardware.collectives):
+    if any(not p.uneven for p in by_size(hardware)):
         parts += [Text("\ncollectives: bus bandwidth of the largest group", style="bold"), _bandwidths(hardware)]
     return parts
 
@@ -103,7 +103,7 @@ def _modelled_efficiency(hardware: HardwareProfile, dtypes: Sequence[str]) -> Re
 
 def _bandwidths(hardware: HardwareProfile) -> RenderableType:
     groups: dict[str, dict[tuple[int, int], list[CollectivePoint]]] = {}
-    for p in hardware.collectives:
+    for p in by_size(hardware):
         if not p.uneven:
             groups.setdefault(p.operation, {}).setdefault((p.ranks, -p.stride), []).append(p)
     series = []

@@ -15,10 +15,10 @@ from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
 from profiles.lists_in_words import first_of
 from profiles.model import ModelSpec
-from profiles.points import DIRECTIONS, DTYPES, CollectivePoint
+from profiles.points import DIRECTIONS, DTYPES, FSDP_COLLECTIVES, SUM_OF_SCALARS, CollectivePoint
 
 from .profile_differences import difference_report
-from .profile_figures import RINGS, best_attention, best_gemm, bus_bandwidth, flops_unit, gemm_errors, quantile
+from .profile_figures import best_attention, best_gemm, bus_bandwidth, by_size, flops_unit, gemm_errors, quantile
 from .profile_plots import profile_plots
 from .quantity_text import bytes_text, figure_text, seconds_text, size_text
 from .report import plain_table
@@ -45,7 +45,7 @@ _CONDITIONS = {
 def profile_report(hardware: HardwareProfile) -> RenderableType:
     """What was measured, on one screen: conditions, rates, overheads, collectives with their fit, spread."""
     parts: list[RenderableType] = [_head(hardware), _rates(hardware), "", _scalars(hardware)]
-    if hardware.collectives:
+    if by_size(hardware):
         parts += [_collectives(hardware), _fits(hardware)]
     return Group(*parts, _spread(hardware))
 
@@ -157,11 +157,14 @@ def _scalars(hardware: HardwareProfile) -> Table:
         sides = ([p.compute_slowdown for p in h.overlap], [p.communication_slowdown for p in h.overlap])
         compute, communication = (f"{min(side):.2f} to {max(side):.2f}" for side in sides)
         overlap += f"; measured {compute} and {communication}"
+    summed = [p for p in h.collectives if p.operation == SUM_OF_SCALARS]
+    scalars = [f"summed over {p.ranks} ranks in {seconds_text(p.seconds)}" for p in summed]
     held = f"context {bytes_text(h.context_bytes)}, a communicator {bytes_text(h.communicator_bytes)}"
     held += f", allocator slack {h.allocator_slack:.1%}"
     lines = [
         ("memory bandwidth", ", ".join(bandwidths)),
         ("overheads", ", ".join(f"{name} {seconds_text(value)}" for name, value in overheads if value > 0)),
+        ("loss and norm", ", ".join(scalars)),
         ("overlap", overlap),
         ("stragglers", f"× {h.straggler_slowdown:.3f}"),
         *_contention(h),
@@ -178,7 +181,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
 def _collectives(hardware: HardwareProfile) -> RenderableType:
     """Seconds by group and size; sizes that differ by a rounding share a column."""
     columns: list[list[int]] = []
-    for size in sorted({p.bytes for p in hardware.collectives}):
+    for size in sorted({p.bytes for p in by_size(hardware)}):
         if columns and size <= 1.05 * columns[-1][0]:
             columns[-1].append(size)
         else:
@@ -187,7 +190,7 @@ def _collectives(hardware: HardwareProfile) -> RenderableType:
     shown = sorted({round(i * last / (_MOST_SIZES - 1)) for i in range(_MOST_SIZES)} if last else {0})
     names = [size_text(columns[i][-1]) for i in shown]
     groups: dict[_Group, list[CollectivePoint]] = {}
-    for p in hardware.collectives:
+    for p in by_size(hardware):
         groups.setdefault((p.operation, p.uneven, p.ranks, p.stride), []).append(p)
     listed = _listed(sorted(groups))
     title = f"\ncommunication, {len(listed)} of {len(groups)} groups and {len(shown)} of {last + 1} sizes"
@@ -215,11 +218,11 @@ def _fits(hardware: HardwareProfile) -> Table:
     columns = ("points", "once", "a step", "GB/s", "ramp", "error p50", "worst")
     table = plain_table("\ncommunication as α-β with a ramp", "operation", *columns)
     groups: dict[str, list[Sample]] = {}
-    for p in hardware.collectives:
+    for p in by_size(hardware):
         if not p.uneven:
             across = hardware.devices_per_node and p.ranks * p.stride > hardware.devices_per_node
             name = p.operation.replace("_", " ") + (", across nodes" if across else "")
-            sample = Sample(RINGS.get(p.operation, p.operation), p.ranks, p.bytes, p.seconds)
+            sample = Sample(FSDP_COLLECTIVES.get(p.operation, p.operation), p.ranks, p.bytes, p.seconds)
             groups.setdefault(name, []).append(sample)
     for name, samples in sorted(groups.items()):
         fitted = fit(samples)

@@ -18,12 +18,13 @@ from profiles.software import Software, load_software
 from profiles.traced_model import TracedModel
 
 from .axis_cost import AxisModel, Passes
+from .better_assignment import quicker_by_neighbours
 from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
 from .compute_cost import ComputeCost
 from .contention import Pace, least_pace, ranks_at_work, ranks_that_share, shares_with_stages
 from .data_parallel_cost import DataParallelModel
-from .first_assignment import first_assignment, quicker_by_neighbours
+from .first_assignment import first_assignment
 from .gradient_moments import gradients_by_torch
 from .in_flight import InFlight, in_flight
 from .job import TrainingJob
@@ -374,5 +375,4 @@ class CostModel:
         return self._comm.collective_seconds("all_reduce", Group(layout.tp, 1), size)
 
     def _clip_seconds(self, layout: Layout) -> float:
-        """Loss and gradient norm, two float64 numbers, summed over all ranks."""
-        return self._comm.collective_seconds("all_reduce", Group(layout.world_size, 1), 16.0)
+        return self._comm.scalars_seconds(Group(layout.world_size, 1))

@@ -19,6 +19,10 @@ DIRECTIONS = ("forward", "backward")
 DATA_PARALLEL = ("fsdp_all_gather", "fsdp_reduce_scatter", "replicate_all_reduce")
 FSDP_COLLECTIVES: dict[str, str] = dict(zip(DATA_PARALLEL, ("all_gather", "reduce_scatter", "all_reduce"), strict=True))
 
+# Loss and gradient norm of a step, two float64 numbers summed over all ranks. With fewer numbers than ranks most of the
+# messages of gloo's ring are empty and not sent, so that it may take half of what a kilobyte does.
+SUM_OF_SCALARS, SCALARS_BYTES = "scalar_all_reduce", 16
+
 # Tensors that cross memory per element, (forward, backward), when each operation is one eager kernel:
 # a read or a write of one element each. Counted from what torch's CUDA kernels do.
 EAGER_PASSES = {
@@ -251,7 +255,7 @@ _CHOICES: dict[tuple[type, str], tuple[str, ...]] = {
     (GemmPoint, "operation"): GEMM_OPERATIONS,
     (ManyGemmPoint, "kind"): ("batched", "grouped"),
     (MemoryPoint, "operation"): tuple(EAGER_PASSES),
-    (CollectivePoint, "operation"): (*COLLECTIVES, *DATA_PARALLEL),
+    (CollectivePoint, "operation"): (*COLLECTIVES, *DATA_PARALLEL, SUM_OF_SCALARS),
     (OverlapPoint, "operation"): COLLECTIVES,
 }
 _LEAST = {"ranks": 2, "kv_heads": 0, "memory_bytes": 0}  # other whole numbers count something from 1 on

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner import better_assignment as module
-from planner.better_assignment import better_assignment
+from planner.better_assignment import better_assignment, quicker_by_neighbours
 from planner.bounds import fits
-from planner.first_assignment import dealt_by_rank, first_assignment, quicker_by_neighbours
+from planner.first_assignment import dealt_by_rank, first_assignment
 from planner.layout_costs import Blocks, LayoutCosts, StageCount
 from planner.schedule import Pipeline
 from planner.simulation import Simulation, StageSeconds, simulate

@@ -194,6 +194,16 @@ def test_a_point_outranks_the_links_for_just_its_group() -> None:
         assert comm.collective_seconds(operation, group, 1e6) == plain.collective_seconds(operation, group, 1e6) < 0.1
 
 
+def test_a_step_s_two_numbers_take_what_their_own_sum_does_and_else_what_a_small_all_reduce_does() -> None:
+    own = point("scalar_all_reduce", 4, 1, 0.1, bytes=16)
+    small, large = point("all_reduce", 4, 1, 0.5), point("all_reduce", 4, 1, 1.0, bytes=10**6)
+    assert measured(small_cluster(4), own, small, large).scalars_seconds(Group(4, 1)) == 0.1
+    assert measured(small_cluster(4), small, large).scalars_seconds(Group(4, 1)) == pytest.approx(0.5, rel=1e-3)
+    comm = measured(small_cluster(4), own)
+    assert comm.scalars_seconds(Group(2, 1)) == comm.collective_seconds("all_reduce", Group(2, 1), 16) < 0.1
+    assert comm.scalars_seconds(Group(1, 1)) == 0
+
+
 def test_an_uneven_all_to_all_says_nothing_of_an_even_one() -> None:
     comm, plain = (
         measured(small_cluster(4), *points) for points in ((point("all_to_all", 4, 1, 0.5, uneven=True),), ())

@@ -19,6 +19,7 @@ from profiles.points import (
     DTYPES,
     EAGER_PASSES,
     GEMM_OPERATIONS,
+    SUM_OF_SCALARS,
     AttentionModel,
     AttentionPoint,
     CollectivePoint,
@@ -181,7 +182,7 @@ points: dict[str, st.SearchStrategy[Any]] = {
     ),
     "collectives": st.builds(
         CollectivePoint,
-        operation=st.sampled_from((*COLLECTIVES, *DATA_PARALLEL)),
+        operation=st.sampled_from((*COLLECTIVES, *DATA_PARALLEL, SUM_OF_SCALARS)),
         ranks=st.integers(2, 1 << 20),
         stride=counts,
         bytes=counts,
@@ -216,7 +217,7 @@ def test_any_point_survives_its_file(named: tuple[str, Any]) -> None:
 
 DTYPE = "one of fp32, tf32, bf16, fp16, fp8"
 PLAIN = "all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send_recv, exchange"
-FSDP = "fsdp_all_gather, fsdp_reduce_scatter, replicate_all_reduce"
+FSDP = "fsdp_all_gather, fsdp_reduce_scatter, replicate_all_reduce, scalar_all_reduce"
 
 
 @pytest.mark.parametrize(

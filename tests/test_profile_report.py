@@ -232,6 +232,14 @@ def test_skipped_cases_in_any_form(skipped: object, expected: str) -> None:
     assert expected in text(profile_report(replace(measured(), provenance={"skipped": skipped})))
 
 
+def test_the_sum_of_loss_and_norm_is_a_line_and_no_row_of_the_tables() -> None:
+    points = (collective("broadcast", 2, 1024, 1e-5), collective("scalar_all_reduce", 2, 16, 2.5e-5))
+    shown = text(show_report(replace(measured(), collectives=points)))
+    assert f"summed over 2 ranks in {seconds_text(2.5e-5)}" in shown
+    assert "1 of 1 groups and 1 of 1 sizes" in shown
+    assert "scalar" not in shown
+
+
 def test_many_sizes_share_a_screen_and_rounded_sizes_a_column() -> None:
     sizes = [2**power for power in range(3, 31)]
     points = [collective("all_reduce", 8, s, 1e-5 + s / 1e11) for s in sizes]

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 from ..cluster import COLLECTIVES
-from ..points import GEMM_OPERATIONS
+from ..points import GEMM_OPERATIONS, SCALARS_BYTES
 from . import chains, compute, concurrency, overheads
-from .collectives import PlacedGroup, Placement, measure_bandwidths, measure_collective
+from .collectives import PlacedGroup, Placement, measure_bandwidths, measure_collective, measure_scalars
 from .compute import linear_products, linear_shapes
 from .timing import Rank
 
@@ -78,6 +78,8 @@ def _links(rank: Rank, groups: Groups) -> Iterator[Case]:
         sizes |= {2**p: DEFAULT for p in (14, 16, 20, 21, 24)} | {2**p: FULL for p in (19, 26, 28, 30)}
     pair_bytes = 2**26 if cuda else 2**21
     yield Case("bandwidths", "links", QUICK, lambda r: {"bandwidths": measure_bandwidths(r, pair_bytes)})
+    world = groups[rank.world_size, 1]
+    yield Case("sum of loss and norm", "links", QUICK, partial(measure_scalars, placed=world), size=SCALARS_BYTES)
     # Small ones of all operations first: a slow link that leaves no time for the large ones has latencies then.
     for size, level in sorted(sizes.items()):
         for operation in _IN_ORDER:

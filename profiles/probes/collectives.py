@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
-from ..points import CollectivePoint
+from ..points import SCALARS_BYTES, SUM_OF_SCALARS, CollectivePoint
 from .timing import Rank, time_alone, time_together
 
 Placement = tuple[int, int]
@@ -94,6 +94,21 @@ def measure_collective(
         bytes=elements * 4,
         uneven=uneven,
         seconds=seconds,
+        spread=timing.spread,
+    )
+
+
+def measure_scalars(rank: Rank, placed: PlacedGroup) -> CollectivePoint:
+    """Seconds of summing a step's loss and gradient norm over all ranks, as a step does it."""
+    scalars = torch.zeros(SCALARS_BYTES // 8, dtype=torch.float64, device=rank.device)
+    between = work_between(rank, BETWEEN_SECONDS)
+    timing = time_together(rank, lambda: dist.all_reduce(scalars, group=placed.group), between)
+    return CollectivePoint(
+        operation=SUM_OF_SCALARS,
+        ranks=placed.size,
+        stride=placed.stride,
+        bytes=SCALARS_BYTES,
+        seconds=timing.seconds,
         spread=timing.spread,
     )
 

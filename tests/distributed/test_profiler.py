@@ -19,7 +19,14 @@ from profiles.hardware import HardwareProfile, load_hardware
 from profiles.points import CollectivePoint
 from profiles.probes import compute, concurrency, overheads
 from profiles.probes.cases import DEFAULT, QUICK, Case, all_cases
-from profiles.probes.collectives import PlacedGroup, make_groups, measure_bandwidths, measure_collective, placements
+from profiles.probes.collectives import (
+    PlacedGroup,
+    make_groups,
+    measure_bandwidths,
+    measure_collective,
+    measure_scalars,
+    placements,
+)
 from profiles.probes.findings import Request
 from profiles.probes.timing import CaseFailed, Rank
 from profiles.probes.worker import _measure
@@ -44,13 +51,16 @@ def probe_links() -> tuple[list[CollectivePoint], list[list[float]]]:
         for operation in (*OPERATIONS, *(("send_recv",) if placed.size == 2 else ()))
     ]
     points.append(measure_collective(rank, groups[4, 1], "all_to_all", 4096, uneven=True))
+    points.append(measure_scalars(rank, groups[4, 1]))
     return points, measure_bandwidths(rank, 65536)
 
 
 def test_collectives_of_every_placement() -> None:
     points, matrix = run_ranks(probe_links, 4)[0]
-    assert len(points) == 3 * 6 + 2 + 1
     assert all(0 < point.seconds < 5 for point in points)
+    scalars = points.pop()
+    assert (scalars.operation, scalars.ranks, scalars.stride, scalars.bytes) == ("scalar_all_reduce", 4, 1, 16)
+    assert len(points) == 3 * 6 + 2 + 1
     assert {(p.ranks, p.stride) for p in points} == {(2, 1), (2, 2), (4, 1)}
     assert {p.bytes for p in points} == {4096}
     assert [p.uneven for p in points].count(True) == 1
@@ -217,14 +227,15 @@ def test_small_messages_of_every_operation_come_before_large_ones() -> None:
     rank = Rank(0, 2, torch.device("cpu"))
     placed: Any = PlacedGroup(None, [0, 1], 1)  # type: ignore[arg-type]
     quick = [c for c in all_cases(rank, {(2, 1): placed}, ("fp32",)) if c.level == QUICK and c.phase == "links"]
-    assert [c.name for c in quick[:3]] == [
+    assert [c.name for c in quick[:4]] == [
         "bandwidths",
+        "sum of loss and norm",
         "send_recv 2 ranks 1 apart 1024 bytes",
         "all_reduce 2 ranks 1 apart 1024 bytes",
     ]
     sizes = [c.size for c in quick[1:]]
     assert sizes == sorted(sizes)
-    assert len(sizes) == 18
+    assert len(sizes) == 19
 
 
 # ---- the whole of it, as a person runs it ------------------------------------------------------------------------
