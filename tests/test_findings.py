@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from profiles.points import AttentionPoint, CollectivePoint, GemmPoint
 from profiles.probes.cases import DEFAULT, FULL, PHASES, QUICK, all_cases
 from profiles.probes.collectives import PlacedGroup, placements
 from profiles.probes.findings import Findings
+from profiles.probes.profiler import ProfileOptions
 from profiles.probes.timing import Rank, trimmed_mean
 
 FACTS: dict[str, Any] = {
@@ -172,6 +174,13 @@ def test_every_case_has_a_name_of_its_own_and_the_needed_ones_come_first(world_s
     for phase in {case.phase for case in default}:
         half = sum(case.phase == phase for case in default[: len(default) // 2])
         assert half == pytest.approx(sum(case.phase == phase for case in default) / 2, abs=1, rel=0.01)
+
+
+def test_the_budget_counts_from_when_the_profile_was_asked_for() -> None:
+    began = time.time() - 4.0
+    late, now = (ProfileOptions(ranks=2, thoroughness="quick", began=at).request().deadline for at in (began, None))
+    assert late == pytest.approx(began + 27.0)
+    assert now == pytest.approx(time.time() + 27.0, abs=1.0)
 
 
 def test_placements_are_the_axes_that_divide_the_world() -> None:

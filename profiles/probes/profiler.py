@@ -32,7 +32,8 @@ _KEEP_SECONDS = 10.0  # between two times that an unfinished profile is kept
 class ProfileOptions:
     """How thoroughly to measure, with how many ranks and which dtypes, and what to go on from.
 
-    `dtypes` None: what the device and the thoroughness ask for.
+    `dtypes` None: what the device and the thoroughness ask for. The budget counts from `began`, a `time.time()`; None: from
+    when the ranks are started.
     """
 
     ranks: int
@@ -40,14 +41,16 @@ class ProfileOptions:
     dtypes: tuple[str, ...] | None = None
     budget_seconds: float | None = None
     resume: HardwareProfile | None = None
+    began: float | None = None
 
     def request(self) -> Request:
         level = LEVELS[self.thoroughness]
         budget = self.budget_seconds or BUDGET_SECONDS[self.thoroughness]
+        began = time.time() if self.began is None else self.began
         done = self.resume.provenance.get("cases", {}).get("done", []) if self.resume is not None else []
         return Request(
             level=level,
-            deadline=time.time() + max(5.0, budget - _LEAVING_SECONDS),
+            deadline=began + max(5.0, budget - _LEAVING_SECONDS),
             dtypes=self.dtypes or _dtypes(level),
             done=frozenset(done),
         )

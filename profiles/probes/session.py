@@ -29,12 +29,13 @@ def measure(
     *,
     resume: bool = False,
     dtypes: tuple[str, ...] = (),
+    began: float | None = None,
 ) -> tuple[HardwareProfile, ClusterSpec] | None:
     """Measure and write; None on the ranks that only take part.
 
     An interrupted session leaves the profile of what it had measured, if a plan can be made from that; `resume`
     takes what the file holds and measures what is missing. `dtypes` are of the kernels, by default what
-    `ProfileOptions` says.
+    `ProfileOptions` says, as is what `began` is.
 
     Raises:
         InputError: nothing to resume, or what `profile_machine` raises.
@@ -53,6 +54,7 @@ def measure(
         thoroughness=thoroughness,
         dtypes=dtypes or None,
         resume=earlier,
+        began=began,
     )
     if not profiler.is_first():
         profiler.profile_machine(options, command)
