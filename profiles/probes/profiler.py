@@ -32,8 +32,8 @@ _KEEP_SECONDS = 10.0  # between two times that an unfinished profile is kept
 class ProfileOptions:
     """How thoroughly to measure, with how many ranks and which dtypes, and what to go on from.
 
-    `dtypes` None: what the device and the thoroughness ask for. The budget counts from `began`, a `time.time()`; None: from
-    when the ranks are started.
+    `dtypes` None: what the device and the thoroughness ask for. The budget counts from `began`, a `time.time()`; None:
+    from when the ranks are started.
     """
 
     ranks: int
