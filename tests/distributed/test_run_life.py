@@ -193,20 +193,20 @@ def test_a_time_limit_leaves_with_a_checkpoint(tmp_path: Path, text: Path) -> No
         checkpoint_minutes=0.001,
         keep_checkpoints=2,
         async_checkpoint=True,
-        time_limit_seconds=1.5,
+        time_limit_seconds=4.5,
     )
     assert ended(one_rank(options)) == 7
     said = options.run_dir.with_suffix(".left").read_text()
     found = records(options.run_dir)
     last = found[-1]["step"]
-    assert f"left after step {last} of 100000, asked by the time limit of 0.025 minutes" in said
+    assert f"left after step {last} of 100000, asked by the time limit of 0.075 minutes" in said
     assert step_of(latest(options.run_dir)) == last
     assert len(complete_steps(options.run_dir)) == 2
     written = [record for record in found if "checkpoint_seconds" in record]
     assert len(written) >= 3
     size = sum(file.stat().st_size for file in latest(options.run_dir).iterdir())
     for record in written:
-        assert 0 < record["checkpoint_stall_seconds"] < record["checkpoint_seconds"] < 1.5
+        assert 0 < record["checkpoint_stall_seconds"] < record["checkpoint_seconds"] < 4.5
         assert record["checkpoint_bytes"] == pytest.approx(size, rel=0.02)
     assert not (options.run_dir / "record.yaml").exists()
 
