@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import gc
 import os
 import pickle
@@ -13,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,10 +49,23 @@ def run_ranks(
         children[reader] = (process, rank)
     results = _collect(children, time.monotonic() + timeout_seconds)
     os.unlink(store)
-    failures = [f"rank {rank}: {text}" for rank, (ok, text) in sorted(results.items()) if not ok]
+    last_words = [_last_words(store, rank) for rank in range(world_size)]
+    failures = [f"rank {rank}: {text}{last_words[rank]}" for rank, (ok, text) in sorted(results.items()) if not ok]
     if failures:
         raise RankError("\n".join(failures))
     return [results[rank][1] for rank in range(world_size)]
+
+
+def _last_words(store: str, rank: int) -> str:
+    """Where each thread of a rank that crashed was; its file is gone after."""
+    file = _crash_file(store, rank)
+    said = file.read_text() if file.exists() else ""
+    file.unlink(missing_ok=True)
+    return f"\n{said}" if said else ""
+
+
+def _crash_file(store: str, rank: int) -> Path:
+    return Path(f"{store}.{rank}")
 
 
 def fork() -> int:
@@ -75,6 +90,7 @@ def _child(
     code = 1
     try:
         die_with_parent()
+        faulthandler.enable(_crash_file(store, rank).open("w"), all_threads=True)
         torch.set_num_threads(1)
         warnings.simplefilter("ignore")  # the parent's test run judges our warnings; these are torch's own
         dist.init_process_group(
