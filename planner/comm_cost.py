@@ -70,8 +70,6 @@ class CommModel:
 
     def scalars_seconds(self, group: Group) -> float:
         """Seconds of summing a step's loss and gradient norm over the group."""
-        if group.size == 1:
-            return 0.0
         measured = self._measured(SUM_OF_SCALARS, group, SCALARS_BYTES)
         return self.collective_seconds("all_reduce", group, SCALARS_BYTES) if measured is None else measured
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,20 +97,13 @@ def _refuse_contradictions(order: ProfileOrder) -> None:
 
 
 def _measure(order: ProfileOrder) -> ProfileAnswer | None:
-    began = time.time()  # torch, which takes seconds to load, is within the budget
     from profiles.probes.session import measure
 
     from .profile_report import profile_report
 
     thoroughness = "quick" if order.quick else "full" if order.full else "default"
     found = measure(
-        order.nproc,
-        thoroughness,
-        order.output,
-        order.command,
-        resume=order.resume,
-        dtypes=order.precisions,
-        began=began,
+        order.nproc, thoroughness, order.output, order.command, resume=order.resume, dtypes=order.precisions
     )
     return ProfileAnswer(profile_report(found[0]), found[0].to_dict()) if found is not None else None
 

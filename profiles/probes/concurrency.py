@@ -136,8 +136,9 @@ def measure_stragglers(rank: Rank, placed: PlacedGroup) -> dict[str, Any]:
     once = rank.mean(time_alone(rank, work).seconds)
     stretch_to_all = partial(_until_met, placed=placed) if on_cpus else _until_all
     waits = []
-    for wanted in WAIT_SECONDS:
-        loops, repeats = max(1, round(wanted / once)), max(12, min(150, round(rank.effort_seconds * 30 / wanted)))
+    # By how often the work goes into each: on a slow machine the shortest may be one and the same.
+    for loops, wanted in {max(1, round(wanted / once)): wanted for wanted in WAIT_SECONDS}.items():
+        repeats = max(12, min(150, round(rank.effort_seconds * 30 / wanted)))
         stretch, wait = stretch_to_all(rank, lambda loops=loops: [work() for _ in range(loops)], repeats)
         waits.append(WaitPoint(compute_seconds=stretch, wait_seconds=max(0.0, wait)))
     longest = waits[-1].wait_seconds - (waits[0].wait_seconds if on_cpus else 0.0)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,8 +16,10 @@ from ..hardware import HardwareProfile, load_hardware
 from ..input_error import InputError
 from ..local_files import ProfileFiles
 from ..store import require_writable
-from . import profiler
-from .findings import Findings
+
+if TYPE_CHECKING:
+    from . import profiler
+    from .findings import Findings
 
 _PLAIN_SECONDS = 15.0  # between lines that stand for the bar where the output is no terminal
 
@@ -29,17 +32,19 @@ def measure(
     *,
     resume: bool = False,
     dtypes: tuple[str, ...] = (),
-    began: float | None = None,
 ) -> tuple[HardwareProfile, ClusterSpec] | None:
     """Measure and write; None on the ranks that only take part.
 
     An interrupted session leaves the profile of what it had measured, if a plan can be made from that; `resume`
     takes what the file holds and measures what is missing. `dtypes` are of the kernels, by default what
-    `ProfileOptions` says, as is what `began` is.
+    `ProfileOptions` says.
 
     Raises:
         InputError: nothing to resume, or what `profile_machine` raises.
     """
+    began = time.time()
+    from . import profiler  # torch, which takes seconds to load, is within the budget
+
     files = ProfileFiles.at(output)
 
     def keep(findings: Findings) -> None:

@@ -96,7 +96,7 @@ def test_the_other_probes() -> None:
     assert found["straggler_slowdown"] >= 1
     stretches = [point.compute_seconds for point in found["shared"]["waits"]]
     assert found["shared"]["straggler_slowdown"] >= 1
-    assert stretches[0] < stretches[-1]  # between them as the machine's pace has it
+    assert stretches == sorted(stretches)
     assert [p.operation for p in found["fsdp"]] == ["fsdp_all_gather", "fsdp_reduce_scatter", "replicate_all_reduce"]
     # 7 matrices of 16 columns: what a quarter of a MiB holds of them.
     assert {p.bytes for p in found["fsdp"]} == {4 * 7 * 16 * (2**18 // 4 // 7 // 16)}

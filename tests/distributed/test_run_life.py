@@ -206,7 +206,7 @@ def test_a_time_limit_leaves_with_a_checkpoint(tmp_path: Path, text: Path) -> No
     assert len(written) >= 3
     size = sum(file.stat().st_size for file in latest(options.run_dir).iterdir())
     for record in written:
-        assert 0 < record["checkpoint_stall_seconds"] < record["checkpoint_seconds"] < 4.5
+        assert 0 < record["checkpoint_stall_seconds"] < record["checkpoint_seconds"] < 1.5
         assert record["checkpoint_bytes"] == pytest.approx(size, rel=0.02)
     assert not (options.run_dir / "record.yaml").exists()
 
