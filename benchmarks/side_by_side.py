@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared_groups import shared_groups
 from torch import multiprocessing as mp
 
 from planner.plan import Plan, load, save
@@ -30,9 +31,8 @@ from profiles.parent_process import die_with_parent
 from profiles.probes.pace import Pace
 from profiles.probes.timing import Rank
 from runtime.measure import StepMeter, busiest
-from runtime.mesh import RankMesh
 from runtime.process_group import process_group
-from runtime.step import TrainState, build_state, mesh_of, training_step
+from runtime.step import TrainState, build_state, training_step
 
 WARM_UP_ROUNDS = 2
 WATCHED_ROUNDS = 1  # after the measured ones: every kernel and collective timed on its own
@@ -109,16 +109,12 @@ def run_layouts(folder: Path, count: int, turns: int, rounds: int) -> None:
 
 
 def _states(plans: Sequence[Plan], device: torch.device) -> list[TrainState]:
-    """Of every plan; those of the same grid share its process groups, since each of gloo's has threads."""
-    meshes: dict[tuple[object, ...], RankMesh] = {}
+    """Of every plan, on process groups that they share."""
     states = []
-    for plan in plans:
-        layout = plan.layout
-        last = layout.pipeline(1).rank_of(layout.stages - 1)
-        grid = (layout.tp, layout.dp, layout.pp, last, layout.zero and layout.dp_shard, layout.ep, layout.etp)
-        if (key := (plan.model.name, *grid)) not in meshes:
-            meshes[key] = mesh_of(plan, device)
-        states.append(build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1, mesh=meshes[key]))
+    with shared_groups() as asked:
+        for plan in plans:
+            asked.clear()
+            states.append(build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1))
     return states
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .simulation import StageSeconds
-from .stage_ilp import RELATIVE_TOLERANCE, Program
+from .stage_ilp import RELATIVE_TOLERANCE, Held, Program
 
 AT_ONCE_SECONDS = 1.0  # that a program over whole numbers may take at first
 _MOST_BRANCHES = 120
@@ -27,14 +27,15 @@ Cut = Callable[[Sequence[StageSeconds], float], float]
 
 
 class Branch(NamedTuple):
-    """Seconds that no assignment is below whose ranks hold what is `held`: (variable, fewest, most).
+    """Seconds that no assignment is below whose ranks hold what is `held`.
 
-    `split` is the variable and the fraction that its program gives it, None where all are whole. `patience_seconds` is
-    how long a program over whole numbers may take: twice as much after each that did not end.
+    `split` is the name of a rank's layers and the fraction that the branch's program gives them, None where all are
+    whole. `patience_seconds` is how long a program over whole numbers may take: twice as much after each that did not
+    end.
     """
 
     least_seconds: float
-    held: tuple[tuple[str, int, int], ...] = ()
+    held: Held = ()
     split: tuple[str, float] | None = None
     patience_seconds: float = AT_ONCE_SECONDS
 
@@ -66,14 +67,11 @@ def split_by_rank(
             child = _relaxed(program, branch._replace(held=held), cut)
             if child is not None:
                 heapq.heappush(heap, child)
-    _hold(program, ())
     more = bool(heap) and heap[0].split is not None and tried < _MOST_BRANCHES
     return heap, more
 
 
-def _narrowed(
-    held: tuple[tuple[str, int, int], ...], name: str, fewest: int, most: int
-) -> tuple[tuple[str, int, int], ...]:
+def _narrowed(held: Held, name: str, fewest: int, most: int) -> Held:
     """What is held, and the variable between both numbers too."""
     for own, low, high in held:
         if own == name:
@@ -81,28 +79,12 @@ def _narrowed(
     return (*(one for one in held if one[0] != name), (name, fewest, most))
 
 
-def hold_whole(program: Program, branch: Branch) -> None:
-    """From now on the program's whole numbers are those of the branch."""
-    narrowed = {name: (fewest, most) for name, fewest, most in branch.held}
-    for name, (variable, most) in program.of_ranks.items():
-        variable.lowBound, variable.upBound = narrowed.get(name, (0, most))
-    program.not_below_bound(branch.least_seconds)
-
-
-def _hold(program: Program, held: Sequence[tuple[str, int, int]]) -> None:
-    assert program.relaxed is not None
-    narrowed = {name: (fewest, most) for name, fewest, most in held}
-    for name, (variable, most) in program.of_ranks.items():
-        program.relaxed.within(variable, *narrowed.get(name, (0, most)))
-
-
 def _relaxed(program: Program, branch: Branch, cut: Cut) -> Branch | None:
     """The branch with the least of its fractions; None where they do not reach the goal. One that no program is solved
     for is left as it is, not to be split."""
-    _hold(program, branch.held)
     answer, split = None, None
     for _ in range(_CUTS):
-        answer = program.relax()
+        answer = program.relax(branch.held)
         if answer is None:
             break
         least = (answer.step_seconds + program.costs.step_seconds) * (1 - RELATIVE_TOLERANCE)
@@ -119,7 +101,7 @@ def _relaxed(program: Program, branch: Branch, cut: Cut) -> Branch | None:
 def _most_fractional(program: Program) -> tuple[str, float] | None:
     """Layers of a rank in all before those by mode, of these the one farthest from a whole number."""
     assert program.relaxed is not None
-    found = {name: program.relaxed.value(variable) for name, (variable, _) in program.of_ranks.items()}
+    found = {name: program.relaxed.value(column) for name, (column, _) in program.of_ranks.items()}
     far = {name: abs(value - round(value)) for name, value in found.items()}
     fractions = [name for name in found if far[name] > _WHOLE]
     if not fractions:

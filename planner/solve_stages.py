@@ -13,10 +13,11 @@ from .better_assignment import better_assignment
 from .ilp_solver import make_solver
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
-from .rank_branches import AT_ONCE_SECONDS, Branch, Cut, hold_whole, split_by_rank
+from .path_rows import PATH_PHASES
+from .rank_branches import AT_ONCE_SECONDS, Branch, Cut, split_by_rank
 from .schedule import Pipeline
 from .simulation import Path, StageSeconds, known_paths, simulate
-from .stage_ilp import PATH_PHASES, RELATIVE_TOLERANCE, Program
+from .stage_ilp import RELATIVE_TOLERANCE, Program
 
 _MOST_CUTS = 1000
 # Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
@@ -156,11 +157,9 @@ def solve_stages(
             branches, may_split = split_by_rank(program, branches, aside_seconds * (1 + _SPLIT_ABOVE), deadline, cut)
             continue
         branch = heapq.heappop(branches)
-        hold_whole(program, branch)
         began = time.monotonic()
-        counts, relaxed = program.solve(
-            make_solver(min(branch.patience_seconds, deadline - began), heuristics=not climbed)
-        )
+        solver = make_solver(min(branch.patience_seconds, deadline - began), heuristics=not climbed)
+        counts, relaxed = program.solve(solver, branch.held, branch.least_seconds)
         solved += 1
         reached = max(branch.least_seconds, relaxed + costs.step_seconds)
         if reached < goal:

@@ -26,8 +26,7 @@ Subject to
   (path)       T >= Σ_s F_s·f_s + I_s·i_s + W_s·w_s + G_s·g_s + D_s·d_s + C_s·c_s, P      longer_than_path
                  F, I, W, G, D, C how often P passes them, c_s one send from s to s + 1
   (optimizer)  O >= o_q(n)                                                    optimizer_of_slowest
-  (head start) Z >= the bound known                                           not_below_bound
-  (goal)       Z <= just below the best simulated step so far                 better_than
+  (goal)       the bound known <= Z <= just below the best simulated step so far      better_than
 
 [Note: Cuts]
 A schedule with given durations is max-plus: its makespan is the longest of its paths, each linear in n. So
@@ -45,24 +44,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pulp
 
 from .bounds import most_layers
-from .ilp_solver import make_solver
 from .in_flight import sums_nothing
 from .layout import RECOMPUTE_MODES
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
+from .linear_program import LinearProgram
 from .memory_bytes import LaterMoment
 from .part_seconds import PartSeconds
+from .path_rows import PATH_PHASES, path_factors
 from .rank_limits import empty_counts
 from .relaxed_program import RelaxedProgram
 from .simulation import Path, StageSeconds
+from .whole_program import WholeProgram
 
+# (name among `Program.of_ranks`, fewest layers, most) of ranks that a branch narrows.
+Held = tuple[tuple[str, int, int], ...]
 # How a layer recomputes, and what its stage does with weights where it has a choice.
 Way = tuple[str, bool | None]
-PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce")
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
 RELATIVE_TOLERANCE = 1e-6
 
@@ -77,15 +79,16 @@ class RelaxedAnswer(NamedTuple):
 
 @dataclass
 class Program:
-    """The pulp problem and its variables; `scale` is one unit of time in seconds."""
+    """The program and its columns; `scale` is one unit of time in seconds."""
 
     costs: LayoutCosts
     limit_bytes: float
     scale: float
     modes: tuple[str, ...]
     goal_seconds: float
-    problem: pulp.LpProblem = field(init=False)
+    linear: LinearProgram = field(init=False, default_factory=LinearProgram)
     relaxed: RelaxedProgram | None = field(init=False, default=None)
+    whole: WholeProgram | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         stages, segments = range(self.costs.layout.stages), self.costs.segments
@@ -93,23 +96,23 @@ class Program:
         self._seconds: dict[str, list[tuple[int, Way, float]]] = {}
         self._ways = [(r, choice) for r in self.modes for choice in self._choices or (None,)]
         most = self._most = self._most_layers()
-        self.problem = pulp.LpProblem("stages", pulp.LpMinimize)
-        new = self.problem.add_variable
+        new = self.linear.column
+        # First what paths are made of, in the order in which `path_factors` counts.
+        self.phase = {(p, s): new(f"{p}_{s}") for p in PATH_PHASES for s in stages}
+        self.summed = {p: new(f"{p}_summed") for p in PATH_PHASES}
+        self.makespan, self.optimizer, self.step = new("T"), new("O"), new("Z")
         self.n = {
-            (s, k, way): new("_".join(("n", str(s), str(k), *_name(way))), 0, most[k], cat=pulp.LpInteger)
+            (s, k, way): new("_".join(("n", str(s), str(k), *_name(way))), 0, most[k], whole=True)
             for s in stages
             for k in range(len(segments))
             for way in self._ways
         }
-        self.x: dict[tuple[int, bool | None], pulp.LpVariable] = {}
-        self.phase = {(p, s): new(f"{p}_{s}", 0) for p in PATH_PHASES for s in stages}
-        self.whole = {p: new(f"{p}_whole", 0) for p in PATH_PHASES}
-        self.of_ranks: dict[str, tuple[pulp.LpVariable, int]] = {}  # layers of a rank, and how many at most
-        self.makespan = new("T", 0)
-        self.optimizer = new("O", 0)
-        self.step = new("Z", 0)
-        self.problem += self.step
-        self.problem += self.step == self.makespan + self.optimizer, "step"
+        self.x: dict[tuple[int, bool | None], int] = {}
+        self.of_ranks: dict[str, tuple[int, int]] = {}  # layers of a rank, and how many at most
+        self._most_step, self._paths = math.inf, 0
+        self._whole: dict[tuple[int, int, Way], int] = {}  # layers of the last answer
+        self.linear.objective = self.step
+        self.linear.row("step", {self.step: 1.0, self.makespan: -1.0, self.optimizer: -1.0}, 0.0, 0.0)
 
     def _most_layers(self) -> list[int]:
         """Layers of each segment that a stage may hold: more of them alone would take longer than the goal."""
@@ -122,7 +125,7 @@ class Program:
 
     # ---- linear expressions ----------------------------------------------------------------------------
 
-    def seconds(self, stage: int, phase: str) -> tuple[dict[pulp.LpVariable, float], float]:
+    def seconds(self, stage: int, phase: str) -> tuple[dict[int, float], float]:
         """(factors of the layers, constant) of the seconds of a phase on a stage, in units of `scale`; recomputation
         precedes the input's backward."""
         terms = {self.n[stage, k, way]: each / self.scale for k, way, each in self._each_layer(phase)}
@@ -150,13 +153,13 @@ class Program:
     def every_layer_once(self) -> None:
         for k, segment in enumerate(self.costs.segments):
             placed = _sum(n for (_, of, _), n in self.n.items() if of == k)
-            self.problem += placed == segment.layers, f"every_layer_once_{k}"
+            self.linear.row(f"every_layer_once_{k}", placed, segment.layers, segment.layers)
 
     def no_empty_stage(self) -> None:
         kinds = range(len(self.costs.segments))
         for s in range(1, self.costs.layout.stages - 1):
             held = _sum(self.n[s, k, way] for k in kinds for way in self._ways)
-            self.problem += held >= 1, f"no_empty_stage_{s}"
+            self.linear.row(f"no_empty_stage_{s}", held, least=1.0)
 
     def layers_of_ranks(self) -> None:
         """Layers of each rank, in all and by mode: no more than can reach the goal; the solver splits these first."""
@@ -166,43 +169,44 @@ class Program:
         for q in range(layout.pp):
             for modes in chosen:
                 name = "_".join((str(q), *modes))
-                whole = self.problem.add_variable(f"N_{name}", 0, most[q], cat=pulp.LpInteger)
+                whole = self.linear.column(f"N_{name}", 0, most[q], whole=True)
                 self.of_ranks[name] = (whole, most[q])
                 ways = [way for way in self._ways if way[0] in (modes or self.modes)]
-                held = [self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways]
-                self.problem += _sum(held, [whole]) == 0, f"layers_of_rank_{name}"
+                held = _sum(self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways)
+                self.linear.row(f"layers_of_rank_{name}", held | {whole: -1.0}, 0.0, 0.0)
 
     def segments_in_order(self) -> None:
-        stages = range(self.costs.layout.stages)
+        stages, row = range(self.costs.layout.stages), self.linear.row
         for k in range(len(self.costs.segments) - 1):
-            z = [self.problem.add_variable(f"z_{k}_{s}", cat=pulp.LpBinary) for s in stages]
+            layers, after = self.costs.segments[k].layers, self.costs.segments[k + 1].layers
+            z = [self._binary(f"z_{k}_{s}") for s in stages]
             for s in stages:
-                later = pulp.lpSum(self.n[s, k + 1, way] for way in self._ways)
-                self.problem += later <= self.costs.segments[k + 1].layers * z[s], f"not_before_{k}_{s}"
+                later = _sum(self.n[s, k + 1, way] for way in self._ways)
+                row(f"not_before_{k}_{s}", later | {z[s]: -after}, most=0.0)
                 if s > 0:
-                    here = pulp.lpSum(self.n[s, k, way] for way in self._ways)
-                    self.problem += here <= self.costs.segments[k].layers * (1 - z[s - 1]), f"not_after_{k}_{s}"
-                    self.problem += z[s] >= z[s - 1], f"in_order_{k}_{s}"
+                    here = _sum(self.n[s, k, way] for way in self._ways)
+                    row(f"not_after_{k}_{s}", here | {z[s - 1]: layers}, most=layers)
+                    row(f"in_order_{k}_{s}", {z[s]: 1.0, z[s - 1]: -1.0}, least=0.0)
 
     def one_choice_a_stage(self) -> None:
         """Where stages choose. Not all keep their weights, unless a pin says so: that is zero 1."""
         if not self._choices:
             return
-        stages, new = range(self.costs.layout.stages), self.problem.add_variable
-        self.x = {(s, one): new(f"x_{s}_{one}", cat=pulp.LpBinary) for s in stages for one in self._choices}
+        stages = range(self.costs.layout.stages)
+        self.x = {(s, one): self._binary(f"x_{s}_{one}") for s in stages for one in self._choices}
         for s in stages:
-            self.problem += pulp.lpSum(self.x[s, choice] for choice in self._choices) == 1, f"one_choice_{s}"
+            self.linear.row(f"one_choice_{s}", _sum(self.x[s, choice] for choice in self._choices), 1.0, 1.0)
             for choice in self._choices:
-                held = pulp.lpSum(n for (of, _, way), n in self.n.items() if of == s and way[1] == choice)
-                self.problem += held <= self.costs.layers * self.x[s, choice], f"choice_{s}_{choice}"
+                held = _sum(n for (of, _, way), n in self.n.items() if of == s and way[1] == choice)
+                self.linear.row(f"choice_{s}_{choice}", held | {self.x[s, choice]: -self.costs.layers}, most=0.0)
         if self._choices != (False,):
-            freed = pulp.lpSum(n for (_, _, way), n in self.n.items() if way[1] is not False)
-            self.problem += freed >= 1, "some_stage_frees"
+            freed = _sum(n for (_, _, way), n in self.n.items() if way[1] is not False)
+            self.linear.row("some_stage_frees", freed, least=1.0)
 
-    def transient_in_use(self, first: bool) -> dict[int, pulp.LpVariable]:
+    def transient_in_use(self, first: bool) -> dict[int, int]:
         """y of each rank, as a share of the limit: at least what its ends need, and each kind of layer it has. `first`:
         in backwards that sum no gradients."""
-        slack, y = 1.0 + self.costs.allocator_slack, dict[int, pulp.LpVariable]()
+        slack, y = 1.0 + self.costs.allocator_slack, dict[int, int]()
         for q in range(self.costs.layout.pp):
             # Of its ends alone: what passes whatever a rank holds is among its fixed bytes.
             ends = [end.transient_by(mode, never_summed=first) for _, end, _, mode in self.costs.end_parts(q)]
@@ -210,29 +214,30 @@ class Program:
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
                 each = [segment.memory.transient_by(way[0], never_summed=first) for _, way, segment in self._layers()]
                 least = max(least, min(each))
-            y[q] = self.problem.add_variable(f"y_{q}_{first}", slack * least / self.limit_bytes)
+            y[q] = self.linear.column(f"y_{q}_{first}", slack * least / self.limit_bytes)
             for k, way, segment in self._layers():
                 transient = segment.memory.transient_by(way[0], never_summed=first)
                 if transient <= least:
                     continue
                 name = "_".join((str(q), str(k), *_name(way), str(first)))
-                u = self.problem.add_variable(f"u_{name}", cat=pulp.LpBinary)
-                held = [self.n[s, k, way] for s in self.costs.layout.stages_of(q)]
+                u = self._binary(f"u_{name}")
+                held = _sum(self.n[s, k, way] for s in self.costs.layout.stages_of(q))
                 most = min(segment.layers, self._most[k] * len(held))
-                self.problem += pulp.lpSum(held) <= most * u, f"used_{name}"
+                self.linear.row(f"used_{name}", held | {u: -most}, most=0.0)
                 others = self._lesser_in_use(q, k, way, name) if self.costs.last_recompute_least else ()
                 share = slack * transient / self.limit_bytes
-                self.problem += y[q] >= share * (u - pulp.lpSum(others)), f"transient_{name}"
+                passing = {y[q]: 1.0, u: -share} | dict.fromkeys(others, share)
+                self.linear.row(f"transient_{name}", passing, least=0.0)
         return y
 
-    def _lesser_in_use(self, rank: int, k: int, way: Way, name: str) -> list[pulp.LpVariable]:
+    def _lesser_in_use(self, rank: int, k: int, way: Way, name: str) -> list[int]:
         """For each mode that recomputes less, 1 at most, and where the rank's stage has a layer so."""
         found, (stage,) = [], self.costs.layout.stages_of(rank)
         for lesser in RECOMPUTE_MODES[: RECOMPUTE_MODES.index(way[0])]:
             if (lesser_n := self.n.get((stage, k, (lesser, way[1])))) is None:
                 continue
-            w = self.problem.add_variable(f"w_{name}_{lesser}", 0, 1)
-            self.problem += w <= lesser_n, f"lesser_{w.name}"
+            w = self.linear.column(f"w_{name}_{lesser}", 0.0, 1.0)
+            self.linear.row(f"lesser_{name}_{lesser}", {w: 1.0, lesser_n: -1.0}, most=0.0)
             found.append(w)
         return found
 
@@ -244,6 +249,7 @@ class Program:
         of_all = [one for q in range(costs.layout.pp) for one in costs.backward_moments(q)]
         kinds = {differs and sums_nothing(one) for one in of_all}
         transient = {first: self.transient_in_use(first) for first in kinds}
+        unit = slack / self.limit_bytes
         for q in range(costs.layout.pp):
             ends = costs.rank_parts(q, nothing)
             fixed = costs.fixed_memory[q]
@@ -265,11 +271,11 @@ class Program:
                     for k, way, totals in layers:
                         each = totals.state + totals.gradients[phase][way[0]]
                         each += totals.held[way[0]] * full + totals.held_weight * weight_only
-                        terms[self.n[s, k, way]] = slack * each / self.limit_bytes
-                row = pulp.LpAffineExpression(terms, constant=(kept + slack * held) / self.limit_bytes + always)
-                self.problem += row <= 1.0, f"fits_memory_{q}_{number}"
+                        terms[self.n[s, k, way]] = unit * each
+                free = 1.0 - always - (kept + slack * held) / self.limit_bytes
+                self.linear.row(f"fits_memory_{q}_{number}", terms, most=free)
 
-    def _besides(self, rank: int, one: LaterMoment) -> tuple[dict[pulp.LpVariable, float], float]:
+    def _besides(self, rank: int, one: LaterMoment) -> tuple[dict[int, float], float]:
         """What a rank has besides its parts at a moment, as a share of the limit: terms and a constant."""
         unit = (1.0 + self.costs.allocator_slack) / self.limit_bytes
         if not self.x:
@@ -283,52 +289,45 @@ class Program:
             for s in self.costs.layout.stages_of(q):
                 terms, constant = self.seconds(s, "optimizer")
                 own, always = own | terms, always + constant
-            self.problem += pulp.LpAffineExpression(own) <= -always, f"optimizer_{q}"
-
-    def not_below_bound(self, bound_seconds: float) -> None:
-        self.step.lowBound = (bound_seconds - self.costs.step_seconds) / self.scale * (1 - RELATIVE_TOLERANCE)
-
-    def better_than(self, goal_seconds: float) -> None:
-        """Only answers below the best so far are of interest: an upper bound on Z, lowered from solve to solve."""
-        if goal_seconds != float("inf"):
-            self.step.upBound = (goal_seconds - self.costs.step_seconds) / self.scale
-            if self.relaxed is not None:
-                self.relaxed.within(self.step, 0.0, self.step.upBound)
+            self.linear.row(f"optimizer_{q}", own, most=-always)
 
     def durations(self) -> None:
-        for (phase, s), variable in self.phase.items():
+        for (phase, s), column in self.phase.items():
             terms, constant = self.seconds(s, phase)
-            self.problem += pulp.LpAffineExpression(terms | {variable: -1.0}) == -constant, f"duration_{phase}_{s}"
-        for phase, total in self.whole.items():
-            stages = range(self.costs.layout.stages)
-            self.problem += _sum((self.phase[phase, s] for s in stages), [total]) == 0, f"whole_{phase}"
+            self.linear.row(f"duration_{phase}_{s}", terms | {column: -1.0}, -constant, -constant)
+        for phase, column in self.summed.items():
+            of_stages = _sum(self.phase[phase, s] for s in range(self.costs.layout.stages))
+            self.linear.row(f"summed_{phase}", of_stages | {column: -1.0}, 0.0, 0.0)
 
     def longer_than_path(self, path: Path) -> None:
-        """Counts of 1 on most stages are written through the sum over all, which keeps the row short."""
-        terms: dict[pulp.LpVariable, float] = {self.makespan: -1.0}
-        for phase in PATH_PHASES:
-            times = getattr(path, phase)
-            base = 1 if times.count(1) > times.count(0) else 0
-            if base:
-                terms[self.whole[phase]] = base
-            for s, number in enumerate(times):
-                if number != base:
-                    terms[self.phase[phase, s]] = number - base
         sent = path.sent_seconds(self.costs.hop_seconds) / self.scale
-        constraint = pulp.LpAffineExpression(terms) <= -sent
-        self.problem += constraint
-        if self.relaxed is not None:
-            self.relaxed.add(constraint)
+        self.linear.row(f"path_{self._paths}", path_factors(path), most=-sent)
+        self._paths += 1
+
+    def _binary(self, name: str) -> int:
+        return self.linear.column(name, 0.0, 1.0, whole=True)
 
     # ---- solving ---------------------------------------------------------------------------------------
 
-    def relax(self) -> RelaxedAnswer | None:
-        """The best assignment of fractions of layers; None where there is none (`relaxed` tells whether that is
-        proven) and where HiGHS is missing."""
+    def better_than(self, goal_seconds: float) -> None:
+        """Only answers below the best so far are of interest: an upper bound on Z, lowered from solve to solve."""
+        self._most_step = (goal_seconds - self.costs.step_seconds) / self.scale
+
+    def _hold(self, solver: RelaxedProgram | WholeProgram, held: Held, least_seconds: float) -> None:
+        least = (least_seconds - self.costs.step_seconds) / self.scale * (1 - RELATIVE_TOLERANCE)
+        solver.within(self.step, max(0.0, least), self._most_step)
+        narrowed = {name: (fewest, most) for name, fewest, most in held}
+        for name, (column, most) in self.of_ranks.items():
+            solver.within(column, *narrowed.get(name, (0, most)))
+
+    def relax(self, held: Held = ()) -> RelaxedAnswer | None:
+        """The best assignment of fractions of layers to ranks that hold what is `held`; None where there is none
+        (`relaxed` tells whether that is proven) and where HiGHS is missing."""
         if not pulp.HiGHS().available():
             return None
         if self.relaxed is None:
-            self.relaxed = RelaxedProgram(self.problem, make_solver(math.inf, whole=False))
+            self.relaxed = RelaxedProgram(self.linear)
+        self._hold(self.relaxed, held, 0.0)
         self.relaxed.solve()
         if not self.relaxed.optimal:
             return None
@@ -347,31 +346,24 @@ class Program:
         """Whether it is proven that no fractions of layers reach the goal and fit."""
         return self.relaxed is not None and self.relaxed.infeasible
 
-    def solve(self, solver: pulp.LpSolver) -> tuple[tuple[StageCount, ...] | None, float]:
-        """(assignment or None, lower bound of T + O in seconds); the bound is infinite when nothing is feasible.
-
-        The bound is the solver's dual bound where it gives one (HiGHS), else what its answer costs. Its
-        status is read for "infeasible" alone: a time-limited answer is called optimal too.
+    def solve(self, solver: Any, held: Held, least_seconds: float) -> tuple[tuple[StageCount, ...] | None, float]:
+        """(best assignment of whole layers to ranks that hold what is `held`, or None; lower bound of T + O in seconds)
+        by one of pulp's solvers. No such assignment is below `least_seconds`; the bound is infinite when there is none.
         """
-        self.problem.solve(solver)
-        if self.problem.status == pulp.LpStatusInfeasible:
-            return None, float("inf")
-        model = getattr(self.problem, "solverModel", None)
-        if self.problem.status != pulp.LpStatusOptimal:
-            return None, model.getInfo().mip_dual_bound * self.scale if model is not None else 0.0
-        counts = tuple(
-            tuple(self._blocks(s, k) for k in range(len(self.costs.segments))) for s in range(self.costs.layout.stages)
-        )
-        objective = float(self.step.value() or 0.0)
-        if model is None and self.problem.sol_status != pulp.LpSolutionOptimal:
-            return counts, 0.0  # CBC ran out of time: an answer without a bound
-        dual = model.getInfo().mip_dual_bound if model is not None else objective
-        return counts, min(objective, dual) * self.scale
+        if self.whole is None:
+            self.whole = WholeProgram(self.linear)
+        self._hold(self.whole, held, least_seconds)
+        values, bound = self.whole.solve(solver)
+        if values is None:
+            return None, bound * self.scale
+        self._whole = {place: round(values[column]) for place, column in self.n.items()}
+        stages, kinds = range(self.costs.layout.stages), range(len(self.costs.segments))
+        return tuple(tuple(self._blocks(s, k) for k in kinds) for s in stages), bound * self.scale
 
     def _blocks(self, stage: int, segment: int) -> Blocks:
         held = dict.fromkeys(self.modes, 0)
         for way in self._ways:
-            held[way[0]] += round(self.n[stage, segment, way].value() or 0)
+            held[way[0]] += self._whole[stage, segment, way]
         return Blocks(**held)
 
     def as_chosen(self) -> LayoutCosts:
@@ -379,15 +371,15 @@ class Program:
         if not self._choices:
             return self.costs
         chosen = list(self._choices[:1]) * self.costs.layout.stages
-        for (s, _, way), n in self.n.items():
-            if round(n.value() or 0):
+        for (s, _, way), layers in self._whole.items():
+            if layers:
                 chosen[s] = way[1]
         return replace(self.costs, reshard=tuple(chosen))
 
 
-def _sum(variables: Iterable[pulp.LpVariable], less: Iterable[pulp.LpVariable] = ()) -> pulp.LpAffineExpression:
-    """Of variables that differ, less others. Written at once, where pulp's own sums copy and add."""
-    return pulp.LpAffineExpression(dict.fromkeys(variables, 1.0) | dict.fromkeys(less, -1.0))
+def _sum(columns: Iterable[int]) -> dict[int, float]:
+    """Of columns that differ."""
+    return dict.fromkeys(columns, 1.0)
 
 
 def _name(way: Way) -> tuple[str, ...]:

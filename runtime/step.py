@@ -78,17 +78,16 @@ def build_state(
     weight_decay: float,
     compilation: Compilation | None = None,
     balance: Balance | None = None,
-    mesh: RankMesh | None = None,
     weights: Path | None = None,
     adam: Adam = GPT3_ADAM,
     scaling: LossScaling | None = None,
 ) -> TrainState:
     """This rank's part of the plan, ready for its first step. Parameters are `dtype`; every rank must call it.
 
-    Their first values are drawn, or those of the Hugging Face folder `weights`. `mesh` is one of the same degrees from
-    before; without it the plan gets process groups of its own. Without `scaling` the loss is not scaled.
+    Their first values are drawn, or those of the Hugging Face folder `weights`. Without `scaling` the loss is not
+    scaled.
     """
-    mesh = mesh or mesh_of(plan, device)
+    mesh = mesh_of(plan, device)
     chunks = build_chunks(plan, mesh, device, dtype=dtype, seed=seed, compilation=compilation, weights=weights)
     for router in routers_of(chunks):
         router.balance = balance or Balance()
