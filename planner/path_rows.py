@@ -14,7 +14,7 @@ PATH_PHASES = ("forward", "backward_input", "backward_weight", "gather", "reduce
 
 @lru_cache(maxsize=2000)
 def path_factors(path: Path) -> dict[int, float]:
-    """Factors of columns. Counts of 1 on most stages are written through the sum over all, which keeps the row short."""
+    """Factors by column. Counts of 1 on most stages are written through the sum over all, so that rows are short."""
     stages, phases = len(path.forward), len(PATH_PHASES)
     summed = stages * phases
     factors = {summed + phases: -1.0}  # T
