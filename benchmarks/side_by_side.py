@@ -5,6 +5,11 @@ A machine that others share runs faster and slower by the minute, so what is pre
 the same minutes. The ranks build every layout once and then work in turns; between two of them they wait, and the
 machine is profiled. Turns are asked for and answered with empty files in a folder, which ranks in another network
 namespace see too.
+
+[Note: Groups]
+Each process group of gloo's has a thread that looks around a hundred times a second. A run has a dozen groups, dozens
+of layouts in one process have hundreds, whose threads took a large part of two cores from what was measured. So layouts
+share their groups, each as many over the same ranks as it asks for.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import socket
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared_groups import shared_groups
+from torch import distributed as dist
 from torch import multiprocessing as mp
+from torch.distributed import device_mesh
 
 from planner.plan import Plan, load, save
 from profiles.hardware import HardwareProfile
@@ -78,7 +85,7 @@ def run_layouts(folder: Path, count: int, turns: int, rounds: int) -> None:
     seconds: list[list[float]] = [[] for _ in range(count)]
     paces: list[list[float]] = [[] for _ in range(count)]
     with process_group(world_size, _PATIENCE_SECONDS) as device:
-        pace = Pace(Rank(rank, world_size, device, torch.distributed.group.WORLD))
+        pace = Pace(Rank(rank, world_size, device, dist.group.WORLD))
         plans = [load(folder / f"{i}.yaml") for i in range(count)]
         states = _states(plans, device)
         last = WARM_UP_ROUNDS + turns * rounds
@@ -95,7 +102,7 @@ def run_layouts(folder: Path, count: int, turns: int, rounds: int) -> None:
             for i, (plan, state) in enumerate(zip(plans, states, strict=True)):
                 if measured:
                     paces[i].append(pace.seconds())
-                torch.distributed.barrier()
+                dist.barrier()
                 started = time.perf_counter()
                 one_step(plan, state, meters[i], number)
                 if measured:
@@ -116,6 +123,28 @@ def _states(plans: Sequence[Plan], device: torch.device) -> list[TrainState]:
             asked.clear()
             states.append(build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1))
     return states
+
+
+@contextmanager
+def shared_groups() -> Iterator[Counter[tuple[int, ...]]]:
+    """Meanwhile a layout gets the groups of those before it ([Note: Groups]); two of its axes over the same ranks have
+    one each. What is yielded counts what it asks for, and is to be cleared before each layout."""
+    made: dict[tuple[tuple[int, ...], int], Any] = {}
+    asked: Counter[tuple[int, ...]] = Counter()
+    new_group = dist.new_group
+
+    def shared(ranks: Sequence[int], **options: Any) -> Any:
+        key = tuple(ranks)
+        asked[key] += 1
+        if (key, asked[key]) not in made:
+            made[key, asked[key]] = new_group(ranks, **options)
+        return made[key, asked[key]]
+
+    dist.new_group = device_mesh.new_group = shared  # type: ignore[assignment]
+    try:
+        yield asked
+    finally:
+        dist.new_group = device_mesh.new_group = new_group
 
 
 def one_step(plan: Plan, state: TrainState, meter: StepMeter, number: int) -> None:

@@ -13,11 +13,12 @@ import torch
 from profiles.hardware import HardwareProfile, load_hardware, save_hardware
 from profiles.input_error import InputError
 from profiles.points import AttentionPoint, CollectivePoint, GemmPoint
-from profiles.probes.cases import DEFAULT, FULL, PHASES, QUICK, all_cases
+from profiles.probes.cases import DEFAULT, FULL, PHASES, QUICK, Case, all_cases
 from profiles.probes.collectives import PlacedGroup, placements
 from profiles.probes.findings import Findings
 from profiles.probes.profiler import ProfileOptions
 from profiles.probes.timing import Rank, trimmed_mean
+from profiles.probes.worker import in_turn
 
 FACTS: dict[str, Any] = {
     "runs": [2],
@@ -176,11 +177,33 @@ def test_every_case_has_a_name_of_its_own_and_the_needed_ones_come_first(world_s
         assert half == pytest.approx(sum(case.phase == phase for case in default) / 2, abs=1, rel=0.01)
 
 
+def test_time_that_is_up_too_early_has_gone_to_the_phases_by_their_shares() -> None:
+    seconds = {"links": 3.0, "overheads": 1.0, "memory": 0.5, "gemm": 0.1}  # of a case; there is no attention
+    number = {"links": 30, "overheads": 90, "memory": 2, "gemm": 900}
+    cases = [Case(f"{phase} {i}", phase, QUICK, id) for phase in seconds for i in range(number[phase])]
+    cases.append(Case("later", "links", DEFAULT, id))
+    spent, order = dict.fromkeys(PHASES, 0.0), list[Case]()
+    for case in in_turn(cases, spent):
+        order.append(case)
+        spent[case.phase] += seconds[case.phase]
+        if sum(spent.values()) > 81.0:
+            break
+    assert spent["memory"] == 1.0  # all of it; the others share what it leaves over
+    ongoing = ("links", "overheads", "gemm")
+    for phase in ongoing:
+        share = PHASES[phase] / sum(PHASES[one] for one in ongoing)
+        assert spent[phase] == pytest.approx(80.0 * share, abs=seconds["links"])
+    of_links = [case.name for case in order if case.phase == "links"]
+    assert of_links == [f"links {i}" for i in range(len(of_links))]
+    everything = list(in_turn(cases, spent))
+    assert (len(everything), everything[-1].name) == (len(cases), "later")
+
+
 def test_the_budget_counts_from_when_the_profile_was_asked_for() -> None:
     began = time.time() - 4.0
     late, now = (ProfileOptions(ranks=2, thoroughness="quick", began=at).request().deadline for at in (began, None))
-    assert late == pytest.approx(began + 27.0)
-    assert now == pytest.approx(time.time() + 27.0, abs=1.0)
+    assert late == pytest.approx(began + 26.0)
+    assert now == pytest.approx(time.time() + 26.0, abs=1.0)
 
 
 def test_placements_are_the_axes_that_divide_the_world() -> None:

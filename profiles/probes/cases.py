@@ -16,8 +16,8 @@ from .timing import Rank
 
 QUICK, DEFAULT, FULL = 0, 1, 2
 Groups = dict[Placement, PlacedGroup]
-# Phases in the order they are measured; shares of the time that the quick cases of each may take.
-PHASES = {"links": 0.3, "overheads": 0.3, "memory": 0.15, "attention": 0.05, "gemm": 0.2}
+# Shares of the time that the quick cases of each phase get (`worker.in_turn`): about what all of them take on CPUs.
+PHASES = {"links": 0.25, "overheads": 0.45, "memory": 0.1, "attention": 0.03, "gemm": 0.17}
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Case:
     """One measurement that all ranks make together. `name` tells it apart from all others, also in a file.
 
     `level` is QUICK where no plan can do without it, DEFAULT where it makes plans truer, FULL for the rest.
-    Cases of one `ladder` differ by their `size`, which their time rises with: it is known before it is spent.
+    Cases of one `ladder` differ by their `size`, which their time rises with: it is known before it is spent. `seconds`
+    is about what a long one takes that no ladder tells of.
     What is `needed` is measured though time is up: without it no plan can be priced. `optional` is what needs a kernel
     that a device or a build of torch may lack: it is skipped there, while any other case that fails, but for want of
     memory, shows a bug.
@@ -39,10 +40,11 @@ class Case:
     size: int = 0
     optional: bool = False
     needed: bool = False
+    seconds: float = 0.0
 
 
 def all_cases(rank: Rank, groups: Groups, dtypes: tuple[str, ...]) -> list[Case]:
-    """Every case, in the order in which to measure: by level, within the levels the phases in turn."""
+    """Every case, by level, within the levels by phase, those of a phase in the order in which to measure."""
     cases = [
         *_links(rank, groups),
         *_overheads(rank, groups),
@@ -111,30 +113,40 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     yield Case("parameter overhead", "overheads", QUICK, overheads.measure_parameter)
     yield Case("launch", "overheads", QUICK, compute.measure_launch)
     if not cuda:
-        yield Case("chain", "overheads", QUICK, chains.measure_chain)
+        yield Case("chain", "overheads", QUICK, chains.measure_chain, seconds=1.5)
     if cuda:
         yield Case("host link", "overheads", DEFAULT, compute.measure_host_link)
     if rank.world_size == 1:
         return
-    yield Case("contention", "overheads", QUICK, concurrency.measure_contention)
     smallest, widest = min(groups), max(groups, key=lambda p: (p[0], -p[1]))
-    yield Case("stragglers", "overheads", QUICK, partial(concurrency.measure_stragglers, placed=groups[smallest]))
-    yield Case("sharded block", "overheads", QUICK, partial(overheads.measure_sharded_block, placed=groups[smallest]))
+    fsdp = {2**18: QUICK, 2**20: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
+    if cuda:
+        fsdp |= {2**28: QUICK, 2**29: FULL}
+
+    def of_fsdp(size: int) -> Iterator[Case]:
+        for placement, placed in groups.items():
+            run = partial(overheads.measure_data_parallel, placed=placed, size_bytes=size)
+            name, ladder = f"FSDP {_name(placement)} {size} bytes", f"FSDP {placement}"
+            yield Case(name, "overheads", fsdp[size], run, ladder, size, seconds=1.5)
+
+    # Where time is short the first of each count most.
+    yield Case("contention", "overheads", QUICK, concurrency.measure_contention)
     if not cuda:
         for pair in [placed for placed in groups.values() if placed.size == 2][:1]:
             yield Case("messages", "overheads", QUICK, partial(concurrency.measure_messages, placed=pair))
         run = partial(overheads.measure_unsynchronised, placed=groups[smallest])
         yield Case("FSDP without collectives", "overheads", QUICK, run)
+    yield from of_fsdp(2**18)
+    run = partial(overheads.measure_sharded_block, placed=groups[smallest])
+    yield Case("sharded block", "overheads", QUICK, run, seconds=3.0)
+    run = partial(concurrency.measure_stragglers, placed=groups[smallest])
+    yield Case("stragglers", "overheads", QUICK, run, seconds=3.0)
+    if not cuda:
         for size in concurrency.CONTENTION_BYTES:
             run = partial(concurrency.measure_memory_contention, size_bytes=size)
             yield Case(f"contention {size} bytes", "overheads", QUICK, run)
-    fsdp = {2**18: QUICK, 2**20: QUICK, 2**23: QUICK, 2**16: DEFAULT, 2**21: DEFAULT, 2**25: DEFAULT}
-    if cuda:
-        fsdp |= {2**28: QUICK, 2**29: FULL}
-    for size, level in fsdp.items():
-        for placement, placed in groups.items():
-            run = partial(overheads.measure_data_parallel, placed=placed, size_bytes=size)
-            yield Case(f"FSDP {_name(placement)} {size} bytes", "overheads", level, run, f"FSDP {placement}", size)
+    for size in [size for size in fsdp if size != 2**18]:
+        yield from of_fsdp(size)
     for operation in ("all_reduce", "all_gather"):
         for size in (2**24, 2**27) if cuda else (2**20, 2**23):
             run = partial(concurrency.measure_overlap, placed=groups[widest], operation=operation, size_bytes=size)

@@ -22,7 +22,7 @@ from .cases import DEFAULT, FULL, QUICK
 from .findings import Findings, Request
 
 LEVELS = {"quick": QUICK, "default": DEFAULT, "full": FULL}
-_LEAVING_SECONDS = 2.0  # of the budget, for ranks to end
+_LEAVING_SECONDS = 3.0  # of the budget, for ranks to end
 BUDGET_SECONDS = {"quick": 29.0, "default": 290.0, "full": 3600.0}
 _PATIENCE_SECONDS = 90.0  # beyond the budget, before a silent rank is taken for lost
 _KEEP_SECONDS = 10.0  # between two times that an unfinished profile is kept

@@ -7,7 +7,8 @@ import importlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -79,33 +80,43 @@ def work(rank_index: int, world_size: int, init_method: str, request: Request, t
 def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> None:
     # Whether to go on is decided by times that all ranks agree on: if one skipped a case, the others would wait in it.
     deadline = rank.most(request.deadline)
-    ends = _phase_ends(rank.most(time.time()), deadline)
+    spent = dict.fromkeys(PHASES, 0.0)  # seconds
     started: set[str] = set()
     took: dict[str, list[tuple[int, float]]] = {}  # ladder -> (size, seconds) of its cases so far
     pace = Pace(rank) if rank.device.type == "cpu" else None
-    quick = [case for case in cases if case.level == QUICK]
-    put_off: list[Case] = []
-
-    def turns() -> Iterator[tuple[Case, float]]:
-        yield from ((case, ends[case.phase]) for case in quick)
-        # What some phases leave over goes first to the quick cases that others had no time for.
-        yield from ((case, deadline) for case in (*put_off, *(case for case in cases if case.level != QUICK)))
-
-    for number, (case, until) in enumerate(turns()):
+    for number, case in enumerate(in_turn(cases, spent)):
         now = rank.most(time.time())
-        first = number < len(quick) and case.phase not in started
+        first = case.level == QUICK and case.phase not in started
         started.add(case.phase)
-        if not (first or case.needed) and now + _expected(case, took) > until:
-            if number < len(quick):
-                put_off.append(case)
+        if not (first or case.needed) and now + _expected(case, took) > deadline:
             continue
         if rank.rank == 0:
             tell("progress", (case.phase, case.name, min(1.0, number / len(cases))))
         paced = pace.seconds() if pace is not None else 1.0
         found, reason = _attempt(rank, case)
-        took.setdefault(case.ladder, []).append((case.size, rank.most(time.time()) - now))
+        seconds = rank.most(time.time()) - now
+        spent[case.phase] += seconds
+        took.setdefault(case.ladder, []).append((case.size, seconds))
         if rank.rank == 0:
             tell("case", {"name": case.name, "found": found, "skipped": reason, "pace": paced})
+
+
+def in_turn(cases: Iterable[Case], spent: Mapping[str, float]) -> Iterator[Case]:
+    """The quick cases, next always of the phase that has had the least of its share of the time, then the others.
+
+    `spent` are the seconds of each phase so far, which whoever measures keeps up. So a time that is up too early has
+    seen of each phase what its share allows, and what one phase leaves over is shared by the rest.
+    """
+    queues = {phase: deque[Case]() for phase in PHASES}
+    later = []
+    for case in cases:
+        if case.level == QUICK:
+            queues[case.phase].append(case)
+        else:
+            later.append(case)
+    while waiting := [phase for phase, queue in queues.items() if queue]:
+        yield queues[min(waiting, key=lambda phase: spent[phase] / PHASES[phase])].popleft()
+    yield from later
 
 
 def _patience(cases: list[Case], left_seconds: float) -> float:
@@ -118,19 +129,9 @@ def _expected(case: Case, took: dict[str, list[tuple[int, float]]]) -> float:
     """Seconds that the case will take, from the nearest smaller one of its ladder: on a slow link they are many."""
     smaller = [known for known in took.get(case.ladder, []) if 0 < known[0] <= case.size]
     if not case.ladder or not smaller:
-        return 0.0
+        return case.seconds
     size, seconds = max(smaller)
     return seconds * case.size / size if seconds > _SLOW_SECONDS else seconds
-
-
-def _phase_ends(start: float, deadline: float) -> dict[str, float]:
-    """When the quick cases of each phase must end: what a phase leaves over goes to the next."""
-    total, used = max(1.0, deadline - start), 0.0
-    ends = {}
-    for phase, share in PHASES.items():
-        used += share
-        ends[phase] = deadline - total * (1.0 - used)
-    return ends
 
 
 def _attempt(rank: Rank, case: Case) -> tuple[dict[str, Any], str]:
