@@ -228,6 +228,12 @@ def zero_rule(layout: Layout, context: RuleContext) -> str | None:
     return None
 
 
+def _fp8_schedule(layout: Layout, context: RuleContext) -> str | None:
+    if context.job.precision == "fp8" and context.capabilities.fp8_whole and layout.splits_backward:
+        return f"fp8 with {layout.schedule}: a product in fp8 would run its whole backward in both halves"
+    return None
+
+
 def _fp8(layout: Layout, context: RuleContext) -> str | None:
     if context.job.precision != "fp8" or not context.capabilities.fp8_whole:
         return None
@@ -235,8 +241,6 @@ def _fp8(layout: Layout, context: RuleContext) -> str | None:
         return f"fp8: {context.executor} has fp8 products in dense blocks alone today; ask for --precision bf16"
     if layout.tp > 1:
         return f"fp8 with tp={layout.tp}: {context.executor} runs fp8 products of whole linears alone today"
-    if layout.splits_backward:
-        return f"fp8 with {layout.schedule}: a product in fp8 would run its whole backward in both halves"
     tokens = layout.micro_batch * context.job.sequence // layout.cp
     widths = {width for shape in context.model.linear_shapes.values() for width in shape}
     odd = [number for number in (tokens, *sorted(widths)) if number % FP8_MULTIPLE]
@@ -276,8 +280,11 @@ DEGREE_RULES: tuple[Rule, ...] = (
     _stages,
     _batch,
 )
-KNOB_RULES: tuple[Rule, ...] = (_schedule, zero_rule, _dp_shard, _experts, _fp8)
-RULES = DEGREE_RULES + KNOB_RULES
+# Besides pp: what depends on the micro batch and the degrees, on schedule and chunks, on the state and the expert grid.
+MICRO_BATCH_RULES: tuple[Rule, ...] = (_fp8,)
+PIPELINE_RULES: tuple[Rule, ...] = (_schedule, _fp8_schedule)
+STATE_RULES: tuple[Rule, ...] = (zero_rule, _dp_shard, _experts)
+RULES = DEGREE_RULES + PIPELINE_RULES + STATE_RULES + MICRO_BATCH_RULES
 
 
 def violations(layout: Layout, context: RuleContext) -> tuple[str, ...]:

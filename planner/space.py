@@ -6,14 +6,24 @@ says how many layouts it holds without listing them, and a bound on all of them 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
 from .capabilities import Capabilities, missing_features
 from .job import TrainingJob
 from .layout import Layout
-from .rules import DEGREE_RULES, KNOB_RULES, RuleContext, recompute_modes, why_not_proposed, zero_rule
+from .rules import (
+    DEGREE_RULES,
+    MICRO_BATCH_RULES,
+    PIPELINE_RULES,
+    STATE_RULES,
+    Rule,
+    RuleContext,
+    recompute_modes,
+    why_not_proposed,
+    zero_rule,
+)
 
 
 @dataclass(frozen=True)
@@ -119,11 +129,13 @@ class _Space:
         if not self._held("sequence_parallel", parallel) or not self._held("cp_style", style):
             return
         base = Layout(tp=tp, cp=cp, cp_style=style, pp=pp, dp=dp, sequence_parallel=parallel)
-        if any(rule(base, self._context) for rule in DEGREE_RULES):
+        if _any_forbids(DEGREE_RULES, base, self._context):
             return
         for micro_batch in divisors(self._job.global_batch // dp):
             layout = base.but(micro_batch=micro_batch)
-            if self._held("micro_batch", micro_batch) and why_not_proposed(layout) is None:
+            if not self._held("micro_batch", micro_batch) or why_not_proposed(layout) is not None:
+                continue
+            if not _any_forbids(MICRO_BATCH_RULES, layout, self._context):
                 yield layout
 
     def _choices(self, key: str, most: int) -> list[int]:
@@ -139,7 +151,7 @@ class _Space:
                     layout = base.but(schedule=schedule, virtual_stages=chunks)
                     if not self._held("schedule", schedule) or not self._held("virtual_stages", chunks):
                         continue
-                    legal = layout.stages <= layers + 2 and KNOB_RULES[0](layout, self._context) is None
+                    legal = layout.stages <= layers + 2 and not _any_forbids(PIPELINE_RULES, layout, self._context)
                     if legal and recompute_modes(layout, self._context):
                         found.append((schedule, chunks))
             self._pipelines[key] = tuple(found)
@@ -152,7 +164,7 @@ class _Space:
             for zero, shard in self._sharding(base):
                 for ep, etp in self._expert_grids(base):
                     layout = base.but(zero=zero, dp_shard=shard, ep=ep, etp=etp)
-                    if not any(rule(layout, self._context) for rule in KNOB_RULES[1:]):
+                    if not _any_forbids(STATE_RULES, layout, self._context):
                         found.append((zero, shard, ep, etp))
             self._states[key] = tuple(found)
         return self._states[key]
@@ -189,3 +201,7 @@ class _Space:
             return [(1, 1)]
         grids = product(divisors(experts.number), sorted({1, base.tp}))
         return [(ep, etp) for ep, etp in grids if self._held("ep", ep) and self._held("etp", etp)]
+
+
+def _any_forbids(rules: Iterable[Rule], layout: Layout, context: RuleContext) -> bool:
+    return any(rule(layout, context) is not None for rule in rules)

@@ -227,7 +227,7 @@ RULED_OUT: list[tuple[Layout, RuleContext, str]] = [
     ),
     (
         Layout(pp=2, dp=4, schedule="zb1p"),
-        fp8(),
+        fp8(model=tiny_llama(head_dim=16), sequence=16),
         "fp8 with zb1p: a product in fp8 would run its whole backward in both halves",
     ),
     (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from math import gcd
 
@@ -78,6 +79,17 @@ def test_what_is_enumerated_is_legal(world: int, batch: int, sequence: int, kv_h
     assert len(layouts) == len(set(layouts))
     for layout in layouts:
         assert violations(layout, where) == ()
+
+
+def test_in_fp8_the_space_is_what_the_rules_leave_of_every_number() -> None:
+    """fp8 depends on the micro batch (a multiple of 16 tokens) and on the schedule (whole backwards)."""
+    model = replace(tiny_llama(layers=4), hidden_size=64, ffn_hidden_size=128, vocab_size=64)
+    where = context(4, model, global_batch=8, sequence=8, precision="fp8")
+    found = list(enumerate_layouts(where))
+    assert set(found) == naive(where)
+    assert len(set(found)) == len(found)
+    assert {layout.micro_batch % 2 for layout in found} == {0}
+    assert {"1f1b", "interleaved-1f1b"} < {layout.schedule for layout in found}
 
 
 def test_pins_and_bans_hold_in_the_enumeration() -> None:
