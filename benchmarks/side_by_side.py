@@ -117,32 +117,33 @@ def run_layouts(folder: Path, count: int, turns: int, rounds: int) -> None:
 
 def _states(plans: Sequence[Plan], device: torch.device) -> list[TrainState]:
     """Of every plan, on process groups that they share."""
-    states = []
-    with shared_groups() as asked:
-        for plan in plans:
-            asked.clear()
+    states, made = [], dict[GroupKey, Any]()
+    for plan in plans:
+        with shared_groups(made):
             states.append(build_state(plan, device, dtype=torch.float32, seed=0, weight_decay=0.1))
     return states
 
 
+# Ranks, and which of the groups that one layout asks for over them, counted from 1.
+GroupKey = tuple[tuple[int, ...], int]
+
+
 @contextmanager
-def shared_groups() -> Iterator[Counter[tuple[int, ...]]]:
-    """Meanwhile a layout gets the groups of those before it ([Note: Groups]); two of its axes over the same ranks have
-    one each. What is yielded counts what it asks for, and is to be cleared before each layout."""
-    made: dict[tuple[tuple[int, ...], int], Any] = {}
-    asked: Counter[tuple[int, ...]] = Counter()
-    new_group = dist.new_group
+def shared_groups(made: dict[GroupKey, Any]) -> Iterator[None]:
+    """Meanwhile one layout is built, of groups that are `made` where they are ([Note: Groups]); two of its axes over
+    the same ranks have one each."""
+    asked, new_group = Counter[tuple[int, ...]](), dist.new_group
 
     def shared(ranks: Sequence[int], **options: Any) -> Any:
-        key = tuple(ranks)
-        asked[key] += 1
-        if (key, asked[key]) not in made:
-            made[key, asked[key]] = new_group(ranks, **options)
-        return made[key, asked[key]]
+        asked[tuple(ranks)] += 1
+        key = (tuple(ranks), asked[tuple(ranks)])
+        if key not in made:
+            made[key] = new_group(ranks, **options)
+        return made[key]
 
     dist.new_group = device_mesh.new_group = shared  # type: ignore[assignment]
     try:
-        yield asked
+        yield
     finally:
         dist.new_group = device_mesh.new_group = new_group
 

@@ -123,6 +123,8 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     if cuda:
         fsdp |= {2**28: QUICK, 2**29: FULL}
 
+    first, *others = fsdp
+
     def of_fsdp(size: int) -> Iterator[Case]:
         for placement, placed in groups.items():
             run = partial(overheads.measure_data_parallel, placed=placed, size_bytes=size)
@@ -136,7 +138,7 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
             yield Case("messages", "overheads", QUICK, partial(concurrency.measure_messages, placed=pair))
         run = partial(overheads.measure_unsynchronised, placed=groups[smallest])
         yield Case("FSDP without collectives", "overheads", QUICK, run)
-    yield from of_fsdp(2**18)
+    yield from of_fsdp(first)
     run = partial(overheads.measure_sharded_block, placed=groups[smallest])
     yield Case("sharded block", "overheads", QUICK, run, seconds=3.0)
     run = partial(concurrency.measure_stragglers, placed=groups[smallest])
@@ -145,7 +147,7 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
         for size in concurrency.CONTENTION_BYTES:
             run = partial(concurrency.measure_memory_contention, size_bytes=size)
             yield Case(f"contention {size} bytes", "overheads", QUICK, run)
-    for size in [size for size in fsdp if size != 2**18]:
+    for size in others:
         yield from of_fsdp(size)
     for operation in ("all_reduce", "all_gather"):
         for size in (2**24, 2**27) if cuda else (2**20, 2**23):

@@ -81,13 +81,11 @@ def _measure(rank: Rank, cases: list[Case], request: Request, tell: Tell) -> Non
     # Whether to go on is decided by times that all ranks agree on: if one skipped a case, the others would wait in it.
     deadline = rank.most(request.deadline)
     spent = dict.fromkeys(PHASES, 0.0)  # seconds
-    started: set[str] = set()
     took: dict[str, list[tuple[int, float]]] = {}  # ladder -> (size, seconds) of its cases so far
     pace = Pace(rank) if rank.device.type == "cpu" else None
     for number, case in enumerate(in_turn(cases, spent)):
         now = rank.most(time.time())
-        first = case.level == QUICK and case.phase not in started
-        started.add(case.phase)
+        first = case.level == QUICK and not spent[case.phase]
         if not (first or case.needed) and now + _expected(case, took) > deadline:
             continue
         if rank.rank == 0:

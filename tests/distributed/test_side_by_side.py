@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 
-from benchmarks.side_by_side import shared_groups
+from benchmarks.side_by_side import GroupKey, shared_groups
 from planner.layout import Layout
 from runtime.mesh import build_mesh
 
@@ -15,13 +17,12 @@ LAYOUTS = (Layout(tp=2, pp=2), Layout(dp=2, tp=2, zero=1, dp_shard=2), Layout(pp
 
 def names() -> list[dict[str, str]]:
     """Of each layout the groups that this rank is in, by axis."""
-    found = []
-    with shared_groups() as asked:
-        for layout in LAYOUTS:
-            asked.clear()
+    found, made = [], dict[GroupKey, Any]()
+    for layout in LAYOUTS:
+        with shared_groups(made):
             mesh = build_mesh(layout, "cpu", tied_embeddings=False, experts=layout.ep > 1)
-            axes = ("pp", "dp", "tp", "ep") if layout.ep > 1 else ("pp", "dp", "tp")
-            found.append({axis: mesh.groups(axis)[0].group_name for axis in axes})
+        axes = ("pp", "dp", "tp", "ep") if layout.ep > 1 else ("pp", "dp", "tp")
+        found.append({axis: mesh.groups(axis)[0].group_name for axis in axes})
     dist.new_group([0])  # torch's own again
     return found
 
