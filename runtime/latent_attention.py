@@ -11,7 +11,7 @@ from profiles.model import ModelSpec
 from .context_parallel import WHOLE, SequenceShard, self_attention
 from .local_parameters import LocalParameters
 from .norm import Norm
-from .rotary import constant_tables, rotate
+from .rotary import constant_tables, plain_scaling, rotate
 from .whole_attention import Reach
 
 
@@ -47,7 +47,8 @@ class LatentAttention(nn.Module):
         assert latent is not None
         self.latent = latent
         self.reach = Reach(causal=not model.bidirectional)
-        self.rope_theta, self.rope_scaling = model.rope_theta, model.rope_scaling or model.rope_stretch
+        self.rope_theta = model.rope_theta
+        self.rope_scaling = plain_scaling(model.rope_scaling or model.rope_stretch)
         self.score_factor = model.rope_stretch.score_factor if model.rope_stretch is not None else 1.0
         for name in latent.linear_shapes(model.hidden_size, model.heads):
             if name != "wo":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple, fields
 from functools import lru_cache
 from typing import Any
 
@@ -76,10 +77,35 @@ def rotary_tables(
     return torch.stack(tables).to(device, dtype)
 
 
+# A scaling as its name and its numbers.
+PlainScaling = tuple[Any, ...]
+_SCALINGS = {kind.__name__: kind for kind in (RopeScaling, RopeStretch)}
+
+
+def plain_scaling(scaling: Scaling) -> PlainScaling:
+    """What a module keeps of `scaling` for `constant_tables`: torch 2.11 compiles no call with a frozen dataclass."""
+    return () if scaling is None else (type(scaling).__name__, *astuple(scaling))
+
+
+def _scaling_of(plain: PlainScaling) -> Scaling:
+    if not plain:
+        return None
+    kind, *values = plain
+    names = (field.name for field in fields(_SCALINGS[kind]))
+    return _SCALINGS[kind](**dict(zip(names, values, strict=True)))
+
+
 @torch.compiler.assume_constant_result
-def constant_tables(*key: Any) -> torch.Tensor:
+def constant_tables(
+    spans: tuple[tuple[int, int], ...],
+    head_dim: int,
+    theta: float,
+    scaling: PlainScaling,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """`rotary_tables`, which compiled code takes as it finds them; it would else compute them anew in each block."""
-    return rotary_tables(*key)
+    return rotary_tables(spans, head_dim, theta, _scaling_of(scaling), device, dtype)
 
 
 def rotate(heads: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from .latent_attention import LatentAttention
 from .local_parameters import LocalParameters
 from .loss import LossWay, head_loss
 from .norm import Norm
-from .rotary import constant_tables, rotate
+from .rotary import constant_tables, plain_scaling, rotate
 from .whole_attention import Reach
 
 
@@ -116,7 +116,7 @@ class Attention(nn.Module):
         self.sinks = Sinks(model) if model.attention_sinks else None
         self.rope = model.positions == "rope"
         self.rope_theta = model.rope_theta
-        self.rope_scaling = model.rope_scaling or model.rope_stretch
+        self.rope_scaling = plain_scaling(model.rope_scaling or model.rope_stretch)
         for name in ("wq", "wk", "wv", "wo"):
             self.add_module(name, _linear(model, name))
         self.q_norm = Norm(model, model.head_dim, kind="rmsnorm") if model.qk_norm else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from planner.compile_rules import why_no_asynchronous_tp, why_not_compiled
 from planner.job import TrainingJob
 from planner.layout import Layout
 from planner.plan import Plan
+from profiles.attention_spec import RopeScaling, RopeStretch
 from profiles.input_error import InputError
 from profiles.model import ModelSpec
 from runtime import checkpoint, compilation
@@ -33,7 +35,7 @@ from runtime.process_group import set_timeout
 from runtime.step import TrainState, build_state, training_step
 from tests.distributed.harness import RankError, run_ranks
 from tests.distributed.layout_runs import Trajectory, own_samples, run_plain, run_plan, tokens_of
-from tests.plans import make_plan, tiny_bert, tiny_experts, tiny_gpt2, tiny_llama
+from tests.plans import make_plan, tiny_bert, tiny_experts, tiny_gpt2, tiny_latent, tiny_llama
 from tests.thinned import every
 
 STEPS = 2
@@ -102,6 +104,24 @@ def test_compiled_training_is_training(name: str) -> None:
         assert trajectory.losses == pytest.approx(expected.losses, rel=1e-9)
         assert trajectory.norms == pytest.approx(expected.norms, rel=1e-9)
     assert (ranks[0][1], ranks[-1][1]) == (first, last)
+
+
+def losses_of_each(plans: Sequence[Plan]) -> list[list[float]]:
+    """Of compiled blocks, one plan after the other in one process."""
+    return [run_compiled(plan, torch.float64)[0].losses for plan in plans]
+
+
+def test_each_scaling_of_positions_is_compiled() -> None:
+    llama3 = RopeScaling(factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_max_positions=16)
+    yarn = RopeStretch(kind="yarn", factor=4.0, original_max_positions=16)
+    plain = tiny_llama(layers=1, rope_theta=50.0)
+    stretched = replace(plain, rope_stretch=yarn)
+    latent = tiny_latent(layers=1, rope_theta=50.0, rope_stretch=yarn)
+    plans = [plan_of(model) for model in (plain, replace(plain, rope_scaling=llama3), stretched, latent)]
+    expected = [run_plain(make_plan(plan.model, Layout(), JOB), STEPS, torch.float64).losses for plan in plans]
+    assert len({losses[0] for losses in expected}) == len(plans)
+    (found,) = run_ranks(losses_of_each, 1, plans, timeout_seconds=180.0)
+    assert found == [pytest.approx(losses, rel=1e-9) for losses in expected]
 
 
 def run_scaled(plan: Plan) -> tuple[Trajectory, int]:
