@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.pipelining._utils import InferenceMode
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
@@ -34,6 +33,11 @@ from .pipeline import PipelineRunner, StepRunner
 from .rotary import rotary_tables
 from .stand_ins import gpu_norms
 from .step import TrainState, state_of, training_step
+
+try:  # torch 2.13; before it stages that know their metadata do not vote
+    from torch.distributed.pipelining._utils import InferenceMode
+except ImportError:
+    InferenceMode = None
 
 DEVICE = torch.device("cpu")  # stock wheels without CUDA refuse fake tensors of another
 
@@ -137,10 +141,13 @@ def in_its_world(plan: Plan, rank: int) -> Iterator[None]:
 
 def skip_vote(runner: StepRunner) -> None:
     """Stages agree on static metadata by messages, which nobody answers here; the trainer's are static."""
+    if InferenceMode is None:
+        return
+    static = InferenceMode.STATIC
 
     def warm_up(stages: list[Any], *_: Any, **__: Any) -> None:
         for stage in stages:
-            stage._inference_mode = InferenceMode.STATIC
+            stage._inference_mode = static
 
     if isinstance(runner, PipelineRunner):
         runner.schedule._warmup_p2p = warm_up  # type: ignore[method-assign]
