@@ -9,6 +9,7 @@ not divide; here the loss function divides, so that both sides train alike.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -42,9 +43,16 @@ _NAMES = {
 class Titan:
     """A step of torchtitan's, on one rank."""
 
-    def __init__(self, plan: Plan, values: Values, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, values: Values, device: torch.device, *, mixed: bool = False, compiled: bool = False
+    ) -> None:
         logging.getLogger().setLevel(logging.WARNING)  # where it logs
         layout, config = plan.layout, config_of(plan)
+        if mixed:
+            config.training.mixed_precision_param = "bfloat16"
+        config.compile.enable = compiled
+        recompute = plan.stages[0].recompute_mode(0)
+        config.activation_checkpoint.mode = recompute
         self.plan, self.config = plan, config
         self.dims = ParallelDims(
             dp_replicate=1,
@@ -71,12 +79,16 @@ class Titan:
             part.to_empty(device=device)
             with torch.no_grad():
                 part.init_weights(buffer_device=None)
-            fill(part, plan.model, values)
+            if values:
+                fill(part, plan.model, values)
             for module in part.modules():
                 if isinstance(module, FSDPModule) and device.type == "cpu":
                     module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
         self.optimizers = build_optimizers(self.parts, config.optimizer, self.dims)
         self.context = utils.get_train_context(self.dims.tp_enabled)
+        self.autocast: Any = nullcontext()
+        if mixed:
+            self.autocast = utils.maybe_enable_amp(self.dims, config.training.mixed_precision_param, device.type)
 
     def _divided_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.loss(logits, targets) / self.plan.job.tokens
@@ -106,8 +118,9 @@ class Titan:
 
     def _forward_backward(self, inputs: torch.Tensor, targets: torch.Tensor, tokens: Any) -> torch.Tensor:
         with self.context():
-            logits = self.parts[0](inputs)
-            loss = self.loss(logits, targets) / tokens
+            with self.autocast:
+                logits = self.parts[0](inputs)
+                loss = self.loss(logits, targets) / tokens
             del logits
             loss.backward()
         return loss.detach()

@@ -18,15 +18,14 @@ from typing import Any
 
 from profiles.hardware import CORRECTED_PARTS, HardwareProfile
 from profiles.input_error import InputError
-from profiles.software import load_software
 
 from .assignment import counts_of
-from .capabilities import CAPABILITIES
 from .compute_cost import ComputeCost, ComputeModel
 from .layout_costs import StageCount
 from .plan import Plan
 from .record import KERNELS, RunRecord
 from .step_cost import CostModel
+from .target_software import software_of
 
 _LEAST_SHARE = 0.01  # of the step, for a part to say anything about its pace
 
@@ -111,7 +110,7 @@ def predicted_parts(hardware: HardwareProfile, record: RunRecord) -> dict[str, f
     prices = CostModel(plan.model, plan.cluster, waiting, plan.job)
     costs = prices.price(plan.layout, [stage.reshard for stage in plan.stages])
     counts = counts_of(plan.model, plan.stages)
-    software = load_software(CAPABILITIES[plan.job.target].software).software
+    software = software_of(plan.job, hardware, plan.layout, plan.model)
     compute = ComputeModel(plan.model, hardware, plan.job, software)
     parts = {**dict.fromkeys(KERNELS, 0.0), "tp": 0.0, "dp": 0.0, "optimizer": 0.0}
     for stage in record.stages:

@@ -106,7 +106,7 @@ class ComputeModel(Kernels):
         else:
             assert model.experts is not None
             parts += self._experts(layout, model.experts, tokens, outside_tokens(layout, self._job.sequence))
-        return _total(parts).issued(self._hardware)
+        return _total(parts).issued(self._hardware, self._software.compiled)
 
     def _beside_feed_forward(self, layout: Layout) -> ComputeCost:
         """All of a layer but its feed-forward, which alone depends on ep and etp."""
@@ -281,17 +281,19 @@ class ComputeModel(Kernels):
         The kernels cross memory as often as those of torch's cross-entropy: cast and log-softmax; exponential, quotient
         and cast. Where the logits are computed again the backward has the gradients, after the product and a
         difference, which is as long as the loss. Of several pieces in 16 bits the weight's gradient is summed in fp32,
-        widened and narrowed once; in fp32 the product itself adds up.
+        widened and narrowed once; in fp32, and on GPUs, the product itself adds up.
         """
         hidden, pieces = self._model.hidden_size, loss_pieces(tokens)
+        loss = "cross_entropy_fused" if self._software.compiled else "cross_entropy"
         whole = ComputeCost()
         for size, number in pieces:
-            once = self._logits(size, rows) + self._memory("cross_entropy", size * rows)
+            once = self._logits(size, rows) + self._memory(loss, size * rows)
             whole = whole + once.repeated(number)
         weight_sum = ComputeSeconds()
         if (again := sum(number for _, number in pieces) - 1) and self._dtype != "fp32":
             width = self._hardware.memory_seconds("cast", self._state_dtype, rows * hidden)
-            weight_sum = ComputeSeconds(memory=again * self.accumulate_seconds(rows * hidden) + 2 * width)
+            added = again * self.accumulate_seconds(rows * hidden) + width
+            weight_sum = ComputeSeconds(memory=width + (added if self._hardware.backend == "gloo" else 0.0))
         loss, gradients = whole.forward, whole.backward + weight_sum
         if layout.logits_again(layout.microbatches(self._job.global_batch)):
             return ComputeCost(loss, loss + gradients)
@@ -332,6 +334,11 @@ class ComputeModel(Kernels):
     def copy_seconds(self, parameters: float) -> float:
         """Reading and writing each parameter once, as gradients are packed: a part of dp, and corrected as dp is."""
         seconds = self._hardware.memory_seconds("copy", self._state_dtype, parameters)
+        return seconds / self._hardware.correction("memory")
+
+    def cast_seconds(self, parameters: float) -> float:
+        """Narrowing each parameter once: a part of dp as `copy_seconds` is."""
+        seconds = self._hardware.memory_seconds("cast", self._state_dtype, parameters)
         return seconds / self._hardware.correction("memory")
 
     @property

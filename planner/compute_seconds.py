@@ -104,8 +104,8 @@ class ComputeCost:
             self.checkpoint * factor,
         )
 
-    def issued(self, hardware: HardwareProfile) -> ComputeCost:
-        """With what issuing its operations takes.
+    def issued(self, hardware: HardwareProfile, compiled: bool = False) -> ComputeCost:
+        """With what issuing its operations takes, `compiled` or one by one.
 
         Where the host is the device each has its overhead. Elsewhere no pass is shorter than the host takes to issue
         it; the weights' gradient is issued with the input's.
@@ -113,7 +113,7 @@ class ComputeCost:
         if each := hardware.operation_overhead_seconds:
             passes = (self.forward, self.backward_input, self.backward_weight, self.selective, self.checkpoint)
             return ComputeCost(*(one.with_overhead(each) for one in passes))
-        each = hardware.host_operation_seconds
+        each = hardware.issue_seconds(compiled)
         if each == 0.0:
             return self
         late = self.backward.behind_host(each).idle

@@ -68,7 +68,7 @@ class DataParallelModel:
             return self._alone(layout, dense, expert, backward, max(whole, dense + expert))
         gathered, reduced = self._collectives(layout, dense, expert, tensors, whole)
         if gathered == reduced == 0.0:
-            return DataParallel()
+            return self._widened(dense + expert)
         torch_root, pipelined = root and self._software.on_fsdp, layout.pp > 1 and self._software.on_torch_pipeline
         exposed, zero = self._hardware.exposed_seconds, layout.zero
         hides_gather = self._software.weight_gather == "overlapped" and not torch_root
@@ -109,6 +109,14 @@ class DataParallelModel:
         hidden = 0.0 if layout.pp > 1 else 1.0 - message / (4 * whole)
         exposed = self._hardware.exposed_seconds(reduced, backward)
         return DataParallel(reduce=Seconds(dp=hidden * exposed + (1.0 - hidden) * reduced))
+
+    def _widened(self, parameters: float) -> DataParallel:
+        """What FSDP2 does with the weights of one rank alone, where our runtime has it widen them: they are narrowed
+        once a step, and their gradients widened as they are packed, and copied (torch 2.13, `foreach_reduce`)."""
+        if not self._software.sums_alone or self._weight_bytes == self._gradient_bytes:
+            return DataParallel()
+        cast, copy = self._compute.cast_seconds(parameters), self._compute.copy_seconds(parameters)
+        return DataParallel(gather=Seconds(dp=cast), reduce=Seconds(dp=cast + copy))
 
     def _messages(self, parameters: float, tensors: int) -> float:
         """Buckets of torch's DDP that the gradients of a part fill, of so many whole tensors.

@@ -14,13 +14,13 @@ from itertools import product
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
-from profiles.software import Software, load_software
+from profiles.software import Software
 from profiles.traced_model import TracedModel
 
 from .axis_cost import AxisModel, Passes
 from .better_assignment import quicker_by_neighbours
-from .capabilities import CAPABILITIES
 from .comm_cost import CommModel, Group
+from .compile_rules import why_not_compiled
 from .compute_cost import ComputeCost
 from .contention import Pace, least_pace, ranks_at_work, ranks_that_share, shares_with_stages
 from .data_parallel_cost import DataParallelModel
@@ -41,6 +41,7 @@ from .part_seconds import PartSeconds, Seconds, least_of
 from .reduction_moments import reduction_moments
 from .schedule import ALL_SPLIT, BLOCKING, FORWARDS_FIRST, SPLIT_BACKWARD, Pipeline
 from .space import LayoutGroup
+from .target_software import compiled_software, eager_software
 from .traced_cost import compute_model, traced_parts
 
 # Layers by kind, embedding, head, and what a microbatch costs besides.
@@ -60,7 +61,8 @@ class CostModel:
         job: TrainingJob,
         software: Software | None = None,
     ) -> None:
-        software = software or load_software(CAPABILITIES[job.target].software).software
+        compiled = compiled_software(job, hardware) if software is None else None
+        software = software or eager_software(job)
         self._comm = CommModel(cluster, hardware)
         if isinstance(model, TracedModel):
             software = replace(software, cross_entropy="eager")  # its loss is its own
@@ -70,6 +72,9 @@ class CostModel:
             self._memory = MemoryModel(model, hardware, job, software)
         self._paced = PacedCompute(hardware, partial(compute_model, model, job=job, software=software))
         self._compute = self._paced.measured
+        self._compiled: PacedCompute | None = None
+        if compiled is not None:
+            self._compiled = PacedCompute(hardware, partial(compute_model, model, job=job, software=compiled))
         self._model, self._job, self._hardware, self._software = model, job, hardware, software
         self._dp = DataParallelModel(hardware, self._comm, self._compute, job.precision, software)
         self._messages = MessageModel(hardware, self._comm, self._memory, software)
@@ -166,6 +171,8 @@ class CostModel:
         """A schedule whose layers, embedding and head take as long as under this layout's."""
         if layout.schedule in ALL_SPLIT and self._hardware.split_overhead_seconds:
             return "zb1p"
+        if layout.splits_backward and self._compiled is not None:
+            return "zb1p"  # eager, where others are compiled
         return "gpipe" if self._logits_again(layout) else "1f1b"
 
     def _parts(self, layout: Layout, reshard: bool | None, pace: Pace | None = None) -> _Parts:
@@ -213,8 +220,8 @@ class CostModel:
         """
         layout = group.base
         microbatches = layout.microbatches(self._job.global_batch)
-        alike = {schedule in FORWARDS_FIRST: schedule for schedule, _ in group.pipelines}
-        again = {self._logits_again(layout.but(schedule=s)): s for s in alike.values()}
+        alike = {(s in FORWARDS_FIRST, s in SPLIT_BACKWARD): s for s, _ in group.pipelines}
+        again = {self._head_and_blocks(layout.but(schedule=s)): s for s in alike.values()}
         split = any(schedule in SPLIT_BACKWARD for schedule, _ in group.pipelines)
         stages = layout.pp * max(chunks for _, chunks in group.pipelines)
         grids = {(state[2], state[3]) for state in group.states}
@@ -232,7 +239,7 @@ class CostModel:
         # No stride among what is sent here depends on pp, dp or the state but those of ep.
         key = (
             *(layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
-            *(layout.ep, layout.etp, self._logits_again(layout), pace, with_ep),
+            *(layout.ep, layout.etp, self._head_and_blocks(layout), pace, with_ep),
         )
         if key not in self._once_cache:
             compute = self._part_compute(layout, pace)
@@ -285,11 +292,19 @@ class CostModel:
         """What the head's compute depends on besides its shapes."""
         return self._software.loss_in_pieces and layout.logits_again(layout.microbatches(self._job.global_batch))
 
+    def _runs_compiled(self, layout: Layout) -> bool:
+        return self._compiled is not None and why_not_compiled(layout, self._model) is None
+
+    def _head_and_blocks(self, layout: Layout) -> tuple[bool, bool]:
+        """What compute depends on besides shapes: whether logits are computed again, and whether it is compiled."""
+        return self._logits_again(layout), self._runs_compiled(layout)
+
     def _part_compute(self, layout: Layout, pace: Pace) -> dict[str, ComputeCost]:
         """Compute of a layer by kind, of embedding and head."""
         again = self._logits_again(layout)
         parts = [*{segment.kind for segment in self._model.segments}, "embedding", "head"]
-        return {part: self._paced.part(layout, part, again, pace) for part in parts}
+        paced = self._compiled if self._compiled is not None and self._runs_compiled(layout) else self._paced
+        return {part: paced.part(layout, part, again, pace) for part in parts}
 
     # ---- parts -----------------------------------------------------------------------------------------
 

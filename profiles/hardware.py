@@ -37,7 +37,7 @@ CORRECTED_PARTS = ("gemm", "attention", "memory", "tp", "dp", "optimizer")
 
 @dataclass(frozen=True, kw_only=True)
 class HardwareProfile:
-    """One device and its surroundings. Seconds, bytes and FLOPs; every list may be empty but one of a pair.
+    """One device and its surroundings; every list may be empty but one of a pair.
 
     While a kernel and a collective run at once, the kernel takes `overlap_compute_slowdown` times as long and
     the collective `overlap_communication_slowdown` times; 2 and 2 is where one waits for the other. Compute
@@ -48,11 +48,11 @@ class HardwareProfile:
     a microbatch; `shard_overhead_seconds` for each forward or backward of one block whose weights are cut
     over tp, `sequence_shard_overhead_seconds` instead under sequence parallelism (`shard_overheads` by size, if any);
     `parameter_overhead_seconds` for each parameter tensor that a step clips and updates. Where kernels run behind the
-    host (GPUs), `host_operation_seconds` is what the host takes to issue one operation: a pass is no shorter than that.
-    Where the host is the device, `operation_overhead_seconds` is what each operation of a block takes besides its
-    kernel; `split_overhead_seconds` comes on top for each operation of a backward in halves; and
-    `fsdp_forward_overhead_seconds` and `fsdp_backward_overhead_seconds` are what FSDP2 does around one module in a
-    microbatch that neither gathers nor reduces; `message_overhead_seconds` (and for each byte so much more) is what a
+    host (GPUs) `host_operation_seconds` is what it takes to issue one operation, `compiled_operation_seconds` one of a
+    compiled block: no pass is shorter. Where the host is the device, `operation_overhead_seconds` is what each
+    operation of a block takes besides its kernel; `split_overhead_seconds` on top for each of a backward in halves;
+    `fsdp_forward_overhead_seconds` and `fsdp_backward_overhead_seconds` what FSDP2 does around one module in a
+    microbatch that neither gathers nor reduces; `message_overhead_seconds` (and for each byte so much more) what a
     message out and one in take from the compute beside them.
     `multiprocessors` is what a wave of tiles has, 0 where a GEMM has none (CPUs). Collectives were measured with
     `devices_per_node` ranks a node; `gemm_checks` are shapes off the grid, measured to judge the grid by.
@@ -75,6 +75,7 @@ class HardwareProfile:
     sequence_shard_overhead_seconds: float = 0.0
     parameter_overhead_seconds: float = 0.0
     host_operation_seconds: float = 0.0
+    compiled_operation_seconds: float = 0.0
     operation_overhead_seconds: float = 0.0
     split_overhead_seconds: float = 0.0
     fsdp_forward_overhead_seconds: float = 0.0
@@ -211,6 +212,10 @@ class HardwareProfile:
         known = self.sequence_shard_overhead_seconds if sequence else self.shard_overhead_seconds
         points = [(float(p.bytes), p.seconds) for p in self.shard_overheads if p.sequence == sequence]
         return held_at(points, linear_bytes, known)
+
+    def issue_seconds(self, compiled: bool) -> float:
+        """What the host takes for each operation; of compiled ones where that was measured."""
+        return (compiled and self.compiled_operation_seconds) or self.host_operation_seconds
 
     def correction(self, part: str) -> float:
         """What measured runs multiply this part's seconds by (`profile --calibrate`); 1 where they say nothing."""
@@ -353,6 +358,7 @@ _OVERHEADS = (
     "sequence_shard_overhead_seconds",
     "parameter_overhead_seconds",
     "host_operation_seconds",
+    "compiled_operation_seconds",
     "operation_overhead_seconds",
     "split_overhead_seconds",
     "fsdp_forward_overhead_seconds",

@@ -24,7 +24,7 @@ FACTS: dict[str, tuple[str, ...] | None] = {
     "heads_layout": ("one_copy", "sequence_first"),
     "dropout": None,
     "residual": ("eager", "fused"),
-    "cross_entropy": ("eager", "chain", "fused", "pieces"),
+    "cross_entropy": ("eager", "chain", "fused", "pieces", "fused_pieces"),
     "logits": ("fp32", "compute"),
     "optimizer": ("eager", "fused"),
     "gradients": ("fp32", "compute"),
@@ -61,7 +61,8 @@ class Software:
     scores in memory), or the FlashAttention generation whose speed it has. "fused" is one kernel where "eager" is
     several: `activation` with its bias, `rotation` of positions, `residual` bias + dropout + sum, `cross_entropy` all
     of the loss ("chain": of the elementary operations that a loss over a vocabulary cut by tp is written in; "pieces":
-    product, loss and gradients of some tokens at a time, so that the logits of a microbatch never exist as a whole).
+    product, loss and gradients of some tokens at a time, so that the logits of a microbatch never exist as a whole;
+    "fused_pieces": all but the products of a piece in one kernel).
     "compute" is the dtype of the GEMMs: `logits` as kept for the loss, `gradients` as accumulated and reduced.
     `accumulation` "fused" happens inside the weight-gradient GEMM. `gradient_reduce` and `weight_gather` (of a
     distributed optimizer or ZeRO) say whether compute goes on meanwhile; `tp_overlap` how far tp's collectives hide:
@@ -157,7 +158,12 @@ class Software:
     @property
     def loss_in_pieces(self) -> bool:
         """The head's gradients are computed in its forward, a piece after the other ([Note: Loss in pieces])."""
-        return self.cross_entropy == "pieces"
+        return self.cross_entropy in ("pieces", "fused_pieces")
+
+    @property
+    def compiled(self) -> bool:
+        """Blocks are compiled, and the loss with them, which is how our runtime does it."""
+        return self.cross_entropy == "fused_pieces"
 
     @property
     def head_of_predicted(self) -> bool:

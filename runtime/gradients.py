@@ -47,7 +47,7 @@ def square_sum(chunks: Sequence[Chunk]) -> torch.Tensor:
     left_out = {id(copy) for copy, counts in tied_copies(chunks) if not counts}
     total: torch.Tensor | None = None
     for copies, gradients in _by_copies(chunks, left_out):
-        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).double()
+        norms = torch.stack(torch._foreach_norm(gradients)).double()  # pyright: ignore[reportPrivateImportUsage]
         share = norms.square().sum() / copies
         total = share if total is None else total + share
     return torch.zeros((), dtype=torch.float64) if total is None else total
@@ -63,10 +63,10 @@ def clip(chunks: Sequence[Chunk], norm: torch.Tensor, limit: float | None, loss_
         return  # on a GPU to look at it would make the host wait
     scale = torch.ones_like(norm) if limit is None else (limit / norm).clamp(max=1.0)
     scale = scale / loss_scale
-    for parameter in parameters_of(chunks):
-        if parameter.grad is not None:
-            gradient = _local(parameter.grad)
-            gradient.mul_(scale.to(gradient.dtype))
+    gradients = [_local(p.grad) for p in parameters_of(chunks) if p.grad is not None]
+    for dtype in {gradient.dtype for gradient in gradients}:
+        of_dtype = [gradient for gradient in gradients if gradient.dtype == dtype]
+        torch._foreach_mul_(of_dtype, scale.to(dtype))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _by_copies(chunks: Sequence[Chunk], left_out: Container[int]) -> Iterable[tuple[int, list[torch.Tensor]]]:

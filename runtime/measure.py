@@ -232,7 +232,7 @@ def _wait_for_tensors(output: Any) -> None:
 
 
 def _wait_for_work(output: Any) -> None:
-    """Wait for the Work among a c10d op's results."""
+    """Wait for the Work among a c10d op's results; NCCL gives none where it was called to be waited for."""
     for value in output if isinstance(output, list | tuple) else (output,):
-        if isinstance(value, torch.ScriptObject):
-            dist.Work.unbox(value).wait()
+        if isinstance(value, torch.ScriptObject) and (work := dist.Work.unbox(value)) is not None:
+            work.wait()

@@ -213,8 +213,10 @@ def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, frees: bool,
             by = partial(_shard_of_experts, axis) if isinstance(module, Experts) else None
             fully_shard(module, mesh=axis, reshard_after_forward=free, mp_policy=policy, shard_placement_fn=by)
         assert isinstance(module, FSDPModule)
-        # The loss is already divided by all tokens of the step, so gradients are summed over dp.
-        module.set_gradient_divide_factor(1.0)
+        # The loss is already divided by all tokens of the step, so gradients are summed over dp. Of one rank there is
+        # nothing to sum, and to be told of a factor makes FSDP2 divide by it.
+        if axis.size() > 1:
+            module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 

@@ -115,6 +115,8 @@ def _overheads(rank: Rank, groups: Groups) -> Iterator[Case]:
     if not cuda:
         yield Case("chain", "overheads", QUICK, chains.measure_chain, seconds=1.5)
     if cuda:
+        yield Case("issue", "overheads", QUICK, chains.measure_issue)
+        yield Case("issue compiled", "overheads", DEFAULT, chains.measure_compiled_issue, optional=True, seconds=30.0)
         yield Case("host link", "overheads", DEFAULT, compute.measure_host_link)
     if rank.world_size == 1:
         return

@@ -7,6 +7,8 @@ of the step: so much for each operation that the host issues, as the cost model 
 as a core's own cache, so that code and tensors drive each other out as in training; one that fits shows less of it.
 Its passes come before the kernels and after them, so that a drift of the machine's pace meets both; the kernels are
 timed for as long as the profile's own are, since the first of them after a pause take up to a tenth longer.
+Where the host only issues the kernels of another device, what it takes for an operation is timed with a block so small
+that the device waits for it.
 A backward in halves (zero bubble) walks the graph in Python besides, once for the gradients of the input and once more
 for those of the weights.
 """
@@ -14,6 +16,7 @@ for those of the weights.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,11 +32,14 @@ _TOKENS, _HIDDEN, _HEADS, _FFN = 256, 128, 4, 352
 _BLOCKS = 4
 _KERNELS = {"linear": 7, "memory": 8, "flash": 1}  # of one block
 _PASS_SECONDS = 0.012  # of effort for one pass before the kernels and one after them
+_WARM_UP_TURNS, _TURNS = 3, 15  # of a pass that is issued
 _MEETING = 3  # sums of gradients that a backward has besides
 
 
 class _Block(nn.Module):
     """A block as decoders have it: norm, attention with rotary positions, norm, gated feed-forward."""
+
+    angles: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +51,7 @@ class _Block(nn.Module):
             nn.Linear(h, f, bias=False),
             nn.Linear(f, h, bias=False),
         )
-        self.angles = torch.randn(2, _TOKENS, h // _HEADS)
+        self.register_buffer("angles", torch.randn(2, _TOKENS, h // _HEADS))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)
@@ -90,13 +96,46 @@ def measure_chain(rank: Rank) -> dict[str, float]:
     kernels = sum(_kernel_seconds(rank))
     passes += [(block_seconds(whole), block_seconds(halves)) for _ in range(repeats)]
     together, apart = (rank.mean(statistics.median(seconds)) for seconds in zip(*passes, strict=True))
+    forward, backward = _operations()
+    return {
+        "operation_overhead_seconds": max(0.0, together - rank.mean(kernels)) / (forward + backward),
+        "split_overhead_seconds": max(0.0, apart - together) / (backward - _MEETING),
+    }
+
+
+def measure_issue(rank: Rank) -> dict[str, float]:
+    """Seconds that the host takes to issue an operation of a block to its device, which has nothing else to do."""
+    return {"host_operation_seconds": _issue_seconds(rank, compiled=False)}
+
+
+def measure_compiled_issue(rank: Rank) -> dict[str, float]:
+    """The same of a block that is compiled, for each operation that it has uncompiled."""
+    return {"compiled_operation_seconds": _issue_seconds(rank, compiled=True)}
+
+
+def _issue_seconds(rank: Rank, *, compiled: bool) -> float:
+    blocks = [_Block() for _ in range(_BLOCKS)]
+    stack = nn.Sequential(*blocks).to(rank.device, torch.bfloat16)
+    for block in blocks if compiled else ():
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    x = torch.randn(1, _TOKENS, _HIDDEN, device=rank.device, dtype=torch.bfloat16, requires_grad=True)
+    inputs, gradient = [x, *stack.parameters()], torch.randn_like(x)
+    seconds = []
+    for turn in range(max(_TURNS, round(rank.effort_seconds / _PASS_SECONDS))):
+        rank.synchronize()
+        start = time.perf_counter()
+        torch.autograd.grad(stack(x), inputs, gradient)
+        if turn >= _WARM_UP_TURNS:
+            seconds.append(time.perf_counter() - start)
+    return rank.mean(statistics.median(seconds)) / _BLOCKS / sum(_operations())
+
+
+def _operations() -> tuple[int, int]:
+    """Of a block, forward and backward, as the cost model counts them."""
     forward, backward = (
         sum(number * HOST_OPERATIONS[kind][way] for kind, number in _KERNELS.items()) for way in (0, 1)
     )
-    return {
-        "operation_overhead_seconds": max(0.0, together - rank.mean(kernels)) / (forward + backward + _MEETING),
-        "split_overhead_seconds": max(0.0, apart - together) / backward,
-    }
+    return forward, backward + _MEETING
 
 
 def _kernel_seconds(rank: Rank) -> Sequence[float]:

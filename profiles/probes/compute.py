@@ -175,7 +175,8 @@ MEMORY_OPERATIONS = (
     "cross_entropy",
     *STATE_OPERATIONS,
 )
-_WIDTH = 256
+# Elements of a row, of what norms and activations see, of logits and of a head; a GPU's kernels want many.
+_WIDTHS = {"cpu": (256, 256, 64), "cuda": (4096, 32768, 128)}
 
 
 def measure_memory(rank: Rank, dtype: str, operation: str, elements: int) -> list[MemoryPoint]:
@@ -227,35 +228,37 @@ def _time_differentiable(rank: Rank, dtype: str, operation: str, elements: int) 
 def _differentiable(rank: Rank, dtype: str, operation: str, elements: int) -> Differentiable:
     """The operation on operands of its own."""
     kind = TORCH_DTYPES[dtype]
-    rows = max(1, elements // _WIDTH)
+    width, classes, head_dim = _WIDTHS[rank.device.type]
+    width = classes if operation == "cross_entropy" else width
+    rows = max(2, elements // width)
 
     def tensor(*shape: int) -> torch.Tensor:
         return _random(rank, kind, shape).requires_grad_()
 
     if operation in ("rope", "copy"):
-        heads = tensor(1, 4, rows, _WIDTH // 4)
-        cosine = torch.randn(rows, _WIDTH // 4, device=rank.device).to(kind)
+        heads = tensor(1, width // head_dim, rows, head_dim)
+        cosine = torch.randn(rows, head_dim, device=rank.device)
 
         def rope() -> torch.Tensor:
-            low, high = heads.chunk(2, dim=-1)
-            return heads * cosine + torch.cat((-high, low), dim=-1) * cosine
+            turned = heads * cosine + heads.roll(head_dim // 2, dims=-1) * cosine  # as runtime/rotary.py does
+            return turned.to(kind)
 
-        return (rope if operation == "rope" else lambda: heads.transpose(1, 2).reshape(1, rows, _WIDTH)), (heads,)
-    tokens = torch.randint(0, _WIDTH, (rows,), device=rank.device)
+        return (rope if operation == "rope" else lambda: heads.transpose(1, 2).reshape(1, rows, width)), (heads,)
+    tokens = torch.randint(0, width, (rows,), device=rank.device)
     if operation == "embedding":
-        table = tensor(_WIDTH, _WIDTH)
+        table = tensor(width, width)
         return lambda: F.embedding(tokens, table), (table,)
-    x = tensor(rows, _WIDTH)
+    x = tensor(rows, width)
     if operation in ("permute", "unpermute"):
         return _permuted(operation, x)
     if operation in ("swiglu", "residual"):
-        other = tensor(rows, _WIDTH)
+        other = tensor(rows, width)
         return (lambda: F.silu(x) * other) if operation == "swiglu" else (lambda: x + other), (x, other)
-    weight, bias = tensor(_WIDTH), tensor(_WIDTH)
+    weight, bias = tensor(width), tensor(width)
     wider = torch.bfloat16 if kind == torch.float32 else torch.float32
     actions: dict[str, Differentiable] = {
-        "rmsnorm": (lambda: F.rms_norm(x, (_WIDTH,), weight, 1e-5), (x, weight)),
-        "layernorm": (lambda: F.layer_norm(x, (_WIDTH,), weight, bias), (x, weight, bias)),
+        "rmsnorm": (lambda: F.rms_norm(x, (width,), weight, 1e-5), (x, weight)),
+        "layernorm": (lambda: F.layer_norm(x, (width,), weight, bias), (x, weight, bias)),
         "gelu": (lambda: F.gelu(x), (x,)),
         "gelu_tanh": (lambda: F.gelu(x, approximate="tanh"), (x,)),
         "cast": (lambda: x.to(wider), (x,)),

@@ -15,6 +15,8 @@ from ..input_error import InputError
 from ..link_fit import fit_links
 from ..link_tiers import LEVEL_RATIO, Tier, tiers_from_matrix
 from ..points import (
+    DTYPE_BYTES,
+    EAGER_PASSES,
     AttentionPoint,
     CollectivePoint,
     ContentionPoint,
@@ -156,7 +158,7 @@ class Findings:
             context_bytes=self.facts["context_bytes"],
             communicator_bytes=_NCCL_COMMUNICATOR_BYTES if cuda else 0.0,
             allocator_slack=_ALLOCATOR_SLACK,
-            memory_bandwidth_bytes_per_second=12.0 * largest.elements / largest.seconds if largest else 1e10,
+            memory_bandwidth_bytes_per_second=_sum_bytes(largest) / largest.seconds if largest else 1e10,
             **({"launch_seconds": 5e-6} | named),
             overlap_compute_slowdown=compute,
             overlap_communication_slowdown=communication,
@@ -267,6 +269,11 @@ class Findings:
             inside = [t for t in found if t.span > per_node]
             found.append(replace(inside[0], span=per_node))
         return sorted((t for t in found if t.span % per_node == 0 or per_node % t.span == 0), key=lambda t: t.span)
+
+
+def _sum_bytes(point: MemoryPoint) -> float:
+    """Bytes that a sum of two tensors reads and writes."""
+    return EAGER_PASSES["residual"][0] * DTYPE_BYTES[point.dtype] * point.elements
 
 
 def _version(library: str) -> str | None:

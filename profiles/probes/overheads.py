@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import (
 
 from ..points import CollectivePoint, ShardPoint
 from .collectives import PlacedGroup, collective_functions, work_between
-from .timing import Rank, time_alone, trimmed_mean
+from .timing import Rank, time_host, trimmed_mean
 
 _WIDTH, _TOKENS = 16, 16
 TOUCHED_BYTES = (2**19, 2**23)  # that a linear of a block reads and writes
@@ -38,7 +38,7 @@ _UNITS = 4  # modules that FSDP2 handles one by one in a measured pass
 def measure_microbatch(rank: Rank) -> dict[str, float]:
     """Seconds of starting and ending one backward over next to nothing."""
     x = torch.ones((), device=rank.device, requires_grad=True)
-    return {"microbatch_overhead_seconds": time_alone(rank, lambda: (x * 1.0).backward()).seconds}
+    return {"microbatch_overhead_seconds": time_host(rank, lambda: (x * 1.0).backward()).seconds}
 
 
 def measure_parameter(rank: Rank) -> dict[str, float]:
@@ -61,7 +61,7 @@ def _update_seconds(rank: Rank, count: int) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    return time_alone(rank, update).seconds
+    return time_host(rank, update).seconds
 
 
 # ---- DTensor -----------------------------------------------------------------------------------------------

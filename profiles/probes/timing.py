@@ -6,6 +6,12 @@ cores one may have a core to itself for a while and the other three the other, s
 of their seconds is what the same work takes when all of it must be done. What is only computed is timed in seconds of
 the processor there, times the ranks that share a core: cores are never idle while more ranks than cores compute. How
 much later the last rank is than that is a figure of its own (`concurrency.measure_stragglers`).
+
+[Note: Behind the host]
+A GPU runs behind the host, and in training is kept busy: a kernel takes what it takes on the device, and what the host
+takes to issue it is a figure of its own (`chains.measure_issue`). Timed one by one from the host, small kernels would
+all take as long as their issue does. So the device is made to sleep until the host has issued all of a sample, and its
+own clock is read before and after them.
 """
 
 from __future__ import annotations
@@ -24,6 +30,9 @@ _SHORT_SECONDS = 5e-3  # what takes less on a core of its own is ruled by who wo
 _SHARING_SECONDS = 0.1  # at least, where ranks share cores: several of the scheduler's slices
 _SURE = 0.05  # relative standard error of a mean that needs no more samples
 _TRIMMED = 0.1  # share of the samples left out at either end of the mean
+_DEVICE_SECONDS = 5e-4  # of a sample on a GPU, about; events tell half a microsecond
+_MOST_ISSUED = 16  # actions of a sample: a stream takes about a thousand kernels before the host waits
+_SLEEP_HERTZ = 2e9  # at least the clock of today's GPUs, by which they count how long they sleep
 
 
 @dataclass(frozen=True)
@@ -102,18 +111,53 @@ class Rank:
 
 
 def time_alone(rank: Rank, action: Callable[[], object]) -> Timing:
-    """Time an action without communication, all ranks running it at the same time.
+    """Time an action without communication, all ranks running it at the same time; on GPUs what the device takes.
 
     Each rank repeats it until the effort is used up, so that none is timed while others have stopped.
     """
+    if rank.device.type == "cuda":
+        return _time_device(rank, action)
+    return time_host(rank, action)
+
+
+def time_host(rank: Rank, action: Callable[[], object]) -> Timing:
+    """The same from the host, until the device has done it, if there is one."""
     action()
     loops = max(1, round(_LEAST_SAMPLE_SECONDS / max(_sample(rank, action, 1, rank.computing), 1e-7)))
+    return _repeated(rank, lambda: _sample(rank, action, loops, rank.computing))
+
+
+def _time_device(rank: Rank, action: Callable[[], object]) -> Timing:
+    """Seconds on the device, with the host ahead ([Note: Behind the host])."""
+    action()
+    rank.synchronize()
+    begun = time.perf_counter()
+    action()
+    issued = time.perf_counter() - begun
+    once = _device_sample(action, 1, issued)
+    loops = max(1, min(_MOST_ISSUED, round(_DEVICE_SECONDS / max(once, 1e-7))))
+    return _repeated(rank, lambda: _device_sample(action, loops, issued))
+
+
+def _device_sample(action: Callable[[], object], loops: int, issued_seconds: float) -> float:
+    """Seconds of the device for each of so many actions, which take the host so long to issue."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(round((2 * loops * issued_seconds + 1e-4) * _SLEEP_HERTZ))
+    start.record()
+    for _ in range(loops):
+        action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / loops
+
+
+def _repeated(rank: Rank, sample: Callable[[], float]) -> Timing:
     rank.barrier()
     samples = []
-    begun = time.perf_counter()
-    end = begun + rank.effort_seconds
+    end = time.perf_counter() + rank.effort_seconds
     while len(samples) < 3 or time.perf_counter() < end:
-        samples.append(_sample(rank, action, loops, rank.computing))
+        samples.append(sample())
     return Timing(trimmed_mean(samples), *_scatter(samples))
 
 
