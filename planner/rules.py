@@ -206,8 +206,8 @@ def _schedule(layout: Layout, context: RuleContext) -> str | None:
         return reason
     if layout.schedule in ALL_SPLIT and microbatches == 1 and context.job.precision != "fp32":
         return (
-            f"{layout.schedule} with one microbatch in {context.job.precision}: torch 2.13's FSDP2 fails on gradients "
-            "of two precisions when it reduces them; ask for two microbatches or fp32"
+            f"{layout.schedule} with one microbatch in {context.job.precision}: torch's FSDP2, 2.11 to 2.13, fails on "
+            "gradients of two precisions when it reduces them; ask for two microbatches or fp32"
         )
     return why_illegal(Pipeline(layout.schedule, layout.pp, layout.virtual_stages, microbatches))
 
@@ -337,8 +337,8 @@ def why_no_recompute(mode: str, layout: Layout, context: RuleContext) -> str | N
         return f"recompute=selective: what is cheap in {context.model.factory} nobody has said; ask for full"
     if mode == "selective" and context.model.experts is not None and not context.capabilities.experts_with_selective:
         return (
-            "recompute=selective with experts: torch 2.11 to 2.13 may raise where FSDP2 wraps a part of what is "
-            "recomputed; ask for full"
+            "recompute=selective with experts: torch 2.13 may raise where FSDP2 wraps a part of what is recomputed; "
+            "ask for full"
         )
     return None
 

@@ -252,7 +252,9 @@ def _fsdp_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[FSDPModule]:
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
     state: Any = module._get_fsdp_state()
-    return list(state._fsdp_param_groups)
+    if hasattr(state, "_fsdp_param_groups"):  # torch 2.13
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 @contextmanager

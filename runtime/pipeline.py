@@ -23,6 +23,7 @@ from .early_receives import BACKWARD, FORWARD, EarlyReceives
 from .mesh import RankMesh
 from .packed_rows import NO_DOCUMENTS, Documents
 from .replicas import Replicas
+from .split_backward import TORCH_IS_RIGHT, graph_of, weights_half
 from .transformer import Chunk
 
 # Our names of the schedules -> torch's.
@@ -165,6 +166,10 @@ class TimedStage(PipelineStage):
         self.early.post()
         return []
 
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # torch 2.11 has a rank of two neighbouring stages send to itself first, which gloo does not do.
+        return [each for each in super()._get_init_p2p_neighbors_ops() if each.group_peer != self.group_rank]
+
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         if self.early is not None:
             self.early.wait(self.stage_index, FORWARD, fwd_chunk_id)
@@ -183,8 +188,15 @@ class TimedStage(PipelineStage):
         self.clock.add("backward", start, f"{self.stage_index}{'B' if full_backward else 'I'}{bwd_chunk_id}")
 
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict[str, Any], last_backward: bool = False):
+        if backward_type == "weight" and not TORCH_IS_RIGHT:
+            weights_half(self.submod.parameters(), bwd_kwargs["param_groups"])
+            return (), None
         if not self.frees:
-            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            held = graph_of(bwd_kwargs["stage_output"]) if backward_type == "input" and not TORCH_IS_RIGHT else None
+            gradients, groups = super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+            for group in groups or ():
+                group["held"] = held  # until the weights' half
+            return gradients, groups
         assert backward_type == "full", "a backward in halves loses gradients of weights that are freed"
         assert isinstance(self.submod, FSDPModule)
         self.submod.set_is_last_backward(False)
