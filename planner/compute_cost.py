@@ -281,7 +281,7 @@ class ComputeModel(Kernels):
         The kernels cross memory as often as those of torch's cross-entropy: cast and log-softmax; exponential, quotient
         and cast. Where the logits are computed again the backward has the gradients, after the product and a
         difference, which is as long as the loss. Of several pieces in 16 bits the weight's gradient is summed in fp32,
-        widened and narrowed once; in fp32, and on GPUs, the product itself adds up.
+        widened and narrowed once; in fp32 the product itself adds up.
         """
         hidden, pieces = self._model.hidden_size, loss_pieces(tokens)
         loss = "cross_entropy_fused" if self._software.compiled else "cross_entropy"
@@ -292,8 +292,7 @@ class ComputeModel(Kernels):
         weight_sum = ComputeSeconds()
         if (again := sum(number for _, number in pieces) - 1) and self._dtype != "fp32":
             width = self._hardware.memory_seconds("cast", self._state_dtype, rows * hidden)
-            added = again * self.accumulate_seconds(rows * hidden) + width
-            weight_sum = ComputeSeconds(memory=width + (added if self._hardware.backend == "gloo" else 0.0))
+            weight_sum = ComputeSeconds(memory=again * self.accumulate_seconds(rows * hidden) + 2 * width)
         loss, gradients = whole.forward, whole.backward + weight_sum
         if layout.logits_again(layout.microbatches(self._job.global_batch)):
             return ComputeCost(loss, loss + gradients)

@@ -113,7 +113,7 @@ class ComputeCost:
         if each := hardware.operation_overhead_seconds:
             passes = (self.forward, self.backward_input, self.backward_weight, self.selective, self.checkpoint)
             return ComputeCost(*(one.with_overhead(each) for one in passes))
-        each = hardware.issue_seconds(compiled)
+        each = (compiled and hardware.compiled_operation_seconds) or hardware.host_operation_seconds
         if each == 0.0:
             return self
         late = self.backward.behind_host(each).idle

@@ -213,10 +213,6 @@ class HardwareProfile:
         points = [(float(p.bytes), p.seconds) for p in self.shard_overheads if p.sequence == sequence]
         return held_at(points, linear_bytes, known)
 
-    def issue_seconds(self, compiled: bool) -> float:
-        """What the host takes for each operation; of compiled ones where that was measured."""
-        return (compiled and self.compiled_operation_seconds) or self.host_operation_seconds
-
     def correction(self, part: str) -> float:
         """What measured runs multiply this part's seconds by (`profile --calibrate`); 1 where they say nothing."""
         return self.corrections.get(part, 1.0)

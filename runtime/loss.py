@@ -26,7 +26,6 @@ from planner.layout import LOSS_TOKENS
 
 from .loss_kernels import EAGER, LossKernels, wide
 
-_aten = torch.ops.aten
 _ALIGNED = 8  # elements of 16 bits
 
 
@@ -166,13 +165,9 @@ class _Gradients:
             self.weight = torch.mm(*factors)
         elif sums == self.weights.dtype:
             self.weight = torch.mm(*factors) if self.weight is None else self.weight.addmm_(*factors)
-        elif of_logits.is_cuda:  # whose products of 16 bits add up in 32
-            if self.weight is None:
-                self.weight = _aten.mm.dtype(*factors, sums)
-            else:
-                _aten.addmm.dtype_out(self.weight, *factors, sums, out=self.weight)
         else:
-            self.weight = torch.mm(*factors).to(sums) if self.weight is None else self.weight.add_(torch.mm(*factors))
+            added = torch.mm(*factors)
+            self.weight = added.to(sums) if self.weight is None else self.weight.add_(added)
 
     def take(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(of the hidden states [tokens, hidden_size], of the weight, of the bias), in the precision of each."""

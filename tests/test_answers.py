@@ -168,33 +168,33 @@ def test_what_the_profiler_had_no_time_for_is_stated() -> None:
 GOLDEN_PLAN = """
 tiny-llama on 4 × small, batch 8 × 16 tokens, fp32
 pp2 dp2 zero1 mb4 interleaved-1f1b, 1 microbatch
-2.92× faster than the default a person would write: tp2 dp2 zero1 mb1, step 21.4 ms, peak 0.4 MiB
+2.98× faster than the default a person would write: tp2 dp2 zero1 mb1, step 21.3 ms, peak 0.4 MiB
 
-step 7.31 ms, 4,379 tokens/s per device, 0.00113 model TFLOP/s per device, mfu 1.1%, bubble 40.9%
+step 7.17 ms, 4,465 tokens/s per device, 0.00115 model TFLOP/s per device, mfu 1.1%, bubble 40.9%
 peak memory 0.5 MiB of 0.5 MiB per device, 4.11e-05 B parameters
-8.12e-06 GPU-hours a step, 63.43 per billion tokens, $126.86 per billion tokens at $2 a GPU-hour
+7.96e-06 GPU-hours a step, 62.22 per billion tokens, $124.43 per billion tokens at $2 a GPU-hour
 
 stages (E embedding, H head), memory in MiB of 0.5, works in a step
 stage  layers    recompute  weights  optim  gather  activ  passing  context  slack  other  total    works
-0         2 E  1 selective     0.04   0.08    0.08   0.20     0.03     0.01   0.02   0.01   0.47  3.12 ms
-1         2 H  1 selective     0.04   0.08    0.08   0.20     0.05     0.01   0.02   0.02   0.49  3.35 ms
+0         2 E  1 selective     0.04   0.08    0.08   0.20     0.03     0.01   0.02   0.01   0.47  3.06 ms
+1         2 H  1 selective     0.04   0.08    0.08   0.20     0.05     0.01   0.02   0.02   0.49  3.27 ms
 
 where the step goes
 part           time  share
-compute     3.16 ms  43.3%
-recompute   27.9 µs   0.4%
-pp           364 µs   5.0%
-bubble      2.99 ms  40.9%
+compute     3.09 ms  43.1%
+recompute   17.4 µs   0.2%
+pp           364 µs   5.1%
+bubble      2.93 ms  40.9%
 dp exposed   125 µs   1.7%
-optimizer    641 µs   8.8%
+optimizer    641 µs   8.9%
 
-no legal layout is faster: of 345 legal layouts 32 cannot fit, 302 have a bound above this plan, 11 were solved (9 ILPs,
+no legal layout is faster: of 345 legal layouts 29 cannot fit, 308 have a bound above this plan, 8 were solved (8 ILPs,
 HiGHS through pulp, 250 ms)
 
 next best
 layout                           step  slower by  peak memory  differs in
-pp2 dp2 zero1 mb4 looped-bfs  7.31 ms      0.00%      0.5 MiB  schedule=looped-bfs
-pp2 dp2 zero3 mb4 gpipe       7.33 ms      0.30%      0.5 MiB  zero=3 schedule=gpipe
+pp2 dp2 zero1 mb4 looped-bfs  7.17 ms      0.00%      0.5 MiB  schedule=looped-bfs
+pp2 dp2 zero1 mb4 gpipe       7.18 ms      0.24%      0.5 MiB  schedule=gpipe
 
 assumed: kernels and overlap as meshwright's; compute under communication × 1.25, communication × 1.5; slowest rank × 1
 assumed: mfu counts attention in full, of which causal kernels do half

@@ -183,9 +183,9 @@ def _edited(path: Path, edit: str) -> Path:
     [
         (
             "plan['stages'][0]['layers'][1] -= 1; plan['stages'][0]['recompute']['none'] -= 1",
-            "layers 10 to 10 are lost",
+            "layers 9 to 9 are lost",
         ),
-        ("plan['stages'][0]['layers'][1] += 1; plan['stages'][0]['recompute']['none'] += 1", "11 to 11 are doubled"),
+        ("plan['stages'][0]['layers'][1] += 1; plan['stages'][0]['recompute']['none'] += 1", "10 to 10 are doubled"),
         ("plan['model']['layers'] = 24", "layers are lost"),
         ("plan['layout']['tp'] = 5", "tp·cp·pp·dp"),
         ("plan['layout']['tpp'] = 1", "is 'tp' meant?"),

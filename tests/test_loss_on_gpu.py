@@ -1,4 +1,4 @@
-"""The head's loss where products add up 16 bits in 32 and rows are kept apart ([Note: Loss in pieces])."""
+"""The head's loss on a GPU, where rows of the logits are kept apart ([Note: Loss in pieces])."""
 
 from __future__ import annotations
 
