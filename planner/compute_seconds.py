@@ -107,12 +107,15 @@ class ComputeCost:
     def issued(self, hardware: HardwareProfile, compiled: bool = False) -> ComputeCost:
         """With what issuing its operations takes, `compiled` or one by one.
 
-        Where the host is the device each has its overhead. Elsewhere no pass is shorter than the host takes to issue
+        Where the host is the device each has its overhead, and under selective recomputation the forward's pass through
+        a mode in Python. Elsewhere no pass is shorter than the host takes to issue
         it; the weights' gradient is issued with the input's.
         """
         if each := hardware.operation_overhead_seconds:
             passes = (self.forward, self.backward_input, self.backward_weight, self.selective, self.checkpoint)
-            return ComputeCost(*(one.with_overhead(each) for one in passes))
+            cost = ComputeCost(*(one.with_overhead(each) for one in passes))
+            modes = ComputeSeconds(overhead=self.forward.operations * hardware.selective_overhead_seconds)
+            return replace(cost, selective=cost.selective + modes)
         each = (compiled and hardware.compiled_operation_seconds) or hardware.host_operation_seconds
         if each == 0.0:
             return self

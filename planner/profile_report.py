@@ -148,6 +148,7 @@ def _scalars(hardware: HardwareProfile) -> Table:
         ("parameter", h.parameter_overhead_seconds),
         ("operation", h.operation_overhead_seconds),
         ("in a split backward", h.split_overhead_seconds),
+        ("in selective recomputation", h.selective_overhead_seconds),
         ("FSDP forward", h.fsdp_forward_overhead_seconds),
         ("FSDP backward", h.fsdp_backward_overhead_seconds),
         ("message", h.message_overhead_seconds),

@@ -42,20 +42,21 @@ class HardwareProfile:
     While a kernel and a collective run at once, the kernel takes `overlap_compute_slowdown` times as long and
     the collective `overlap_communication_slowdown` times; 2 and 2 is where one waits for the other. Compute
     takes `straggler_slowdown` times what it takes the mean rank, since all wait for the slowest.
-    `context_bytes` is what a rank holds before any tensor of the model; `communicator_bytes` per process
-    group with more than one rank; `allocator_slack` the share of tensor bytes lost to the allocator.
-    What no kernel and no collective explains: `microbatch_overhead_seconds` for each forward and backward of
-    a microbatch; `shard_overhead_seconds` for each forward or backward of one block whose weights are cut
-    over tp, `sequence_shard_overhead_seconds` instead under sequence parallelism (`shard_overheads` by size, if any);
+    `context_bytes` is what a rank holds before any tensor of the model; `communicator_bytes` per process group with
+    more than one rank; `allocator_slack` the share of tensor bytes lost to the allocator.
+    What no kernel and no collective explains: `microbatch_overhead_seconds` for each forward and backward of a
+    microbatch; `shard_overhead_seconds` for each of one block whose weights are cut over tp, under sequence parallelism
+    `sequence_shard_overhead_seconds` (`shard_overheads` by size, if any);
     `parameter_overhead_seconds` for each parameter tensor that a step clips and updates. Where kernels run behind the
     host (GPUs) `host_operation_seconds` is what it takes to issue one operation, `compiled_operation_seconds` one of a
     compiled block: no pass is shorter. Where the host is the device, `operation_overhead_seconds` is what each
-    operation of a block takes besides its kernel; `split_overhead_seconds` on top for each of a backward in halves;
+    operation of a block takes besides its kernel; on top `split_overhead_seconds` for each of a backward in halves,
+    `selective_overhead_seconds` for each of a forward under selective recomputation, both times that it runs;
     `fsdp_forward_overhead_seconds` and `fsdp_backward_overhead_seconds` what FSDP2 does around one module in a
     microbatch that neither gathers nor reduces; `message_overhead_seconds` (and for each byte so much more) what a
-    message out and one in take from the compute beside them.
-    `multiprocessors` is what a wave of tiles has, 0 where a GEMM has none (CPUs). Collectives were measured with
-    `devices_per_node` ranks a node; `gemm_checks` are shapes off the grid, measured to judge the grid by.
+    message out and one in take from the compute beside them. `multiprocessors` is what a wave of tiles has, 0 where a
+    GEMM has none (CPUs). Collectives were measured with `devices_per_node` ranks a node; `gemm_checks` are shapes off
+    the grid, measured to judge the grid by.
     """
 
     name: str
@@ -78,6 +79,7 @@ class HardwareProfile:
     compiled_operation_seconds: float = 0.0
     operation_overhead_seconds: float = 0.0
     split_overhead_seconds: float = 0.0
+    selective_overhead_seconds: float = 0.0
     fsdp_forward_overhead_seconds: float = 0.0
     fsdp_backward_overhead_seconds: float = 0.0
     message_overhead_seconds: float = 0.0
@@ -348,20 +350,8 @@ class HardwareProfile:
         return profile
 
 
-_OVERHEADS = (
-    "microbatch_overhead_seconds",
-    "shard_overhead_seconds",
-    "sequence_shard_overhead_seconds",
-    "parameter_overhead_seconds",
-    "host_operation_seconds",
-    "compiled_operation_seconds",
-    "operation_overhead_seconds",
-    "split_overhead_seconds",
-    "fsdp_forward_overhead_seconds",
-    "fsdp_backward_overhead_seconds",
-    "message_overhead_seconds",
-    "message_overhead_seconds_per_byte",
-)
+# Seconds that a file may leave out.
+_OVERHEADS = tuple(f.name for f in fields(HardwareProfile) if f.type == "float" and f.default == 0.0)
 _HOST_LINK = ("host_to_device_bytes_per_second", "device_to_host_bytes_per_second")
 # Lists of the file, in its order.
 POINT_LISTS: dict[str, type] = {

@@ -9,6 +9,8 @@ Its passes come before the kernels and after them, so that a drift of the machin
 timed for as long as the profile's own are, since the first of them after a pause take up to a tenth longer.
 Where the host only issues the kernels of another device, what it takes for an operation is timed with a block so small
 that the device waits for it.
+Under selective recomputation torch has each operation of a forward pass through a mode in Python, which asks whether to
+keep what it gives, and once more when it runs again; that is far more than the few kernels that do run again.
 A backward in halves (zero bubble) walks the graph in Python besides, once for the gradients of the input and once more
 for those of the weights.
 """
@@ -17,12 +19,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ..points import HOST_OPERATIONS
 from .compute import linear_products, measure_attention, measure_gemm, measure_memory
@@ -67,7 +71,8 @@ class _Block(nn.Module):
 
 
 def measure_chain(rank: Rank) -> dict[str, float]:
-    """Seconds that each operation of a block costs beyond its kernel, and those of a backward in halves besides."""
+    """Seconds that each operation of a block costs beyond its kernel, and those of a backward in halves and of
+    selective recomputation besides."""
     stack = nn.Sequential(*(_Block() for _ in range(_BLOCKS)))
     x = torch.randn(1, _TOKENS, _HIDDEN, requires_grad=True)
     inputs = [x, *stack.parameters()]
@@ -84,23 +89,48 @@ def measure_chain(rank: Rank) -> dict[str, float]:
             weight.grad = None
         x.grad = None
 
+    def selective() -> None:
+        y = x
+        for block in stack:
+            y = checkpoint(block, y, use_reentrant=False, context_fn=_keeping_products, preserve_rng_state=False)
+        torch.autograd.grad(y, inputs, gradient)
+
     def block_seconds(passed: Callable[[], None]) -> float:
         start = rank.computing()
         passed()
         return (rank.computing() - start) / _BLOCKS
 
-    whole()
-    halves()
+    ways = (whole, halves, selective)
+    for way in ways:
+        way()
     repeats = max(4, round(rank.effort_seconds / _PASS_SECONDS))
-    passes = [(block_seconds(whole), block_seconds(halves)) for _ in range(repeats)]
-    kernels = sum(_kernel_seconds(rank))
-    passes += [(block_seconds(whole), block_seconds(halves)) for _ in range(repeats)]
-    together, apart = (rank.mean(statistics.median(seconds)) for seconds in zip(*passes, strict=True))
+    passes = [tuple(map(block_seconds, ways)) for _ in range(repeats)]
+    kernels, again = _kernel_seconds(rank)
+    passes += [tuple(map(block_seconds, ways)) for _ in range(repeats)]
+    together, apart, kept = (rank.mean(statistics.median(seconds)) for seconds in zip(*passes, strict=True))
     forward, backward = _operations()
+    each = max(0.0, together - rank.mean(kernels)) / (forward + backward)
+    run_again = rank.mean(again) + _KERNELS["memory"] * HOST_OPERATIONS["memory"][0] * each
     return {
-        "operation_overhead_seconds": max(0.0, together - rank.mean(kernels)) / (forward + backward),
+        "operation_overhead_seconds": each,
         "split_overhead_seconds": max(0.0, apart - together) / (backward - _MEETING),
+        "selective_overhead_seconds": max(0.0, kept - together - run_again) / forward,
     }
+
+
+_KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+_KEPT_NAMES = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
+
+
+def _keeping_products() -> Any:
+    """As the runtime's selective recomputation keeps what products and attention give."""
+
+    def keep(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        name = operation.name().partition("::")[2] if hasattr(operation, "name") else ""
+        kept = operation in _KEPT or name.startswith(_KEPT_NAMES)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keep)
 
 
 def measure_issue(rank: Rank) -> dict[str, float]:
@@ -138,10 +168,11 @@ def _operations() -> tuple[int, int]:
     return forward, backward + _MEETING
 
 
-def _kernel_seconds(rank: Rank) -> Sequence[float]:
-    """Seconds of each kernel of a block by itself, as the profile has them."""
+def _kernel_seconds(rank: Rank) -> tuple[float, float]:
+    """Seconds of all kernels of a block by themselves, as the profile has them, and of those that selective
+    recomputation runs again."""
     t, h, f = _TOKENS, _HIDDEN, _FFN
-    seconds = []
+    seconds, again = [], 0.0
     for number, outputs, inputs in ((4, h, h), (2, f, h), (1, h, f)):
         for operation, *shape in linear_products(t, outputs, inputs):
             seconds.append(number * measure_gemm(rank, "fp32", operation, *shape).seconds)
@@ -151,7 +182,8 @@ def _kernel_seconds(rank: Rank) -> Sequence[float]:
     ):
         ways = measure_memory(rank, "fp32", operation, elements)
         seconds += [number * point.seconds for point in ways]
+        again += number * ways[0].seconds
         if operation == "residual":
             seconds.append(_MEETING * ways[0].seconds)
     seconds += [point.seconds for point in measure_attention(rank, "fp32", 1, _HEADS, t, h // _HEADS)]
-    return seconds
+    return sum(seconds), again

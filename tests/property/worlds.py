@@ -102,6 +102,7 @@ def machines(draw: st.DrawFn) -> HardwareProfile:
         sequence_shard_overhead_seconds=draw(or_zero(powers(-6, -3))),
         operation_overhead_seconds=draw(or_zero(powers(-7, -5))),
         split_overhead_seconds=draw(or_zero(powers(-7, -5))),
+        selective_overhead_seconds=draw(or_zero(powers(-7, -5))),
         fsdp_forward_overhead_seconds=draw(or_zero(powers(-6, -3))),
         fsdp_backward_overhead_seconds=draw(or_zero(powers(-6, -3))),
         message_overhead_seconds=draw(or_zero(powers(-6, -3))),
