@@ -7,8 +7,8 @@ name. Blocks of one kind share their compiled code. The graph is whole or an err
 silence.
 
 Recomputation is inside, where torch's compiler sees what is kept and leaves out what the backward pass does not need.
-Only full recomputation over tp is outside and calls the compiled block twice, to its end: inside, torch 2.13 saves the
-device mesh of a DTensor as if it were a tensor of the block, and raises.
+Only full recomputation over tp is outside and calls the compiled block twice, to its end: inside, torch 2.12 and 2.13
+save the device mesh of a DTensor as if it were a tensor of the block, and raise.
 """
 
 from __future__ import annotations

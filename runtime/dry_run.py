@@ -34,7 +34,7 @@ from .rotary import rotary_tables
 from .stand_ins import gpu_norms
 from .step import TrainState, state_of, training_step
 
-try:  # torch 2.13; before it stages that know their metadata do not vote
+try:  # torch 2.12; before it stages that know their metadata do not vote
     from torch.distributed.pipelining._utils import InferenceMode
 except ImportError:
     InferenceMode = None
@@ -252,7 +252,7 @@ def _fsdp_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[FSDPModule]:
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
     state: Any = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):  # torch 2.13
+    if hasattr(state, "_fsdp_param_groups"):  # torch 2.12
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 

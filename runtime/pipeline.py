@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._backward import stage_backward
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle, get_schedule_class
+from torch.distributed.pipelining.stage import _RecvInfo
 
 from planner.layout import Layout
 from planner.plan import Plan
@@ -166,6 +168,13 @@ class TimedStage(PipelineStage):
         self.early.post()
         return []
 
+    def expect_gradients(self) -> None:
+        """Mark what is received as requiring gradients; torch 2.11 does so in its first step alone, be it an
+        evaluation, and no stage sends a gradient back for what does not."""
+        for info in chain.from_iterable(self.args_recv_info.values()):
+            if isinstance(info, _RecvInfo) and info.buffer is not None:
+                info.buffer.requires_grad_()
+
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
         # torch 2.11 has a rank of two neighbouring stages send to itself first, which gloo does not do.
         return [each for each in super()._get_init_p2p_neighbors_ops() if each.group_peer != self.group_rank]
@@ -289,6 +298,8 @@ class PipelineRunner:
     ) -> torch.Tensor:
         with evaluating():
             total = self._run(self.schedule.eval, inputs, targets, documents)
+        for stage in self.stages:
+            stage.expect_gradients()
         _reshard(self.chunks)
         self.clock.read()
         return total

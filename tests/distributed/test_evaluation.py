@@ -17,21 +17,24 @@ JOB = TrainingJob(global_batch=8, sequence=16, precision="fp32")
 ONE_CHUNK = ("gpipe", "1f1b")
 
 
-def losses_of(plans: dict[str, Plan]) -> dict[str, list[float]]:
-    """Of each plan, with weights that do not move: the loss of a step, of two evaluations, and of one more step."""
+def losses_of(plans: dict[str, Plan], first: int) -> dict[str, list[float]]:
+    """Of each plan, with weights that do not move: the loss of so many evaluations `first`, of a step, of two more
+    evaluations, and of one more step."""
     found = {}
     for name, plan in plans.items():
         state = build_state(plan, torch.device("cpu"), dtype=torch.float64, seed=0, weight_decay=0.0)
         tokens = own_samples(plan, tokens_of(plan, 0), state.mesh.coordinate.dp)
         batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        unmoved = [sum_over_ranks(state.runner.evaluate(*batch)) for _ in range(first)]
         before = training_step(state, *batch, learning_rate=0.0, clip_norm=None).loss
         evaluated = [sum_over_ranks(state.runner.evaluate(*batch)) for _ in range(2)]
         after = training_step(state, *batch, learning_rate=0.0, clip_norm=None).loss
-        found[name] = [before, *evaluated, after]
+        found[name] = [*unmoved, before, *evaluated, after]
     return found
 
 
-def test_an_evaluation_gives_the_loss_of_training() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_evaluation_gives_the_loss_of_training(first: int) -> None:
     plans = {
         name: make_plan(
             tiny_llama(),
@@ -40,7 +43,7 @@ def test_an_evaluation_gives_the_loss_of_training() -> None:
         )
         for name in SCHEDULES
     }
-    for found in run_ranks(losses_of, 2, plans):
+    for found in run_ranks(losses_of, 2, plans, first):
         for name, losses in found.items():
-            assert losses == pytest.approx([losses[0]] * 4, rel=1e-12), name
+            assert losses == pytest.approx([losses[0]] * (4 + first), rel=1e-12), name
             assert losses[0] > 1.0
