@@ -5,7 +5,8 @@ Each case is a model under one micro batch, precision and mode of recomputation,
 takes (median), its tokens per second, model FLOPs per second as a share of the device's peak and of the fastest GEMM of
 the profile, and the memory that torch's allocator had at most, in tensors and reserved. Beside them stands what the
 plan for it predicts, the context and communicators left out, of which the allocator knows nothing. With `--torchtitan`
-the same step of torchtitan 0.2.2, compiled as its trainer compiles, is run in the same process, in turn.
+the same step of torchtitan 0.2.2, compiled as its trainer compiles, is run in the same process, in turn, where its
+model is that one; memory is then not measured.
 
 First values are drawn on the device: they do not matter, and to draw those of a run takes minutes.
 """
@@ -44,7 +45,6 @@ from planner.search import make_plan, solve_layout
 from profiles.catalogue import resolve_model
 from profiles.cluster import ClusterSpec
 from profiles.hardware import HardwareProfile, load_hardware
-from profiles.model import ModelSpec
 from profiles.parent_process import die_with_parent
 from runtime.clock import Clock
 from runtime.compilation import choose_compilation
@@ -176,7 +176,7 @@ def _measure(case: Case, plan: Plan, steps: int, titan: bool, device: torch.devi
     found.compile_seconds = time.perf_counter() - begun
     for _ in range(WARM_UP_STEPS - 1):
         step()
-    theirs = _titan(case, plan, device) if titan else None
+    theirs = _titan(case, plan, device) if titan and why_not(case, plan) is None else None
     for _ in range(steps):
         found.seconds.append(_timed(step, device))
         if theirs is not None:
@@ -249,22 +249,21 @@ def _ours(case: Case, plan: Plan, device: torch.device) -> tuple[Callable[[], No
     return step, state.runner.clock
 
 
+def why_not(case: Case, plan: Plan) -> str | None:
+    """The reason why torchtitan is not run beside a case."""
+    if plan.model.norm != "rmsnorm" or plan.model.positions != "rope":
+        return "its model is Llama's"
+    return None if case.precision == "bf16" and case.recompute != "selective" else "another precision or recomputation"
+
+
 def _titan(case: Case, plan: Plan, device: torch.device) -> Callable[[], object]:
     from titan_loops import Titan  # where it is installed
 
-    values = _Random(plan.model, device)
-    loop = Titan(plan, values, device, mixed=case.precision == "bf16", compiled=case.compile)  # type: ignore[arg-type]
+    loop = Titan(plan, {}, device, mixed=case.precision == "bf16", compiled=case.compile)
     inputs, targets = _tokens(plan, device)
     for _ in range(WARM_UP_STEPS):
         loop.step(inputs, targets)
     return lambda: loop.step(inputs, targets)
-
-
-class _Random(dict[str, torch.Tensor]):
-    """None of the first values: torchtitan draws its own."""
-
-    def __init__(self, model: ModelSpec, device: torch.device) -> None:
-        super().__init__()
 
 
 # ---- the report ----------------------------------------------------------------------------------------------

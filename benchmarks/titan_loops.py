@@ -41,7 +41,10 @@ _NAMES = {
 
 
 class Titan:
-    """A step of torchtitan's, on one rank."""
+    """A step of torchtitan's, on one rank; `mixed` in bf16 with float32 weights, `compiled` its blocks and loss.
+
+    Without `values` its own first values are kept.
+    """
 
     def __init__(
         self, plan: Plan, values: Values, device: torch.device, *, mixed: bool = False, compiled: bool = False
@@ -51,8 +54,6 @@ class Titan:
         if mixed:
             config.training.mixed_precision_param = "bfloat16"
         config.compile.enable = compiled
-        recompute = plan.stages[0].recompute_mode(0)
-        config.activation_checkpoint.mode = recompute
         self.plan, self.config = plan, config
         self.dims = ParallelDims(
             dp_replicate=1,
@@ -142,12 +143,12 @@ def titan(plan: Plan, values: Values, device: torch.device) -> Loop:
 
 
 def config_of(plan: Plan) -> JobConfig:
-    """Its defaults but for what makes the two sides do the same: no recomputation, float32, our optimizer's numbers."""
+    """Its defaults but for what makes the two sides do the same: recomputation, float32, our optimizer's numbers."""
     layout, config = plan.layout, JobConfig()
     config.training.seq_len = plan.job.sequence
     config.training.local_batch_size = plan.job.global_batch // layout.dp
     config.training.mixed_precision_param = "float32"
-    config.activation_checkpoint.mode = "none"
+    config.activation_checkpoint.mode = plan.stages[0].recompute_mode(0)
     config.parallelism.tensor_parallel_degree = layout.tp
     config.parallelism.pipeline_parallel_degree = layout.pp
     config.parallelism.pipeline_parallel_schedule = {"1f1b": "1F1B", "gpipe": "GPipe"}[layout.schedule]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from profiles.probes.timing import Rank, time_alone, time_together
+from profiles.probes.timing import Rank, time_alone, time_host, time_together
 
 
 def this_rank(ranks_per_core: float = 1.0) -> Rank:
@@ -67,3 +67,11 @@ def test_a_thread_that_waits_takes_no_time_of_its_own() -> None:
     nap()
     assert spent == pytest.approx(2e-3, rel=0.1)
     assert rank.own_thread() - start < spent + 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_small_kernel_takes_what_the_device_takes() -> None:
+    rank = replace(this_rank(), device=torch.device("cuda", 0))
+    small = torch.zeros(8, device=rank.device)
+    on_device, from_host = (timed(rank, lambda: small.add_(1.0)).seconds for timed in (time_alone, time_host))
+    assert 5e-7 < on_device < 0.7 * from_host
