@@ -128,15 +128,16 @@ class StateBytes:
 
     def reduction(self, layout: Layout, parameters: float, gathered: float) -> float:
         """What FSDP2's reduction of a group has besides all its gradients when they have been copied together, and the
-        group's `gathered` weights are gone. A group of one rank is divided in a third copy (torch 2.13,
-        `foreach_reduce`). Without FSDP2 the first message of [Note: Gradient sum]."""
+        group's `gathered` weights are gone. Where replicas are summed they are divided in a third copy first (torch
+        2.13, `foreach_reduce`). Without FSDP2 the first message of [Note: Gradient sum]."""
         reduced = _FP32_BYTES * parameters
         if self.sums_alone(layout):
             layers = max(1, self._model.layers // layout.pp)
             return min(layers * reduced, MESSAGE_BYTES)
         if not self._software.on_fsdp or not self.wraps(layout):
             return 0.0
-        return reduced * (2 if layout.shards == 1 else 1) - gathered
+        divided = layout.shards == 1 < layout.dp * layout.cp
+        return reduced * (2 if divided else 1) - gathered
 
     def _master_state(self, layout: Layout, parameters: float, shards: int) -> MemoryBytes:
         """Weights in the compute precision, a master copy and moments in fp32, as Megatron-LM keeps them.

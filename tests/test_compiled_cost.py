@@ -67,7 +67,7 @@ def test_schedules_that_split_backwards_are_priced_uncompiled() -> None:
 
 
 def test_one_rank_that_trains_in_16_bits_narrows_weights_and_widens_gradients() -> None:
-    cluster, hardware = resolve_cluster("h200"), h200()
+    cluster, hardware = resolve_cluster("dgx-h200:1").with_devices(1), h200()
     for precision, pays in (("bf16", True), ("fp32", False)):
         job = replace(JOB, precision=precision)
         known = replace(hardware, gemm=tuple(replace(p, dtype=precision) for p in hardware.gemm))

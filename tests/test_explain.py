@@ -149,7 +149,7 @@ def test_each_help_is_a_search_of_the_changed_question() -> None:
         assert each.gain == pytest.approx(the_explanation().prediction.step_seconds / 128 * tokens / seconds - 1)
         assert each.gain >= -1e-9
     gains = {each.change: each.gain for each in the_explanation().helps}
-    assert gains["device memory +10%"] > 0.005  # it recomputes to fit
+    assert gains["device memory +10%"] > 0.004  # it recomputes to fit
     assert gains["compute +10%"] > 0.01
 
 
@@ -253,37 +253,38 @@ def test_a_profile_that_has_changed_is_said() -> None:
 # ---- text -----------------------------------------------------------------------------------------------------
 
 GOLDEN_EXPLAIN = """
-pp2 dp2 zero1 mb4 interleaved-1f1b, step 7.31 ms, tiny-llama on 4 × small
+pp2 dp2 zero1 mb4 interleaved-1f1b, step 7.17 ms, tiny-llama on 4 × small
 
 what binds
 memory  rank 1 holds 0.5 MiB, 99.7% of the limit (0.0 MiB free): activations 0.2 MiB, optimizer 0.1 MiB, gathered
 weights 0.1 MiB
-        and recomputing to fit takes 27.9 µs, 0.4% of the step
-links   network carries the most exposed seconds: 364 µs, 5.0% of the step (pp 364 µs)
-bubble  2.99 ms, 40.9% of the step
+        and recomputing to fit takes 17.4 µs, 0.2% of the step
+links   network carries the most exposed seconds: 364 µs, 5.1% of the step (pp 364 µs)
+bubble  2.93 ms, 40.9% of the step
 
 the best otherwise, and why it loses
-if                               step  slower by  layout                                 because of
-schedule ≠ interleaved-1f1b   7.31 ms      0.00%  pp2 dp2 zero1 mb4 looped-bfs           next to nothing
-zero ≠ 1                      7.33 ms      0.30%  pp2 dp2 zero3 mb4 gpipe                +21.6 µs dp exposed
-tp ≠ 1, pp ≠ 2, no recompute  7.94 ms      8.65%  tp2·sp dp2 zero3 mb4                   +2.42 ms compute, +1.07 ms dp
-                                                                                         exposed, +518 µs tp, −2.99 ms
-                                                                                         bubble
-micro_batch ≠ 4               8.53 ms     16.80%  pp2·v2 dp2 zero1 mb2 interleaved-1f1b  +2.41 ms compute, +482 µs pp,
-                                                                                         −1.67 ms bubble
-dp ≠ 2                         8.8 ms     20.44%  tp2·sp pp2 mb8 interleaved-1f1b        +740 µs bubble, +496 µs
-                                                                                         compute, +374 µs tp, −125 µs dp
-                                                                                         exposed
-cp ≠ 1                        21.9 ms    199.85%  cp2·ring pp2·v2 zero1 mb1 zbv          +17.1 ms compute, +524 µs cp,
-                                                                                         −2.99 ms bubble, −52.7 µs pp
+if                              step  slower by  layout                                 because of
+schedule ≠ interleaved-1f1b  7.17 ms      0.00%  pp2 dp2 zero1 mb4 looped-bfs           next to nothing
+zero ≠ 1                     7.19 ms      0.30%  pp2 dp2 zero3 mb4 gpipe                +21.6 µs dp exposed
+no recompute                 7.87 ms      9.82%  pp2·v2 dp2 zero3 mb4 looped-bfs        +728 µs pp, +21.6 µs dp exposed,
+                                                                                        +20 µs compute, −47.8 µs bubble
+tp ≠ 1, pp ≠ 2               7.88 ms     10.01%  tp2·sp dp2 zero3 mb4                   +2.44 ms compute, +1.07 ms dp
+                                                                                        exposed, +518 µs tp, −2.93 ms
+                                                                                        bubble
+micro_batch ≠ 4              8.45 ms     17.96%  pp2·v2 dp2 zero1 mb2 interleaved-1f1b  +2.42 ms compute, +482 µs pp,
+                                                                                        −1.62 ms bubble
+dp ≠ 2                       8.67 ms     20.98%  tp2·sp pp2 mb8 interleaved-1f1b        +751 µs bubble, +496 µs compute,
+                                                                                        +374 µs tp, −125 µs dp exposed
+cp ≠ 1                       21.9 ms    205.69%  cp2·ring pp2·v2 zero1 mb1 zbv          +17.2 ms compute, +524 µs cp,
+                                                                                        −2.93 ms bubble, −52.7 µs pp
 
 what would help, solved anew
 change                     step  more tokens/s  layout then
-global batch 16         11.1 ms        +31.62%  tp2 dp2 zero2 mb8 (tp=2 pp=1 zero=2 micro_batch=8 schedule=1f1b)
-compute +10%            6.79 ms         +7.67%  the same
-device memory +10%      7.25 ms         +0.77%  the same
-network bandwidth +10%  7.29 ms         +0.20%  the same
-node bandwidth +10%      7.3 ms         +0.09%  the same
+global batch 16         10.9 ms        +31.01%  tp2 dp2 zero2 mb8 (tp=2 pp=1 zero=2 micro_batch=8 schedule=1f1b)
+compute +10%            6.65 ms         +7.83%  the same
+device memory +10%      7.13 ms         +0.49%  the same
+network bandwidth +10%  7.15 ms         +0.21%  the same
+node bandwidth +10%     7.16 ms         +0.09%  the same
 """
 
 
@@ -295,14 +296,14 @@ GOLDEN_AGAINST = """
 pp2 dp2 zero1 mb4 interleaved-1f1b beside the best with tp=2,pp=2: tp2·sp pp2 mb8 interleaved-1f1b
 differs in tp=2 dp=1 sequence_parallel=true zero=0 micro_batch=8
 part            plan  tp=2,pp=2  difference  of the step
-compute      3.16 ms    3.66 ms     +496 µs        +6.8%
-recompute    27.9 µs    34.4 µs    +6.55 µs        +0.1%
-tp              0 ms     374 µs     +374 µs        +5.1%
+compute      3.09 ms    3.59 ms     +496 µs        +6.9%
+recompute    17.4 µs    23.9 µs    +6.55 µs        +0.1%
+tp              0 ms     374 µs     +374 µs        +5.2%
 pp            364 µs     364 µs        0 ms        +0.0%
-bubble       2.99 ms    3.73 ms     +740 µs       +10.1%
+bubble       2.93 ms    3.68 ms     +751 µs       +10.5%
 dp exposed    125 µs       0 ms     −125 µs        -1.7%
 optimizer     641 µs     642 µs   +0.384 µs        +0.0%
-step         7.31 ms     8.8 ms    +1.49 ms       +20.4%
+step         7.17 ms    8.67 ms     +1.5 ms       +21.0%
 peak memory  0.5 MiB    0.5 MiB
 """
 
