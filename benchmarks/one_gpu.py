@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -68,12 +69,10 @@ class Case:
     microbatches: int = 1
     recompute: str = "none"
     precision: str = "bf16"
-    compile: bool = True
 
     @property
     def name(self) -> str:
-        words = [self.model, f"{self.microbatches}×{self.micro_batch}×{self.sequence}", self.precision, self.recompute]
-        return " ".join([*words, *(() if self.compile else ("eager",))])
+        return f"{self.model} {self.microbatches}×{self.micro_batch}×{self.sequence} {self.precision} {self.recompute}"
 
 
 CASES = (
@@ -160,15 +159,12 @@ def _run(case: Case, plan: Plan, steps: int, titan: bool, port: int, kept: str) 
             _measure(case, plan, steps, titan, device, found)
     except Exception as error:
         found.failed = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
-        if os.environ.get("TRACE"):
-            import traceback
-
-            traceback.print_exc()
+        traceback.print_exc()
     Path(kept).write_text(json.dumps(asdict(found)))
 
 
 def _measure(case: Case, plan: Plan, steps: int, titan: bool, device: torch.device, found: Found) -> None:
-    step, clock = _ours(case, plan, device)
+    step, clock = _ours(plan, device)
     cuda = device.type == "cuda"
     begun = time.perf_counter()
     step()
@@ -176,7 +172,7 @@ def _measure(case: Case, plan: Plan, steps: int, titan: bool, device: torch.devi
     found.compile_seconds = time.perf_counter() - begun
     for _ in range(WARM_UP_STEPS - 1):
         step()
-    theirs = _titan(case, plan, device) if titan and why_not(case, plan) is None else None
+    theirs = _titan(plan, device) if titan and why_not(case, plan) is None else None
     for _ in range(steps):
         found.seconds.append(_timed(step, device))
         if theirs is not None:
@@ -230,9 +226,9 @@ def _tokens(plan: Plan, device: torch.device) -> tuple[torch.Tensor, torch.Tenso
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def _ours(case: Case, plan: Plan, device: torch.device) -> tuple[Callable[[], None], Clock]:
+def _ours(plan: Plan, device: torch.device) -> tuple[Callable[[], None], Clock]:
     """The runtime's step, as the trainer takes it, and its clock."""
-    how, _ = choose_compilation(plan, None if case.compile else False, device.type)
+    how, _ = choose_compilation(plan, None, device.type)
     mesh = mesh_of(plan, device)
     chunks = shape_chunks(plan, mesh, dtype=torch.float32, compilation=how)
     allocate_chunks(chunks, device)
@@ -256,10 +252,10 @@ def why_not(case: Case, plan: Plan) -> str | None:
     return None if case.precision == "bf16" and case.recompute != "selective" else "another precision or recomputation"
 
 
-def _titan(case: Case, plan: Plan, device: torch.device) -> Callable[[], object]:
+def _titan(plan: Plan, device: torch.device) -> Callable[[], object]:
     from titan_loops import Titan  # where it is installed
 
-    loop = Titan(plan, {}, device, mixed=case.precision == "bf16", compiled=case.compile)
+    loop = Titan(plan, {}, device, mixed=True, compiled=True)
     inputs, targets = _tokens(plan, device)
     for _ in range(WARM_UP_STEPS):
         loop.step(inputs, targets)

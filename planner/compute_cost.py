@@ -332,12 +332,14 @@ class ComputeModel(Kernels):
 
     def copy_seconds(self, parameters: float) -> float:
         """Reading and writing each parameter once, as gradients are packed: a part of dp, and corrected as dp is."""
-        seconds = self._hardware.memory_seconds("copy", self._state_dtype, parameters)
-        return seconds / self._hardware.correction("memory")
+        return self._of_dp("copy", parameters)
 
     def cast_seconds(self, parameters: float) -> float:
-        """Narrowing each parameter once: a part of dp as `copy_seconds` is."""
-        seconds = self._hardware.memory_seconds("cast", self._state_dtype, parameters)
+        """Narrowing or widening each parameter once: a part of dp too."""
+        return self._of_dp("cast", parameters)
+
+    def _of_dp(self, operation: str, parameters: float) -> float:
+        seconds = self._hardware.memory_seconds(operation, self._state_dtype, parameters)
         return seconds / self._hardware.correction("memory")
 
     @property

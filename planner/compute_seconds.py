@@ -108,8 +108,8 @@ class ComputeCost:
         """With what issuing its operations takes, `compiled` or one by one.
 
         Where the host is the device each has its overhead, and under selective recomputation the forward's pass through
-        a mode in Python. Elsewhere no pass is shorter than the host takes to issue
-        it; the weights' gradient is issued with the input's.
+        a mode in Python. Elsewhere no pass is shorter than the host takes to issue it; the weights' gradient is issued
+        with the input's.
         """
         if each := hardware.operation_overhead_seconds:
             passes = (self.forward, self.backward_input, self.backward_weight, self.selective, self.checkpoint)
