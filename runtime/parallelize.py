@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from planner.layout import Layout
 from planner.plan import Plan, Stage
 from profiles.masked_language import head_tokens, predicted_tokens
+from profiles.probes.selective import keeping_products
 from profiles.traced_model import TracedModel
 
 from .compilation import Compilation, compile_chunk
@@ -41,20 +41,16 @@ from .tensor_parallel import apply_tensor_parallel
 from .transformer import Attention, Chunk, LearnedPositions, build_chunk
 from .windowed_attention import WINDOWED
 
-# What selective recomputation keeps: outputs of products and of attention, our own kinds as a whole, and of the sums
+# What selective recomputation keeps besides products and attention: our own kinds of attention as a whole, and the sums
 # over tp, so that of all these nothing is sent twice. Everything else is computed again, the exchange of heads over cp
-# with it. Attention goes by its name, one a backend.
-_KEPT_OPERATIONS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten._scaled_mm.default,
+# with it.
+_KEPT_TOO = (
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     RING,
     DOCUMENTS,
     WINDOWED,
-}
-_KEPT_NAMES = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
+)
 
 
 def build_chunks(
@@ -182,15 +178,8 @@ def _recomputing(block: nn.Module, *, selective: bool) -> nn.Module:
     # Nothing here draws random numbers, so there is no state to keep for the second forward.
     contexts: dict[str, Any] = {}
     if selective:
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        contexts["context_fn"] = partial(keeping_products, _KEPT_TOO)
     return checkpoint_wrapper(block, preserve_rng_state=False, **contexts)
-
-
-def _keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    name = operation.name().partition("::")[2] if hasattr(operation, "name") else ""
-    if operation in _KEPT_OPERATIONS or name.startswith(_KEPT_NAMES):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def apply_data_parallel(chunk: Chunk, mesh: RankMesh, *, zero: int, frees: bool, precision: str) -> None:

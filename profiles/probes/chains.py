@@ -20,16 +20,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from ..points import HOST_OPERATIONS
 from .compute import linear_products, measure_attention, measure_gemm, measure_memory
+from .selective import keeping_products
 from .timing import Rank
 
 _TOKENS, _HIDDEN, _HEADS, _FFN = 256, 128, 4, 352
@@ -92,7 +92,7 @@ def measure_chain(rank: Rank) -> dict[str, float]:
     def selective() -> None:
         y = x
         for block in stack:
-            y = checkpoint(block, y, use_reentrant=False, context_fn=_keeping_products, preserve_rng_state=False)
+            y = checkpoint(block, y, use_reentrant=False, context_fn=keeping_products, preserve_rng_state=False)
         torch.autograd.grad(y, inputs, gradient)
 
     def block_seconds(passed: Callable[[], None]) -> float:
@@ -116,21 +116,6 @@ def measure_chain(rank: Rank) -> dict[str, float]:
         "split_overhead_seconds": max(0.0, apart - together) / (backward - _MEETING),
         "selective_overhead_seconds": max(0.0, kept - together - run_again) / forward,
     }
-
-
-_KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-_KEPT_NAMES = ("_scaled_dot_product_", "_flash_attention_forward", "_efficient_attention_forward")
-
-
-def _keeping_products() -> Any:
-    """As the runtime's selective recomputation keeps what products and attention give."""
-
-    def keep(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        name = operation.name().partition("::")[2] if hasattr(operation, "name") else ""
-        kept = operation in _KEPT or name.startswith(_KEPT_NAMES)
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(keep)
 
 
 def measure_issue(rank: Rank) -> dict[str, float]:
