@@ -40,9 +40,6 @@ class Passes:
             self.full + other.full,
         )
 
-    def __mul__(self, times: float) -> Passes:
-        return Passes(self.forward * times, self.backward * times, self.selective * times, self.full * times)
-
 
 class AxisModel:
     """Prices tp, cp and ep of one model as one trainer runs them."""

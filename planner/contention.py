@@ -5,7 +5,9 @@ Kernels are measured with all ranks computing. In a pipeline with stages in thei
 with k of the p stages at work takes c(k·n)/c(p·n) times as long as measured, with n ranks a stage and the profile's
 contention c of its kind. Cores are shared evenly, so a product's is about the ranks a core; what streams through memory
 gains more, since fewer tensors fit a cache better (four ranks on two cores: benchmarks/README.md). How long k stages
-work is counted on the schedule itself, with layers dealt out so that it is short and no messages.
+work is counted on the schedule itself, with layers dealt out so that it is short and no messages. What ranks of a stage
+send each other is as long as ever: it is waking up that takes the time, and nobody wakes sooner where cores are idle
+(`benchmarks/meetings.py`).
 """
 
 from __future__ import annotations
@@ -41,15 +43,14 @@ _Point = TypeVar("_Point", bound=Any)
 
 @dataclass(frozen=True)
 class Pace:
-    """How many times their measured seconds compute and what the axes send take.
+    """How many times its measured seconds compute takes.
 
-    `slowest` multiplies all compute, since all wait for the slowest rank, `sent` what the axes send. `working` is how
-    many ranks compute at once; nothing where they always are as many as were measured.
+    `slowest` multiplies all of it, since all wait for the slowest rank. `working` is how many ranks compute at once;
+    nothing where they always are as many as were measured.
     """
 
     slowest: float = 1.0
     working: Working = ()
-    sent: float = 1.0
 
 
 def shares_with_stages(hardware: HardwareProfile, layout: Layout) -> bool:
@@ -107,7 +108,7 @@ def least_pace(paces: Sequence[Pace]) -> Pace:
     counts = sorted({active for pace in paces for active, _ in pace.working})
     until = [max(sum(s for active, s in pace.working if active <= count) for pace in paces) for count in counts]
     working = tuple((count, now - before) for count, (before, now) in zip(counts, pairwise([0.0, *until]), strict=True))
-    return Pace(min(pace.slowest for pace in paces), working, min(pace.sent for pace in paces))
+    return Pace(min(pace.slowest for pace in paces), working)
 
 
 def stages_at_work(pipeline: Pipeline, durations: Sequence[StageSeconds]) -> tuple[float, ...]:

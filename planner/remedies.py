@@ -9,6 +9,7 @@ from typing import Any
 from .bounds import fits, lower_bound
 from .first_assignment import first_assignment, least_missing_bytes
 from .group_bounds import least_of_one_state, one_state_each, states_too_large
+from .guesses import Solved
 from .job import STAGE_KEYS
 from .layout import Layout
 from .offload import why_no_offload
@@ -24,8 +25,8 @@ from .step_cost import CostModel
 _MOST_DOUBLINGS = 10
 _SECONDS_EACH = 10.0  # that one remedy may be improved for, once there is something that fits
 _SHORTEST_SEQUENCE = 128
-# The plan of a question with a time limit, None where nothing fits: `search.best_plan`.
-Solve = Callable[[Question, int, float], Plan | None]
+# The plan of a question with a time limit, from a layout known to fit; None where nothing fits: `search.best_plan`.
+Solve = Callable[[Question, int, float, Solved | None], Plan | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,20 +149,22 @@ def _larger(question: Question) -> Iterator[tuple[str, Question]]:
 
 
 def _first(changes: Iterator[tuple[str, Question]], solve: Solve) -> Iterator[Remedy]:
+    """Of the first change with which something plainly fits."""
     for change, question in changes:
-        if _something_fits(question):
-            yield from _tried(change, question, solve)
+        for remedy in _tried(change, question, solve):
+            yield remedy
             return
 
 
 def _tried(change: str, question: Question, solve: Solve) -> Iterator[Remedy]:
     """The remedy if it is one. What plainly fits nowhere is not searched at length."""
-    if _something_fits(question) and (plan := solve(question, 1, _SECONDS_EACH)) is not None:
+    known = _something_that_fits(question)
+    if known is not None and (plan := solve(question, 1, _SECONDS_EACH, known)) is not None:
         yield Remedy(change=change, plan=plan)
 
 
-def _something_fits(question: Question) -> bool:
-    """Whether the first good assignment of some layout fits."""
+def _something_that_fits(question: Question) -> Solved | None:
+    """The first layout whose first good assignment fits."""
     limit = question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     groups = (one for group in layout_groups(question.rules) for one in one_state_each(group))
@@ -172,9 +175,10 @@ def _something_fits(question: Question) -> bool:
             costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
             if lower_bound(costs, limit, modes) is None:
                 continue
-            if fits(costs, first_assignment(costs, limit, modes), limit):
-                return True
-    return False
+            counts = first_assignment(costs, limit, modes)
+            if fits(costs, counts, limit):
+                return Solved(costs, counts, costs.step(counts))
+    return None
 
 
 def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:

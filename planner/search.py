@@ -79,8 +79,10 @@ def _rare_collections() -> Iterator[None]:
 
 
 @_rare_collections()
-def best_plan(question: Question, top: int = 1, time_limit_seconds: float = float("inf")) -> Plan | None:
-    """As `search`; None where no layout is legal or none fits."""
+def best_plan(
+    question: Question, top: int = 1, time_limit_seconds: float = float("inf"), known: Solved | None = None
+) -> Plan | None:
+    """As `search`, from a layout that is `known` to fit; None where no layout is legal or none fits."""
     started = time.monotonic()
     deadline = started + time_limit_seconds
     check_supported(question)
@@ -93,6 +95,8 @@ def best_plan(question: Question, top: int = 1, time_limit_seconds: float = floa
     legal = sum(len(group) for _, _, group in left if isinstance(group, LayoutGroup))
     guesses = Guesses(question)
     first = guesses.plain([(least, group) for least, _, group in left if isinstance(group, LayoutGroup)], prices)
+    if known is not None and (first is None or known.step_seconds < first.step_seconds):
+        first = known
     best: list[Solved] = []
     together: set[LayoutGroup] = set()  # of one state, and bounded whatever their schedule
     bounded: set[LayoutGroup] = set()  # by their own state and schedule, not only by their degrees

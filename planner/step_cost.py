@@ -22,7 +22,7 @@ from .better_assignment import quicker_by_neighbours
 from .comm_cost import CommModel, Group
 from .compile_rules import why_not_compiled
 from .compute_cost import ComputeCost
-from .contention import Pace, least_pace, ranks_at_work, ranks_that_share, shares_with_stages
+from .contention import Pace, least_pace, ranks_at_work, shares_with_stages
 from .data_parallel_cost import DataParallelModel
 from .first_assignment import first_assignment
 from .gradient_moments import gradients_by_torch
@@ -188,11 +188,11 @@ class CostModel:
         return self._part_cache[key]
 
     def _price_parts(self, layout: Layout, reshard: bool | None, pace: Pace, microbatches: int) -> _Parts:
-        memory, sent, compute = self._memory, pace.sent, self._part_compute(layout, pace)
+        memory, compute = self._memory, self._part_compute(layout, pace)
         layers = self._price_layers(layout, reshard, pace, microbatches, compute)
         (first, last), axes = self._model.end_tensors, self._axes
         embedded, headed = (memory.embedding_parameters(layout), 0.0), (memory.head_parameters(layout), 0.0)
-        before, after = {"tp": axes.embedding_tp(layout) * sent}, {"tp": axes.head_tp(layout) * sent}
+        before, after = {"tp": axes.embedding_tp(layout)}, {"tp": axes.head_tp(layout)}
         embedding = self._part(layout, compute["embedding"], before, embedded, microbatches, first, root=True)
         head = self._part(layout, compute["head"], after, headed, microbatches, last, root=True)
         return layers, embedding, head, self._paced.microbatch(layout, pace)
@@ -206,7 +206,7 @@ class CostModel:
             if len(self._layer_cache) >= _MOST_PARTS:
                 self._layer_cache.clear()
             self._layer_cache[key] = {
-                kind: self._layer(layout, compute[kind], pace.sent, kind, microbatches, reshard)
+                kind: self._layer(layout, compute[kind], kind, microbatches, reshard)
                 for kind in {segment.kind for segment in self._model.segments}
             }
         return self._layer_cache[key]
@@ -248,7 +248,7 @@ class CostModel:
                 cost = compute[kind]
                 passes: dict[str, Passes] = {}
                 if kind not in ("embedding", "head"):
-                    passes = self._axis_passes(layout, cost, pace.sent, kind)
+                    passes = self._axis_passes(layout, cost, kind)
                     if not with_ep:
                         passes.pop("ep", None)
                 forward += number * (cost.forward.total + sum(p.forward for p in passes.values()))
@@ -273,8 +273,7 @@ class CostModel:
         )
 
     def _pace(self, layout: Layout) -> Pace:
-        """That of the slowest rank, while those in their bubble are idle. Where the host does the sending, what it
-        leaves to the others it leaves to their messages."""
+        """That of the slowest rank, while those in their bubble are idle."""
         slowest = self._hardware.straggler_slowdown if layout.world_size > 1 else 1.0
         if not shares_with_stages(self._hardware, layout):
             return Pace(slowest)
@@ -283,9 +282,7 @@ class CostModel:
             alone = self.price_seconds(alike, waits=False, pace=Pace())
             counts = quicker_by_neighbours(alone, first_assignment(alone, float("inf"), ("none",)), _PACE_ROUNDS)
             working = ranks_at_work(self._hardware, alike, alone.pipeline, alone.durations(counts))
-            contention, ranks = self._hardware.contention, ranks_that_share(self._hardware, alike)
-            sent = sum(share * contention(active) for active, share in working) / contention(ranks)
-            self._paces[alike] = Pace(slowest, working, sent if self._hardware.backend == "gloo" else 1.0)
+            self._paces[alike] = Pace(slowest, working)
         return self._paces[alike]
 
     def _logits_again(self, layout: Layout) -> bool:
@@ -309,17 +306,17 @@ class CostModel:
     # ---- parts -----------------------------------------------------------------------------------------
 
     def _layer(
-        self, layout: Layout, compute: ComputeCost, sent: float, kind: str, microbatches: int, reshard: bool | None
+        self, layout: Layout, compute: ComputeCost, kind: str, microbatches: int, reshard: bool | None
     ) -> PartSeconds:
-        axes = self._axis_passes(layout, compute, sent, kind)
+        axes = self._axis_passes(layout, compute, kind)
         parameters, tensors = self._memory.block_parameters(layout, kind), self._model.layer_tensors(kind)
         return self._part(layout, compute, axes, parameters, microbatches, tensors, reshard=reshard)
 
-    def _axis_passes(self, layout: Layout, compute: ComputeCost, sent: float, kind: str) -> dict[str, Passes]:
+    def _axis_passes(self, layout: Layout, compute: ComputeCost, kind: str) -> dict[str, Passes]:
         axes = {"tp": self._axes.block_tp(layout, compute, kind), "cp": self._axes.block_cp(layout, compute)}
         if kind == "experts":
             axes["ep"] = self._axes.block_ep(layout, compute)
-        return axes if sent == 1.0 else {name: passes * sent for name, passes in axes.items()}
+        return axes
 
     def _part(
         self,
