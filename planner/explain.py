@@ -313,7 +313,7 @@ def _rival(condition: str, question: Question, base: Prediction, budget: _Budget
     """The best plan of a narrower question, or what forbids it."""
     plan = budget.solve(question)
     if plan is None:
-        return Rival(condition=condition, reasons=what_forbids(question)[1])
+        return Rival(condition=condition, reasons=what_forbids(question).reasons)
     return _beside(condition, plan.layout, plan.prediction, base, plan.certificate.gap)
 
 

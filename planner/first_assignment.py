@@ -160,24 +160,29 @@ def moved(count: StageCount, segment: int, more: Mapping[str, int]) -> StageCoun
     return (*count[:segment], Blocks(**blocks), *count[segment + 1 :])
 
 
-def least_missing_bytes(costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]) -> tuple[int, float]:
-    """(rank, bytes) missing on the tightest rank in the layout's best case, when nothing fits.
+def roomiest_assignment(
+    costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]
+) -> tuple[LayoutCosts, tuple[StageCount, ...]]:
+    """The assignment whose tightest rank misses least of the limit, and each stage's choice, when nothing fits.
 
-    With one stage a rank and all layers alike it is the least: layers go one at a time to the rank that is left with
-    the most room, and a rank needs least with all its layers in one mode. Else it is that of an even assignment that
+    With one stage a rank and all layers alike it is the best: layers go one at a time to the rank that is left with
+    the most room, and a rank needs least with all its layers in one mode. Else it is an even assignment that
     recomputes all it may.
     """
     if costs.layout.virtual_stages == 1 and len(costs.segments) == 1:
-        costs, counts = _roomiest_assignment(costs, modes or ("none",))
-    else:
-        dearest = sorted(modes, key=lambda mode: min(s.memory.held_by(mode).total for s in costs.segments))[:1]
-        counts = first_assignment(costs, limit_bytes, dearest or ("none",))
+        return _layer_by_layer(costs, modes or ("none",))
+    dearest = sorted(modes, key=lambda mode: min(s.memory.held_by(mode).total for s in costs.segments))[:1]
+    return costs, first_assignment(costs, limit_bytes, dearest or ("none",))
+
+
+def missing_bytes(costs: LayoutCosts, counts: Sequence[StageCount], limit_bytes: float) -> tuple[int, float]:
+    """(rank, bytes) missing on the tightest rank."""
     missing = [costs.rank_bytes(rank, counts) - limit_bytes for rank in range(costs.layout.pp)]
     worst = max(range(len(missing)), key=missing.__getitem__)
     return worst, missing[worst]
 
 
-def _roomiest_assignment(costs: LayoutCosts, modes: Sequence[str]) -> tuple[LayoutCosts, tuple[StageCount, ...]]:
+def _layer_by_layer(costs: LayoutCosts, modes: Sequence[str]) -> tuple[LayoutCosts, tuple[StageCount, ...]]:
     """The assignment whose fullest rank holds least, and each stage's choice: bytes of a rank rise with its layers."""
     stages, nothing = costs.layout.pp, [tuple(Blocks() for _ in costs.segments)] * costs.layout.stages
     pinned = tuple(choice for choice, _ in costs.choices)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .bounds import fits, lower_bound
-from .first_assignment import first_assignment, least_missing_bytes
+from .first_assignment import first_assignment, missing_bytes, roomiest_assignment
 from .group_bounds import least_of_one_state, one_state_each, states_too_large
 from .guesses import Solved
 from .job import STAGE_KEYS
 from .layout import Layout
+from .layout_costs import LayoutCosts, StageCount
 from .offload import why_no_offload
 from .pins import pin_text, plainest
 from .plan import Plan
@@ -57,24 +58,33 @@ class Remedy:
         return f"  {self.change}, for example {self.plan.layout.short()}: {cost}"
 
 
+class Forbidden(NamedTuple):
+    """Why a question has no plan: in words, and the closest layout with the bytes that it misses; None of both where no
+    layout is legal."""
+
+    reasons: tuple[str, ...]
+    missing_bytes: float | None = None
+    closest: Solved | None = None
+
+
 def why_nothing_fits(question: Question, solve: Solve) -> tuple[str, tuple[str, ...], tuple[dict[str, Any], ...]]:
     """The sentence, its reasons and the remedies: what is missing on which stage in the best case, and what helps."""
-    missing, reasons = what_forbids(question)
+    why = what_forbids(question)
     where = f"{question.model.name} on {question.cluster.devices} devices"
-    if missing is None:
-        return f"no legal layout of {where}", reasons, ()
-    lines = list(reasons)
-    found = tuple(remedies(question, question.limit_bytes + missing, solve))
+    if why.closest is None:
+        return f"no legal layout of {where}", why.reasons, ()
+    lines = list(why.reasons)
+    found = tuple(remedies(question, why, solve))
     if found:
         lines += ["what would make it fit, one change at a time:", *(remedy.line() for remedy in found)]
     return f"nothing fits: {where}", tuple(lines), tuple(remedy.to_dict() for remedy in found)
 
 
-def what_forbids(question: Question) -> tuple[float | None, tuple[str, ...]]:
-    """Of a question without a plan: the bytes that the closest layout misses (None: none is legal), and the words."""
+def what_forbids(question: Question) -> Forbidden:
+    """Of a question without a plan: what its closest layout misses, or the rules that leave none."""
     rules, limit = question.rules, question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
-    best: tuple[float, int, Layout] | None = None
+    best: tuple[float, int, LayoutCosts, tuple[StageCount, ...]] | None = None
     groups = [one for group in layout_groups(rules) for one in one_state_each(group)]
     legal = sum(len(group) for group in groups)
     # A layout misses at least what its states, shared evenly, do not fit into a rank.
@@ -87,29 +97,32 @@ def what_forbids(question: Question) -> tuple[float | None, tuple[str, ...]]:
             if least_of_one_state(prices, groups[n], enough) is None:
                 continue  # none of it misses less
         for layout in groups[n]:
-            rank, missing = least_missing_bytes(prices.price(layout), limit, recompute_modes(layout, rules))
+            costs, counts = roomiest_assignment(prices.price(layout), limit, recompute_modes(layout, rules))
+            rank, missing = missing_bytes(costs, counts, limit)
             if best is None or missing < best[0]:
-                best = (missing, rank, layout)
+                best = (missing, rank, costs, counts)
     if best is None:
-        return None, _why_none_legal(rules)
-    missing, rank, layout = best
+        return Forbidden(_why_none_legal(rules))
+    missing, rank, costs, counts = best
     modes = "|".join(question.job.recompute_modes)
     how = {"none": "without recomputation", "full": "all recomputed"}.get(modes, "recomputing at will")
-    closest = f"the closest of {legal} layouts is {layout.short()}" if legal > 1 else layout.short()
-    return missing, (f"{closest}: {how}, stage {rank} misses {_gib(missing)} of {_gib(limit)} per device",)
+    named = costs.layout.short()
+    closest = f"the closest of {legal} layouts is {named}" if legal > 1 else named
+    reason = f"{closest}: {how}, stage {rank} misses {_gib(missing)} of {_gib(limit)} per device"
+    return Forbidden((reason,), missing, Solved(costs, counts, costs.step(counts)))
 
 
 def _gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.3f} MiB"
 
 
-def remedies(question: Question, enough_bytes: float, solve: Solve) -> Iterator[Remedy]:
+def remedies(question: Question, why: Forbidden, solve: Solve) -> Iterator[Remedy]:
     """Memory, the host's too, each pin, ban and limit of the user's, the sequence and the devices, each alone."""
-    job = question.job
+    job, enough_bytes = question.job, question.limit_bytes + (why.missing_bytes or 0.0)
     if job.memory_limit_bytes is not None:
         yield from _tried("without --memory-limit", _with_job(question, memory_limit_bytes=None), solve)
     more = _with_job(question, memory_limit_bytes=enough_bytes * (1 + 1e-9))
-    yield from _tried(f"{_gib(enough_bytes)} of memory per device", more, solve)
+    yield from _tried(f"{_gib(enough_bytes)} of memory per device", more, solve, why.closest)
     offloaded = _with_job(question, offload="optimizer")
     if job.offload == "none" and why_no_offload(offloaded.job, question.hardware) is None:
         yield from _first(iter([("--offload optimizer", offloaded)]), solve)
@@ -156,9 +169,9 @@ def _first(changes: Iterator[tuple[str, Question]], solve: Solve) -> Iterator[Re
             return
 
 
-def _tried(change: str, question: Question, solve: Solve) -> Iterator[Remedy]:
-    """The remedy if it is one. What plainly fits nowhere is not searched at length."""
-    known = _something_that_fits(question)
+def _tried(change: str, question: Question, solve: Solve, known: Solved | None = None) -> Iterator[Remedy]:
+    """The remedy if it is one, from what is `known` to fit. What plainly fits nowhere is not searched at length."""
+    known = known or _something_that_fits(question)
     if known is not None and (plan := solve(question, 1, _SECONDS_EACH, known)) is not None:
         yield Remedy(change=change, plan=plan)
 

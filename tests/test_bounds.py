@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound, most_layers
-from planner.first_assignment import first_assignment, least_missing_bytes
+from planner.first_assignment import first_assignment, missing_bytes, roomiest_assignment
 from planner.group_bounds import least_of_any_schedule, least_of_one_state, one_state_each
 from planner.in_flight import InFlight
 from planner.layout import Layout
@@ -208,7 +208,8 @@ def test_what_is_missing_is_missing_in_the_best_case(layers: int) -> None:
     question = small_question(tiny_llama(layers=layers), devices=layers, pins={"virtual_stages": 1})
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     for layout, tried in candidates(question).items():
-        _, missing = least_missing_bytes(prices.price(layout), 1000.0, recompute_modes(layout, question.rules))
+        modes = recompute_modes(layout, question.rules)
+        _, missing = missing_bytes(*roomiest_assignment(prices.price(layout), 1000.0, modes), 1000.0)
         assert missing == pytest.approx(min(candidate.peak_bytes for candidate in tried) - 1000.0), layout
 
 
@@ -217,7 +218,7 @@ def test_what_is_missing_with_recomputation_pinned(pin: str) -> None:
     question = small_question(devices=4, pins={"recompute": pin, "virtual_stages": 1})
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     for layout, tried in candidates(question).items():
-        stage, missing = least_missing_bytes(prices.price(layout), 1000.0, (pin,))
+        stage, missing = missing_bytes(*roomiest_assignment(prices.price(layout), 1000.0, (pin,)), 1000.0)
         assert 0 <= stage < layout.pp
         assert missing == pytest.approx(min(candidate.peak_bytes for candidate in tried) - 1000.0), layout
 
