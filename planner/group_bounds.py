@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from .bounds import any_chunks_dealt, any_chunks_seconds, heads_and_tails, held_by_ends
 from .layout import Layout
+from .memory_bytes import PartMemory
 from .question import Question
-from .rank_limits import ROUNDING, layers_held
+from .rank_limits import ROUNDING, Moment, layers_held
 from .rules import recompute_modes
 from .schedule import SPLIT_BACKWARD
 from .space import LayoutGroup
@@ -51,23 +53,42 @@ def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Quest
     return least
 
 
+class Room(NamedTuple):
+    """Of a group with one state and schedule: its plainest layout, what layers may recompute, what each rank holds
+    besides layers at least, and a layer of the commonest kind."""
+
+    layout: Layout
+    modes: tuple[str, ...]
+    held: list[Moment]
+    layer: PartMemory
+
+
+def room_of_one_state(prices: CostModel, group: LayoutGroup, question: Question) -> Room | None:
+    """None where no layout of a group with one state and schedule has room for its layers."""
+    schedule, chunks = group.pipelines[0][0], [chunks for _, chunks in group.pipelines]
+    layout = group.base.but(schedule=schedule, virtual_stages=min(chunks))
+    modes, slack = recompute_modes(layout, question.rules), prices.slack
+    sizes = prices.least_memory.part_bytes(layout, chunks)
+    held = held_by_ends(layout.pipeline(layout.microbatches(question.job.global_batch)), chunks, sizes, slack)
+    if layers_held(sizes.layer, held, question.limit_bytes, slack, modes) < sizes.layers:
+        return None
+    return Room(layout, modes, held, sizes.layer)
+
+
 def least_of_one_state(
     prices: CostModel, group: LayoutGroup, question: Question, enough_seconds: float = math.inf
 ) -> float | None:
     """Seconds that no layout of a group with one state and schedule is below; above `enough_seconds` any such will do.
     None when none fits."""
-    schedule, chunks = group.pipelines[0][0], [chunks for _, chunks in group.pipelines]
-    of_schedule = group.base.but(schedule=schedule, virtual_stages=min(chunks))
-    modes, limit = recompute_modes(of_schedule, question.rules), question.limit_bytes
     # Bytes first: they take a fraction of what seconds do, and rule out most groups where memory is short.
-    sizes, slack = prices.least_memory.part_bytes(of_schedule, chunks), prices.slack
-    held = held_by_ends(of_schedule.pipeline(of_schedule.microbatches(question.job.global_batch)), chunks, sizes, slack)
-    if layers_held(sizes.layer, held, limit, slack, modes) < sizes.layers:
+    room = room_of_one_state(prices, group, question)
+    if room is None:
         return None
+    of_schedule, modes, limit = room.layout, room.modes, question.limit_bytes
     fewest = prices.price_seconds(of_schedule, pace=prices.least_pace(group))
     around = heads_and_tails(fewest)
-    least = any_chunks_seconds(fewest, around, max(chunks), modes)
+    least = any_chunks_seconds(fewest, around, max(chunks for _, chunks in group.pipelines), modes)
     if least > enough_seconds:
         return least
-    dealt = any_chunks_dealt(fewest, around, held, sizes.layer, limit, modes, enough_seconds)
+    dealt = any_chunks_dealt(fewest, around, room.held, room.layer, limit, modes, enough_seconds)
     return None if dealt is None else max(least, dealt)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
-from .bounds import fits, lower_bound
+from .bounds import fits
 from .first_assignment import first_assignment, missing_bytes, roomiest_assignment
-from .group_bounds import least_of_one_state, one_state_each, states_too_large
+from .group_bounds import one_state_each, room_of_one_state, states_too_large
 from .guesses import Solved
 from .job import STAGE_KEYS
 from .layout import Layout
@@ -20,10 +21,11 @@ from .quantity_text import seconds_text
 from .question import Question
 from .rank_limits import ROUNDING
 from .rules import RuleContext, recompute_modes, violations, why_no_recompute, why_no_reshard, why_not_proposed
-from .space import layout_groups
+from .space import LayoutGroup, layout_groups
 from .step_cost import CostModel
 
 _MOST_DOUBLINGS = 10
+_MOST_TRIED = 200  # layouts that may have room, before a change is said to be none that helps
 _SECONDS_EACH = 10.0  # that one remedy may be improved for, once there is something that fits
 _SHORTEST_SEQUENCE = 128
 # The plan of a question with a time limit, from a layout known to fit; None where nothing fits: `search.best_plan`.
@@ -92,20 +94,25 @@ def what_forbids(question: Question) -> Forbidden:
     for bound, n in sorted(least):
         if best is not None and bound * (1 - ROUNDING) > best[0]:
             break
+        closer: Iterable[Layout] = groups[n]
         if best is not None:
-            enough = _with_job(question, memory_limit_bytes=limit + best[0])
-            if least_of_one_state(prices, groups[n], enough) is None:
-                continue  # none of it misses less
-        for layout in groups[n]:
-            costs, counts = roomiest_assignment(prices.price(layout), limit, recompute_modes(layout, rules))
-            rank, missing = missing_bytes(costs, counts, limit)
-            if best is None or missing < best[0]:
+            less = _with_job(question, memory_limit_bytes=(limit + best[0]) * (1 - 2 * ROUNDING))
+            closer = _with_room(prices, groups[n], less)
+        for layout in closer:
+            costs, modes = prices.price(layout), recompute_modes(layout, rules)
+            # Without the moments of its reductions, which take long to find, no layout misses more.
+            for more_or_all in (replace(costs, find_reductions=None), costs):
+                costs, counts = roomiest_assignment(more_or_all, limit, modes)
+                if best is not None and not fits(costs, counts, (limit + best[0]) * (1 - 2 * ROUNDING)):
+                    break
+            else:
+                rank, missing = missing_bytes(costs, counts, limit)
                 best = (missing, rank, costs, counts)
     if best is None:
         return Forbidden(_why_none_legal(rules))
     missing, rank, costs, counts = best
-    modes = "|".join(question.job.recompute_modes)
-    how = {"none": "without recomputation", "full": "all recomputed"}.get(modes, "recomputing at will")
+    allowed = "|".join(question.job.recompute_modes)
+    how = {"none": "without recomputation", "full": "all recomputed"}.get(allowed, "recomputing at will")
     named = costs.layout.short()
     closest = f"the closest of {legal} layouts is {named}" if legal > 1 else named
     reason = f"{closest}: {how}, stage {rank} misses {_gib(missing)} of {_gib(limit)} per device"
@@ -177,21 +184,25 @@ def _tried(change: str, question: Question, solve: Solve, known: Solved | None =
 
 
 def _something_that_fits(question: Question) -> Solved | None:
-    """The first layout whose first good assignment fits."""
+    """Of the first layouts with room for their layers one whose first good assignment fits."""
     limit = question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     groups = (one for group in layout_groups(question.rules) for one in one_state_each(group))
-    for group in groups:
-        if states_too_large(prices, group, question) or least_of_one_state(prices, group, question) is None:
-            continue
-        for layout in group:
-            costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
-            if lower_bound(costs, limit, modes) is None:
-                continue
-            counts = first_assignment(costs, limit, modes)
-            if fits(costs, counts, limit):
-                return Solved(costs, counts, costs.step(counts))
+    roomy = (group for group in groups if not states_too_large(prices, group, question))
+    for layout in islice((one for group in roomy for one in _with_room(prices, group, question)), _MOST_TRIED):
+        costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
+        counts = first_assignment(costs, limit, modes)
+        if fits(costs, counts, limit):
+            return Solved(costs, counts, costs.step(counts))
     return None
+
+
+def _with_room(prices: CostModel, group: LayoutGroup, question: Question) -> Iterator[Layout]:
+    """Of a group with one state and schedule the layouts that hold all layers, as far as their least bytes say."""
+    if room_of_one_state(prices, group, question) is not None:
+        for one in group.by_chunks():
+            if room_of_one_state(prices, one, question) is not None:
+                yield from one
 
 
 def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:

@@ -48,6 +48,11 @@ class LayoutGroup:
         for schedule in dict(self.pipelines):
             yield replace(self, pipelines=tuple(each for each in self.pipelines if each[0] == schedule))
 
+    def by_chunks(self) -> Iterator[LayoutGroup]:
+        """The same layouts, a group for each schedule with each number of chunks."""
+        for pipeline in self.pipelines:
+            yield replace(self, pipelines=(pipeline,))
+
     def __len__(self) -> int:
         return len(self.pipelines) * len(self.states)
 
