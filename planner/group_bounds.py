@@ -55,12 +55,14 @@ def least_of_any_schedule(prices: CostModel, group: LayoutGroup, question: Quest
 
 class Room(NamedTuple):
     """Of a group with one state and schedule: its plainest layout, what layers may recompute, what each rank holds
-    besides layers at least, and a layer of the commonest kind."""
+    besides layers at least, a layer of the commonest kind, and how many of them more than the model has would have room
+    at most."""
 
     layout: Layout
     modes: tuple[str, ...]
     held: list[Moment]
     layer: PartMemory
+    spare: int
 
 
 def room_of_one_state(prices: CostModel, group: LayoutGroup, question: Question) -> Room | None:
@@ -70,9 +72,8 @@ def room_of_one_state(prices: CostModel, group: LayoutGroup, question: Question)
     modes, slack = recompute_modes(layout, question.rules), prices.slack
     sizes = prices.least_memory.part_bytes(layout, chunks)
     held = held_by_ends(layout.pipeline(layout.microbatches(question.job.global_batch)), chunks, sizes, slack)
-    if layers_held(sizes.layer, held, question.limit_bytes, slack, modes) < sizes.layers:
-        return None
-    return Room(layout, modes, held, sizes.layer)
+    spare = layers_held(sizes.layer, held, question.limit_bytes, slack, modes) - sizes.layers
+    return Room(layout, modes, held, sizes.layer, spare) if spare >= 0 else None
 
 
 def least_of_one_state(

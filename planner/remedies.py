@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 from .bounds import fits
-from .first_assignment import first_assignment, missing_bytes, roomiest_assignment
-from .group_bounds import one_state_each, room_of_one_state, states_too_large
+from .first_assignment import missing_bytes, roomiest_assignment
+from .group_bounds import one_state_each, room_of_one_state
 from .guesses import Solved
 from .job import STAGE_KEYS
 from .layout import Layout
@@ -25,7 +25,7 @@ from .space import LayoutGroup, layout_groups
 from .step_cost import CostModel
 
 _MOST_DOUBLINGS = 10
-_MOST_TRIED = 200  # layouts that may have room, before a change is said to be none that helps
+_MOST_TRIED = 60  # layouts that may have room, before a change is said to be none that helps
 _SECONDS_EACH = 10.0  # that one remedy may be improved for, once there is something that fits
 _SHORTEST_SEQUENCE = 128
 # The plan of a question with a time limit, from a layout known to fit; None where nothing fits: `search.best_plan`.
@@ -87,27 +87,22 @@ def what_forbids(question: Question) -> Forbidden:
     rules, limit = question.rules, question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     best: tuple[float, int, LayoutCosts, tuple[StageCount, ...]] | None = None
-    groups = [one for group in layout_groups(rules) for one in one_state_each(group)]
-    legal = sum(len(group) for group in groups)
-    # A layout misses at least what its states, shared evenly, do not fit into a rank.
-    least = [(prices.least_memory.state_bytes(group) / group.base.pp - limit, n) for n, group in enumerate(groups)]
-    for bound, n in sorted(least):
-        if best is not None and bound * (1 - ROUNDING) > best[0]:
+    groups = _most_sharded_first(prices, rules)
+    legal = sum(len(group) for _, group in groups)
+    for least, group in groups:
+        # A layout misses at least what its states, shared evenly, do not fit into a rank.
+        if best is not None and (least - limit) * (1 - ROUNDING) > best[0]:
             break
-        closer: Iterable[Layout] = groups[n]
+        closer, enough = iter(group), math.inf
         if best is not None:
-            less = _with_job(question, memory_limit_bytes=(limit + best[0]) * (1 - 2 * ROUNDING))
-            closer = _with_room(prices, groups[n], less)
+            enough = (limit + best[0]) * (1 - 2 * ROUNDING)
+            roomy = _with_room(prices, group, _with_job(question, memory_limit_bytes=enough))
+            closer = (layout for _, layout in roomy)
         for layout in closer:
-            costs, modes = prices.price(layout), recompute_modes(layout, rules)
-            # Without the moments of its reductions, which take long to find, no layout misses more.
-            for more_or_all in (replace(costs, find_reductions=None), costs):
-                costs, counts = roomiest_assignment(more_or_all, limit, modes)
-                if best is not None and not fits(costs, counts, (limit + best[0]) * (1 - 2 * ROUNDING)):
-                    break
-            else:
-                rank, missing = missing_bytes(costs, counts, limit)
-                best = (missing, rank, costs, counts)
+            found = _roomiest_within(prices.price(layout), enough, recompute_modes(layout, rules))
+            if found is not None:
+                rank, missing = missing_bytes(*found, limit)
+                enough, best = (limit + missing) * (1 - 2 * ROUNDING), (missing, rank, *found)
     if best is None:
         return Forbidden(_why_none_legal(rules))
     missing, rank, costs, counts = best
@@ -184,25 +179,47 @@ def _tried(change: str, question: Question, solve: Solve, known: Solved | None =
 
 
 def _something_that_fits(question: Question) -> Solved | None:
-    """Of the first layouts with room for their layers one whose first good assignment fits."""
+    """Of the layouts with most room for layers one that fits as it has most room."""
     limit = question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
-    groups = (one for group in layout_groups(question.rules) for one in one_state_each(group))
-    roomy = (group for group in groups if not states_too_large(prices, group, question))
-    for layout in islice((one for group in roomy for one in _with_room(prices, group, question)), _MOST_TRIED):
-        costs, modes = prices.price(layout), recompute_modes(layout, question.rules)
-        counts = first_assignment(costs, limit, modes)
-        if fits(costs, counts, limit):
+    groups = (group for least, group in _most_sharded_first(prices, question.rules) if least <= limit)
+    roomy = [one for group in groups for one in _with_room(prices, group, question)]
+    for _, layout in sorted(roomy, key=lambda one: -one[0])[:_MOST_TRIED]:
+        found = _roomiest_within(prices.price(layout), limit, recompute_modes(layout, question.rules))
+        if found is not None:
+            costs, counts = found
             return Solved(costs, counts, costs.step(counts))
     return None
 
 
-def _with_room(prices: CostModel, group: LayoutGroup, question: Question) -> Iterator[Layout]:
-    """Of a group with one state and schedule the layouts that hold all layers, as far as their least bytes say."""
+def _roomiest_within(
+    costs: LayoutCosts, limit_bytes: float, modes: Sequence[str]
+) -> tuple[LayoutCosts, tuple[StageCount, ...]] | None:
+    """The layout with all the room that it may have, None where that is too little. The moments of its reductions take
+    long to find, and without them no layout holds more."""
+    for some_or_all in (replace(costs, find_reductions=None), costs):
+        found = roomiest_assignment(some_or_all, limit_bytes, modes)
+        if not fits(*found, limit_bytes):
+            return None
+    return found
+
+
+def _most_sharded_first(prices: CostModel, rules: RuleContext) -> list[tuple[float, LayoutGroup]]:
+    """The space in groups of one state and schedule, each with bytes that no layout of it holds less than on every
+    rank: weights, gradients and optimizer, shared evenly. Those with least first."""
+    groups = (one for group in layout_groups(rules) for one in one_state_each(group))
+    least = [(prices.least_memory.state_bytes(group) / group.base.pp, group) for group in groups]
+    return sorted(least, key=lambda one: one[0])
+
+
+def _with_room(prices: CostModel, group: LayoutGroup, question: Question) -> Iterator[tuple[int, Layout]]:
+    """Of a group with one state and schedule the layouts that hold all layers, as far as their least bytes say, each
+    with how many more it would hold."""
     if room_of_one_state(prices, group, question) is not None:
         for one in group.by_chunks():
-            if room_of_one_state(prices, one, question) is not None:
-                yield from one
+            room = room_of_one_state(prices, one, question)
+            if room is not None:
+                yield room.spare, room.layout
 
 
 def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:
