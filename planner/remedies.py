@@ -87,12 +87,12 @@ def what_forbids(question: Question) -> Forbidden:
     rules, limit = question.rules, question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     best: tuple[float, int, LayoutCosts, tuple[StageCount, ...]] | None = None
-    groups = _most_sharded_first(prices, rules)
+    groups = _smallest_first(prices, rules)
     legal = sum(len(group) for _, group in groups)
     for least, group in groups:
         # A layout misses at least what its states, shared evenly, do not fit into a rank.
         if best is not None and (least - limit) * (1 - ROUNDING) > best[0]:
-            break
+            continue
         closer, enough = iter(group), math.inf
         if best is not None:
             enough = (limit + best[0]) * (1 - 2 * ROUNDING)
@@ -182,7 +182,7 @@ def _something_that_fits(question: Question) -> Solved | None:
     """Of the layouts with most room for layers one that fits as it has most room."""
     limit = question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
-    groups = (group for least, group in _most_sharded_first(prices, question.rules) if least <= limit)
+    groups = (group for least, group in _smallest_first(prices, question.rules) if least <= limit)
     roomy = [one for group in groups for one in _with_room(prices, group, question)]
     for _, layout in sorted(roomy, key=lambda one: -one[0])[:_MOST_TRIED]:
         found = _roomiest_within(prices.price(layout), limit, recompute_modes(layout, question.rules))
@@ -204,12 +204,12 @@ def _roomiest_within(
     return found
 
 
-def _most_sharded_first(prices: CostModel, rules: RuleContext) -> list[tuple[float, LayoutGroup]]:
+def _smallest_first(prices: CostModel, rules: RuleContext) -> list[tuple[float, LayoutGroup]]:
     """The space in groups of one state and schedule, each with bytes that no layout of it holds less than on every
-    rank: weights, gradients and optimizer, shared evenly. Those with least first."""
+    rank: weights, gradients and optimizer, shared evenly. The smallest micro batches first, then the least state."""
     groups = (one for group in layout_groups(rules) for one in one_state_each(group))
     least = [(prices.least_memory.state_bytes(group) / group.base.pp, group) for group in groups]
-    return sorted(least, key=lambda one: one[0])
+    return sorted(least, key=lambda one: (one[1].base.micro_batch, one[0]))
 
 
 def _with_room(prices: CostModel, group: LayoutGroup, question: Question) -> Iterator[tuple[int, Layout]]:

@@ -117,7 +117,14 @@ def test_a_rank_that_raises_ends_the_run(tmp_path: Path) -> None:
     assert not alive(process_of(tmp_path, 0))
 
 
-@pytest.mark.parametrize("target", ["launcher", "everyone", "launcher killed", "launcher terminated twice"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "launcher",
+        "launcher killed",
+        *(pytest.param(n, marks=pytest.mark.full) for n in ("everyone", "launcher terminated twice")),
+    ],
+)
 def test_ctrl_c_leaves_no_process_and_a_readable_folder(target: str, tmp_path: Path) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "tests.distributed.faults", str(tmp_path)],
