@@ -19,7 +19,9 @@ from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
 from planner.memory_bytes import MemoryBytes, PartMemory
 from planner.part_seconds import PartSeconds, Seconds
 from planner.rank_limits import Moment, RankLimits, certain_chunks
+from planner.remedies import what_forbids
 from planner.rules import recompute_modes
+from planner.search import best_plan
 from planner.space import layout_groups
 from planner.step_cost import CostModel
 from tests.oracles.brute_force import candidates, fastest, priced
@@ -221,6 +223,26 @@ def test_what_is_missing_with_recomputation_pinned(pin: str) -> None:
         stage, missing = missing_bytes(*roomiest_assignment(prices.price(layout), 1000.0, (pin,)), 1000.0)
         assert 0 <= stage < layout.pp
         assert missing == pytest.approx(min(candidate.peak_bytes for candidate in tried) - 1000.0), layout
+
+
+@pytest.mark.parametrize(
+    "pins", [{"virtual_stages": 1}, {"virtual_stages": 1, "recompute": "none"}], ids=["free", "kept"]
+)
+def test_the_closest_layout_misses_least_and_is_where_a_remedy_starts(pins: dict[str, object]) -> None:
+    """Of all layouts: what it misses more of memory is enough, and a search that starts there is no worse."""
+    question = small_question(devices=4, pins=pins, memory_limit_bytes=1000.0)
+    least = min(one.peak_bytes for tried in candidates(question).values() for one in tried)
+    why = what_forbids(question)
+    assert why.missing_bytes == pytest.approx(least - 1000.0)
+    assert why.closest is not None
+    enough = replace(question, job=replace(question.job, memory_limit_bytes=least * (1 + 1e-9)))
+    assert fits(why.closest.costs, why.closest.counts, enough.limit_bytes)
+    fastest_then, from_there = best_plan(enough), best_plan(enough, 1, 0.0, why.closest)
+    assert fastest_then is not None
+    assert from_there is not None
+    assert from_there.prediction.step_seconds <= why.closest.step_seconds * (1 + 1e-9)
+    assert fastest_then.prediction.step_seconds <= from_there.prediction.step_seconds * (1 + 1e-9)
+    assert from_there.certificate.bound_seconds <= fastest_then.prediction.step_seconds * (1 + 1e-9)
 
 
 MODES_OF_LAYER = {"none": (0.0, 40.0), "selective": (1.0, 28.0), "full": (3.0, 5.0)}  # seconds, bytes in flight
