@@ -245,6 +245,21 @@ def test_the_closest_layout_misses_least_and_is_where_a_remedy_starts(pins: dict
     assert from_there.certificate.bound_seconds <= fastest_then.prediction.step_seconds * (1 + 1e-9)
 
 
+def test_without_time_the_search_answers_with_what_is_known_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    question = small_question(devices=4, memory_limit_bytes=1000.0)
+    why = what_forbids(question)
+    assert why.missing_bytes is not None
+    assert why.closest is not None
+    monkeypatch.setattr("planner.guesses.Guesses.plain", lambda *_: None)
+    question = replace(question, job=replace(question.job, memory_limit_bytes=2 * (1000.0 + why.missing_bytes)))
+    best, plan = best_plan(question), best_plan(question, 1, 0.0, why.closest)
+    assert best is not None
+    assert plan is not None
+    assert best.prediction.step_seconds < plan.prediction.step_seconds
+    assert (plan.layout, plan.certificate.ilps_solved) == (why.closest.costs.layout, 0)
+    assert plan.certificate.bound_seconds < plan.prediction.step_seconds
+
+
 MODES_OF_LAYER = {"none": (0.0, 40.0), "selective": (1.0, 28.0), "full": (3.0, 5.0)}  # seconds, bytes in flight
 
 
