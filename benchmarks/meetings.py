@@ -3,7 +3,7 @@
 Four ranks compute on this machine, as many as two to a core on two, and each pair sums a tensor after a stretch of
 work, as the ranks of a stage under tensor parallelism do. In turn both pairs work, and one while the other waits to
 receive, as a stage in its bubble does. Printed are the seconds of the work alone and what the sum adds to them: compute
-gains from idle cores, the sums hardly do, since it is waking up that takes their time. The planner prices it so
+gains from idle cores, the sums gain less, since a part of them is waking up. The planner counts them as gaining nothing
 ([Note: Beside others] in planner/contention.py). Run it on a machine that has nothing else to do.
 """
 
@@ -17,14 +17,18 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, where `runtime` is a benchmark
+
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.multiprocessing.spawn import spawn
+
+from profiles.parent_process import die_with_parent
+from profiles.probes.concurrency import block_work
+from profiles.probes.cpu_rank import prepare_cpu_rank
 
 RANKS = 4
 STRETCHES = (1, 4, 16)  # times the work goes into what passes between two sums
@@ -32,23 +36,14 @@ SIZES = (4, 2**16, 2**20)  # of the tensor, bytes
 _STRETCHES_A_TURN = 48
 
 
-def _block_work() -> Callable[[], object]:
-    x, up, down = torch.randn(512, 192), torch.randn(192, 256), torch.randn(256, 192)
-
-    def work() -> torch.Tensor:
-        y = torch.mm(x, up)
-        return torch.mm(F.silu(y) * y, down) + x
-
-    return work
-
-
 def _measure(rank: int, store: str, turns: int) -> None:
-    torch.set_num_threads(1)
+    die_with_parent()
+    prepare_cpu_rank()
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=120)
     )
     pair = [dist.new_group([first, first + 1]) for first in range(0, RANKS, 2)][rank // 2]
-    work = _block_work()
+    work = block_work()
 
     def stretch_seconds(loops: int, size_bytes: int, active: int) -> float:
         """Of the mean rank of those at work; no sum where there are no bytes."""

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from planner.plan import Stage
 from profiles.catalogue import resolve_model
+from profiles.parent_process import die_with_parent
 from profiles.probes.cpu_rank import prepare_cpu_rank
 from runtime.experts import Balance, routers_of
 from runtime.parameters import initialise
@@ -37,6 +38,7 @@ _WARM_UP, _SEQUENCES_A_TURN = 5, 24
 
 
 def _passes(name: str, sequences: int, barrier: Any, results: Any) -> None:
+    die_with_parent()
     prepare_cpu_rank()
     model = resolve_model(name)
     chunk = build_chunk(model, Stage.whole(model)).to_empty(device="cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -89,13 +89,12 @@ def what_forbids(question: Question) -> Forbidden:
     best: tuple[float, int, LayoutCosts, tuple[StageCount, ...]] | None = None
     groups = _smallest_first(prices, rules)
     legal = sum(len(group) for _, group in groups)
+    enough = math.inf  # bytes of a rank with which a layout is closer than the closest so far
     for least, group in groups:
-        # A layout misses at least what its states, shared evenly, do not fit into a rank.
-        if best is not None and (least - limit) * (1 - ROUNDING) > best[0]:
+        if least > enough:
             continue
-        closer, enough = iter(group), math.inf
+        closer: Iterable[Layout] = group
         if best is not None:
-            enough = (limit + best[0]) * (1 - 2 * ROUNDING)
             roomy = _with_room(prices, group, _with_job(question, memory_limit_bytes=enough))
             closer = (layout for _, layout in roomy)
         for layout in closer:

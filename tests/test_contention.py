@@ -10,8 +10,9 @@ from planner.contention import Pace, least_pace, ranks_at_work, shares_with_stag
 from planner.layout import Layout
 from planner.schedule import Pipeline
 from planner.simulation import StageSeconds
+from planner.step_cost import CostModel
 from profiles.points import ContentionPoint, GemmPoint, MemoryPoint
-from tests.oracles.small_world import small_hardware
+from tests.oracles.small_world import small_hardware, small_question
 
 EACH = StageSeconds(1.0, 1.0, 1.0)
 TWO_CORES = tuple(ContentionPoint(active=n, slowdown=max(1.0, n / 2)) for n in (1, 2, 4))
@@ -108,6 +109,17 @@ def test_each_kind_of_kernel_gains_what_it_was_measured_to() -> None:
         [2 * model.achievable_flops_per_second for model in small_hardware().gemm_models]
     )
     assert with_ranks_at_work(whole, 4, of=4) == whole
+
+
+def test_what_a_stage_sends_gains_nothing_from_idle_cores() -> None:
+    """Its compute does."""
+    question = small_question(devices=4, hardware=small_hardware(contention_points=TWO_CORES))
+    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    layout = Layout(tp=2, pp=2, schedule="gpipe", micro_batch=4)
+    (paced,) = prices.price_seconds(layout).segments
+    (measured,) = prices.price_seconds(layout, pace=Pace()).segments
+    assert paced.seconds.forward.compute < 0.9 * measured.seconds.forward.compute
+    assert paced.seconds.forward.tp == measured.seconds.forward.tp > 0.0
 
 
 def test_the_least_pace_is_below_each() -> None:

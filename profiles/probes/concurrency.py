@@ -132,7 +132,7 @@ def measure_stragglers(rank: Rank, placed: PlacedGroup) -> dict[str, Any]:
     others compute meanwhile is not lost where ranks share cores.
     """
     on_cpus = rank.device.type == "cpu"
-    work = _block_work() if on_cpus else _product(rank)
+    work = block_work() if on_cpus else _product(rank)
     once = rank.mean(time_alone(rank, work).seconds)
     stretch_to_all = partial(_until_met, placed=placed) if on_cpus else _until_all
     waits = []
@@ -145,7 +145,7 @@ def measure_stragglers(rank: Rank, placed: PlacedGroup) -> dict[str, Any]:
     return {"waits": waits, "straggler_slowdown": 1.0 + max(0.0, longest) / waits[-1].compute_seconds}
 
 
-def _block_work() -> Callable[[], object]:
+def block_work() -> Callable[[], object]:
     """As a block works on a CPU: products and what is between them, over more than a core's own cache holds."""
     x, up, down = torch.randn(512, 192), torch.randn(192, 256), torch.randn(256, 192)
 
