@@ -6,7 +6,7 @@ with k of the p stages at work takes c(k·n)/c(p·n) times as long as measured, 
 contention c of its kind. Cores are shared evenly, so a product's is about the ranks a core; what streams through memory
 gains more, since fewer tensors fit a cache better (four ranks on two cores: benchmarks/README.md). How long k stages
 work is counted on the schedule itself, with layers dealt out so that it is short and no messages. What ranks of a stage
-send each other gains less than compute (0.7 to 0.9 of the time with half at work, compute 0.5: `benchmarks/meetings.py`)
+send each other gains less than compute (0.7 to 0.9 of the time with half at work, compute 0.5: benchmarks/meetings.py)
 and counts as gaining nothing, since no point of a profile says how much.
 """
 
