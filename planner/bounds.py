@@ -19,7 +19,9 @@ the next stage, blocked_s the sends to either neighbour that s waits for. Memory
 largest, c_r(n), rises with n, so the least possible maximum over the ranks with Σ n = layers is found by giving one
 layer at a time to the rank where it costs least: exact for this relaxation.
 
-Of any schedule too: one microbatch all the way, and M - 1 backwards more on the stage that has most.
+Of schedules played from lists, with layers of one kind, a rank's known paths are looked at as they are where all else
+has not ruled a layout out (`path_bounds`). Of any schedule too: one microbatch all the way, and M - 1 backwards more on
+the stage that has most.
 
 Where layers are of several kinds, those of the commonest are dealt out so, the others left out; and all work poured
 over the ranks' heads and tails as water, without recomputation, is a second bound.
@@ -37,6 +39,7 @@ from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .least_memory import LeastBytes
 from .memory_bytes import PartMemory
 from .part_seconds import PartSeconds
+from .path_bounds import seconds_of_paths
 from .rank_limits import ROUNDING, Moment, NoLimit, RankLimits, certain_chunks, rank_limits
 from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
 from .simulation import blocked_sends, late_forwards
@@ -70,7 +73,12 @@ def lower_bound(
     commonest, cost = _commonest(costs, around)
     limits = rank_limits(costs, commonest, limit_bytes, modes)
     dealt = _deal(costs, commonest, limits, cost, enough_seconds)
-    return None if dealt is None else max(dealt, least) + costs.step_seconds
+    if dealt is None:
+        return None
+    least = max(least, dealt)
+    if limit_bytes != math.inf and least + costs.step_seconds <= enough_seconds:
+        least = max(least, _deal(costs, commonest, limits, by_paths(costs, commonest), enough_seconds) or 0.0)
+    return least + costs.step_seconds
 
 
 def any_chunks_seconds(fewest: LayoutCosts, around: Around, most_chunks: int, modes: Sequence[str]) -> float:
@@ -127,6 +135,16 @@ def most_layers(
             layers += 1
         most.append(layers)
     return costs.segments.index(segment), most
+
+
+def most_layers_of_stage(costs: LayoutCosts, goal_seconds: float) -> list[int]:
+    """Layers of each segment that a stage may hold: more of them alone would take longer than the goal."""
+    most = []
+    for segment in costs.segments:
+        each = costs.microbatches * (segment.seconds.forward.total + segment.seconds.backward.total)
+        allowed = (goal_seconds - costs.step_seconds) / each if each > 0 else math.inf
+        most.append(segment.layers if allowed >= segment.layers else int(allowed))
+    return most
 
 
 def _commonest(costs: LayoutCosts, around: Around) -> tuple[SegmentCosts, RankCost]:
@@ -270,6 +288,22 @@ def _around(
         after = max(tails[rank], reduce[rank] + layers * reduce_each) + update[rank] + layers * update_each
         through = heads[rank] + own[rank] + layers * each
         return max(through, before[rank] + backward[rank] + layers * backward_each) + count * again + after
+
+    return cost
+
+
+def by_paths(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
+    """Of schedules that are played from lists, with layers of one kind: the longest of a rank's known paths. Of others
+    nothing."""
+    if costs.layout.schedule in BLOCKING or len(costs.segments) > 1:
+        return lambda rank, layers, again: 0.0
+    seconds, count, each = seconds_of_paths(costs, segment), costs.microbatches, segment.seconds.optimizer.total
+    update = [0.0] * costs.layout.pp
+    for end, rank in ((costs.embedding, 0), (costs.head, costs.last_rank)):
+        update[rank] += end.optimizer.total
+
+    def cost(rank: int, layers: int, again: float) -> float:
+        return seconds(rank, layers) + count * again + update[rank] + layers * each
 
     return cost
 

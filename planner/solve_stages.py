@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from functools import partial
 
 from .better_assignment import better_assignment
+from .branches import AT_ONCE_SECONDS, Branch, Cut, split_branches
 from .ilp_solver import make_solver
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
 from .path_rows import PATH_PHASES
-from .rank_branches import AT_ONCE_SECONDS, Branch, Cut, split_by_rank
 from .schedule import Pipeline
 from .simulation import Path, StageSeconds, known_paths, simulate
 from .stage_ilp import RELATIVE_TOLERANCE, Program
 
 _MOST_CUTS = 1000
-# Rounds of cuts before whole numbers are asked for, and how far above its own bound such a step still is.
-_FEW_RELAXED, _MOST_RELAXED = 40, 200
-_RISES_STILL = 5e-5  # relative, in a quarter of the few: then more rounds are cheaper than whole numbers
+# Rounds of cuts before whole numbers are asked for: many where the goal is not reached in so many times a quarter of
+# the few, as the last quarter of them rose. And how far above its own bound a step still is then.
+_FEW_RELAXED, _MOST_RELAXED, _QUARTERS_TO_GOAL = 40, 200, 20
 _RELAXED_ENOUGH = 1e-3
 _WELL_ABOVE = 0.03  # the bound of the next layout: fractions are cut no further before that has had its turn
 _SPLIT_ABOVE = 0.01  # the same of branches: to come back to a layout takes as long as splitting several
@@ -131,7 +131,8 @@ def solve_stages(
     start_seconds = chosen.durations(best) if best is not None else None
     program.better_than(min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE))
     cut = partial(_cut, program, shared)
-    relaxed = _cut_by_fractions(program, start_seconds, aside_seconds, deadline, cut)
+    goal = min(best_seconds, cutoff_seconds)
+    relaxed = _cut_by_fractions(program, start_seconds, aside_seconds, goal, deadline, cut)
     if relaxed == math.inf:
         return Solution(chosen, best, best_seconds, min(best_seconds, cutoff_seconds), solved)
     bound = max(bound, relaxed)
@@ -152,9 +153,9 @@ def solve_stages(
             best_seconds = chosen.step(best)
             continue
         program.better_than(goal)
-        # Whole numbers at once where they take no time: most of what is branched by rank takes longer.
+        # Whole numbers at once where they take no time: most of what is branched takes longer.
         if may_split and branches[0].patience_seconds > AT_ONCE_SECONDS:
-            branches, may_split = split_by_rank(program, branches, aside_seconds * (1 + _SPLIT_ABOVE), deadline, cut)
+            branches, may_split = split_branches(program, branches, aside_seconds * (1 + _SPLIT_ABOVE), deadline, cut)
             continue
         branch = heapq.heappop(branches)
         began = time.monotonic()
@@ -183,6 +184,7 @@ def write_rows(program: Program) -> None:
     program.every_layer_once()
     program.no_empty_stage()
     program.layers_of_ranks()
+    program.layers_of_stages()
     program.segments_in_order()
     program.one_choice_a_stage()
     program.fits_memory()
@@ -201,7 +203,12 @@ def _cut(program: Program, shared: SharedCuts, durations: Sequence[StageSeconds]
 
 
 def _cut_by_fractions(
-    program: Program, start: Sequence[StageSeconds] | None, aside_seconds: float, deadline: float, cut: Cut
+    program: Program,
+    start: Sequence[StageSeconds] | None,
+    aside_seconds: float,
+    goal_seconds: float,
+    deadline: float,
+    cut: Cut,
 ) -> float:
     """Add the paths that matter to fractions of layers. Seconds that no assignment is below, infinite when even
     fractions do not reach the program's goal. Well above `aside_seconds` it is left at that.
@@ -221,7 +228,8 @@ def _cut_by_fractions(
         outer, makespan = answer.durations, answer.makespan_seconds
         least = answer.step_seconds + costs.step_seconds
         risen.append(least)
-        slow = len(risen) > _FEW_RELAXED and least < risen[-_FEW_RELAXED // 4] * (1 + _RISES_STILL)
+        rises = _QUARTERS_TO_GOAL * (least - risen[-_FEW_RELAXED // 4]) if len(risen) > _FEW_RELAXED else math.inf
+        slow = rises < goal_seconds - least
         if slow or least > aside_seconds * (1 + _WELL_ABOVE):
             break
         seconds = cut(outer, 0.0)

@@ -4,7 +4,7 @@ Sets       s in 0..S-1 stages, each on one of p ranks;  k segments of the model,
            r in {none, selective, full} recompute modes;  v in-flight vectors of a rank;  P paths of the schedule
 Variables  n[s,k,r]  whole number of layers of segment k on stage s that recompute as r
            f, i, w, g, d[s]  forward, input's and weights' backward, gather, reduce seconds of stage s
-           N[q,r]    whole number of layers of the commonest segment on rank q
+           N[q,r]    whole number of layers of the commonest segment on rank q;  N[s] on stage s
            u[q,k,r]  1 when rank q has a layer of segment k that recomputes as r;  y[q] its transient bytes
            z[k,s]    1 when a layer after segment k may lie on stage s
            x[s,c]    1 when stage s makes choice c, where stages choose ([Note: Resharding] in `layout_costs`): then
@@ -16,6 +16,7 @@ Subject to
   (layers)     Σ_{s,r} n[s,k,r] = L_k                                         every_layer_once
   (stages)     Σ_{k,r} n[s,k,r] >= 1 for a stage without embedding and head   no_empty_stage
   (ranks)      N[q,r] = Σ_s n[s,k,r] <= the most whose least cost reaches the goal    layers_of_ranks
+  (widths)     N[s] = Σ_r n[s,k,r], to branch on                              layers_of_stages
   (order)      n[s,k+1,r] <= L·z[k,s],  n[s,k,r] <= L·(1 - z[k,s-1]),         segments_in_order
                z[k,s] rises with s
   (choice)     Σ_c x[s,c] = 1,  Σ_{k,r} n[s,k,r,c] <= L·x[s,c];  some stage frees  one_choice_a_stage
@@ -34,7 +35,7 @@ start from `simulation.known_paths`, solve, simulate the answer, and if the simu
 critical path as a cut. Each cut is violated by the answer it came from, so no answer returns unless it is
 best, and the loop ends when the relaxation's bound meets the best simulated step. First fractions of layers are
 allowed: such programs are solved at once, their simulations give valid cuts too, and most layouts that cannot beat
-the goal are ruled out by them alone. With chunks, whole layers on ranks come next, branch by branch (`rank_branches`).
+the goal are ruled out by them alone. With chunks, whole layers on ranks and stages come next (`branches`).
 
 Seconds are scaled by the bound and bytes by the limit, so that the solver sees numbers near 1.
 """
@@ -48,7 +49,8 @@ from typing import Any, NamedTuple
 
 import pulp
 
-from .bounds import most_layers
+from .bounds import largest_segment, most_layers, most_layers_of_stage
+from .counted import Counted, Held
 from .in_flight import sums_nothing
 from .layout import RECOMPUTE_MODES
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
@@ -61,8 +63,6 @@ from .relaxed_program import RelaxedProgram
 from .simulation import Path, StageSeconds
 from .whole_program import WholeProgram
 
-# (name among `Program.of_ranks`, fewest layers, most) of ranks that a branch narrows.
-Held = tuple[tuple[str, int, int], ...]
 # How a layer recomputes, and what its stage does with weights where it has a choice.
 Way = tuple[str, bool | None]
 # Two steps closer than this are one: the solver's own feasibility tolerance is 1e-6 to 1e-7.
@@ -95,7 +95,7 @@ class Program:
         self._choices = tuple(choice for choice, _ in self.costs.choices)
         self._seconds: dict[str, list[tuple[int, Way, float]]] = {}
         self._ways = [(r, choice) for r in self.modes for choice in self._choices or (None,)]
-        most = self._most = self._most_layers()
+        most = self._most = most_layers_of_stage(self.costs, self.goal_seconds)
         new = self.linear.column
         # First what paths are made of, in the order in which `path_factors` counts.
         self.phase = {(p, s): new(f"{p}_{s}") for p in PATH_PHASES for s in stages}
@@ -108,20 +108,12 @@ class Program:
             for way in self._ways
         }
         self.x: dict[tuple[int, bool | None], int] = {}
-        self.of_ranks: dict[str, tuple[int, int]] = {}  # layers of a rank, and how many at most
+        self.counted: dict[str, Counted] = {}
+        self._narrowed: dict[str, tuple[int, int]] = {}  # in any branch, since bounds stay in the solvers
         self._most_step, self._paths = math.inf, 0
         self._whole: dict[tuple[int, int, Way], int] = {}  # layers of the last answer
         self.linear.objective = self.step
         self.linear.row("step", {self.step: 1.0, self.makespan: -1.0, self.optimizer: -1.0}, 0.0, 0.0)
-
-    def _most_layers(self) -> list[int]:
-        """Layers of each segment that a stage may hold: more of them alone would take longer than the goal."""
-        most = []
-        for segment in self.costs.segments:
-            each = self.costs.microbatches * (segment.seconds.forward.total + segment.seconds.backward.total)
-            allowed = (self.goal_seconds - self.costs.step_seconds) / each if each > 0 else math.inf
-            most.append(segment.layers if allowed >= segment.layers else int(allowed))
-        return most
 
     # ---- linear expressions ----------------------------------------------------------------------------
 
@@ -168,12 +160,25 @@ class Program:
         chosen = [(), *((r,) for r in self.modes)] if layout.virtual_stages > 1 and len(self.modes) > 1 else [()]
         for q in range(layout.pp):
             for modes in chosen:
-                name = "_".join((str(q), *modes))
-                whole = self.linear.column(f"N_{name}", 0, most[q], whole=True)
-                self.of_ranks[name] = (whole, most[q])
                 ways = [way for way in self._ways if way[0] in (modes or self.modes)]
-                held = _sum(self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways)
-                self.linear.row(f"layers_of_rank_{name}", held | {whole: -1.0}, 0.0, 0.0)
+                held = [self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways]
+                self._count("_".join((f"rank_{q}", *modes)), held, most[q], turn=2 if modes else 0)
+
+    def layers_of_stages(self) -> None:
+        """The same of each stage, and its layers of each segment and way, where ranks have several stages."""
+        if self.costs.layout.virtual_stages == 1:
+            return
+        commonest = self.costs.segments.index(largest_segment(self.costs))
+        for s in range(self.costs.layout.stages):
+            held = [self.n[s, commonest, way] for way in self._ways]
+            self._count(f"stage_{s}", held, self._most[commonest], turn=1)
+        for (s, k, way), column in self.n.items():
+            self.counted["_".join((f"stage_{s}", str(k), *_name(way)))] = Counted(column, self._most[k], 3)
+
+    def _count(self, name: str, layers: Iterable[int], most: int, turn: int) -> None:
+        column = self.linear.column(f"N_{name}", 0, most, whole=turn != 1)
+        self.linear.row(f"layers_of_{name}", _sum(layers) | {column: -1.0}, 0.0, 0.0)
+        self.counted[name] = Counted(column, most, turn)
 
     def segments_in_order(self) -> None:
         stages, row = range(self.costs.layout.stages), self.linear.row
@@ -317,8 +322,9 @@ class Program:
         least = (least_seconds - self.costs.step_seconds) / self.scale * (1 - RELATIVE_TOLERANCE)
         solver.within(self.step, max(0.0, least), self._most_step)
         narrowed = {name: (fewest, most) for name, fewest, most in held}
-        for name, (column, most) in self.of_ranks.items():
-            solver.within(column, *narrowed.get(name, (0, most)))
+        self._narrowed |= narrowed
+        for name in self._narrowed:
+            solver.within(self.counted[name].column, *narrowed.get(name, (0, self.counted[name].most)))
 
     def relax(self, held: Held = ()) -> RelaxedAnswer | None:
         """The best assignment of fractions of layers to ranks that hold what is `held`; None where there is none

@@ -293,8 +293,8 @@ def test_the_report_of_an_explanation() -> None:
 
 
 GOLDEN_AGAINST = """
-pp2 dp2 zero1 mb4 interleaved-1f1b beside the best with tp=2,pp=2: tp2·sp pp2 mb8 interleaved-1f1b
-differs in tp=2 dp=1 sequence_parallel=true zero=0 micro_batch=8
+pp2 dp2 zero1 mb4 interleaved-1f1b beside the best with tp=2,pp=2: tp2·sp pp2 mb8 gpipe
+differs in tp=2 dp=1 sequence_parallel=true zero=0 micro_batch=8 schedule=gpipe
 part            plan  tp=2,pp=2  difference  of the step
 compute      3.09 ms    3.59 ms     +496 µs        +6.9%
 recompute    17.4 µs    23.9 µs    +6.55 µs        +0.1%

@@ -1,4 +1,4 @@
-"""Bounds where ranks hold whole layers: above fractions, and never above what whole layers reach."""
+"""Bounds where ranks and stages hold whole layers: above fractions, and never above what whole layers reach."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.branches import Branch, split_branches
 from planner.layout_costs import LayoutCosts
-from planner.rank_branches import Branch, split_by_rank
 from planner.simulation import StageSeconds, known_paths, simulate
 from planner.solve_stages import write_rows
 from planner.stage_ilp import Program
@@ -30,7 +30,7 @@ def program_of(costs: LayoutCosts, limit: float, modes: tuple[str, ...]) -> Prog
     return program
 
 
-def bound_by_ranks(program: Program, most_seconds: float = math.inf) -> tuple[float, list[Branch], bool]:
+def bound_by_branches(program: Program, most_seconds: float = math.inf) -> tuple[float, list[Branch], bool]:
     """(the least of the branches, all of them, whether there is more to split)."""
 
     def cut(durations: Sequence[StageSeconds], above_seconds: float) -> float:
@@ -40,7 +40,7 @@ def bound_by_ranks(program: Program, most_seconds: float = math.inf) -> tuple[fl
         return simulation.seconds
 
     program.relax()
-    branches, more = split_by_rank(program, [Branch(0.0)], most_seconds, math.inf, cut)
+    branches, more = split_branches(program, [Branch(0.0)], most_seconds, math.inf, cut)
     return branches[0].least_seconds if branches else math.inf, branches, more
 
 
@@ -51,14 +51,25 @@ def test_a_layer_is_not_shared_by_two_ranks() -> None:
     fractions = program.relax()
     assert fractions is not None
     assert fractions.step_seconds < 48.0
-    least, branches, more = bound_by_ranks(program)
+    least, branches, more = bound_by_branches(program)
     assert least == pytest.approx(48.0, rel=1e-5)
     assert not more
     assert branches[0].split is None
     # Where the least is enough nothing more is split.
-    least, _, more = bound_by_ranks(program_of(costs, 100.0, MODES), 40.0)
+    least, _, more = bound_by_branches(program_of(costs, 100.0, MODES), 40.0)
     assert fractions.step_seconds * (1 - 1e-5) <= least < 48.0
     assert more
+
+
+@pytest.mark.parametrize(("layers", "pp", "chunks"), [(6, 2, 2), (8, 2, 3), (9, 3, 2)])
+def test_nor_is_it_shared_by_two_stages(layers: int, pp: int, chunks: int) -> None:
+    """As many layers on each rank, but on some stage one more than on others, for which all ranks wait."""
+    costs = interleaved(layers, pp, chunks)
+    best = fastest(list(priced(costs, ("none",))), 1e9)
+    assert best is not None
+    least, _, more = bound_by_branches(program_of(costs, 1e9, ("none",)))
+    assert not more
+    assert least == pytest.approx(best.step_seconds, rel=1e-3)
 
 
 @examples(60, 5)
@@ -71,6 +82,6 @@ def test_no_assignment_is_faster_than_the_bound_of_whole_ranks(
     limit = max(1.0, data.draw(st.sampled_from([candidate.peak_bytes for candidate in every]))) * (1 + 1e-6)
     best = fastest(every, limit)
     if best is not None:
-        least, branches, _ = bound_by_ranks(program_of(costs, limit, modes))
+        least, branches, _ = bound_by_branches(program_of(costs, limit, modes))
         assert branches
         assert least <= best.step_seconds * (1 + 1e-9), best.counts

@@ -1,7 +1,8 @@
-"""A layout's bound where ranks hold whole layers: branch and bound over programs of fractions on their stages.
+"""A layout's bound where ranks and stages hold whole layers: branch and bound over programs of fractions.
 
 The solver branches on stages, of which a rank with chunks has many that make up for each other, so for long its bound
-stays where it was. Layers of a rank do not: eight layers on a rank take as long wherever they lie.
+stays where it was. Layers of a rank do not: eight layers on a rank take as long wherever they lie. Then the widths of
+stages: of more layers than stages one has two at least, and while its microbatches go through it all others wait.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from .counted import Held
 from .simulation import StageSeconds
-from .stage_ilp import RELATIVE_TOLERANCE, Held, Program
+from .stage_ilp import RELATIVE_TOLERANCE, Program
 
 AT_ONCE_SECONDS = 1.0  # that a program over whole numbers may take at first
-_MOST_BRANCHES = 120
+_MOST_BRANCHES = 1000
 _CUTS = 4  # in a branch, at most
 _CUT_ENOUGH = 1e-3  # relative: a simulation that is no longer than this above the program's makespan
 _WHOLE = 1e-6
@@ -27,11 +29,10 @@ Cut = Callable[[Sequence[StageSeconds], float], float]
 
 
 class Branch(NamedTuple):
-    """Seconds that no assignment is below whose ranks hold what is `held`.
+    """Seconds that no assignment is below that holds what is `held`.
 
-    `split` is the name of a rank's layers and the fraction that the branch's program gives them, None where all are
-    whole. `patience_seconds` is how long a program over whole numbers may take: twice as much after each that did not
-    end.
+    `split` is the name of what is not whole in the branch's program and its fraction, None where all are whole.
+    `patience_seconds` is how long a program over whole numbers may take: twice as much after each that did not end.
     """
 
     least_seconds: float
@@ -40,7 +41,7 @@ class Branch(NamedTuple):
     patience_seconds: float = AT_ONCE_SECONDS
 
 
-def split_by_rank(
+def split_branches(
     program: Program,
     branches: Sequence[Branch],
     enough_seconds: float,
@@ -61,7 +62,7 @@ def split_by_rank(
         branch = heapq.heappop(heap)
         assert branch.split is not None
         name, value = branch.split
-        for fewest, most in ((0, math.floor(value)), (math.ceil(value), program.of_ranks[name][1])):
+        for fewest, most in ((0, math.floor(value)), (math.ceil(value), program.counted[name].most)):
             tried += 1
             held = _narrowed(branch.held, name, fewest, most)
             child = _relaxed(program, branch._replace(held=held), cut)
@@ -99,12 +100,12 @@ def _relaxed(program: Program, branch: Branch, cut: Cut) -> Branch | None:
 
 
 def _most_fractional(program: Program) -> tuple[str, float] | None:
-    """Layers of a rank in all before those by mode, of these the one farthest from a whole number."""
+    """Of those whose turn is first the one farthest from a whole number."""
     assert program.relaxed is not None
-    found = {name: program.relaxed.value(column) for name, (column, _) in program.of_ranks.items()}
+    found = {name: program.relaxed.value(one.column) for name, one in program.counted.items()}
     far = {name: abs(value - round(value)) for name, value in found.items()}
     fractions = [name for name in found if far[name] > _WHOLE]
     if not fractions:
         return None
-    name = min(fractions, key=lambda name: ("_" in name, -far[name]))
+    name = min(fractions, key=lambda name: (program.counted[name].turn, -far[name]))
     return name, found[name]
