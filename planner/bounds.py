@@ -19,9 +19,8 @@ the next stage, blocked_s the sends to either neighbour that s waits for. Memory
 largest, c_r(n), rises with n, so the least possible maximum over the ranks with Σ n = layers is found by giving one
 layer at a time to the rank where it costs least: exact for this relaxation.
 
-Of schedules played from lists, with layers of one kind, a rank's known paths are looked at as they are where all else
-has not ruled a layout out (`path_bounds`). Of any schedule too: one microbatch all the way, and M - 1 backwards more on
-the stage that has most.
+Of others a rank's known paths are looked at as they are where all else has not ruled a layout out (`path_bounds`). Of
+any schedule too: one microbatch all the way, and M - 1 backwards more on the stage that has most.
 
 Where layers are of several kinds, those of the commonest are dealt out so, the others left out; and all work poured
 over the ranks' heads and tails as water, without recomputation, is a second bound.
@@ -293,9 +292,8 @@ def _around(
 
 
 def by_paths(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
-    """Of schedules that are played from lists, with layers of one kind: the longest of a rank's known paths. Of others
-    nothing."""
-    if costs.layout.schedule in BLOCKING or len(costs.segments) > 1:
+    """Of any schedule the longest of a rank's known paths; where `_round_trip` says as much, nothing."""
+    if _is_simple(costs):
         return lambda rank, layers, again: 0.0
     seconds, count, each = seconds_of_paths(costs, segment), costs.microbatches, segment.seconds.optimizer.total
     update = [0.0] * costs.layout.pp

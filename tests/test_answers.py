@@ -188,7 +188,7 @@ bubble      2.93 ms  40.9%
 dp exposed   125 µs   1.7%
 optimizer    641 µs   8.9%
 
-no legal layout is faster: of 345 legal layouts 29 cannot fit, 308 have a bound above this plan, 8 were solved (8 ILPs,
+no legal layout is faster: of 345 legal layouts 27 cannot fit, 309 have a bound above this plan, 9 were solved (8 ILPs,
 HiGHS through pulp, 250 ms)
 
 next best

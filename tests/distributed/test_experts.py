@@ -119,10 +119,10 @@ def all_to_the_first_experts(plan: Plan, steps: int) -> list[tuple[float, float]
 @pytest.mark.parametrize(
     "layout",
     [
-        Layout(dp=2, ep=2),
+        pytest.param(Layout(dp=2, ep=2), marks=pytest.mark.full),
         Layout(dp=4, ep=4, zero=3, dp_shard=4),
         Layout(tp=2, dp=2, sequence_parallel=True, ep=2, etp=2),
-        Layout(pp=2, dp=2, ep=2, zero=1, dp_shard=2),
+        pytest.param(Layout(pp=2, dp=2, ep=2, zero=1, dp_shard=2), marks=pytest.mark.full),
     ],
     ids=lambda layout: layout.short(),
 )

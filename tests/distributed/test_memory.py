@@ -14,7 +14,7 @@ from tests.thinned import FULL, every
 TOLERANCE = 0.03
 # What nothing but its part is booked under, and the model has to the byte (norms' statistics and scalars aside).
 EXACT = 0.001
-NAMES = every(2, CASES, first=1)
+NAMES = every(4, CASES, first=1)
 # FSDP2 of torch 2.12 holds what went into the reduction of the layer after until this one's is over, not until it
 # begins (`rs_state`, a variable of `post_backward` that outlives its loop); the peak of these is then.
 LONGER = {"bert bf16 pp2 dp2 zero0 gpipe, last, selective, one microbatch"}
