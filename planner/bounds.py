@@ -76,7 +76,7 @@ def lower_bound(
         return None
     least = max(least, dealt)
     if limit_bytes != math.inf and least + costs.step_seconds <= enough_seconds:
-        least = max(least, _deal(costs, commonest, limits, by_paths(costs, commonest), enough_seconds) or 0.0)
+        least = max(least, _deal(costs, commonest, limits, _by_paths(costs, commonest), enough_seconds) or 0.0)
     return least + costs.step_seconds
 
 
@@ -291,7 +291,7 @@ def _around(
     return cost
 
 
-def by_paths(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
+def _by_paths(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     """Of any schedule the longest of a rank's known paths; where `_round_trip` says as much, nothing."""
     if _is_simple(costs):
         return lambda rank, layers, again: 0.0

@@ -131,10 +131,10 @@ def solve_stages(
     start_seconds = chosen.durations(best) if best is not None else None
     program.better_than(min(best_seconds, cutoff_seconds) * (1 - RELATIVE_TOLERANCE))
     cut = partial(_cut, program, shared)
-    goal = min(best_seconds, cutoff_seconds)
-    relaxed = _cut_by_fractions(program, start_seconds, aside_seconds, goal, deadline, cut)
+    least = min(best_seconds, cutoff_seconds)
+    relaxed = _cut_by_fractions(program, start_seconds, aside_seconds, least, deadline, cut)
     if relaxed == math.inf:
-        return Solution(chosen, best, best_seconds, min(best_seconds, cutoff_seconds), solved)
+        return Solution(chosen, best, best_seconds, least, solved)
     bound = max(bound, relaxed)
     climbed, branches = begun.climbed, list(begun.branches) or [Branch(bound)]
     may_split = begun.may_split and costs.layout.virtual_stages > 1 and program.relaxed is not None
