@@ -45,6 +45,22 @@ class LinearProgram:
         self.columns.append(Column(name, least, most, whole))
         return len(self.columns) - 1
 
+    def binary(self, name: str) -> int:
+        return self.column(name, 0.0, 1.0, whole=True)
+
+    def at_most(self, column: int, most: float) -> None:
+        """An upper bound that the rows imply: what is reckoned from multipliers needs an end of every column."""
+        self.columns[column] = self.columns[column]._replace(most=most)
+
+    def most_of(self, factors: Mapping[int, float], constant: float) -> float:
+        """A sum with each column at its most; the factors are above 0."""
+        return constant + sum(each * self.columns[place].most for place, each in factors.items())
+
+    def equals(self, name: str, column: int, factors: Mapping[int, float], constant: float) -> None:
+        """The column is such a sum."""
+        self.row(name, {**factors, column: -1.0}, -constant, -constant)
+        self.at_most(column, self.most_of(factors, constant))
+
     def row(self, name: str, factors: Mapping[int, float], least: float = -math.inf, most: float = math.inf) -> None:
         """One row more, of columns that are there."""
         rows = self._rows

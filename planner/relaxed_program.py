@@ -1,4 +1,7 @@
-"""A program over fractions of layers that HiGHS keeps between cuts, so that each starts from the answer before it."""
+"""A program over fractions of layers that HiGHS keeps between cuts, so that each starts from the answer before it.
+
+HiGHS finds; what is proven is reckoned from its multipliers (`dual_bound`).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pulp
 
+from .dual_bound import DualBound
 from .ilp_solver import make_solver
 from .linear_program import LinearProgram
 
@@ -17,7 +22,8 @@ _INFEASIBLE = ("kInfeasible", "kUnboundedOrInfeasible")  # no second is below 0,
 class RelaxedProgram:
     """`linear` as if its whole numbers were not; rows that come later are taken over by the next `solve`.
 
-    After that `optimal` and `infeasible` say how it ended; where neither holds, nothing is proven.
+    After that `optimal` says whether there is an answer, which `bound` has the objective's least of, and `infeasible`
+    whether it is proven that there is none.
     """
 
     def __init__(self, linear: LinearProgram) -> None:
@@ -27,24 +33,34 @@ class RelaxedProgram:
         self._model: Any = configured.solverModel  # type: ignore[attr-defined]
         self._values: Sequence[float] = ()
         self.optimal = self.infeasible = False
+        self.bound = -math.inf
         columns = linear.columns
         costs = [float(place == linear.objective) for place in range(len(columns))]
-        least, most = [one.least for one in columns], [one.most for one in columns]
-        self._model.addCols(len(columns), costs, least, most, 0, [], [], [])
+        self._least, self._most = np.array([one.least for one in columns]), np.array([one.most for one in columns])
+        self._proof = DualBound(len(columns))
+        self._model.addCols(len(columns), costs, self._least, self._most, 0, [], [], [])
 
     def within(self, column: int, least: float, most: float) -> None:
         """A column gets other bounds here."""
+        self._least[column], self._most[column] = least, most
         self._model.changeColBounds(column, least, most)
 
     def solve(self) -> None:
         new = self._linear.rows(self._taken)
         number = len(new.names)
         self._model.addRows(number, new.least, new.most, len(new.columns), new.starts, new.columns, new.factors)
+        self._proof.add(new)
         self._taken += number
         self._model.run()
         ended = self._model.getModelStatus().name
-        self.optimal, self.infeasible = ended == "kOptimal", ended in _INFEASIBLE
-        self._values = self._model.getSolution().col_value if self.optimal else ()
+        self.optimal, self.infeasible, self._values = ended == "kOptimal", False, ()
+        if self.optimal:
+            solution = self._model.getSolution()
+            self._values = solution.col_value
+            self.bound = self._proof.least(solution.row_dual, self._linear.objective, self._least, self._most)
+        elif ended in _INFEASIBLE:
+            _, found, ray = self._model.getDualRay()
+            self.infeasible = found and self._proof.forbids(ray, self._least, self._most)
 
     def value(self, column: int) -> float:
         """Of a column in the last answer, which was optimal."""

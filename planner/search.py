@@ -31,6 +31,7 @@ from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts
 from .offload import why_no_offload
+from .plainest import plainest_first
 from .plan import Alternative, Certificate, Plan, Prediction
 from .question import Question
 from .remedies import why_nothing_fits
@@ -40,6 +41,7 @@ from .space import LayoutGroup, layout_groups
 from .stage_ilp import RELATIVE_TOLERANCE
 from .step_cost import CostModel
 
+_NEAR_END, _LITTLE = 0.03, 0.1  # of what is to be beaten, and of what is left to it
 _ALLOCATIONS = 200_000  # between two looks for cycles; Python's own is 700
 
 
@@ -76,6 +78,13 @@ def _rare_collections() -> Iterator[None]:
         yield
     finally:
         gc.set_threshold(*before)
+
+
+def _aside(next_seconds: float, cutoff_seconds: float) -> float:
+    """Where a layout is put aside for the next. To come back takes time too, so near the end it is a little above that
+    one's bound; far from it, where not all layouts may have their turn, it is that bound."""
+    left = cutoff_seconds - next_seconds
+    return next_seconds + (_LITTLE * left if left < _NEAR_END * cutoff_seconds else 0.0)
 
 
 @_rare_collections()
@@ -159,7 +168,7 @@ def best_plan(
             question.limit_bytes,
             bound_seconds=least,
             cutoff_seconds=cutoff,
-            aside_seconds=left[0][0] if left else math.inf,
+            aside_seconds=_aside(left[0][0], cutoff) if left else math.inf,
             begun=begun,
             start=start,
             modes=modes,
@@ -185,6 +194,7 @@ def best_plan(
         pruned_bound -= first.costs.layout not in ended  # its layout is then among those left, and was not ruled out
     if not best:
         return None
+    best = plainest_first(best, question, prices)
     certificate = _certificate(
         best[0].step_seconds, proven, legal, pruned_memory, pruned_bound, ilps, time.monotonic() - started
     )

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from .better_assignment import better_assignment
+from .bounds import fits
 from .branches import AT_ONCE_SECONDS, Branch, Cut, split_branches
-from .ilp_solver import make_solver
+from .ilp_solver import TIGHT_TOLERANCE, TOLERANCE, make_solver
 from .layout import RECOMPUTE_MODES
 from .layout_costs import LayoutCosts, StageCount
 from .path_rows import PATH_PHASES
@@ -159,14 +160,14 @@ def solve_stages(
             continue
         branch = heapq.heappop(branches)
         began = time.monotonic()
-        solver = make_solver(min(branch.patience_seconds, deadline - began), heuristics=not climbed)
-        counts, relaxed = program.solve(solver, branch.held, branch.least_seconds)
+        patience = min(branch.patience_seconds, deadline - began)
+        counts, relaxed = _whole(program, branch, patience, limit_bytes, heuristics=not climbed)
         solved += 1
         reached = max(branch.least_seconds, relaxed + costs.step_seconds)
         if reached < goal:
             ended = time.monotonic() - began < branch.patience_seconds
-            patience = branch.patience_seconds * (1 if ended else 2)
-            heapq.heappush(branches, branch._replace(least_seconds=reached, patience_seconds=patience))
+            longer = branch.patience_seconds * (1 if ended else 2)
+            heapq.heappush(branches, branch._replace(least_seconds=reached, patience_seconds=longer))
         if counts is None:
             continue
         answer = program.as_chosen()
@@ -177,6 +178,18 @@ def solve_stages(
         found.append(simulation.critical_path)
         shared.add(costs.pipeline, simulation.critical_path)
         program.longer_than_path(simulation.critical_path)
+
+
+def _whole(
+    program: Program, branch: Branch, patience_seconds: float, limit_bytes: float, heuristics: bool
+) -> tuple[tuple[StageCount, ...] | None, float]:
+    """As `Program.solve`; an answer that misses the limit by less than the solver sees is asked for once more."""
+    for tolerance in (TOLERANCE, TIGHT_TOLERANCE):
+        solver = make_solver(patience_seconds, heuristics=heuristics, tolerance=tolerance)
+        counts, least = program.solve(solver, branch.held, branch.least_seconds)
+        if counts is None or fits(program.as_chosen(), counts, limit_bytes):
+            break
+    return counts, least
 
 
 def write_rows(program: Program) -> None:
@@ -190,6 +203,7 @@ def write_rows(program: Program) -> None:
     program.fits_memory()
     program.durations()
     program.optimizer_of_slowest()
+    program.whole_step()
 
 
 def _cut(program: Program, shared: SharedCuts, durations: Sequence[StageSeconds], above_seconds: float) -> float:

@@ -9,9 +9,8 @@ Variables  n[s,k,r]  whole number of layers of segment k on stage s that recompu
            z[k,s]    1 when a layer after segment k may lie on stage s
            x[s,c]    1 when stage s makes choice c, where stages choose ([Note: Resharding] in `layout_costs`): then
                      n, u are of each (r, c), and a layer's seconds and bytes are those of its stage's choice
-           T       seconds up to the last gradient reduction;   O  seconds of the optimizer
-           Z       their sum
-Minimise   Z = T + O
+           T       seconds up to the last gradient reduction;   O  seconds of the optimizer;   Z  their sum
+Minimise   Z = T + O                                                         whole_step
 Subject to
   (layers)     Σ_{s,r} n[s,k,r] = L_k                                         every_layer_once
   (stages)     Σ_{k,r} n[s,k,r] >= 1 for a stage without embedding and head   no_empty_stage
@@ -70,7 +69,7 @@ RELATIVE_TOLERANCE = 1e-6
 
 
 class RelaxedAnswer(NamedTuple):
-    """Of fractions of layers: each stage's durations, T, and T + O, which no whole layers are below; in seconds."""
+    """Of fractions of layers: each stage's durations, T, and what no T + O is below; in seconds."""
 
     durations: list[StageSeconds]
     makespan_seconds: float
@@ -113,7 +112,6 @@ class Program:
         self._most_step, self._paths = math.inf, 0
         self._whole: dict[tuple[int, int, Way], int] = {}  # layers of the last answer
         self.linear.objective = self.step
-        self.linear.row("step", {self.step: 1.0, self.makespan: -1.0, self.optimizer: -1.0}, 0.0, 0.0)
 
     # ---- linear expressions ----------------------------------------------------------------------------
 
@@ -184,7 +182,7 @@ class Program:
         stages, row = range(self.costs.layout.stages), self.linear.row
         for k in range(len(self.costs.segments) - 1):
             layers, after = self.costs.segments[k].layers, self.costs.segments[k + 1].layers
-            z = [self._binary(f"z_{k}_{s}") for s in stages]
+            z = [self.linear.binary(f"z_{k}_{s}") for s in stages]
             for s in stages:
                 later = _sum(self.n[s, k + 1, way] for way in self._ways)
                 row(f"not_before_{k}_{s}", later | {z[s]: -after}, most=0.0)
@@ -198,7 +196,7 @@ class Program:
         if not self._choices:
             return
         stages = range(self.costs.layout.stages)
-        self.x = {(s, one): self._binary(f"x_{s}_{one}") for s in stages for one in self._choices}
+        self.x = {(s, one): self.linear.binary(f"x_{s}_{one}") for s in stages for one in self._choices}
         for s in stages:
             self.linear.row(f"one_choice_{s}", _sum(self.x[s, choice] for choice in self._choices), 1.0, 1.0)
             for choice in self._choices:
@@ -219,13 +217,14 @@ class Program:
             if any(0 < s < self.costs.layout.stages - 1 for s in self.costs.layout.stages_of(q)):  # never empty
                 each = [segment.memory.transient_by(way[0], never_summed=first) for _, way, segment in self._layers()]
                 least = max(least, min(each))
-            y[q] = self.linear.column(f"y_{q}_{first}", slack * least / self.limit_bytes)
+            share = slack * least / self.limit_bytes
+            y[q] = self.linear.column(f"y_{q}_{first}", share, max(1.0, share))  # all that passes is within the limit
             for k, way, segment in self._layers():
                 transient = segment.memory.transient_by(way[0], never_summed=first)
                 if transient <= least:
                     continue
                 name = "_".join((str(q), str(k), *_name(way), str(first)))
-                u = self._binary(f"u_{name}")
+                u = self.linear.binary(f"u_{name}")
                 held = _sum(self.n[s, k, way] for s in self.costs.layout.stages_of(q))
                 most = min(segment.layers, self._most[k] * len(held))
                 self.linear.row(f"used_{name}", held | {u: -most}, most=0.0)
@@ -289,28 +288,34 @@ class Program:
         return {self.x[stage, choice]: unit * size.total for choice, size in one.besides.items()}, 0.0
 
     def optimizer_of_slowest(self) -> None:
+        slowest = 0.0
         for q in range(self.costs.layout.pp):
-            own, always = {self.optimizer: -1.0}, 0.0
+            own, always = dict[int, float](), 0.0
             for s in self.costs.layout.stages_of(q):
                 terms, constant = self.seconds(s, "optimizer")
                 own, always = own | terms, always + constant
-            self.linear.row(f"optimizer_{q}", own, most=-always)
+            self.linear.row(f"optimizer_{q}", own | {self.optimizer: -1.0}, most=-always)
+            slowest = max(slowest, self.linear.most_of(own, always))
+        self.linear.at_most(self.optimizer, slowest)
 
     def durations(self) -> None:
         for (phase, s), column in self.phase.items():
-            terms, constant = self.seconds(s, phase)
-            self.linear.row(f"duration_{phase}_{s}", terms | {column: -1.0}, -constant, -constant)
+            self.linear.equals(f"duration_{phase}_{s}", column, *self.seconds(s, phase))
         for phase, column in self.summed.items():
             of_stages = _sum(self.phase[phase, s] for s in range(self.costs.layout.stages))
-            self.linear.row(f"summed_{phase}", of_stages | {column: -1.0}, 0.0, 0.0)
+            self.linear.equals(f"summed_{phase}", column, of_stages, 0.0)
+
+    def whole_step(self) -> None:
+        """Z; and an end of T, as if all actions and sends came one after the other."""
+        worked = sum(self.linear.columns[column].most for column in self.summed.values())
+        sent = 2.0 * self.costs.sent_before[-1] / self.scale
+        self.linear.at_most(self.makespan, self.costs.microbatches * (worked + sent))
+        self.linear.equals("step", self.step, {self.makespan: 1.0, self.optimizer: 1.0}, 0.0)
 
     def longer_than_path(self, path: Path) -> None:
         sent = path.sent_seconds(self.costs.hop_seconds) / self.scale
         self.linear.row(f"path_{self._paths}", path_factors(path), most=-sent)
         self._paths += 1
-
-    def _binary(self, name: str) -> int:
-        return self.linear.column(name, 0.0, 1.0, whole=True)
 
     # ---- solving ---------------------------------------------------------------------------------------
 
@@ -320,15 +325,15 @@ class Program:
 
     def _hold(self, solver: RelaxedProgram | WholeProgram, held: Held, least_seconds: float) -> None:
         least = (least_seconds - self.costs.step_seconds) / self.scale * (1 - RELATIVE_TOLERANCE)
-        solver.within(self.step, max(0.0, least), self._most_step)
+        solver.within(self.step, max(0.0, least), min(self._most_step, self.linear.columns[self.step].most))
         narrowed = {name: (fewest, most) for name, fewest, most in held}
         self._narrowed |= narrowed
         for name in self._narrowed:
             solver.within(self.counted[name].column, *narrowed.get(name, (0, self.counted[name].most)))
 
     def relax(self, held: Held = ()) -> RelaxedAnswer | None:
-        """The best assignment of fractions of layers to ranks that hold what is `held`; None where there is none
-        (`relaxed` tells whether that is proven) and where HiGHS is missing."""
+        """The best fractions of layers on ranks that hold what is `held`; None where there are none, proven or not
+        (`impossible`), and where HiGHS is missing."""
         if not pulp.HiGHS().available():
             return None
         if self.relaxed is None:
@@ -344,7 +349,7 @@ class Program:
                 for s in range(self.costs.layout.stages)
             ],
             value(self.makespan) * scale,
-            value(self.step) * scale,
+            self.relaxed.bound * scale,
         )
 
     @property
@@ -389,8 +394,7 @@ def _sum(columns: Iterable[int]) -> dict[int, float]:
 
 
 def _name(way: Way) -> tuple[str, ...]:
-    mode, choice = way
-    return (mode,) if choice is None else (mode, "freed" if choice else "kept")
+    return way[:1] if way[1] is None else (way[0], "freed" if way[1] else "kept")
 
 
 def _of(part: PartSeconds, phase: str) -> float:

@@ -273,7 +273,7 @@ tp ≠ 1, pp ≠ 2               7.88 ms     10.01%  tp2·sp dp2 zero3 mb4      
                                                                                         bubble
 micro_batch ≠ 4              8.45 ms     17.96%  pp2·v2 dp2 zero1 mb2 interleaved-1f1b  +2.42 ms compute, +482 µs pp,
                                                                                         −1.62 ms bubble
-dp ≠ 2                       8.67 ms     20.98%  tp2·sp pp2 mb8 interleaved-1f1b        +751 µs bubble, +496 µs compute,
+dp ≠ 2                       8.67 ms     20.98%  tp2·sp pp2 mb8 gpipe                   +751 µs bubble, +496 µs compute,
                                                                                         +374 µs tp, −125 µs dp exposed
 cp ≠ 1                       21.9 ms    205.69%  cp2·ring pp2·v2 zero1 mb1 zbv          +17.2 ms compute, +524 µs cp,
                                                                                         −2.93 ms bubble, −52.7 µs pp

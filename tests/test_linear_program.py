@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -74,3 +77,34 @@ def test_what_cannot_be_met_is_proven_and_not_just_unsolved() -> None:
     relaxed.solve()
     assert (relaxed.optimal, relaxed.infeasible) == (False, True)
     assert whole.solve(make_solver(math.inf)) == (None, math.inf)
+
+
+def stored_program() -> tuple[LinearProgram, dict[int, int]]:
+    """A program of llama3-405b's stages that the search came upon, and whole numbers that are within all its rows."""
+    packed = Path(__file__).parent / "data" / "program_with_an_answer.json.gz"
+    stored, made = json.loads(gzip.decompress(packed.read_bytes())), LinearProgram()
+    for number, (least, most, whole) in enumerate(stored["columns"]):
+        made.column(f"x{number:04}", least, math.inf if most is None else most, whole=whole)
+    for number, (least, most, columns, factors) in enumerate(stored["rows"]):
+        of_row = dict(zip(columns, factors, strict=True))
+        made.row(
+            f"r{number}",
+            of_row,
+            *(end if end is not None else side * math.inf for end, side in ((least, -1), (most, 1))),
+        )
+    made.objective = stored["objective"]
+    return made, {int(column): layers for column, layers in stored["answer"].items()}
+
+
+def test_whole_numbers_that_are_there_are_not_called_impossible() -> None:
+    """HiGHS 1.15.1 calls this program impossible where rows may be missed by 1e-9 alone: its own bounds of columns are
+    rounded by more."""
+    made, answer = stored_program()
+    known = RelaxedProgram(made)
+    for column, layers in answer.items():
+        known.within(column, layers, layers)
+    known.solve()
+    assert known.optimal
+    values, bound = WholeProgram(made).solve(make_solver(math.inf, heuristics=False))
+    assert values is not None
+    assert bound == pytest.approx(known.value(made.objective), rel=1e-6)
