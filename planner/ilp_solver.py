@@ -10,9 +10,8 @@ import pulp
 _SMALLER = tuple(f"mip_heuristic_run_{name}" for name in ("rins", "rens", "root_reduced_cost"))
 _NO_SMALLER_PROGRAMS: dict[str, Any] = {"mip_heuristic_effort": 0.0, **dict.fromkeys(_SMALLER, False)}
 
-
-# How far a row may be missed where numbers are whole. At the tight one HiGHS has called a program impossible that has an
-# answer (tests/test_linear_program.py); at the other an answer may be a few bytes above the limit (`solve_stages`).
+# How far a row may be missed where numbers are whole. At the tight one HiGHS has called a program impossible that has
+# an answer (tests/test_linear_program.py); at the other an answer may be a few bytes above the limit (`solve_stages`).
 TOLERANCE, TIGHT_TOLERANCE = 1e-7, 1e-9
 
 

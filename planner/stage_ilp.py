@@ -29,12 +29,13 @@ Subject to
   (goal)       the bound known <= Z <= just below the best simulated step so far      better_than
 
 [Note: Cuts]
-A schedule with given durations is max-plus: its makespan is the longest of its paths, each linear in n. So
-start from `simulation.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its
-critical path as a cut. Each cut is violated by the answer it came from, so no answer returns unless it is
-best, and the loop ends when the relaxation's bound meets the best simulated step. First fractions of layers are
-allowed: such programs are solved at once, their simulations give valid cuts too, and most layouts that cannot beat
-the goal are ruled out by them alone. With chunks, whole layers on ranks and stages come next (`branches`).
+A schedule with given durations is max-plus: its makespan is the longest of its paths, each linear in n. So start from
+`simulation.known_paths`, solve, simulate the answer, and if the simulation is longer than T add its critical path as a
+cut. Each cut is violated by the answer it came from, so no answer returns unless it is best, and the loop ends when the
+relaxation's bound meets the best simulated step. First fractions of layers are allowed: such programs are solved at
+once, their simulations give valid cuts too, and most layouts that cannot beat the goal are ruled out by them alone.
+With chunks, whole layers on ranks and stages come next (`branches`). Bounds of fractions are ours (`dual_bound`); for
+whole numbers HiGHS's branch and bound is believed.
 
 Seconds are scaled by the bound and bytes by the limit, so that the solver sees numbers near 1.
 """
