@@ -71,6 +71,10 @@ class LinearProgram:
         rows.least.append(least)
         rows.most.append(most)
 
+    @property
+    def number_of_rows(self) -> int:
+        return len(self._rows.names)
+
     def rows(self, first: int = 0) -> Rows:
         """Those from row `first` on; their starts count from its own."""
         rows = self._rows

@@ -110,7 +110,7 @@ class Program:
         self.x: dict[tuple[int, bool | None], int] = {}
         self.counted: dict[str, Counted] = {}
         self._narrowed: dict[str, tuple[int, int]] = {}  # in any branch, since bounds stay in the solvers
-        self._most_step, self._paths = math.inf, 0
+        self._most_step = math.inf
         self._whole: dict[tuple[int, int, Way], int] = {}  # layers of the last answer
         self.linear.objective = self.step
 
@@ -308,15 +308,13 @@ class Program:
 
     def whole_step(self) -> None:
         """Z; and an end of T, as if all actions and sends came one after the other."""
-        worked = sum(self.linear.columns[column].most for column in self.summed.values())
-        sent = 2.0 * self.costs.sent_before[-1] / self.scale
-        self.linear.at_most(self.makespan, self.costs.microbatches * (worked + sent))
+        once = self.linear.most_of(_sum(self.summed.values()), 2.0 * self.costs.sent_before[-1] / self.scale)
+        self.linear.at_most(self.makespan, self.costs.microbatches * once)
         self.linear.equals("step", self.step, {self.makespan: 1.0, self.optimizer: 1.0}, 0.0)
 
     def longer_than_path(self, path: Path) -> None:
         sent = path.sent_seconds(self.costs.hop_seconds) / self.scale
-        self.linear.row(f"path_{self._paths}", path_factors(path), most=-sent)
-        self._paths += 1
+        self.linear.row(f"path_{self.linear.number_of_rows}", path_factors(path), most=-sent)
 
     # ---- solving ---------------------------------------------------------------------------------------
 
