@@ -19,7 +19,9 @@ CLI = Path(__file__).parent.parent / "cli.py"
 QUESTIONS = (
     ("gpt3-175b", "dgx-a100:8", 1536, 2048, "meshwright"),
     ("gpt3-175b", "dgx-a100:64", 1536, 2048, "meshwright"),
+    ("gpt3-175b", "dgx-a100:256", 1536, 2048, "meshwright"),
     ("gpt3-175b", "dgx-a100:512", 1536, 2048, "meshwright"),
+    ("gpt3-175b", "dgx-a100:1024", 1536, 2048, "meshwright"),
     ("gpt3-175b", "dgx-a100:2048", 2048, 2048, "meshwright"),
     ("llama3-405b", "dgx-h100:2048", 2048, 8192, "meshwright"),
     ("llama3-8b", "dgx-h100:4", 512, 8192, "megatron"),
