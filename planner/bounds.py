@@ -267,14 +267,13 @@ def _around(
     layout, count, layer = costs.layout, costs.microbatches, segment.seconds
     first, last, bare = costs.stage_ends[0], costs.stage_ends[-1], costs.microbatch
     plain = layout.virtual_stages * count * (bare.forward.total + bare.backward_total)
-    own, reduce, update = [plain] * layout.pp, [0.0] * layout.pp, [0.0] * layout.pp
+    own, reduce, update = [plain] * layout.pp, [0.0] * layout.pp, _update_of_ends(costs)
     for end, rank in ((first, 0), (last, costs.last_rank)):
         own[rank] += count * (end.forward.total + end.backward_total - bare.forward.total - bare.backward_total)
         own[rank] += end.gather.total
         reduce[rank] += end.reduce.total
-        update[rank] += end.optimizer.total
     if layout.stages == 1:  # one stage is both ends, and its seconds hold both
-        own, reduce, update = [plain + (own[0] - plain) / 2], [reduce[0] / 2], [update[0] / 2]
+        own, reduce = [plain + (own[0] - plain) / 2], [reduce[0] / 2]
     each = count * (layer.forward.total + layer.backward_total) + layer.gather.total
     reduce_each, update_each = layer.reduce.total, layer.optimizer.total
 
@@ -296,14 +295,20 @@ def _by_paths(costs: LayoutCosts, segment: SegmentCosts) -> RankCost:
     if _is_simple(costs):
         return lambda rank, layers, again: 0.0
     seconds, count, each = seconds_of_paths(costs, segment), costs.microbatches, segment.seconds.optimizer.total
-    update = [0.0] * costs.layout.pp
-    for end, rank in ((costs.embedding, 0), (costs.head, costs.last_rank)):
-        update[rank] += end.optimizer.total
+    update = _update_of_ends(costs)
 
     def cost(rank: int, layers: int, again: float) -> float:
         return seconds(rank, layers) + count * again + update[rank] + layers * each
 
     return cost
+
+
+def _update_of_ends(costs: LayoutCosts) -> list[float]:
+    """The optimizer's seconds of embedding and head, on each rank."""
+    update = [0.0] * costs.layout.pp
+    for end, rank in ((costs.embedding, 0), (costs.head, costs.last_rank)):
+        update[rank] += end.optimizer.total
+    return update
 
 
 def _to_first_backwards(costs: LayoutCosts, split: bool) -> list[float]:

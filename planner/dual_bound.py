@@ -54,7 +54,6 @@ class DualBound:
         side = np.where(y > 0, self._least, self._most)
         y = np.where(np.isfinite(side), y, 0.0)  # without an end on that side the row says nothing
         side = np.where(np.isfinite(side), side, 0.0)
-        taken = np.bincount(self._column, weights=y[self._row] * self._factor, minlength=self._number)
-        rest = costs - taken
-        edge = np.where(rest > 0, least, most)
-        return np.concatenate([y * side, np.where(rest == 0.0, 0.0, rest * np.where(rest == 0.0, 0.0, edge))])
+        rest = costs - np.bincount(self._column, weights=y[self._row] * self._factor, minlength=self._number)
+        edge = np.where(rest > 0, least, np.where(rest < 0, most, 0.0))
+        return np.concatenate([y * side, rest * edge])

@@ -9,11 +9,11 @@ from .bounds import fits
 from .guesses import Solved
 from .layout import RECOMPUTE_MODES, SCHEDULES
 from .question import Question
+from .rank_limits import ROUNDING
 from .rules import recompute_modes, violations
 from .step_cost import CostModel
 
 _ORDER = ("1f1b", *(schedule for schedule in SCHEDULES if schedule != "1f1b"))
-_ROUNDING = 1e-9  # relative: sums of seconds in another order differ by less
 
 
 def plainest_first(best: Sequence[Solved], question: Question, prices: CostModel) -> list[Solved]:
@@ -34,6 +34,6 @@ def _plainest(solved: Solved, question: Question, prices: CostModel) -> Solved:
             continue
         costs = prices.price(layout, solved.costs.reshard)
         seconds = costs.step(solved.counts)
-        if seconds <= solved.step_seconds * (1 + _ROUNDING) and fits(costs, solved.counts, question.limit_bytes):
+        if seconds <= solved.step_seconds * (1 + ROUNDING) and fits(costs, solved.counts, question.limit_bytes):
             return replace(solved, costs=costs, step_seconds=seconds)
     return solved

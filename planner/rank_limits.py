@@ -14,7 +14,7 @@ from .in_flight import SUMMED, least_in_flight
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
 from .memory_bytes import PartMemory
 
-ROUNDING = 1e-9  # relative: sums of bytes in another order differ by less
+ROUNDING = 1e-9  # relative: sums of bytes or seconds in another order differ by less
 
 
 def empty_counts(costs: LayoutCosts) -> list[StageCount]:

@@ -46,11 +46,7 @@ class RelaxedProgram:
         self._model.changeColBounds(column, least, most)
 
     def solve(self) -> None:
-        new = self._linear.rows(self._taken)
-        number = len(new.names)
-        self._model.addRows(number, new.least, new.most, len(new.columns), new.starts, new.columns, new.factors)
-        self._proof.add(new)
-        self._taken += number
+        self._take_rows()
         self._model.run()
         ended = self._model.getModelStatus().name
         self.optimal, self.infeasible, self._values = ended == "kOptimal", False, ()
@@ -61,6 +57,14 @@ class RelaxedProgram:
         elif ended in _INFEASIBLE:
             _, found, ray = self._model.getDualRay()
             self.infeasible = found and self._proof.forbids(ray, self._least, self._most)
+
+    def _take_rows(self) -> None:
+        new = self._linear.rows(self._taken)
+        number = len(new.names)
+        if number:
+            self._model.addRows(number, new.least, new.most, len(new.columns), new.starts, new.columns, new.factors)
+            self._proof.add(new)
+            self._taken += number
 
     def value(self, column: int) -> float:
         """Of a column in the last answer, which was optimal."""
