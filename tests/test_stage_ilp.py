@@ -136,6 +136,16 @@ def tight() -> tuple[LayoutCosts, float]:
     return costs, needs(costs)[20]
 
 
+def test_an_answer_misses_the_limit_by_no_hair() -> None:
+    """By less than the solver sees at first: of what does not fit it answers with some."""
+    costs, _ = tight()
+    for bytes_ in needs(costs):
+        limit = bytes_ * (1 - 5e-8)
+        solution = solve(costs, limit)
+        assert solution.counts is None or fits(solution.costs, solution.counts, limit)
+        assert solution.step_seconds == pytest.approx(best_of(costs, limit), rel=RELATIVE_TOLERANCE)
+
+
 def test_a_cut_off_that_cannot_be_beaten_is_proven_so() -> None:
     costs, limit = tight()
     best = best_of(costs, limit)
