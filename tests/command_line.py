@@ -37,6 +37,25 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+def ctrl_c_in_each_that_it_starts(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have each process that a command's multiprocessing starts get Ctrl-C when it is about to import `module`.
+
+    By a module in `folder` that every Python loads first; for each that was sent, a file ends in .sent there.
+    """
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r} and 'from multiprocessing' in ' '.join(sys.orig_argv):\n"
+        f"            open({str(folder)!r} + '/%d.sent' % os.getpid(), 'w').close()\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupts())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
 def _before_it_starts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent()

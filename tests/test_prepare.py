@@ -21,7 +21,7 @@ from runtime.data.indexed_dataset import open_indexed
 from runtime.data.prepare import Preparation, Prepared, prepare
 from runtime.data.tokenizer import load_tokenizer
 from tests import megatron_core
-from tests.command_line import start
+from tests.command_line import ctrl_c_in_each_that_it_starts, start
 
 TEXTS = ["the cat sat on the mat", "", "Grüße aus Köln, 東京", "the end\nof it", "a" * 300, "mat " * 50]
 END = "<|endoftext|>"
@@ -141,6 +141,15 @@ def test_a_package_that_is_missing_is_named(tmp_path: Path, model: Path, monkeyp
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(InputError, match="is not installed"):
         load_tokenizer(str(model))
+
+
+def test_ctrl_c_in_a_worker_that_starts_is_left_to_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = ctrl_c_in_each_that_it_starts(tmp_path / "sent", "runtime.data.prepare", monkeypatch)
+    source = lines(tmp_path / "a.jsonl", ["word " * 10_000] * 300)
+    run = start("data", "prepare", "--input", str(source), "--output", str(tmp_path / "out"), "--workers", "2")
+    _, errors = run.communicate(timeout=60)
+    assert (run.returncode, errors) == (0, "")
+    assert list(sent.glob("*.sent"))
 
 
 def test_the_command_writes_in_parallel_and_ctrl_c_leaves_nothing(tmp_path: Path) -> None:

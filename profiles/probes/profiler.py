@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from ..hardware import HardwareProfile
 from ..input_error import InputError
-from ..parent_process import die_with_parent
+from ..parent_process import ctrl_c_waits, die_with_parent
 from . import worker
 from .cases import DEFAULT, FULL, QUICK
 from .findings import Findings, Request
@@ -115,8 +115,9 @@ def profile_machine(
         context.Process(target=_spawned, args=(rank, options.ranks, address, request, messages), daemon=True)
         for rank in range(options.ranks)
     ]
-    for process in workers:
-        process.start()
+    with ctrl_c_waits():
+        for process in workers:
+            process.start()
     recorder = _Recorder(options, command, request, on_progress, keep)
     try:
         _listen(workers, messages, recorder)

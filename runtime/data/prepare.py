@@ -10,12 +10,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from pathlib import Path
 
 import numpy as np
 
 from profiles.input_error import InputError
+from profiles.parent_process import ctrl_c_waits
 from runtime.rank_watch import die_with_launcher
 
 from .documents import Chunk, chunks_of, read_documents
@@ -142,6 +143,8 @@ def _encoded(wanted: Preparation, tokenizer: Tokenizer, chunks: Sequence[Chunk])
     )
     under_way: deque[tuple[Chunk, Future[Encoded]]] = deque()
     try:
+        with ctrl_c_waits():
+            forkserver.ensure_running()
         for chunk in chunks:
             under_way.append((chunk, pool.submit(_work, chunk)))
             if len(under_way) >= _WAITING * workers:
@@ -169,7 +172,7 @@ class _Worker:
 
 
 def _start_worker(tokenizer: str, eod_token: str | None, key: str, eod: int | None) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # and one that waits: the parent ends the workers
     die_with_launcher()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
     _Worker.job = (load_tokenizer(tokenizer, eod_token), key, eod)

@@ -30,7 +30,7 @@ from profiles.probes.collectives import (
 from profiles.probes.findings import Request
 from profiles.probes.timing import CaseFailed, Rank
 from profiles.probes.worker import _measure
-from tests.command_line import start
+from tests.command_line import ctrl_c_in_each_that_it_starts, start
 from tests.distributed.harness import run_ranks
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "exchange", "all_to_all", "broadcast")
@@ -243,14 +243,20 @@ def test_small_messages_of_every_operation_come_before_large_ones() -> None:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, str]:
-    """A profile whose session got Ctrl-C as soon as its file was there: file, exit code, what it said."""
+    """A profile whose session got Ctrl-C as soon as its file was there: file, exit code, what it said.
+
+    Its ranks got one before, as they started, which is for the command alone.
+    """
     path = tmp_path_factory.mktemp("profile") / "hardware.yaml"
-    running = start("profile", "--nproc", "2", "--precision", "fp32", "-o", str(path))
+    with pytest.MonkeyPatch.context() as patch:
+        sent = ctrl_c_in_each_that_it_starts(path.parent / "sent", "profiles.probes.profiler", patch)
+        running = start("profile", "--nproc", "2", "--precision", "fp32", "-o", str(path))
     until = time.monotonic() + 150
     while not path.exists() and time.monotonic() < until and running.poll() is None:
         time.sleep(0.2)
     os.killpg(running.pid, signal.SIGINT)
     _, said = running.communicate(timeout=30)
+    assert len(list(sent.glob("*.sent"))) == 2
     return path, running.returncode, said
 
 
