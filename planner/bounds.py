@@ -119,21 +119,22 @@ def any_chunks_dealt(
     return None if dealt is None else dealt + fewest.step_seconds
 
 
-def most_layers(
+def recompute_of_ranks(
     costs: LayoutCosts, limit_bytes: float, modes: Sequence[str], goal_seconds: float
-) -> tuple[int, list[int]]:
-    """(segment, layers of it that each rank holds at most): with more no step is below `goal_seconds`, or none fits."""
+) -> tuple[int, list[list[float]]]:
+    """(segment, of each rank the least seconds a microbatch that 0, 1, … layers of it recompute). They end where with
+    more layers no step is below `goal_seconds`, or none fits."""
     segment, cost = _commonest(costs, heads_and_tails(costs))
-    most = []
+    found = []
     for rank, limit in enumerate(rank_limits(costs, segment, limit_bytes, modes)):
-        layers = 0
-        while layers < segment.layers:
-            again = limit.least_recompute(layers + 1)
-            if again is None or cost(rank, layers + 1, again) + costs.step_seconds > goal_seconds * (1 + ROUNDING):
+        seconds = [limit.least_recompute(0) or 0.0]
+        while (layers := len(seconds)) <= segment.layers:
+            again = limit.least_recompute(layers)
+            if again is None or cost(rank, layers, again) + costs.step_seconds > goal_seconds * (1 + ROUNDING):
                 break
-            layers += 1
-        most.append(layers)
-    return costs.segments.index(segment), most
+            seconds.append(again)
+        found.append(seconds)
+    return costs.segments.index(segment), found
 
 
 def most_layers_of_stage(costs: LayoutCosts, goal_seconds: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""Numbers of layers that branches of a program narrow."""
+"""Whole numbers that branches of a program narrow."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 
 class Counted(NamedTuple):
-    """Layers of a rank or a stage: their column, how many at most, and their turn. First come a rank's in all (0), then
-    a stage's (1), a rank's by mode (2), and a stage's of a segment in one way (3)."""
+    """Their column, the most they may be, and their turn: first where kinds of layers meet (0), then layers of a rank
+    in all (1), of a stage (2), of a rank by mode (3), and of a stage of a segment in one way (4)."""
 
     column: int
     most: int

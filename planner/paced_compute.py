@@ -29,9 +29,10 @@ class PacedCompute:
 
     def part(self, layout: Layout, name: str, logits_again: bool, pace: Pace) -> ComputeCost:
         """A layer of the kind `name`, the `embedding` or the `head`, whose logits may be computed again."""
+        grid = (layout.ep, layout.etp) if name == "experts" else (1, 1)  # all else is alike whatever that is
         key = (
             *(name, layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
-            *(layout.ep, layout.etp, logits_again),
+            *(grid, logits_again),
         )
 
         def price(compute: ComputeModel) -> ComputeCost:

@@ -6,7 +6,7 @@ Variables  n[s,k,r]  whole number of layers of segment k on stage s that recompu
            f, i, w, g, d[s]  forward, input's and weights' backward, gather, reduce seconds of stage s
            N[q,r]    whole number of layers of the commonest segment on rank q;  N[s] on stage s
            u[q,k,r]  1 when rank q has a layer of segment k that recomputes as r;  y[q] its transient bytes
-           z[k,s]    1 when a layer after segment k may lie on stage s
+           z[k,s]    1 when a layer after segment k may lie on stage s (`segment_order`)
            x[s,c]    1 when stage s makes choice c, where stages choose ([Note: Resharding] in `layout_costs`): then
                      n, u are of each (r, c), and a layer's seconds and bytes are those of its stage's choice
            T       seconds up to the last gradient reduction;   O  seconds of the optimizer;   Z  their sum
@@ -16,8 +16,9 @@ Subject to
   (stages)     Σ_{k,r} n[s,k,r] >= 1 for a stage without embedding and head   no_empty_stage
   (ranks)      N[q,r] = Σ_s n[s,k,r] <= the most whose least cost reaches the goal    layers_of_ranks
   (widths)     N[s] = Σ_r n[s,k,r], to branch on                              layers_of_stages
-  (order)      n[s,k+1,r] <= L·z[k,s],  n[s,k,r] <= L·(1 - z[k,s-1]),         segments_in_order
-               z[k,s] rises with s
+  (recompute)  Σ_{s,r} n[s,k,r]·recompute_r >= what N[q] whole layers must    layers_of_ranks
+  (order)      no layer of segment k+1 on the stages up to s but where        segments_in_order
+               z[k,s] and so all of segment k are; z[k,s] rises with s
   (choice)     Σ_c x[s,c] = 1,  Σ_{k,r} n[s,k,r,c] <= L·x[s,c];  some stage frees  one_choice_a_stage
   (transient)  n[s,k,r] <= L·u[q,k,r],  y[q] >= each transient in use,        transient_in_use
                but where one stage is a rank those of a segment's least r alone
@@ -49,7 +50,7 @@ from typing import Any, NamedTuple
 
 import pulp
 
-from .bounds import largest_segment, most_layers, most_layers_of_stage
+from .bounds import largest_segment, most_layers_of_stage, recompute_of_ranks
 from .counted import Counted, Held
 from .in_flight import sums_nothing
 from .layout import RECOMPUTE_MODES
@@ -59,7 +60,9 @@ from .memory_bytes import LaterMoment
 from .part_seconds import PartSeconds
 from .path_rows import PATH_PHASES, path_factors
 from .rank_limits import empty_counts
+from .recompute_rows import write_recompute
 from .relaxed_program import RelaxedProgram
+from .segment_order import stages_of_segments, write_order
 from .simulation import Path, StageSeconds
 from .whole_program import WholeProgram
 
@@ -96,13 +99,14 @@ class Program:
         self._seconds: dict[str, list[tuple[int, Way, float]]] = {}
         self._ways = [(r, choice) for r in self.modes for choice in self._choices or (None,)]
         most = self._most = most_layers_of_stage(self.costs, self.goal_seconds)
+        on = stages_of_segments(self.costs)
         new = self.linear.column
         # First what paths are made of, in the order in which `path_factors` counts.
         self.phase = {(p, s): new(f"{p}_{s}") for p in PATH_PHASES for s in stages}
         self.summed = {p: new(f"{p}_summed") for p in PATH_PHASES}
         self.makespan, self.optimizer, self.step = new("T"), new("O"), new("Z")
         self.n = {
-            (s, k, way): new("_".join(("n", str(s), str(k), *_name(way))), 0, most[k], whole=True)
+            (s, k, way): new("_".join(("n", str(s), str(k), *_name(way))), 0, most[k] * (s in on[k]), whole=True)
             for s in stages
             for k in range(len(segments))
             for way in self._ways
@@ -153,15 +157,18 @@ class Program:
             self.linear.row(f"no_empty_stage_{s}", held, least=1.0)
 
     def layers_of_ranks(self) -> None:
-        """Layers of each rank, in all and by mode: no more than can reach the goal; the solver splits these first."""
-        commonest, most = most_layers(self.costs, self.limit_bytes, self.modes, self.goal_seconds)
-        layout = self.costs.layout
+        """Layers of each rank, in all and by mode: no more than can reach the goal; the solver splits these first. What
+        they recompute is what so many whole layers must."""
+        commonest, again = recompute_of_ranks(self.costs, self.limit_bytes, self.modes, self.goal_seconds)
+        layout, each = self.costs.layout, self.costs.segments[commonest].seconds.recompute
         chosen = [(), *((r,) for r in self.modes)] if layout.virtual_stages > 1 and len(self.modes) > 1 else [()]
         for q in range(layout.pp):
             for modes in chosen:
                 ways = [way for way in self._ways if way[0] in (modes or self.modes)]
                 held = [self.n[s, commonest, way] for s in layout.stages_of(q) for way in ways]
-                self._count("_".join((f"rank_{q}", *modes)), held, most[q], turn=2 if modes else 0)
+                self._count("_".join((f"rank_{q}", *modes)), held, len(again[q]) - 1, turn=3 if modes else 1)
+            spent = {self.n[s, commonest, w]: each(w[0]).total for s in layout.stages_of(q) for w in self._ways}
+            write_recompute(self.linear, f"{q}", self.counted[f"rank_{q}"].column, spent, again[q])
 
     def layers_of_stages(self) -> None:
         """The same of each stage, and its layers of each segment and way, where ranks have several stages."""
@@ -170,27 +177,20 @@ class Program:
         commonest = self.costs.segments.index(largest_segment(self.costs))
         for s in range(self.costs.layout.stages):
             held = [self.n[s, commonest, way] for way in self._ways]
-            self._count(f"stage_{s}", held, self._most[commonest], turn=1)
+            self._count(f"stage_{s}", held, self._most[commonest], turn=2)
         for (s, k, way), column in self.n.items():
-            self.counted["_".join((f"stage_{s}", str(k), *_name(way)))] = Counted(column, self._most[k], 3)
+            self.counted["_".join((f"stage_{s}", str(k), *_name(way)))] = Counted(column, self._most[k], 4)
 
     def _count(self, name: str, layers: Iterable[int], most: int, turn: int) -> None:
-        column = self.linear.column(f"N_{name}", 0, most, whole=turn != 1)
+        column = self.linear.column(f"N_{name}", 0, most, whole=turn != 2)
         self.linear.row(f"layers_of_{name}", _sum(layers) | {column: -1.0}, 0.0, 0.0)
         self.counted[name] = Counted(column, most, turn)
 
     def segments_in_order(self) -> None:
-        stages, row = range(self.costs.layout.stages), self.linear.row
-        for k in range(len(self.costs.segments) - 1):
-            layers, after = self.costs.segments[k].layers, self.costs.segments[k + 1].layers
-            z = [self.linear.binary(f"z_{k}_{s}") for s in stages]
-            for s in stages:
-                later = _sum(self.n[s, k + 1, way] for way in self._ways)
-                row(f"not_before_{k}_{s}", later | {z[s]: -after}, most=0.0)
-                if s > 0:
-                    here = _sum(self.n[s, k, way] for way in self._ways)
-                    row(f"not_after_{k}_{s}", here | {z[s - 1]: layers}, most=layers)
-                    row(f"in_order_{k}_{s}", {z[s]: 1.0, z[s - 1]: -1.0}, least=0.0)
+        self.counted |= write_order(self.linear, self.costs, self._layers_on, self._most)
+
+    def _layers_on(self, stage: int, segment: int) -> list[int]:
+        return [self.n[stage, segment, way] for way in self._ways]
 
     def one_choice_a_stage(self) -> None:
         """Where stages choose. Not all keep their weights, unless a pin says so: that is zero 1."""

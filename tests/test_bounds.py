@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.bounds import fits, lower_bound, most_layers
+from planner.bounds import fits, lower_bound, recompute_of_ranks
 from planner.first_assignment import first_assignment, missing_bytes, roomiest_assignment
 from planner.group_bounds import least_of_any_schedule, least_of_one_state, one_state_each
 from planner.in_flight import InFlight
@@ -45,12 +45,16 @@ def check_the_bound(costs: LayoutCosts, modes: tuple[str, ...], data: st.DataObj
     # What the search starts from is an assignment of the right shape.
     assert first_assignment(costs, limit, modes) in [candidate.counts for candidate in every]
     goal = data.draw(st.sampled_from(every)).step_seconds
-    segment, most = most_layers(costs, limit, modes, goal)
+    segment, least = recompute_of_ranks(costs, limit, modes, goal)
+    recompute = costs.segments[segment].seconds.recompute
     for candidate in every:
         if candidate.step_seconds <= goal and candidate.peak_bytes <= limit:
-            for rank, allowed in enumerate(most):
-                held = sum(candidate.counts[stage][segment].total for stage in costs.layout.stages_of(rank))
-                assert held <= allowed, (candidate.counts, rank)
+            for rank, of_rank in enumerate(least):
+                held = [candidate.counts[stage][segment] for stage in costs.layout.stages_of(rank)]
+                layers = sum(blocks.total for blocks in held)
+                assert layers < len(of_rank), (candidate.counts, rank)
+                spent = sum(blocks.of(mode) * recompute(mode).total for blocks in held for mode in modes)
+                assert spent >= of_rank[layers] * (1 - 1e-12), (candidate.counts, rank)
     if best is not None:
         assert bound <= best.step_seconds * (1 + 1e-12), best.counts
         assert fits(costs, best.counts, limit)
