@@ -68,6 +68,7 @@ class ActivationModel:
         self._model, self._job, self._software = model, job, software
         self.element_bytes = DTYPE_BYTES["bf16" if job.precision == "fp8" else job.precision]
         self.composite_norm = composite_norm
+        self._layers: dict[tuple[object, ...], KeptBytes] = {}
 
     def norm(self, layout: Layout) -> float:
         """A norm keeps its input, and its output for the products after it.
@@ -82,6 +83,15 @@ class ActivationModel:
         return self._model.hidden_size * (kept * outside + self.element_bytes * inside)
 
     def layer(self, layout: Layout, kind: str) -> KeptBytes:
+        key = (
+            *(kind, layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch),
+            *(layout.ep, layout.etp, layout.splits_backward),
+        )
+        if key not in self._layers:  # the state and the chunks have no say in it
+            self._layers[key] = self._layer(layout, kind)
+        return self._layers[key]
+
+    def _layer(self, layout: Layout, kind: str) -> KeptBytes:
         model, software, e = self._model, self._software, self.element_bytes
         tokens, outside = (f(layout, self._job.sequence) for f in (local_tokens, outside_tokens))
         stream = e * outside * model.hidden_size

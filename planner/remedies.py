@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from .bounds import fits
 from .first_assignment import missing_bytes, roomiest_assignment
-from .group_bounds import one_state_each, room_of_one_state
+from .group_bounds import GroupBounds, one_state_each
 from .guesses import Solved
 from .job import STAGE_KEYS
 from .layout import Layout
@@ -95,7 +95,7 @@ def what_forbids(question: Question) -> Forbidden:
             continue
         closer: Iterable[Layout] = group
         if best is not None:
-            roomy = _with_room(prices, group, _with_job(question, memory_limit_bytes=enough))
+            roomy = _with_room(GroupBounds(prices, _with_job(question, memory_limit_bytes=enough)), group)
             closer = (layout for _, layout in roomy)
         for layout in closer:
             found = _roomiest_within(prices.price(layout), enough, recompute_modes(layout, rules))
@@ -182,7 +182,8 @@ def _something_that_fits(question: Question) -> Solved | None:
     limit = question.limit_bytes
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     groups = (group for least, group in _smallest_first(prices, question.rules) if least <= limit)
-    roomy = [one for group in groups for one in _with_room(prices, group, question)]
+    bounds = GroupBounds(prices, question)
+    roomy = [one for group in groups for one in _with_room(bounds, group)]
     for _, layout in sorted(roomy, key=lambda one: -one[0])[:_MOST_TRIED]:
         found = _roomiest_within(prices.price(layout), limit, recompute_modes(layout, question.rules))
         if found is not None:
@@ -211,12 +212,12 @@ def _smallest_first(prices: CostModel, rules: RuleContext) -> list[tuple[float, 
     return sorted(least, key=lambda one: (one[1].base.micro_batch, one[0]))
 
 
-def _with_room(prices: CostModel, group: LayoutGroup, question: Question) -> Iterator[tuple[int, Layout]]:
+def _with_room(bounds: GroupBounds, group: LayoutGroup) -> Iterator[tuple[int, Layout]]:
     """Of a group with one state and schedule the layouts that hold all layers, as far as their least bytes say, each
     with how many more it would hold."""
-    if room_of_one_state(prices, group, question) is not None:
+    if bounds.room(group) is not None:
         for one in group.by_chunks():
-            room = room_of_one_state(prices, one, question)
+            room = bounds.room(one)
             if room is not None:
                 yield room.spare, room.layout
 

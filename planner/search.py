@@ -26,7 +26,7 @@ from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment, quickest_start
-from .group_bounds import least_of_any_schedule, least_of_one_state, one_state_each, states_too_large
+from .group_bounds import GroupBounds, one_state_each
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts
@@ -96,7 +96,7 @@ def best_plan(
     deadline = started + time_limit_seconds
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
-    ties, shared = count(), SharedCuts()
+    ties, shared, groups = count(), SharedCuts(), GroupBounds(prices, question)
     left: list[tuple[float, int, LayoutGroup | Layout | _Priced]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
@@ -123,7 +123,7 @@ def best_plan(
         least, _, item = heapq.heappop(left)
         if isinstance(item, LayoutGroup) and len(item.states) > 1:
             for group in item.by_state():
-                if states_too_large(prices, group, question):
+                if groups.states_too_large(group):
                     pruned_memory += len(group)
                 else:
                     heapq.heappush(left, (max(least, prices.least_work(group)), next(ties), group))
@@ -131,11 +131,14 @@ def best_plan(
         if isinstance(item, LayoutGroup) and item not in bounded:
             if len(dict(item.pipelines)) > 1 and item not in together:  # one bound of them all may be enough
                 together.add(item)
-                heapq.heappush(left, (max(least, least_of_any_schedule(prices, item, question)), next(ties), item))
+                if groups.has_room(item):
+                    heapq.heappush(left, (max(least, groups.least_of_any_schedule(item)), next(ties), item))
+                else:
+                    pruned_memory += len(item)
                 continue
             bounded.add(item)
             for group in one_state_each(item):
-                bound = least_of_one_state(prices, group, question, cutoff)
+                bound = groups.least_of_one_state(group, cutoff)
                 if bound is None:
                     pruned_memory += len(group)
                 else:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound, recompute_of_ranks
 from planner.first_assignment import first_assignment, missing_bytes, roomiest_assignment
-from planner.group_bounds import least_of_any_schedule, least_of_one_state, one_state_each
+from planner.group_bounds import GroupBounds, one_state_each
 from planner.in_flight import InFlight
 from planner.layout import Layout
 from planner.layout_costs import Blocks, LayoutCosts, SegmentCosts
@@ -327,10 +327,11 @@ def test_a_group_of_one_state_is_bounded_in_that_state() -> None:
     question = small_question(devices=4, hardware=hardware, precision="bf16")
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
     groups = [group for group in layout_groups(question.rules) if [state[0] for state in group.states] == [3]]
+    bounds = GroupBounds(prices, question)
     assert len(groups) == 5
     for group in groups:
-        fastest_of_group = least_of_any_schedule(prices, group, question)
-        assert fastest_of_group == least_of_any_schedule(prices, replace(group, base=next(iter(group))), question)
+        fastest_of_group = bounds.least_of_any_schedule(group)
+        assert fastest_of_group == bounds.least_of_any_schedule(replace(group, base=next(iter(group))))
         for layout in group:
             bound = lower_bound(prices.price_seconds(layout), math.inf, recompute_modes(layout, question.rules))
             assert bound is not None
@@ -340,15 +341,15 @@ def test_a_group_of_one_state_is_bounded_in_that_state() -> None:
 def test_a_group_above_what_is_asked_is_above_it_without_being_dealt() -> None:
     """`enough_seconds` decides which groups are opened: by it a group is above or not as by its whole bound."""
     question = small_question(tiny_llama(layers=12), devices=8)
-    prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    bounds = GroupBounds(CostModel(question.model, question.cluster, question.hardware, question.job), question)
     above = within = 0
     for whole in layout_groups(question.rules):
         for group in one_state_each(whole):
-            bound = least_of_one_state(prices, group, question)
+            bound = bounds.least_of_one_state(group)
             if bound is None:
                 continue
             for enough in (0.5 * bound, 0.99 * bound, 1.01 * bound):
-                found = least_of_one_state(prices, group, question, enough)
+                found = bounds.least_of_one_state(group, enough)
                 assert found is not None
                 assert found == bound if bound < enough else enough < found <= bound
                 above, within = above + (bound > enough), within + (bound < enough)

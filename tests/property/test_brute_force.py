@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from planner.bounds import fits, lower_bound
 from planner.errors import InfeasibleError
-from planner.group_bounds import least_of_any_schedule, least_of_one_state, one_state_each, states_too_large
+from planner.group_bounds import GroupBounds, one_state_each
 from planner.layout import RECOMPUTE_MODES
 from planner.question import Question
 from planner.search import search
@@ -121,23 +121,26 @@ def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> N
     limit = data.draw(memory_limits([candidate for of_layout in tried.values() for candidate in of_layout]))
     question = with_limit(question, limit)
     prices = CostModel(question.model, question.cluster, question.hardware, question.job)
+    bounds_of_groups = GroupBounds(prices, question)
     for group in layout_groups(question.rules):
         fastest_of_group = min(candidate.step_seconds for layout in group for candidate in tried[layout])
         assert prices.least_work(group) <= fastest_of_group * (1 + 1e-12), group
         for of_state in [group] if len(group.states) == 1 else group.by_state():
             fastest_of_state = min(candidate.step_seconds for layout in of_state for candidate in tried[layout])
-            assert least_of_any_schedule(prices, of_state, question) <= fastest_of_state * (1 + 1e-12), of_state
+            assert bounds_of_groups.least_of_any_schedule(of_state) <= fastest_of_state * (1 + 1e-12), of_state
         for one in one_state_each(group):
             fastest_of_one = fastest([candidate for layout in one for candidate in tried[layout]], limit)
-            bound = least_of_one_state(prices, one, question)
+            bound = bounds_of_groups.least_of_one_state(one)
             if bound is None:
                 assert fastest_of_one is None, one
             elif fastest_of_one is not None:
                 assert bound <= fastest_of_one.step_seconds * (1 + 1e-12), one
             # With room for no more than its smallest assignment, the group is not said to be too large.
             least = min(candidate.peak_bytes for layout in one for candidate in tried[layout])
-            assert not states_too_large(prices, one, with_limit(question, least)), one
-            assert least_of_one_state(prices, one, with_limit(question, least)) is not None, one
+            with_least = GroupBounds(prices, with_limit(question, least))
+            assert not with_least.states_too_large(one), one
+            assert with_least.has_room(one), one
+            assert with_least.least_of_one_state(one) is not None, one
     bounds = {}
     for layout, of_layout in tried.items():
         costs, best = prices.price(layout), fastest(of_layout, limit)
