@@ -33,14 +33,13 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 
-from .in_flight import least_of_any_chunks
 from .layout_costs import LayoutCosts, SegmentCosts, StageCount
 from .least_memory import LeastBytes
-from .memory_bytes import PartMemory
+from .memory_bytes import PartTotals
 from .part_seconds import PartSeconds
 from .path_bounds import seconds_of_paths
 from .rank_limits import ROUNDING, Moment, NoLimit, RankLimits, certain_chunks, rank_limits
-from .schedule import BLOCKING, SPLIT_BACKWARD, Pipeline
+from .schedule import BLOCKING, SPLIT_BACKWARD
 from .simulation import blocked_sends, late_forwards
 
 _MANY_LAYERS = 3  # of a rank
@@ -88,13 +87,11 @@ def any_chunks_seconds(fewest: LayoutCosts, around: Around, most_chunks: int, mo
     return max(_poured(fewest, modes, *around), least) + fewest.step_seconds
 
 
-def held_by_ends(pipeline: Pipeline, chunks: Sequence[int], sizes: LeastBytes, slack: float) -> list[Moment]:
-    """A moment of each rank, of the least bytes with any of these numbers of chunks; `slack` is what bytes are
-    multiplied by."""
-    flights = least_of_any_chunks(pipeline.schedule, pipeline.ranks, tuple(chunks), pipeline.microbatches)
-    ends = [0.0] * pipeline.ranks
-    for rank, part in ((0, sizes.embedding), (pipeline.rank_of(pipeline.stages - 1), sizes.head)):
-        ends[rank] += slack * (part.totals.state + part.totals.gradients[sizes.phases[rank]]["none"])
+def held_by_ends(flights: Sequence[int], head_rank: int, sizes: LeastBytes, slack: float) -> list[Moment]:
+    """A moment of each rank, of the least bytes; `slack` is what bytes are multiplied by."""
+    ends = [0.0] * len(flights)
+    for rank, part in ((0, sizes.embedding), (head_rank, sizes.head)):
+        ends[rank] += slack * (part.state + part.gradients[sizes.phases[rank]]["none"])
     return [Moment(*one) for one in zip(ends, flights, sizes.phases, strict=True)]
 
 
@@ -102,7 +99,7 @@ def any_chunks_dealt(
     fewest: LayoutCosts,
     around: Around,
     held: Sequence[Moment],
-    size: PartMemory,
+    size: PartTotals,
     limit_bytes: float,
     modes: Sequence[str],
     enough_seconds: float = math.inf,

@@ -183,7 +183,15 @@ def _done_of_list(pipeline: Pipeline, rank: int) -> list[InFlight]:
     return moments
 
 
-def least_phases_by_torch(pipeline: Pipeline) -> tuple[str, ...]:
+@lru_cache(maxsize=4096)
+def least_phases_of_any(pipelines: tuple[tuple[str, int], ...], ranks: int, microbatches: int) -> tuple[str, ...]:
+    """Per rank, a phase that no chunk has fewer bytes in at its rank's worst moment under any of these (schedule,
+    chunks): LEAST where they differ."""
+    every = [_phases_by_torch(Pipeline(schedule, ranks, chunks, microbatches)) for schedule, chunks in pipelines]
+    return tuple(of_rank[0] if len(set(of_rank)) == 1 else LEAST for of_rank in zip(*every, strict=True))
+
+
+def _phases_by_torch(pipeline: Pipeline) -> tuple[str, ...]:
     """`least_phases` of `gradients_by_torch`, or fewer, without the moments where that needs none."""
     if pipeline.schedule in (*FORWARDS_FIRST, "1f1b"):
         return least_phases(gradients_by_torch(pipeline))

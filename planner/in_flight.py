@@ -208,9 +208,9 @@ def _least_in_flight(pipeline: Pipeline) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=4096)
-def least_of_any_chunks(schedule: str, ranks: int, chunks: tuple[int, ...], microbatches: int) -> tuple[int, ...]:
-    """The least `least_in_flight` of each rank with any of these numbers of chunks."""
-    every = (least_in_flight(Pipeline(schedule, ranks, number, microbatches)) for number in chunks)
+def least_of_any(pipelines: tuple[tuple[str, int], ...], ranks: int, microbatches: int) -> tuple[int, ...]:
+    """The least `least_in_flight` of each rank under any of these (schedule, chunks)."""
+    every = (least_in_flight(Pipeline(schedule, ranks, chunks, microbatches)) for schedule, chunks in pipelines)
     return tuple(map(min, zip(*every, strict=True)))
 
 

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from profiles.model import ModelSpec
 from profiles.software import Software
 
-from .gradient_moments import few_microbatches, least_phases_by_torch
+from .gradient_moments import few_microbatches, least_phases_of_any
 from .in_flight import SUMMED
 from .job import TrainingJob
 from .layout import Layout
-from .memory_bytes import PartMemory
+from .memory_bytes import PartTotals, least_totals
 from .memory_cost import MemoryModel
 from .schedule import FORWARDS_FIRST, Pipeline
 from .space import LayoutGroup
 
 
 class LeastBytes(NamedTuple):
-    """Whatever the chunks: layers of the commonest segment, one of them, embedding and head, and each rank's phase of
-    gradients."""
+    """Whatever the schedule and the chunks: layers of the commonest segment, one of them, embedding and head, and each
+    rank's phase of gradients."""
 
     layers: int
-    layer: PartMemory
-    embedding: PartMemory
-    head: PartMemory
+    layer: PartTotals
+    embedding: PartTotals
+    head: PartTotals
     phases: tuple[str, ...]
 
 
@@ -35,16 +34,27 @@ class LeastMemory:
     def __init__(self, model: ModelSpec, job: TrainingJob, software: Software, memory: MemoryModel) -> None:
         self._model, self._job, self._software, self._memory = model, job, software, memory
 
-    def part_bytes(self, layout: Layout, chunks: Sequence[int]) -> LeastBytes:
-        """What no layer of the commonest kind and neither end holds less than with one of these numbers of chunks: with
-        more fewer weights are gathered at once, but split backwards have more gradients besides (`state_bytes`)."""
+    def part_bytes(self, group: LayoutGroup) -> LeastBytes:
+        """What no layer of the commonest kind and neither end holds less than in a group with one state: with more
+        chunks fewer weights are gathered at once, but split backwards have more gradients besides (`state_bytes`)."""
         memory, commonest = self._memory, max(self._model.segments, key=lambda segment: segment.count)
-        each = [layout.but(virtual_stages=number) for number in sorted({min(chunks), max(chunks)})]
-        layers = [memory.block_standing(one, commonest.kind, one.stages_choose or None) for one in each]
-        pipeline = each[-1].pipeline(layout.microbatches(self._job.global_batch))
-        phases = least_phases_by_torch(pipeline) if self._software.on_fsdp else (SUMMED,) * layout.pp
-        least = min(layers, key=lambda layer: layer.totals.state)
-        return LeastBytes(commonest.count, least, *memory.ends_standing(each[0]), phases)
+        alike: dict[str, list[Layout]] = {}
+        for schedule, chunks in group.pipelines:
+            layout = group.base.but(schedule=schedule, virtual_stages=chunks)
+            alike.setdefault(memory.schedule_like(layout), []).append(layout)
+        ends = [(min(each, key=_chunks), max(each, key=_chunks)) for each in alike.values()]
+        layers = [
+            memory.block_standing(one, commonest.kind, one.stages_choose or None)
+            for fewest, most in ends
+            for one in dict.fromkeys((fewest, most))
+        ]
+        embeddings, heads = zip(*(memory.ends_standing(fewest) for fewest, _ in ends), strict=True)
+        phases = (SUMMED,) * group.base.pp
+        if self._software.on_fsdp:
+            most_chunks = tuple(dict(sorted(group.pipelines)).items())  # of each schedule
+            phases = least_phases_of_any(most_chunks, group.base.pp, group.base.microbatches(self._job.global_batch))
+        layer, embedding, head = (least_totals(parts, phases) for parts in (layers, embeddings, heads))
+        return LeastBytes(commonest.count, layer, embedding, head, phases)
 
     def state_bytes(self, group: LayoutGroup) -> float:
         """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
@@ -73,3 +83,7 @@ class LeastMemory:
             total += head.summed.total + sum(number * part.summed.total for number, part in parts)
             total += embedding.summed.total if microbatches > layout.pp else 0.0
         return total
+
+
+def _chunks(layout: Layout) -> int:
+    return layout.virtual_stages

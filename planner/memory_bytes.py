@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -79,6 +79,20 @@ class PartTotals:
     held: dict[str, float]
     held_weight: float
     gradients: dict[str, dict[str, float]]  # by phase, by mode
+
+
+def least_totals(parts: Sequence[PartMemory], phases: Iterable[str]) -> PartTotals:
+    """No part has fewer bytes, for whatever they are; gradients in these phases."""
+    totals = [part.totals for part in parts]
+    return PartTotals(
+        state=min(one.state for one in totals),
+        held={mode: min(one.held[mode] for one in totals) for mode in RECOMPUTE_MODES},
+        held_weight=min(one.held_weight for one in totals),
+        gradients={
+            phase: {mode: min(one.gradients[phase][mode] for one in totals) for mode in RECOMPUTE_MODES}
+            for phase in set(phases)
+        },
+    )
 
 
 @dataclass(frozen=True)

@@ -74,11 +74,12 @@ class MemoryModel:
             whole += self._element_bytes * parameters
         return max(0.0, whole - states.summed(layout, parameters).total)
 
-    def block_standing(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
-        """The same without what passes in a backward, which is most of the work.
+    def schedule_like(self, layout: Layout) -> str:
+        """A schedule under which parts `standing` are the same."""
+        return self._states.schedule_like(layout)
 
-        Of the schedule it depends on what `StateBytes.schedule_like` does, so the others share it.
-        """
+    def block_standing(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
+        """The same without what passes in a backward, which is most of the work; schedules share it (`schedule_like`)."""
         key = (layout.but(schedule=self._states.schedule_like(layout)), kind, reshard)
         if key not in self._standing:
             if len(self._standing) >= _MOST_STANDING:

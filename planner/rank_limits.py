@@ -12,7 +12,7 @@ from typing import NamedTuple
 from .gradient_moments import least_phases
 from .in_flight import SUMMED, least_in_flight
 from .layout_costs import Blocks, LayoutCosts, SegmentCosts, StageCount
-from .memory_bytes import PartMemory
+from .memory_bytes import PartTotals
 
 ROUNDING = 1e-9  # relative: sums of bytes or seconds in another order differ by less
 
@@ -57,9 +57,9 @@ class RankLimits:
         moments: Sequence[Moment],
         limit_bytes: float,
         modes: Sequence[str],
-        size: PartMemory | None = None,
+        size: PartTotals | None = None,
     ) -> None:
-        slack, totals = 1.0 + costs.allocator_slack, (size or segment.memory).totals
+        slack, totals = 1.0 + costs.allocator_slack, size or segment.memory.totals
         seconds = {mode: segment.seconds.recompute(mode).total for mode in modes}
 
         def bytes_by_mode(flight: int, phase: str) -> dict[str, float]:
@@ -165,20 +165,20 @@ def _least_more(missing: float, dearer: Sequence[_Mode], layers: int) -> float:
 
 
 def layers_held(
-    size: PartMemory, held: Sequence[Moment], limit_bytes: float, slack: float, modes: Sequence[str]
+    size: PartTotals, held: Sequence[Moment], limit_bytes: float, slack: float, modes: Sequence[str]
 ) -> int:
     """Layers of this size that ranks have room for, in the smallest of their modes; -1 where ends alone are too much.
 
     `held` has a moment of each rank. Where this is less than there are to place, `RankLimits` with these moments cannot
     place them either.
     """
-    totals, number = size.totals, 0
+    number = 0
     limit = limit_bytes * (1 + ROUNDING)
     for used, flight, phase, _ in held:
         if used > limit:
             return -1
-        gradients = totals.gradients[phase]
-        each = slack * (totals.state + min(flight * totals.held[mode] + gradients[mode] for mode in modes))
+        gradients = size.gradients[phase]
+        each = slack * (size.state + min(flight * size.held[mode] + gradients[mode] for mode in modes))
         if each <= 0:
             return sys.maxsize
         number += int((limit - used) / each * (1 + ROUNDING))

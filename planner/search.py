@@ -131,10 +131,11 @@ def best_plan(
         if isinstance(item, LayoutGroup) and item not in bounded:
             if len(dict(item.pipelines)) > 1 and item not in together:  # one bound of them all may be enough
                 together.add(item)
-                if groups.has_room(item):
-                    heapq.heappush(left, (max(least, groups.least_of_any_schedule(item)), next(ties), item))
-                else:
+                bound = groups.least_of_any_schedule(item, cutoff)
+                if bound is None:
                     pruned_memory += len(item)
+                else:
+                    heapq.heappush(left, (max(least, bound), next(ties), item))
                 continue
             bounded.add(item)
             for group in one_state_each(item):

@@ -335,6 +335,7 @@ def test_a_group_of_one_state_is_bounded_in_that_state() -> None:
         for layout in group:
             bound = lower_bound(prices.price_seconds(layout), math.inf, recompute_modes(layout, question.rules))
             assert bound is not None
+            assert fastest_of_group is not None
             assert fastest_of_group <= bound * (1 + 1e-12)
 
 

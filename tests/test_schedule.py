@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from planner.in_flight import InFlight, held_by_torch, in_flight, input_halves, least_in_flight, least_of_any_chunks
+from planner.in_flight import InFlight, held_by_torch, in_flight, input_halves, least_in_flight, least_of_any
 from planner.layout import SCHEDULES
 from planner.schedule import SPLIT_BACKWARD, Pipeline, action_lists, why_illegal
 from tests.oracles.torch_lists import LISTED, torch_lists, torch_schedule
@@ -259,4 +259,5 @@ def test_with_any_of_several_chunks_the_least_in_flight_is_the_least_of_each_ran
     each = [least_in_flight(Pipeline("interleaved-1f1b", 4, chunks, 8)) for chunks in (1, 2)]
     assert each == [(7, 5, 3, 1), (4, 4, 3, 1)]
     for chunks in ((1, 2), (2, 1)):
-        assert least_of_any_chunks("interleaved-1f1b", 4, chunks, 8) == (4, 4, 3, 1)
+        assert least_of_any(tuple(("interleaved-1f1b", number) for number in chunks), 4, 8) == (4, 4, 3, 1)
+    assert least_of_any((("gpipe", 1), ("1f1b", 1)), 4, 8) == (4, 3, 2, 1)
