@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from profiles.model import ModelSpec
@@ -11,7 +13,7 @@ from .gradient_moments import few_microbatches, least_phases_of_any
 from .in_flight import SUMMED
 from .job import TrainingJob
 from .layout import Layout
-from .memory_bytes import PartTotals, least_totals
+from .memory_bytes import PartMemory, PartTotals, least_totals
 from .memory_cost import MemoryModel
 from .schedule import FORWARDS_FIRST, Pipeline
 from .space import LayoutGroup
@@ -34,44 +36,37 @@ class LeastMemory:
     def __init__(self, model: ModelSpec, job: TrainingJob, software: Software, memory: MemoryModel) -> None:
         self._model, self._job, self._software, self._memory = model, job, software, memory
 
-    def part_bytes(self, group: LayoutGroup) -> LeastBytes:
-        """What no layer of the commonest kind and neither end holds less than in a group with one state: with more
-        chunks fewer weights are gathered at once, but split backwards have more gradients besides (`state_bytes`)."""
+    def part_bytes(self, layouts: Sequence[tuple[Layout, int]]) -> LeastBytes:
+        """What no layer of the commonest kind and neither end holds less than under any of these schedules with so many
+        chunks as the layout or up to those beside it: with more fewer weights are gathered at once, but split backwards
+        have more gradients besides (`state_bytes`). In all else the layouts are alike."""
         memory, commonest = self._memory, max(self._model.segments, key=lambda segment: segment.count)
-        alike: dict[str, list[Layout]] = {}
-        for schedule, chunks in group.pipelines:
-            layout = group.base.but(schedule=schedule, virtual_stages=chunks)
-            alike.setdefault(memory.schedule_like(layout), []).append(layout)
-        ends = [(min(each, key=_chunks), max(each, key=_chunks)) for each in alike.values()]
-        layers = [
-            memory.block_standing(one, commonest.kind, one.stages_choose or None)
-            for fewest, most in ends
-            for one in dict.fromkeys((fewest, most))
-        ]
-        embeddings, heads = zip(*(memory.ends_standing(fewest) for fewest, _ in ends), strict=True)
-        phases = (SUMMED,) * group.base.pp
+        alike: dict[str, list[tuple[Layout, int]]] = {}
+        for layout, most in layouts:
+            alike.setdefault(memory.schedule_like(layout), []).append((layout, most))
+        layers, ends = list[PartMemory](), list[tuple[PartMemory, PartMemory]]()
+        for each in alike.values():
+            fewest, most = min((layout for layout, _ in each), key=_chunks), max(most for _, most in each)
+            choice = fewest.stages_choose or None
+            layers.append(memory.block_standing(fewest, commonest.kind, choice))
+            if most > fewest.virtual_stages:
+                layers.append(memory.block_standing(fewest.but(virtual_stages=most), commonest.kind, choice))
+            ends.append(memory.ends_standing(fewest))
+        one = layouts[0][0]
+        phases = (SUMMED,) * one.pp
         if self._software.on_fsdp:
-            most_chunks = tuple(dict(sorted(group.pipelines)).items())  # of each schedule
-            phases = least_phases_of_any(most_chunks, group.base.pp, group.base.microbatches(self._job.global_batch))
-        layer, embedding, head = (least_totals(parts, phases) for parts in (layers, embeddings, heads))
+            pipelines = tuple((layout.schedule, most) for layout, most in layouts)
+            phases = least_phases_of_any(pipelines, one.pp, one.microbatches(self._job.global_batch))
+        layer, embedding, head = (least_totals(parts, phases) for parts in (layers, *zip(*ends, strict=True)))
         return LeastBytes(commonest.count, layer, embedding, head, phases)
 
     def state_bytes(self, group: LayoutGroup) -> float:
         """Weights, gradients and optimizer of a whole pipeline, of a group with one state: no layout of it and no
         assignment holds less on all its ranks together."""
-        least, microbatches = float("inf"), group.base.microbatches(self._job.global_batch)
-        # Gradients come late where all forwards are first or microbatches few; more chunks have fewer weights gathered
-        # at once; what split backwards have besides is left out.
-        most = {"gpipe": 0, "1f1b": 0}
-        for schedule, chunks in group.pipelines:
-            few = few_microbatches(Pipeline(schedule, group.base.pp, chunks, microbatches))
-            like = "gpipe" if schedule in FORWARDS_FIRST or few else "1f1b"
-            most[like] = max(most[like], chunks)
-        for schedule, chunks in most.items():
-            if chunks:
-                layout = group.base.but(schedule=schedule, virtual_stages=chunks)
-                least = min(least, self._state_bytes(layout, microbatches))
-        return least
+        microbatches = group.base.microbatches(self._job.global_batch)
+        each = _most_chunks(group.pipelines, group.base.pp, microbatches)
+        layouts = (group.base.but(schedule=schedule, virtual_stages=chunks) for schedule, chunks in each)
+        return min(self._state_bytes(layout, microbatches) for layout in layouts)
 
     def _state_bytes(self, layout: Layout, microbatches: int) -> float:
         memory, choice = self._memory, layout.stages_choose or None
@@ -83,6 +78,19 @@ class LeastMemory:
             total += head.summed.total + sum(number * part.summed.total for number, part in parts)
             total += embedding.summed.total if microbatches > layout.pp else 0.0
         return total
+
+
+@lru_cache(maxsize=4096)
+def _most_chunks(pipelines: tuple[tuple[str, int], ...], ranks: int, microbatches: int) -> tuple[tuple[str, int], ...]:
+    """(schedule, chunks) under which weights and gradients are fewest. Gradients come late where all forwards are first
+    or microbatches few; more chunks have fewer weights gathered at once; what split backwards have besides is left
+    out."""
+    most = dict[str, int]()
+    for schedule, chunks in pipelines:
+        few = few_microbatches(Pipeline(schedule, ranks, chunks, microbatches))
+        like = "gpipe" if schedule in FORWARDS_FIRST or few else "1f1b"
+        most[like] = max(most.get(like, 0), chunks)
+    return tuple(most.items())
 
 
 def _chunks(layout: Layout) -> int:

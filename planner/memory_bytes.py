@@ -83,6 +83,8 @@ class PartTotals:
 
 def least_totals(parts: Sequence[PartMemory], phases: Iterable[str]) -> PartTotals:
     """No part has fewer bytes, for whatever they are; gradients in these phases."""
+    if len(parts) == 1:
+        return parts[0].totals
     totals = [part.totals for part in parts]
     return PartTotals(
         state=min(one.state for one in totals),

@@ -79,7 +79,7 @@ class MemoryModel:
         return self._states.schedule_like(layout)
 
     def block_standing(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
-        """The same without what passes in a backward, which is most of the work; schedules share it (`schedule_like`)."""
+        """The same without what passes in a backward, which is most of the work. Schedules share it."""
         key = (layout.but(schedule=self._states.schedule_like(layout)), kind, reshard)
         if key not in self._standing:
             if len(self._standing) >= _MOST_STANDING:

@@ -217,9 +217,10 @@ def _with_room(bounds: GroupBounds, group: LayoutGroup) -> Iterator[tuple[int, L
     with how many more it would hold."""
     if bounds.room(group) is not None:
         for one in group.by_chunks():
-            room = bounds.room(one)
-            if room is not None:
-                yield room.spare, room.layout
+            found = bounds.room(one)
+            if found is not None:
+                layout, room = found
+                yield room.spare, layout
 
 
 def _why_none_legal(rules: RuleContext) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from .bounds import fits, lower_bound
 from .capabilities import CAPABILITIES, able_targets, missing_features
 from .errors import InfeasibleError, UnsupportedError
 from .first_assignment import first_assignment, quickest_start
-from .group_bounds import GroupBounds, one_state_each
+from .group_bounds import Alike, GroupBounds, one_state_each
 from .guesses import Guesses, Solved
 from .layout import Layout
 from .layout_costs import LayoutCosts
@@ -97,7 +97,7 @@ def best_plan(
     check_supported(question)
     prices, rules = CostModel(question.model, question.cluster, question.hardware, question.job), question.rules
     ties, shared, groups = count(), SharedCuts(), GroupBounds(prices, question)
-    left: list[tuple[float, int, LayoutGroup | Layout | _Priced]] = [
+    left: list[tuple[float, int, LayoutGroup | Alike | Layout | _Priced]] = [
         (prices.least_work(group), next(ties), group) for group in layout_groups(rules)
     ]
     heapq.heapify(left)
@@ -107,7 +107,7 @@ def best_plan(
     if known is not None and (first is None or known.step_seconds < first.step_seconds):
         first = known
     best: list[Solved] = []
-    together: set[LayoutGroup] = set()  # of one state, and bounded whatever their schedule
+    together: set[LayoutGroup] = set()  # of one state, and bounded whatever their schedule, with their bytes
     bounded: set[LayoutGroup] = set()  # by their own state and schedule, not only by their degrees
     ended: set[Layout] = set()  # solved, or proven not to reach the best
     proven = float("inf")  # the least that any layout could still reach
@@ -130,12 +130,10 @@ def best_plan(
             continue
         if isinstance(item, LayoutGroup) and item not in bounded:
             if len(dict(item.pipelines)) > 1 and item not in together:  # one bound of them all may be enough
-                together.add(item)
-                bound = groups.least_of_any_schedule(item, cutoff)
-                if bound is None:
-                    pruned_memory += len(item)
-                else:
-                    heapq.heappush(left, (max(least, bound), next(ties), item))
+                alike = groups.alike(item)
+                pruned_memory += len(item) - sum(len(each.group) for each in alike)
+                for each in alike:
+                    heapq.heappush(left, (max(least, each.least_seconds), next(ties), each))
                 continue
             bounded.add(item)
             for group in one_state_each(item):
@@ -145,6 +143,14 @@ def best_plan(
                 else:
                     bounded.add(group)
                     heapq.heappush(left, (max(least, bound), next(ties), group))
+            continue
+        if isinstance(item, Alike):
+            bound = groups.least_of(item, cutoff)
+            if bound is None:
+                pruned_memory += len(item.group)
+            else:
+                together.add(item.group)
+                heapq.heappush(left, (max(least, bound), next(ties), item.group))
             continue
         if isinstance(item, LayoutGroup):
             for layout in item:
@@ -192,7 +198,7 @@ def best_plan(
         else:
             best.append(Solved(solution.costs, solution.counts, solution.step_seconds))
             best.sort(key=lambda solved: solved.step_seconds)
-    pruned_bound = sum(len(item) if isinstance(item, LayoutGroup) else 1 for _, _, item in left)
+    pruned_bound = sum(_layouts_of(item) for _, _, item in left)
     if first is not None and (not best or first.step_seconds < best[0].step_seconds):
         best = [first, *best]  # nothing that was solved is better
         pruned_bound -= first.costs.layout not in ended  # its layout is then among those left, and was not ruled out
@@ -203,6 +209,12 @@ def best_plan(
         best[0].step_seconds, proven, legal, pruned_memory, pruned_bound, ilps, time.monotonic() - started
     )
     return make_plan(question, best[0], certificate, best[1:top])
+
+
+def _layouts_of(item: LayoutGroup | Alike | Layout | _Priced) -> int:
+    if isinstance(item, Alike):
+        return len(item.group)
+    return len(item) if isinstance(item, LayoutGroup) else 1
 
 
 def check_supported(question: Question) -> None:

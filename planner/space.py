@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from .capabilities import Capabilities, missing_features
@@ -45,8 +46,8 @@ class LayoutGroup:
 
     def by_schedule(self) -> Iterator[LayoutGroup]:
         """The same layouts, a group for each schedule."""
-        for schedule in dict(self.pipelines):
-            yield replace(self, pipelines=tuple(each for each in self.pipelines if each[0] == schedule))
+        for pipelines in pipelines_by_schedule(self.pipelines):
+            yield replace(self, pipelines=pipelines)
 
     def by_chunks(self) -> Iterator[LayoutGroup]:
         """The same layouts, a group for each schedule with each number of chunks."""
@@ -59,6 +60,12 @@ class LayoutGroup:
     def __iter__(self) -> Iterator[Layout]:
         for (schedule, chunks), (zero, shard, ep, etp) in product(self.pipelines, self.states):
             yield self.base.but(schedule=schedule, virtual_stages=chunks, zero=zero, dp_shard=shard, ep=ep, etp=etp)
+
+
+@lru_cache(maxsize=4096)
+def pipelines_by_schedule(pipelines: tuple[tuple[str, int], ...]) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """The (schedule, virtual_stages) of each schedule, fewest chunks first."""
+    return tuple(tuple(sorted(each for each in pipelines if each[0] == one)) for one in dict(pipelines))
 
 
 def divisors(number: int) -> list[int]:
