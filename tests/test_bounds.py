@@ -333,7 +333,9 @@ def test_a_group_of_one_state_is_bounded_in_that_state() -> None:
         alike = bounds.alike(group)
         fastest_of_group = min(one.least_seconds for one in alike)
         again = bounds.alike(replace(group, base=next(iter(group))))
-        assert [(one.group, one.least_seconds) for one in again] == [(one.group, one.least_seconds) for one in alike]
+        assert [(one.group.pipelines, one.least_seconds) for one in again] == [
+            (one.group.pipelines, one.least_seconds) for one in alike
+        ]
         for layout in group:
             bound = lower_bound(prices.price_seconds(layout), math.inf, recompute_modes(layout, question.rules))
             assert bound is not None
