@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from profiles.experts_spec import Experts
 from profiles.hardware import HardwareProfile
 from profiles.model import ModelSpec
@@ -35,6 +37,8 @@ class ComputeModel(Kernels):
     def __init__(self, model: ModelSpec, hardware: HardwareProfile, job: TrainingJob, software: Software) -> None:
         super().__init__(model, hardware, job, software)
         self._beside: dict[tuple[object, ...], ComputeCost] = {}
+        self._around_experts: dict[tuple[object, ...], ComputeCost] = {}
+        self._routed: dict[tuple[object, ...], ComputeCost] = {}
 
     # ---- attention -------------------------------------------------------------------------------------
 
@@ -105,15 +109,19 @@ class ComputeModel(Kernels):
             parts.append(self._moved_along_sequence(layout))
         else:
             assert model.experts is not None
-            parts += self._experts(layout, model.experts, tokens, outside_tokens(layout, self._job.sequence))
+            parts += self._experts(layout, model.experts)
         return _total(parts).issued(self._hardware, self._software.compiled)
 
     def _beside_feed_forward(self, layout: Layout) -> ComputeCost:
         """All of a layer but its feed-forward, which alone depends on ep and etp."""
-        key = (layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch)
-        if key not in self._beside:
-            self._beside[key] = _total(self._attention_and_norms(layout))
-        return self._beside[key]
+        return self._kept(self._beside, _outside_experts(layout), lambda: _total(self._attention_and_norms(layout)))
+
+    def _kept(
+        self, found: dict[tuple[object, ...], ComputeCost], key: tuple[object, ...], price: Callable[[], ComputeCost]
+    ) -> ComputeCost:
+        if key not in found:
+            found[key] = price()
+        return found[key]
 
     def _attention_and_norms(self, layout: Layout) -> list[ComputeCost]:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
@@ -177,8 +185,23 @@ class ComputeModel(Kernels):
                     shapes[first] = joined, inputs
         return shapes
 
-    def _experts(self, layout: Layout, experts: Experts, tokens: float, outside: float) -> list[ComputeCost]:
+    def _experts(self, layout: Layout, experts: Experts) -> list[ComputeCost]:
         """Router, tokens to their experts, the rank's experts on what is sent to them, the way back, shared experts."""
+        routed = routed_tokens(layout, self._model, self._job)
+        here = (layout.ep, layout.etp, routed)
+        parts = [
+            self._kept(self._around_experts, _outside_experts(layout), lambda: self._routing(layout, experts)),
+            self._kept(self._routed, here, lambda: self._routed_experts(layout, experts, routed)),
+        ]
+        for degree in (layout.ep, layout.etp):
+            if degree > 1:
+                sorted_anew = self._memory("permute", routed * self._model.hidden_size)
+                parts.append((sorted_anew + sorted_anew).issuing(*HOST_OPERATIONS["exchange"]))
+        return parts
+
+    def _routing(self, layout: Layout, experts: Experts) -> ComputeCost:
+        """All but the routed experts and what ep and etp move."""
+        tokens, outside = (f(layout, self._job.sequence) for f in (local_tokens, outside_tokens))
         model, hidden = self._model, self._model.hidden_size
         routing = [
             self._linear(outside, experts.number, hidden),
@@ -188,13 +211,8 @@ class ComputeModel(Kernels):
         parts = [
             _total(routing).issuing(*HOST_OPERATIONS["router"]),
             _total(moved).issuing(*HOST_OPERATIONS["permute"]),
-            self._routed_experts(layout, experts),
             self._added(1 + (experts.shared > 0), outside * hidden),  # router, experts and shared ones read the same
         ]
-        for degree in (layout.ep, layout.etp):
-            if degree > 1:
-                sorted_anew = self._memory("permute", routed_tokens(layout, model, self._job) * hidden)
-                parts.append((sorted_anew + sorted_anew).issuing(*HOST_OPERATIONS["exchange"]))
         if experts.shared:
             width = experts.shared_width // layout.tp
             shapes = [(width, hidden)] * (model.ffn_matrices - 1) + [(hidden, width)]
@@ -202,7 +220,7 @@ class ComputeModel(Kernels):
             parts.append(self._activation(tokens * width))
             parts.append(self._memory("residual", outside * hidden))
             parts.append(self._moved_along_sequence(layout))
-        return parts
+        return _total(parts)
 
     def _moved_along_sequence(self, layout: Layout) -> ComputeCost:
         """Copies of a gather in and a scatter out under sequence parallelism, and of their backwards.
@@ -220,9 +238,8 @@ class ComputeModel(Kernels):
         each_way = gathered + scattered
         return ComputeCost(each_way, each_way, selective=gathered if self._keeps_matmuls else NO_SECONDS)
 
-    def _routed_experts(self, layout: Layout, experts: Experts) -> ComputeCost:
+    def _routed_experts(self, layout: Layout, experts: Experts, routed: float) -> ComputeCost:
         """The rank's experts on the rows that the busiest rank of a group sees: one grouped product, or a loop."""
-        routed = routed_tokens(layout, self._model, self._job)
         local = experts.number // layout.ep
         shapes = expert_linear_shapes(self._model, layout.etp)
         parts = [self._linear(routed / local, outputs, inputs, local) for outputs, inputs in shapes]
@@ -346,6 +363,11 @@ class ComputeModel(Kernels):
     def _state_dtype(self) -> str:
         """fp32 where it was measured or modelled; else the compute dtype's points are the nearest fact."""
         return "fp32" if self._hardware.knows_memory("fp32") else self._dtype
+
+
+def _outside_experts(layout: Layout) -> tuple[object, ...]:
+    """What a layer depends on but for its routed experts."""
+    return layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch
 
 
 def _total(parts: list[ComputeCost]) -> ComputeCost:
