@@ -100,6 +100,12 @@ class GroupBounds:
         alike = self._seconds(group, _schedules(group), waits=True)
         return None if alike is None else self.least_of(alike, enough_seconds)
 
+    def least_of_layout(self, layout: Layout, enough_seconds: float = math.inf) -> float | None:
+        """The same of one layout, which takes a fraction of what its price does."""
+        state = (layout.zero, layout.dp_shard, layout.ep, layout.etp)
+        one = LayoutGroup(layout, ((layout.schedule, layout.virtual_stages),), (state,))
+        return self.least_of_one_state(one, enough_seconds)
+
     def room(self, group: LayoutGroup) -> tuple[Layout, Room] | None:
         """The plainest layout of a group with one state and schedule; None where none has room for its layers."""
         (one,) = _schedules(group)

@@ -159,10 +159,14 @@ def best_plan(
                 heapq.heappush(left, (max(least, bound), next(ties), layout))
             continue
         if isinstance(item, Layout):
-            costs = prices.price(item)
-            bound = lower_bound(costs, question.limit_bytes, recompute_modes(item, rules), cutoff)
+            costs, bound = None, groups.least_of_layout(item, cutoff)
+            if bound is not None and bound <= cutoff:
+                costs = prices.price(item)
+                bound = lower_bound(costs, question.limit_bytes, recompute_modes(item, rules), cutoff)
             if bound is None:
                 pruned_memory += 1
+            elif costs is None:
+                heapq.heappush(left, (max(least, bound), next(ties), item))
             else:
                 heapq.heappush(left, (max(least, bound), next(ties), _Priced(costs)))
                 first = guesses.look_at(costs, bound, cutoff, first)

@@ -132,7 +132,10 @@ def test_every_layouts_bound_and_solution(target: str, data: st.DataObject) -> N
                 if of_layout is not None:  # then some group that is left has it
                     (own,) = (one for one in alike if layout in list(one.group))
                     bound = bounds_of_groups.least_of(own)
+                    alone = bounds_of_groups.least_of_layout(layout)
                     assert bound is not None, layout
+                    assert alone is not None, layout
+                    assert alone <= of_layout.step_seconds * (1 + 1e-12), layout
                     assert own.least_seconds <= bound <= of_layout.step_seconds * (1 + 1e-12), layout
         for one in one_state_each(group):
             fastest_of_one = fastest([candidate for layout in one for candidate in tried[layout]], limit)
