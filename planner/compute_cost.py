@@ -114,14 +114,7 @@ class ComputeModel(Kernels):
 
     def _beside_feed_forward(self, layout: Layout) -> ComputeCost:
         """All of a layer but its feed-forward, which alone depends on ep and etp."""
-        return self._kept(self._beside, _outside_experts(layout), lambda: _total(self._attention_and_norms(layout)))
-
-    def _kept(
-        self, found: dict[tuple[object, ...], ComputeCost], key: tuple[object, ...], price: Callable[[], ComputeCost]
-    ) -> ComputeCost:
-        if key not in found:
-            found[key] = price()
-        return found[key]
+        return _kept(self._beside, _outside_experts(layout), lambda: _total(self._attention_and_norms(layout)))
 
     def _attention_and_norms(self, layout: Layout) -> list[ComputeCost]:
         model, tokens = self._model, local_tokens(layout, self._job.sequence)
@@ -190,8 +183,8 @@ class ComputeModel(Kernels):
         routed = routed_tokens(layout, self._model, self._job)
         here = (layout.ep, layout.etp, routed)
         parts = [
-            self._kept(self._around_experts, _outside_experts(layout), lambda: self._routing(layout, experts)),
-            self._kept(self._routed, here, lambda: self._routed_experts(layout, experts, routed)),
+            _kept(self._around_experts, _outside_experts(layout), lambda: self._routing(layout, experts)),
+            _kept(self._routed, here, lambda: self._routed_experts(layout, experts, routed)),
         ]
         for degree in (layout.ep, layout.etp):
             if degree > 1:
@@ -368,6 +361,15 @@ class ComputeModel(Kernels):
 def _outside_experts(layout: Layout) -> tuple[object, ...]:
     """What a layer depends on but for its routed experts."""
     return layout.tp, layout.cp, layout.cp_style, layout.sequence_parallel, layout.micro_batch
+
+
+def _kept(
+    found: dict[tuple[object, ...], ComputeCost], key: tuple[object, ...], price: Callable[[], ComputeCost]
+) -> ComputeCost:
+    """What was found before, or its price from now on."""
+    if key not in found:
+        found[key] = price()
+    return found[key]
 
 
 def _total(parts: list[ComputeCost]) -> ComputeCost:

@@ -80,7 +80,7 @@ class MemoryModel:
 
     def block_standing(self, layout: Layout, kind: str = "dense", reshard: bool | None = None) -> PartMemory:
         """The same without what passes in a backward, which is most of the work. Schedules share it."""
-        key = (layout.but(schedule=self._states.schedule_like(layout)), kind, reshard)
+        key = (layout.but(schedule=self.schedule_like(layout)), kind, reshard)
         if key not in self._standing:
             if len(self._standing) >= _MOST_STANDING:
                 self._standing.clear()
@@ -217,7 +217,7 @@ class MemoryModel:
 
     def ends_standing(self, layout: Layout) -> tuple[PartMemory, PartMemory]:
         """Embedding and head without what they hold of microbatches and what passes; layouts share them as layers."""
-        key = layout.but(schedule=self._states.schedule_like(layout))
+        key = layout.but(schedule=self.schedule_like(layout))
         if key not in self._ends:
             if len(self._ends) >= _MOST_STANDING:
                 self._ends.clear()

@@ -153,7 +153,7 @@ class Program:
     def no_empty_stage(self) -> None:
         kinds = range(len(self.costs.segments))
         for s in range(1, self.costs.layout.stages - 1):
-            held = _sum(self.n[s, k, way] for k in kinds for way in self._ways)
+            held = _sum(n for k in kinds for n in self._layers_on(s, k))
             self.linear.row(f"no_empty_stage_{s}", held, least=1.0)
 
     def layers_of_ranks(self) -> None:
@@ -176,7 +176,7 @@ class Program:
             return
         commonest = self.costs.segments.index(largest_segment(self.costs))
         for s in range(self.costs.layout.stages):
-            held = [self.n[s, commonest, way] for way in self._ways]
+            held = self._layers_on(s, commonest)
             self._count(f"stage_{s}", held, self._most[commonest], turn=2)
         for (s, k, way), column in self.n.items():
             self.counted["_".join((f"stage_{s}", str(k), *_name(way)))] = Counted(column, self._most[k], 4)
