@@ -35,25 +35,26 @@ class Room(NamedTuple):
     spare: int
 
 
-class Alike(NamedTuple):
-    """Layouts of one state under schedules whose parts cost the same and whose head is on the same rank, with seconds
-    that none of them is below whatever its bytes. `costs` are those of the plainest, with the fewest chunks; `room` is
-    None where bytes have not been looked at."""
-
-    group: LayoutGroup
-    costs: LayoutCosts
-    around: Around
-    modes: tuple[str, ...]
-    least_seconds: float
-    room: Room | None
-
-
 class _Schedule(NamedTuple):
     """Of a group with one state: its layout with the fewest chunks, the most, and all its (schedule, chunks)."""
 
     layout: Layout
     most_chunks: int
     pipelines: tuple[tuple[str, int], ...]
+
+
+class Alike(NamedTuple):
+    """Layouts of one state under schedules whose parts cost the same and whose head is on the same rank, with seconds
+    that none of them is below whatever its bytes. `costs` are those of the plainest, with the fewest chunks; `room` is
+    None where bytes have not been looked at."""
+
+    group: LayoutGroup
+    schedules: Sequence[_Schedule]
+    costs: LayoutCosts
+    around: Around
+    modes: tuple[str, ...]
+    least_seconds: float
+    room: Room | None
 
 
 class GroupBounds:
@@ -88,7 +89,7 @@ class GroupBounds:
         do. None when none fits."""
         if alike.least_seconds > enough_seconds:
             return alike.least_seconds
-        room = alike.room or self._room(_schedules(alike.group), alike.modes)
+        room = alike.room or self._room(alike.schedules, alike.modes)
         if room is None:
             return None
         limit = self._question.limit_bytes
@@ -124,7 +125,7 @@ class GroupBounds:
         around = heads_and_tails(costs)
         least = any_chunks_seconds(costs, around, max(one.most_chunks for one in schedules), modes)
         pipelines = tuple(pipeline for one in schedules for pipeline in one.pipelines)
-        return Alike(replace(group, pipelines=pipelines), costs, around, modes, least, room)
+        return Alike(replace(group, pipelines=pipelines), schedules, costs, around, modes, least, room)
 
     def _room(self, schedules: Sequence[_Schedule], modes: Sequence[str]) -> Room | None:
         """Of layouts that are alike but for schedule and chunks, with the head on the same rank."""
